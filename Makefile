@@ -1,0 +1,79 @@
+# One command sets everything up and runs it: `make demo` or `make test`.
+# Needs Python >= 3.10, a C++ compiler and a package index; the rest goes into ./.venv.
+
+PYTHON ?= python3
+# The exact torch to build and test against; several requirements may be given,
+# for example: make TORCH="torch==2.11.0 triton==3.6.0" test
+TORCH  ?= torch==2.13.0
+# Extra arguments for demo, bench, test and test-quick: make demo ARGS="--help"
+ARGS   ?=
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
+CPP  := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc csrc/*.cu csrc/*.cuh)
+
+# Stamp files say what is done. The torch stamp carries the requirement in its name,
+# so another TORCH= installs that torch and rebuilds what was compiled against the old one.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
+DEPS_STAMP  := $(VENV)/.deps
+EXT_STAMP   := $(VENV)/.ext
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-quick lint format bench clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(EXT_STAMP)  ## set up .venv, the dependencies and the C++ extension
+
+demo: install  ## train the demo on real data
+	$(PY) -m cges_kernels.demo $(ARGS)
+
+test: install lint  ## lint, then every test
+	$(PY) -m pytest $(ARGS)
+
+test-quick: install  ## the tests that are not marked slow
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+lint: $(DEPS_STAMP)  ## check style and formatting, change nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
+
+format: $(DEPS_STAMP)  ## apply the formatters
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+
+bench: install  ## measure against torch's own optimizers
+	$(PY) -m bench.run $(ARGS)
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info cges_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis $(EXT_STAMP)
+
+distclean: clean  ## remove .venv as well
+	rm -rf $(VENV)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned: left to the resolver it could be any version.
+$(TORCH_STAMP): | $(PY)
+	@echo "installing $(TORCH) into $(VENV)"
+	$(PIP) $(TORCH)
+	rm -rf build cges_kernels/_C*.so $(VENV)/.torch-*
+	@touch $@
+
+# An editable install without the extension; pip would compile it afresh each time.
+$(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "installing the dependencies into $(VENV)"
+	$(PIP) "setuptools>=77" wheel
+	CGES_EXT=0 $(PIP) --no-build-isolation -e ".[demo,triton,test,dev]"
+	@touch $@
+
+# Incremental: ninja compiles only what changed. Without a compiler, setup.py says so and goes on,
+# and nothing is stamped: the next run looks again.
+$(EXT_STAMP): setup.py $(CPP) $(DEPS_STAMP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
+	@! ls cges_kernels/_C*.so >/dev/null 2>&1 || touch $@

@@ -1,0 +1,199 @@
+"""Functions on tensors (prox, prox_, penalty), and the choice of the executor that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import reference
+from .checks import check_distinct, check_penalty, check_tensor
+from .groups import GroupSpec, Layout, canonical_layout, has_groups
+
+try:
+    from . import _C
+except ImportError:  # installed without a C++ compiler
+    _C = None
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_not(backend: str, w: Tensor | None = None) -> str | None:
+    """Why ``backend`` cannot serve ``w`` (or, without w, anything at all) and what to do; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if _C is None:
+            return "the C++ extension is not built; install a C++ compiler and reinstall cges_kernels"
+        if w is None:
+            return None
+        if w.device.type != "cpu":
+            return f"it serves CPU tensors, got one on {w.device}"
+        if w.dtype not in CPU_DTYPES:
+            return f"it serves {', '.join(map(str, CPU_DTYPES))}, got {w.dtype}"
+        if is_traceable_wrapper_subclass(w):
+            return f"it serves plain tensors, got {type(w).__name__}"
+        return None
+    return f"this version of cges_kernels has no {backend} executor; use backend='auto'"
+
+
+def available_backends() -> tuple[str, ...]:
+    """The executors that can run here, of "reference", "cpu", "triton", "cuda"."""
+    return tuple(backend for backend in BACKENDS if why_not(backend) is None)
+
+
+def check_backend(backend: str) -> None:
+    """ValueError for an unknown name, RuntimeError for an executor that is not there."""
+    if backend == "auto":
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    if reason := why_not(backend):
+        raise RuntimeError(f"backend={backend!r} cannot serve: {reason}")
+
+
+def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False) -> str:
+    """The executor for ``tensors``: the one asked for, or for "auto" the fastest that serves all of them.
+
+    ``fused`` demands one other than the reference. RuntimeError where the wish cannot be met.
+    """
+    check_backend(backend)
+    candidates = BACKENDS[:0:-1] if backend == "auto" else (backend,)
+    reasons = []
+    for candidate in candidates:
+        reason = next(filter(None, (why_not(candidate, w) for w in tensors)), None)
+        if fused and candidate == "reference":
+            reason = "it is not fused"
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    if backend == "auto" and not fused:
+        return "reference"
+    wish = "fused=True" if fused else f"backend={backend!r}"
+    raise RuntimeError(f"{wish} cannot be served. {'; '.join(reasons)}")
+
+
+def layout_tuple(
+    w: Tensor, group_by: GroupSpec, view: Sequence[int] | None
+) -> tuple[int, int, int, int, bool]:
+    """What the C++ side wants to know of a tensor: its canonical layout, and whether the spec makes groups."""
+    ndim = len(view) if view is not None else w.dim()
+    return (*canonical_layout(w, group_by, view), has_groups(ndim, group_by))
+
+
+def prox_(
+    tensors: Sequence[Tensor],
+    *,
+    group_lasso: float = 0.0,
+    exclusive_lasso: float = 0.0,
+    l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+    prox_mode: str = "sequential",
+    backend: str = "auto",
+) -> None:
+    """Replace each tensor by its proximal map, all in one pass: for those who keep their own optimizer.
+
+    The coefficients already contain the step size (pass lr*coefficient). Tensors may have any shapes,
+    but must be dense and distinct; named specs apply group_lasso and exclusive_lasso to tensors of two
+    or more dims only. See :func:`prox` for the formula.
+
+    Raises:
+        ValueError, TypeError: bad coefficients, spec, mode or tensors; nothing is written.
+        RuntimeError: a backend that cannot serve.
+
+    Example:
+        >>> optimizer.step()
+        >>> with torch.no_grad():
+        ...     prox_([layer.weight for layer in layers], group_lasso=lr * 1e-3)
+    """
+    penalty_options: dict[str, Any] = dict(
+        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
+    )
+    check_penalty({**penalty_options, "prox_mode": prox_mode})
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    names = [f"tensors[{i}]" for i in range(len(tensors))]
+    for name, w in zip(names, tensors):
+        check_tensor(name, w)
+        if torch.is_grad_enabled() and w.requires_grad:
+            raise RuntimeError(
+                f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
+            )
+    check_distinct(names, tensors)
+    layouts = [layout_tuple(w, group_by, view) for w in tensors]
+    thresholds = reference.Thresholds(float(group_lasso), float(exclusive_lasso), float(l1))
+    if choose_backend(backend, tensors) == "cpu":
+        exact = prox_mode == "exact"
+        _C.prox_(tensors, layouts, _C.Hyperparameters(**thresholds._asdict(), exact=exact))
+        return
+    for w in tensors:
+        w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
+
+
+def prox(
+    w: Tensor,
+    *,
+    group_lasso: float = 0.0,
+    exclusive_lasso: float = 0.0,
+    l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+    prox_mode: str = "sequential",
+    backend: str = "auto",
+) -> Tensor:
+    """The proximal map of the combined regulariser at ``w``, a new tensor of the same shape and dtype.
+
+    ``prox_mode="exact"`` gives argmin_x ||x - w||^2 / 2 + Omega(x) with
+
+        Omega(x) = sum_g  group_lasso*||x_g||_2 + (exclusive_lasso/2)*||x_g||_1^2 + l1*||x_g||_1
+
+    and "sequential" applies the l1, the group and the exclusive thresholds one after another (Yoon and
+    Hwang 2017, Eq. 7 then 8), which shrinks more. The coefficients already contain the step size. A
+    ``w`` that requires grad takes the reference, which is differentiable.
+
+    Raises: as :func:`prox_`.
+    """
+    check_tensor("w", w)
+    options: dict[str, Any] = dict(
+        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
+    )
+    if torch.is_grad_enabled() and w.requires_grad:
+        check_penalty({**options, "prox_mode": prox_mode})
+        choose_backend(backend, [w])
+        layout_tuple(w, group_by, view)
+        thresholds = reference.Thresholds(group_lasso, exclusive_lasso, l1)
+        return reference.shrink(w, thresholds, group_by, view, prox_mode).clone()
+    result = w.detach().clone()
+    prox_([result], **options, prox_mode=prox_mode, backend=backend)
+    return result
+
+
+def penalty(
+    w: Tensor,
+    *,
+    group_lasso: float = 0.0,
+    exclusive_lasso: float = 0.0,
+    l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+) -> Tensor:
+    """Omega(w): a 0-d tensor, differentiable; the formula stands at :func:`prox`.
+
+    Named specs apply the group terms to tensors of two or more dims only. Zero groups have gradient 0.
+
+    Raises:
+        ValueError, TypeError: bad coefficients, spec or tensor.
+    """
+    options: dict[str, Any] = dict(
+        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
+    )
+    check_penalty(options)
+    check_tensor("w", w)
+    return reference.omega(w, **options)
+
+
+__all__ = ["Layout", "available_backends", "penalty", "prox", "prox_"]

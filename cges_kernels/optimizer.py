@@ -1,0 +1,295 @@
+"""ProxSGD: torch.optim.SGD with structured sparsity. No mathematics here; see reference.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+
+from . import reference
+from .checks import check_grad, check_param_group, check_tensor
+from .groups import GroupSpec
+from .ops import _C, check_backend, choose_backend, layout_tuple
+
+SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+PENALTY_OPTIONS = ("group_lasso", "exclusive_lasso", "l1", "group_by", "view")
+PROX_OPTIONS = (*PENALTY_OPTIONS, "prox_mode", "freeze_zeros")
+EXECUTOR_OPTIONS = ("foreach", "differentiable", "fused", "group_by", "view")
+
+
+class ProxSGD(Optimizer):
+    """Plain proximal SGD; not Yang et al. 2020's method of the same name.
+
+    One step is what torch.optim.SGD would write, z, followed by the proximal map of lr * Omega,
+
+        Omega(W) = sum_g  group_lasso*||w_g||_2 + (exclusive_lasso/2)*||w_g||_1^2 + l1*||w_g||_1
+
+    over the groups g that ``group_by`` makes, so that weights and whole groups become exactly zero
+    (CGES: Yoon and Hwang, Combined Group and Exclusive Sparsity for Deep Neural Networks, ICML 2017).
+    All parameters of all fused param groups are updated in one pass.
+
+    The thresholds are lr*coefficient, as in the thesis's Algorithm 1. With constant momentum m and
+    dampening d the fixed point minimises f + (1-m)/(1-d) * Omega: at momentum 0.9 the same sparsity needs
+    ten times the coefficient, and dampening = momentum restores f + Omega. Weight decay is coupled, as in
+    torch.optim.SGD (with l1: an elastic net).
+
+    Args:
+        params: parameters, param groups or named parameters, as for torch.optim.SGD.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as for torch.optim.SGD; lr may be a tensor.
+        group_lasso: alpha, the weight of each group's l2 norm: whole groups become zero.
+        exclusive_lasso: beta, the weight of each group's squared l1 norm: entries of a group compete.
+        l1: gamma, the weight of the l1 norm.
+        group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims. The named
+            specs apply group_lasso and exclusive_lasso to tensors of two or more dims only; l1 applies to all.
+        view: a shape; group_by then refers to ``w.view(view)``.
+        prox_mode: "sequential" (the thesis: one threshold after the other) or "exact" (the proximal operator
+            of Omega). They agree only as lr*exclusive_lasso*n -> 0 (n = group size); at 1 and above sequential
+            zeroes nearly everything, and a warning says so once.
+        freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, momentum included.
+        foreach, differentiable: True takes the reference executor.
+        capturable: kept for torch.optim's sake; no effect on a CPU.
+        fused: None takes a fused executor where one serves, True demands one, False takes the reference.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". The only argument that is not a key of the
+            param groups, and in no state_dict.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: whatever cannot be served, with what was expected and what came,
+            before anything is written.
+
+    Example:
+        >>> optimizer = ProxSGD(cges_param_groups(model, lam=1e-4), lr=0.1, momentum=0.9)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        group_lasso: float = 0.0,
+        exclusive_lasso: float = 0.0,
+        l1: float = 0.0,
+        group_by: GroupSpec = "feature",
+        view: Sequence[int] | None = None,
+        prox_mode: str = "sequential",
+        freeze_zeros: str | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        capturable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            group_lasso=group_lasso,
+            exclusive_lasso=exclusive_lasso,
+            l1=l1,
+            group_by=group_by,
+            view=view,
+            prox_mode=prox_mode,
+            freeze_zeros=freeze_zeros,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            capturable=capturable,
+            fused=fused,
+        )
+        check_param_group(defaults)
+        check_backend(backend)
+        self._backend = backend
+        self._warned = False
+        self._forget_plan()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer.add_param_group; the group is checked before it is taken."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_param_group(group)
+            self._layouts_of(len(self.param_groups) - 1)
+            self._executor_of(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._forget_plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_backend", "auto")
+        self.__dict__.setdefault("_warned", False)
+        self._forget_plan()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values."""
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                f"state_dict: expected {len(self.param_groups)} param groups as in this optimizer, "
+                f"got {len(saved)}"
+            )
+        completed = [
+            {**{key: group[key] for key in self.defaults}, **loaded}
+            for group, loaded in zip(self.param_groups, saved)
+        ]
+        super().load_state_dict({**state_dict, "param_groups": completed})
+        self._forget_plan()
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; ``closure`` re-evaluates the model and returns the loss, as in torch.optim."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepare()
+        referred = [
+            (group, list(self._gradients(i, group)))
+            for i, group in enumerate(self.param_groups)
+            if self._executors[i] == "reference"
+        ]
+        if self._plan is not None and not self._plan.step(self._fused_params(), self.state):
+            self._forget_plan()  # a parameter moved or was replaced
+            self._prepare()
+            self._plan.step(self._fused_params(), self.state)
+        for group, gradients in referred:
+            self._reference_step(group, gradients)
+        return loss
+
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """Omega summed over this optimizer's parameters: a 0-d tensor, to log the objective."""
+        terms = [
+            reference.omega(p, **{key: group[key] for key in PENALTY_OPTIONS})
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+        return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
+
+    # What follows keeps a plan of the fused param groups. Everything it depends on is compared each step.
+
+    def _forget_plan(self) -> None:
+        self._plan: Any = None
+        self._executors: list[str] = []
+        self._plan_key: Any = None
+        self._values: list[Any] = []
+
+    def _layouts_of(self, index: int) -> list[tuple[int, int, int, int, bool]]:
+        group = self.param_groups[index]
+        layouts, seen = [], set()
+        for i, p in enumerate(group["params"]):
+            name = f"param_groups[{index}]['params'][{i}]"
+            check_tensor(name, p)
+            if id(p) in seen:
+                raise ValueError(f"{name}: expected each parameter once, got the same tensor again")
+            seen.add(id(p))
+            try:
+                layouts.append(layout_tuple(p, group["group_by"], group["view"]))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return layouts
+
+    def _executor_of(self, group: dict[str, Any]) -> str:
+        wants_reference = group["foreach"] or group["differentiable"] or group["fused"] is False
+        backend = "reference" if wants_reference and self._backend == "auto" else self._backend
+        if wants_reference and backend != "reference":
+            raise RuntimeError(
+                f"foreach=True, differentiable=True and fused=False take the reference executor, got backend={backend!r}"
+            )
+        return choose_backend(backend, group["params"], fused=group["fused"] is True)
+
+    def _prepare(self) -> None:
+        """Check changed hyperparameters and bring the plan up to date."""
+        key = [tuple(group[k] for k in EXECUTOR_OPTIONS) for group in self.param_groups]
+        if key != self._plan_key:
+            self._forget_plan()
+            for group in self.param_groups:
+                check_param_group(group)
+            layouts = [self._layouts_of(i) for i in range(len(self.param_groups))]
+            self._executors = [self._executor_of(group) for group in self.param_groups]
+            self._group_sizes = [
+                max((R1 * R2 for _, R1, _, R2, grouped in of_group if grouped), default=0)
+                for of_group in layouts
+            ]
+            if any(executor != "reference" for executor in self._executors):
+                fused = [e != "reference" for e in self._executors]
+                self._plan = _C.StepPlan(
+                    self._fused_params(), [x if f else [] for x, f in zip(layouts, fused)]
+                )
+            self._values = [None] * len(self.param_groups)
+            self._plan_key = key
+        for i, group in enumerate(self.param_groups):
+            values = tuple(
+                [
+                    float(v) if isinstance(v := group[k], Tensor) else v
+                    for k in ("lr", *SGD_OPTIONS, *PROX_OPTIONS)
+                ]
+            )
+            if values != self._values[i]:
+                self._take_values(i, group)
+                self._values[i] = values
+
+    def _take_values(self, index: int, group: dict[str, Any]) -> None:
+        check_param_group(group)
+        lr = float(group["lr"])
+        b = lr * float(group["exclusive_lasso"])
+        if group["prox_mode"] == "sequential" and b * self._group_sizes[index] >= 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"param_groups[{index}]: lr*exclusive_lasso*group_size = {b * self._group_sizes[index]:.3g} >= 1: "
+                "sequential mode zeroes far more than the proximal operator does; lower exclusive_lasso "
+                "(scale='size' divides it by the group size) or use prox_mode='exact'",
+                stacklevel=5,
+            )
+        if self._executors[index] != "reference":
+            hyperparameters = _C.Hyperparameters(
+                lr=lr,
+                **{key: group[key] for key in SGD_OPTIONS},
+                a=lr * float(group["group_lasso"]),
+                b=b,
+                c=lr * float(group["l1"]),
+                exact=group["prox_mode"] == "exact",
+                freeze=group["freeze_zeros"] or "",
+            )
+            self._plan.set_hyperparameters(index, hyperparameters)
+
+    def _fused_params(self) -> list[list[Tensor]]:
+        return [
+            group["params"] if executor != "reference" else []
+            for group, executor in zip(self.param_groups, self._executors)
+        ]
+
+    def _gradients(self, index: int, group: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None:
+                check_grad(f"param_groups[{index}]['params'][{i}]", p, p.grad)
+                yield p, p.grad
+
+    def _reference_step(self, group: dict[str, Any], gradients: list[tuple[Tensor, Tensor]]) -> None:
+        options = {key: group[key] for key in ("lr", *SGD_OPTIONS, *PROX_OPTIONS)}
+        for p, grad in gradients:
+            buf = self.state[p].get("momentum_buffer") if group["momentum"] != 0 else None
+            new, new_buf = reference.step(p, grad, buf, **options)
+            p.copy_(new)
+            if new_buf is not None:
+                self.state[p]["momentum_buffer"] = new_buf if buf is None else buf.copy_(new_buf)

@@ -1,0 +1,46 @@
+// The Python module cges_kernels._C.
+#include <ATen/Parallel.h>
+
+#include <atomic>
+
+#include "step_plan.h"
+
+namespace {
+
+using namespace cges;
+
+Hyperparameters make_hyperparameters(double lr, double momentum, double dampening, double weight_decay,
+                                     bool nesterov, bool maximize, double a, double b, double c, bool exact,
+                                     const std::string& freeze) {
+  return {{lr, momentum, 1 - dampening, weight_decay, maximize ? -1.0 : 1.0},
+          nesterov,
+          {a, b, c},
+          exact,
+          freeze == "group"     ? Freeze::group
+          : freeze == "element" ? Freeze::element
+                                : Freeze::none};
+}
+
+// How many threads a parallel region of this build really runs on: 1 would mean that OpenMP was not linked.
+int64_t parallel_threads() {
+  std::atomic<int64_t> ran{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++ran; });
+  return ran;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Fused proximal SGD: the C++ side of cges_kernels.";
+  py::class_<Hyperparameters>(m, "Hyperparameters")
+      .def(py::init(&make_hyperparameters), py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0,
+           py::arg("dampening") = 0.0, py::arg("weight_decay") = 0.0, py::arg("nesterov") = false,
+           py::arg("maximize") = false, py::arg("a") = 0.0, py::arg("b") = 0.0, py::arg("c") = 0.0,
+           py::arg("exact") = false, py::arg("freeze") = "");
+  py::class_<StepPlan>(m, "StepPlan")
+      .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&>())
+      .def("set_hyperparameters", &StepPlan::set_hyperparameters)
+      .def("step", &StepPlan::step);
+  m.def("prox_", &prox_);
+  m.def("parallel_threads", &parallel_threads);
+}

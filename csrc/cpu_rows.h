@@ -1,0 +1,57 @@
+// Loops over contiguous runs of memory, written so that the compiler vectorises them; every formula is
+// shrinkage.h's. cpu_rows.cpp compiles the bodies once per instruction set and picks one at run time.
+#pragma once
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "shrinkage.h"
+
+namespace cges {
+
+// 16-bit types compute in float, the others in themselves.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+enum class Freeze { none, group, element };
+
+struct RowUpdate {  // which sgd_update: the template arguments of shrinkage.h, chosen at run time
+  Momentum momentum;
+  bool nesterov, decay;
+};
+
+// Running sums of many columns, kept in double so that a long group loses nothing to the order of its sums.
+struct ColumnSums {
+  double *count, *l1, *l2_squared;
+  ColumnSums operator+(int64_t columns) const {
+    return {count + columns, l1 + columns, l2_squared + columns};
+  }
+};
+
+template <typename T>
+struct RowOps {
+  using A = Compute<T>;
+
+  // z[i] and buf_out[i] from w[i], g[i], buf[i]; element-wise freezing of what is 0 on request.
+  void (*sgd_update)(RowUpdate, bool freeze, int64_t n, const T* w, const T* g, const T* buf, T* buf_out,
+                     A* z, const SgdScalars<A>&);
+  // sums[j] += the statistics of column j of z [rows, columns] (row stride `columns`) at threshold t[j].
+  void (*column_stats)(int64_t rows, int64_t columns, const A* z, const A* t, ColumnSums sums);
+  // alive[j] = 1 where column j of w [rows, columns] (contiguous) holds anything but 0; else as it was.
+  void (*find_alive)(int64_t rows, int64_t columns, const T* w, A* alive);
+  // x = 0 where alive is 0.
+  void (*mask)(int64_t n, const A* alive, T* x);
+  // w = s * soft(z, t) with one (s, t) per column, or one for the run.
+  void (*apply_columns)(int64_t n, const A* z, const A* s, const A* t, T* w);
+  void (*apply_run)(int64_t n, const A* z, Shrinkage<A>, T* w);
+  // w = z, where nothing shrinks.
+  void (*store)(int64_t n, const A* z, T* w);
+};
+
+// The best implementation that this processor runs.
+template <typename T>
+const RowOps<T>& row_ops();
+
+}  // namespace cges

@@ -1,0 +1,36 @@
+// One fused step over many tensors on the CPU.
+#pragma once
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu_rows.h"
+#include "layout.h"
+
+namespace cges {
+
+// The hyperparameters of one param group, already multiplied by the learning rate where section 2 says so.
+struct Hyperparameters {
+  SgdScalars<double> sgd{0, 0, 1, 0, 1};
+  bool nesterov = false;
+  Thresholds<double> thresholds{0, 0, 0};
+  bool exact = false;
+  Freeze freeze = Freeze::none;
+};
+
+// One tensor of one step. All pointers share the layout's memory order.
+struct TensorStep {
+  void* w;
+  const void* grad;  // null: no SGD, the prox alone
+  void* buf;         // null: no momentum
+  bool first;        // the buffer holds nothing yet
+  c10::ScalarType dtype;
+  Layout layout;
+  bool has_groups;  // whether a, b and group-wise freezing apply
+  const Hyperparameters* h;
+};
+
+void cpu_step(const std::vector<TensorStep>& tensors);
+
+}  // namespace cges

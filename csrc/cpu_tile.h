@@ -1,0 +1,322 @@
+// One tile of one tensor on the CPU: update, statistics, shrinkage, apply, for any layout and type.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+
+#include "cpu_step.h"
+
+namespace cges {
+
+constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
+constexpr int64_t kBlockRows = 32;     // rows whose z is still in L1 when their statistics are taken
+constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
+constexpr int64_t kPrefetchRows = 12;  // ahead of the update, where a tile's rows lie far apart
+
+// Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
+struct Tile {
+  int32_t tensor;
+  int64_t k1, r0, r1, c0, c1;
+  int64_t rows() const { return r1 - r0; }
+  int64_t columns() const { return c1 - c0; }
+};
+
+// What the pieces of a large group add up to.
+struct PieceSums {
+  GroupStats<double> stats{0, 0, 0};
+  bool alive = false;
+
+  void operator+=(const PieceSums& other) {
+    stats.count += other.stats.count;
+    stats.l1 += other.stats.l1;
+    stats.l2_squared += other.stats.l2_squared;
+    alive |= other.alive;
+  }
+};
+
+// One thread's scratch, handed out anew for each tile. Pages that no tile needs are never touched.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(kLine, bytes))) {}
+  void reset() { used_ = 0; }
+  template <typename T>
+  T* take(int64_t n) {
+    T* array = reinterpret_cast<T*>(memory_.get() + used_);
+    used_ += (n * sizeof(T) + kLine - 1) / kLine * kLine;
+    return array;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  size_t used_ = 0;
+};
+
+// elementwise: no norm is needed; whole: groups that fit; piece: a part of groups that do not.
+enum class TileKind { elementwise, whole, piece };
+
+template <typename T>
+class TileRunner {
+  using A = Compute<T>;
+
+ public:
+  using Solver = ShrinkageSolver<A>;
+
+  TileRunner(const TensorStep& step, const Layout& layout, const Tile& tile, TileKind kind, Scratch& scratch)
+      : step_(step),
+        tile_(tile),
+        L_(layout),
+        narrow_(layout.R2 < kFold),
+        group0_(tile.c0 / layout.R2),
+        groups_((tile.c1 + layout.R2 - 1) / layout.R2 - group0_),
+        fold_(narrow_ ? layout.R2 : kFold),
+        thresholds_(thresholds_of(step)),
+        scalars_{A(step.h->sgd.lr), A(step.h->sgd.momentum), A(step.h->sgd.one_minus_dampening),
+                 A(step.h->sgd.weight_decay), A(step.h->sgd.grad_sign)},
+        update_{step.grad == nullptr  ? Momentum::no_grad
+                : step.buf == nullptr ? Momentum::none
+                : step.first          ? Momentum::first
+                                      : Momentum::running,
+                step.h->nesterov, step.h->sgd.weight_decay != 0},
+        freeze_groups_(step.h->freeze == Freeze::group && step.has_groups) {
+    scratch.reset();
+    const bool is_piece = kind == TileKind::piece;
+    z_ = scratch.take<A>(tile.columns() * (is_piece ? std::min(tile.rows(), kBlockRows) : tile.rows()));
+    if (kind == TileKind::elementwise) return;
+    const int64_t n = groups_ * fold_;
+    s_ = scratch.take<A>(n);
+    t_ = scratch.take<A>(n);
+    alive_ = scratch.take<A>(n);
+    sums_ = {scratch.take<double>(n), scratch.take<double>(n), scratch.take<double>(n)};
+    if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
+    if (is_piece) unused_buf_ = scratch.take<T>(tile.columns());
+  }
+
+  static Thresholds<A> thresholds_of(const TensorStep& step) {
+    const Thresholds<double>& h = step.h->thresholds;
+    return {A(h.a), A(h.b), A(h.c)};
+  }
+
+  // No norm is needed: w = soft(z, c), or z itself.
+  void run_elementwise() {
+    update_rows(tile_.r0, tile_.r1, z_, /*keep_buf=*/true);
+    const int64_t n = tile_.rows() * tile_.columns();
+    thresholds_.any() ? ops_.apply_run(n, z_, {A(1), thresholds_.c}, w(tile_.r0))
+                      : ops_.store(n, z_, w(tile_.r0));
+  }
+
+  // Whole groups: z stays in scratch between the reduction and the apply.
+  void run_whole() {
+    for (int64_t g = 0; g < groups_; ++g) solvers_[g].start(thresholds_);
+    begin_sums(solvers_);
+    for_each_block([&](int64_t r0, int64_t r1) {
+      A* z = z_ + (r0 - tile_.r0) * tile_.columns();
+      update_rows(r0, r1, z, /*keep_buf=*/true);
+      find_alive(r0, r1);
+      add_stats(r1 - r0, z);
+    });
+    while (!solve(step_, groups_, solvers_, [&](int64_t g) { return group_sums(g); })) {
+      begin_sums(solvers_);
+      for_each_block(
+          [&](int64_t r0, int64_t r1) { add_stats(r1 - r0, z_ + (r0 - tile_.r0) * tile_.columns()); });
+    }
+    spread(solvers_);
+    apply_rows(tile_.r0, tile_.r1, z_, solvers_);
+  }
+
+  // A piece of large groups, first pass: its sums at each group's t, nothing written to the tensors.
+  // `solvers` and `out` begin at this tile's first group.
+  void sum_piece(const Solver* solvers, PieceSums* out) {
+    begin_sums(solvers);
+    for_each_block([&](int64_t r0, int64_t r1) {
+      update_rows(r0, r1, z_, /*keep_buf=*/false);
+      find_alive(r0, r1);
+      add_stats(r1 - r0, z_);
+    });
+    for (int64_t g = 0; g < groups_; ++g) out[g] = {group_sums(g), is_alive(g)};
+  }
+
+  // Second pass: update again and apply; `alive[g]` says whether the whole group has a weight to keep.
+  void apply_piece(const Solver* solvers, const PieceSums* totals) {
+    for (int64_t j = 0; j < groups_ * fold_; ++j) alive_[j] = A(totals[j / fold_].alive);
+    spread(solvers);
+    for_each_block([&](int64_t r0, int64_t r1) {
+      update_rows(r0, r1, z_, /*keep_buf=*/true);
+      apply_rows(r0, r1, z_, solvers);
+    });
+  }
+
+  // Feeds each open search its group's sums; true when all are done.
+  template <typename SumsOf>
+  static bool solve(const TensorStep& step, int64_t groups, Solver* solvers, SumsOf sums_of) {
+    const Thresholds<A> thresholds = thresholds_of(step);
+    bool all_done = true;
+    for (int64_t g = 0; g < groups; ++g) {
+      if (solvers[g].done) continue;
+      const GroupStats<double> sums = sums_of(g);
+      solvers[g].solve_shrinkage({A(sums.count), A(sums.l1), A(sums.l2_squared)}, thresholds, step.h->exact,
+                                 std::numeric_limits<A>::epsilon());
+      all_done &= solvers[g].done;
+    }
+    return all_done;
+  }
+
+  int64_t groups() const { return groups_; }
+
+ private:
+  T* at(const void* base, int64_t r) const {
+    return static_cast<T*>(const_cast<void*>(base)) + L_.offset(tile_.k1, r, 0) + tile_.c0;
+  }
+  T* w(int64_t r) const { return at(step_.w, r); }
+  T* buf(int64_t r) const { return step_.buf ? at(step_.buf, r) : nullptr; }
+
+  template <typename F>
+  void for_each_block(F f) const {
+    for (int64_t r = tile_.r0; r < tile_.r1; r += kBlockRows) f(r, std::min(r + kBlockRows, tile_.r1));
+  }
+
+  // Each group's contiguous part of one row of the tile: f(group, begin, end).
+  template <typename F>
+  void for_each_segment(F f) const {
+    for (int64_t g = 0; g < groups_; ++g)
+      f(g, std::max((group0_ + g) * L_.R2 - tile_.c0, int64_t{0}),
+        std::min((group0_ + g + 1) * L_.R2, tile_.c1) - tile_.c0);
+  }
+
+  // One row of the tile as matrices whose columns are stat columns: f(rows, columns, begin, stat column).
+  // Narrow groups have one stat column per column; of wider ones, rows of kFold columns are added up.
+  template <typename F>
+  void for_each_run(F f) const {
+    if (narrow_) return f(1, tile_.columns(), 0, 0);
+    for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
+      const int64_t full = (end - begin) / kFold, rest = (end - begin) % kFold;
+      if (full > 0) f(full, kFold, begin, g * kFold);
+      if (rest > 0) f(1, rest, end - rest, g * kFold);
+    });
+  }
+
+  void prefetch(int64_t r, bool reads_all) const {
+    if (r >= tile_.r1) return;
+    const auto touch = [&](const void* base) {
+      const char* p = reinterpret_cast<const char*>(at(base, r));
+      for (int64_t i = 0; i < tile_.columns() * int64_t(sizeof(T)); i += kLine)
+        __builtin_prefetch(p + i, 0, 3);
+    };
+    touch(step_.w);
+    if (reads_all && step_.grad) touch(step_.grad);
+    if (reads_all && step_.buf && !step_.first) touch(step_.buf);
+  }
+
+  bool strided() const { return tile_.columns() != L_.row_length() && tile_.rows() > 1; }
+
+  void update_rows(int64_t r0, int64_t r1, A* z, bool keep_buf) {
+    if (strided() && r0 == tile_.r0)
+      for (int64_t r = r0; r < r0 + kPrefetchRows; ++r) prefetch(r, true);
+    for (int64_t r = r0; r < r1; ++r, z += tile_.columns()) {
+      if (strided()) prefetch(r + kPrefetchRows, true);
+      ops_.sgd_update(update_, step_.h->freeze == Freeze::element, tile_.columns(), w(r),
+                      step_.grad ? at(step_.grad, r) : nullptr, buf(r), keep_buf ? buf(r) : unused_buf_, z,
+                      scalars_);
+    }
+  }
+
+  void find_alive(int64_t r0, int64_t r1) {
+    if (!freeze_groups_) return;
+    for (int64_t r = r0; r < r1; ++r)
+      for_each_run([&](int64_t rows, int64_t columns, int64_t begin, int64_t stat) {
+        ops_.find_alive(rows, columns, w(r) + begin, alive_ + stat);
+      });
+  }
+
+  void begin_sums(const Solver* solvers) {
+    const int64_t n = groups_ * fold_;
+    for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared}) std::fill_n(sum, n, 0.0);
+    std::fill_n(alive_, n, A(0));
+    for (int64_t j = 0; j < n; ++j) t_[j] = solvers[j / fold_].at.t;
+  }
+
+  void add_stats(int64_t rows, const A* z) {
+    if (narrow_) return ops_.column_stats(rows, tile_.columns(), z, t_, sums_);
+    for (int64_t r = 0; r < rows; ++r, z += tile_.columns())
+      for_each_run([&](int64_t run_rows, int64_t columns, int64_t begin, int64_t stat) {
+        for (int64_t i = 0; i < run_rows; i += kBlockRows)
+          ops_.column_stats(std::min(kBlockRows, run_rows - i), columns, z + begin + i * columns, t_ + stat,
+                            sums_ + stat);
+      });
+  }
+
+  GroupStats<double> group_sums(int64_t g) const {
+    GroupStats<double> total{0, 0, 0};
+    for (int64_t j = g * fold_; j < (g + 1) * fold_; ++j) {
+      total.count += sums_.count[j];
+      total.l1 += sums_.l1[j];
+      total.l2_squared += sums_.l2_squared[j];
+    }
+    return total;
+  }
+
+  bool is_alive(int64_t g) const {
+    return !freeze_groups_ ||
+           std::any_of(alive_ + g * fold_, alive_ + (g + 1) * fold_, [](A x) { return x != 0; });
+  }
+
+  // (s, t) of each group to its columns, and which groups are frozen.
+  void spread(const Solver* solvers) {
+    any_dead_ = false;
+    for (int64_t g = 0; g < groups_; ++g) {
+      const bool alive = is_alive(g);
+      any_dead_ |= !alive;
+      if (!narrow_) continue;
+      std::fill_n(s_ + g * fold_, fold_, solvers[g].at.s);
+      std::fill_n(t_ + g * fold_, fold_, solvers[g].at.t);
+      if (freeze_groups_) std::fill_n(alive_ + g * fold_, fold_, A(alive));
+    }
+  }
+
+  void apply_rows(int64_t r0, int64_t r1, const A* z, const Solver* solvers) {
+    const int64_t n = tile_.columns();
+    for (int64_t r = r0; r < r1; ++r, z += n) {
+      if (strided()) prefetch(r + kPrefetchRows, false);
+      if (!thresholds_.any())
+        ops_.store(n, z, w(r));
+      else if (narrow_)
+        ops_.apply_columns(n, z, s_, t_, w(r));
+      else
+        for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
+          ops_.apply_run(end - begin, z + begin, solvers[g].at, w(r) + begin);
+        });
+      if (any_dead_)
+        for (T* x : {w(r), buf(r)})
+          if (x) zero_dead_groups(x);
+    }
+  }
+
+  void zero_dead_groups(T* x) const {
+    if (narrow_) return ops_.mask(tile_.columns(), alive_, x);
+    for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
+      if (!is_alive(g)) std::fill(x + begin, x + end, T(0));
+    });
+  }
+
+  const TensorStep& step_;
+  const Tile& tile_;
+  const Layout L_;
+  const bool narrow_;
+  const int64_t group0_, groups_, fold_;
+  const Thresholds<A> thresholds_;
+  const SgdScalars<A> scalars_;
+  const RowUpdate update_;
+  const bool freeze_groups_;
+  A *z_ = nullptr, *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // the last three by stat column
+  ColumnSums sums_{};
+  Solver* solvers_ = nullptr;
+  T* unused_buf_ = nullptr;
+  bool any_dead_ = false;
+  const RowOps<T>& ops_ = row_ops<T>();
+};
+
+}  // namespace cges

@@ -1,0 +1,143 @@
+// The formulas of the step as small pure functions, for host and device: the one truth of all C++ executors.
+// reference.py says the same in PyTorch, under the same names.
+//
+//   z = what torch.optim.SGD would write;  a = lr*alpha, b = lr*beta, c = lr*gamma;  u = soft(z, c)
+//   w = s * soft(z, t)
+//   sequential:  s = max(1 - a/||u||_2, 0),  t = c + b*||u||_1
+//   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by safeguarded Newton
+#pragma once
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define CGES_FN __host__ __device__ __forceinline__
+#else
+#define CGES_FN inline __attribute__((always_inline))
+#endif
+
+namespace cges {
+
+// max(x, 0) that lets NaN through.
+template <typename T>
+CGES_FN T positive_part(T x) {
+  return !(x <= T(0)) ? x : T(0);
+}
+
+// |soft(z, t)|
+template <typename T>
+CGES_FN T soft_magnitude(T z, T t) {
+  return positive_part(std::fabs(z) - t);
+}
+
+// The scalars of torch.optim.SGD; grad_sign is -1 to maximize.
+template <typename T>
+struct SgdScalars {
+  T lr, momentum, one_minus_dampening, weight_decay, grad_sign;
+};
+
+// What a step reads: nothing but w (prox alone), the gradient, or a buffer too (written first, or running).
+enum class Momentum { no_grad, none, first, running };
+
+template <Momentum momentum, bool nesterov, bool decay, typename T>
+CGES_FN T sgd_update(T w, T grad, T& buf, const SgdScalars<T>& h) {
+  if constexpr (momentum == Momentum::no_grad) return w;
+  T g = h.grad_sign * grad;
+  if constexpr (decay) g += h.weight_decay * w;
+  if constexpr (momentum == Momentum::first) buf = g;
+  if constexpr (momentum == Momentum::running) buf = h.momentum * buf + h.one_minus_dampening * g;
+  if constexpr (momentum == Momentum::first || momentum == Momentum::running)
+    g = nesterov ? g + h.momentum * buf : buf;
+  return w - h.lr * g;
+}
+
+// Sums over one group of u = soft(z, t): how many are left, their l1 norm, their l2 norm squared.
+template <typename T>
+struct GroupStats {
+  T count, l1, l2_squared;
+};
+
+template <typename T>
+CGES_FN void group_stats(T z, T t, GroupStats<T>& sums) {
+  const T u = soft_magnitude(z, t);
+  sums.count += u > T(0) ? T(1) : T(0);
+  sums.l1 += u;
+  sums.l2_squared += u * u;
+}
+
+// Step size times coefficient: a = lr*alpha (group lasso), b = lr*beta (exclusive lasso), c = lr*gamma (l1).
+template <typename T>
+struct Thresholds {
+  T a, b, c;
+  CGES_FN bool any() const { return a != T(0) || b != T(0) || c != T(0); }
+  CGES_FN bool need_norms() const { return a != T(0) || b != T(0); }
+};
+
+template <typename T>
+struct Shrinkage {
+  T s, t;
+};
+
+// s = max(1 - a/||u||_2, 0); 1 where a = 0, whatever the norm.
+template <typename T>
+CGES_FN T group_scale(T l2, T a) {
+  if (a == T(0)) return T(1);
+  return l2 <= a ? T(0) : T(1) - a / l2;
+}
+
+// One group's search for (s, t). Feed it the group's sums at `at.t`, from t = c on, until it is done.
+template <typename T>
+struct ShrinkageSolver {
+  static constexpr int kMaxSweeps = 24;
+  Shrinkage<T> at;
+  T low, high;  // bracket of the root
+  int sweeps;
+  bool done;
+
+  CGES_FN void start(const Thresholds<T>& h) {
+    at = {T(1), h.c};
+    sweeps = 0;
+    done = false;
+  }
+
+  CGES_FN void solve_shrinkage(const GroupStats<T>& sums, const Thresholds<T>& h, bool exact, T epsilon) {
+    const T l2 = std::sqrt(sums.l2_squared);
+    at.s = group_scale(l2, h.a);
+    if (h.b == T(0) || !exact) {
+      if (h.b != T(0)) at.t = h.c + h.b * sums.l1;
+      done = true;
+      return;
+    }
+    if (sweeps == 0) {
+      low = h.c;
+      high = h.c + h.b * sums.l1;
+    }
+    newton_step(sums, l2, h, epsilon);
+  }
+
+ private:
+  // excess(t) = t - c - b*s*||u||_1 rises through the root with slope 1 + b*(k*s + a*||u||_1^2/||u||_2^3).
+  CGES_FN void newton_step(const GroupStats<T>& sums, T l2, const Thresholds<T>& h, T epsilon) {
+    const T t = at.t, ratio = sums.l1 / l2;
+    const T excess = t - h.c - h.b * at.s * sums.l1;
+    const T bend = h.a != T(0) ? h.a * ratio * ratio / l2 : T(0);
+    const T slope = at.s == T(0) ? T(1) : T(1) + h.b * (sums.count * at.s + bend);
+    T next = t - excess / slope;
+    if (excess < T(0)) low = t;
+    if (excess > T(0)) high = t;
+    const T tolerance = T(4) * epsilon;
+    done = !(std::fabs(next - t) > tolerance * std::fabs(next));  // NaN counts as done, and stays
+    if (!done && (next <= low || next >= high)) {
+      next = low + (high - low) / T(2);
+      done = !(std::fabs(next - t) > tolerance * std::fabs(next));
+    }
+    at.t = next;
+    done = done || ++sweeps == kMaxSweeps;
+  }
+};
+
+// s * soft(z, t), with every zero written +0.0.
+template <typename T>
+CGES_FN T apply_shrinkage(T z, Shrinkage<T> h) {
+  return h.s * std::copysign(soft_magnitude(z, h.t), z) + T(0);
+}
+
+}  // namespace cges

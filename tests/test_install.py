@@ -1,0 +1,133 @@
+"""The package installs and imports where a compiler, the extension, Triton or a GPU is missing."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, with the repository as working directory, as a build has it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CXX", os.environ.get("CXX", ""))  # put back what build_options sets
+    spec = importlib.util.spec_from_file_location("cges_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake_path(tmp_path):
+    """A PATH with one executable, called clang++, that nothing runs."""
+    compiler = tmp_path / "clang++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    return str(tmp_path)
+
+
+def run_python(code, cwd, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_no_compiler_means_no_extension_and_one_line(build, tmp_path, capsys):
+    assert build.build_options({"PATH": str(tmp_path), "CXX": "no-such-compiler"}) == {}
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "warning" in warning and "C++" in warning
+
+
+def test_compiler_choice(build, fake_path):
+    assert build.find_compiler({"PATH": fake_path}) == "clang++"
+    assert build.find_compiler({"PATH": fake_path, "CXX": "no-such-compiler"}) == "clang++"
+    wrapped = "clang++ --driver-mode=g++"
+    assert build.find_compiler({"PATH": fake_path, "CXX": wrapped}) == wrapped
+
+
+def test_extension_can_be_left_out_silently(build, fake_path, capsys):
+    assert build.build_options({"PATH": fake_path, "CGES_EXT": "0"}) == {}
+    assert capsys.readouterr().err == ""
+
+
+def test_extension_flags(build, fake_path):
+    (extension,) = build.build_options({"PATH": fake_path})["ext_modules"]
+    flags = extension.extra_compile_args["cxx"]
+    assert extension.name == "cges_kernels._C"
+    assert "csrc/bindings.cpp" in extension.sources
+    assert "-fopenmp" in flags and "-fopenmp" in extension.extra_link_args
+    assert not {"-march=native", "-ffast-math", "-Ofast"} & set(flags)
+
+
+def test_build_without_torch_says_what_to_do(build, fake_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    with pytest.raises(SystemExit, match="pip install --no-build-isolation"):
+        build.build_options({"PATH": fake_path})
+
+
+def test_import_is_light():
+    run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import cges_kernels\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert not new & {'triton', 'sklearn', 'matplotlib', 'cvxpy'}, new\n"
+        "assert not torch.cuda.is_initialized()\n",
+        cwd=ROOT,
+    )
+
+
+def test_works_without_the_extension():
+    run_python(
+        "import sys\n"
+        "sys.modules['cges_kernels._C'] = None\n"
+        "import torch, cges_kernels\n"
+        "backends = cges_kernels.available_backends()\n"
+        "assert 'reference' in backends and 'cpu' not in backends, backends\n"
+        "w = cges_kernels.prox(torch.tensor([[2.0, -0.25]]), l1=0.5)\n"
+        "assert w.tolist() == [[1.5, 0.0]], w\n",
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.slow
+def test_pip_install_without_the_extension(tmp_path):
+    pytest.importorskip("pip")
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    for name in ("csrc", "cges_kernels"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
+    subprocess.run(
+        [*command, "--target", str(target), str(source)],
+        env={**os.environ, "CGES_EXT": "0"},
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    assert (target / "cges_kernels" / "py.typed").exists()
+    assert not list(target.glob("cges_kernels/*.so"))
+    out = run_python(
+        "import cges_kernels\n"
+        "assert 'reference' in cges_kernels.available_backends()\n"
+        "print(cges_kernels.__file__)\n",
+        cwd=tmp_path,
+        PYTHONPATH=str(target),
+    )
+    assert Path(out.strip()).is_relative_to(target)
