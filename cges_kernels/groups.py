@@ -128,8 +128,8 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
             slot += 1
         if slot == len(sizes):
             raise ValueError(
-                f"group_by={group_by!r} on shape {tuple(v.shape)} with strides {v.stride()}: expected at most "
-                "kept, reduced, kept, reduced in memory order; permute the tensor or choose another spec"
+                f"group_by={group_by!r} on shape {tuple(v.shape)} with strides {v.stride()}: expected "
+                "at most kept, reduced, kept, reduced in memory order; permute the tensor or choose another spec"
             )
         sizes[slot] *= v.shape[d]
     if v.numel() == 0:

@@ -80,7 +80,7 @@ def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False)
 def layout_tuple(
     w: Tensor, group_by: GroupSpec, view: Sequence[int] | None
 ) -> tuple[int, int, int, int, bool]:
-    """What the C++ side wants to know of a tensor: its canonical layout, and whether the spec makes groups."""
+    """What C++ wants to know of a tensor: its canonical layout, and whether the spec makes groups."""
     ndim = len(view) if view is not None else w.dim()
     return (*canonical_layout(w, group_by, view), has_groups(ndim, group_by))
 

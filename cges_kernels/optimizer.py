@@ -43,12 +43,12 @@ class ProxSGD(Optimizer):
         group_lasso: alpha, the weight of each group's l2 norm: whole groups become zero.
         exclusive_lasso: beta, the weight of each group's squared l1 norm: entries of a group compete.
         l1: gamma, the weight of the l1 norm.
-        group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims. The named
+        group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims. Named
             specs apply group_lasso and exclusive_lasso to tensors of two or more dims only; l1 applies to all.
         view: a shape; group_by then refers to ``w.view(view)``.
         prox_mode: "sequential" (the thesis: one threshold after the other) or "exact" (the proximal operator
-            of Omega). They agree only as lr*exclusive_lasso*n -> 0 (n = group size); at 1 and above sequential
-            zeroes nearly everything, and a warning says so once.
+            of Omega). They agree only as lr*exclusive_lasso*n -> 0 (n = group size); at 1 and above
+            sequential zeroes nearly everything, and a warning says so once.
         freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, momentum included.
         foreach, differentiable: True takes the reference executor.
         capturable: kept for torch.optim's sake; no effect on a CPU.
@@ -149,7 +149,7 @@ class ProxSGD(Optimizer):
                 f"got {len(saved)}"
             )
         completed = [
-            {**{key: group[key] for key in self.defaults}, **loaded}
+            {**{key: value for key, value in group.items() if key not in ("params", "param_names")}, **loaded}
             for group, loaded in zip(self.param_groups, saved)
         ]
         super().load_state_dict({**state_dict, "param_groups": completed})
@@ -214,7 +214,8 @@ class ProxSGD(Optimizer):
         backend = "reference" if wants_reference and self._backend == "auto" else self._backend
         if wants_reference and backend != "reference":
             raise RuntimeError(
-                f"foreach=True, differentiable=True and fused=False take the reference executor, got backend={backend!r}"
+                "foreach=True, differentiable=True and fused=False take the reference executor, "
+                f"got backend={backend!r}"
             )
         return choose_backend(backend, group["params"], fused=group["fused"] is True)
 
@@ -256,8 +257,8 @@ class ProxSGD(Optimizer):
         if group["prox_mode"] == "sequential" and b * self._group_sizes[index] >= 1 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"param_groups[{index}]: lr*exclusive_lasso*group_size = {b * self._group_sizes[index]:.3g} >= 1: "
-                "sequential mode zeroes far more than the proximal operator does; lower exclusive_lasso "
+                f"param_groups[{index}]: lr*exclusive_lasso*group_size = {b * self._group_sizes[index]:.3g} "
+                ">= 1: sequential mode zeroes far more than the proximal operator does; lower exclusive_lasso "
                 "(scale='size' divides it by the group size) or use prox_mode='exact'",
                 stacklevel=5,
             )

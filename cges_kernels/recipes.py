@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .checks import COEFFICIENTS
 from .groups import GroupSpec, Layout, canonical_layout, check_spec
 
 Coefficient: TypeAlias = float | Sequence[float]
 Include: TypeAlias = Callable[[str, nn.Parameter], bool] | Collection[str]
 Scale: TypeAlias = str | Mapping[str, tuple[float, float]]
-
-COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 
 
 class LayerWeight(NamedTuple):
@@ -233,8 +232,7 @@ def sparsity_param_groups(
 def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any) -> list[dict[str, Any]]:
     """Param groups of CGES (thesis Eq. 5): alpha_l = lam*(1 - mu_l), beta_l = lam*mu_l.
 
-    mu is :func:`exclusivity_schedule` of the model's layers and ``m``; ``same`` are the other arguments of
-    :func:`sparsity_param_groups`.
+    mu is exclusivity_schedule(L, m); ``same`` are the other arguments of :func:`sparsity_param_groups`.
     """
     mu = exclusivity_schedule(len(regularised_weights(model, same.get("include"))), m)
     alpha, beta = [lam * (1 - x) for x in mu], [lam * x for x in mu]
@@ -266,6 +264,7 @@ class CoefficientWarmup:
                     f"got {type(optimizer).__name__} without {missing} in param_groups[{i}]"
                 )
         self.optimizer, self.steps, self.last_epoch = optimizer, steps, last_epoch
+        self._full: dict[tuple[int, str], Any] = {}  # for a loaded state_dict that has no initial_*
         self.step()
 
     def step(self) -> None:
@@ -276,10 +275,11 @@ class CoefficientWarmup:
     @torch.no_grad()
     def _apply(self) -> None:
         factor = min(self.last_epoch / self.steps, 1.0) if self.steps else 1.0
-        for group in self.optimizer.param_groups:
+        for i, group in enumerate(self.optimizer.param_groups):
             for key in COEFFICIENTS:
                 now = group[key]
-                full = group.setdefault(f"initial_{key}", now.clone() if isinstance(now, Tensor) else now)
+                known = self._full.setdefault((i, key), now.clone() if isinstance(now, Tensor) else now)
+                full = self._full[i, key] = group.setdefault(f"initial_{key}", known)
                 if isinstance(now, Tensor):
                     now.copy_(full * factor)
                 else:

@@ -169,7 +169,7 @@ def shrink(
     view: Sequence[int] | None = None,
     prox_mode: str = "sequential",
 ) -> Tensor:
-    """The proximal map of Omega at ``z`` (any float dtype, computed in at least float32, result in z's dtype).
+    """The proximal map of Omega at ``z`` (any float dtype; computed in at least float32, result like z).
 
     Named specs apply a and b to tensors of two or more dims only; c applies to all. With all
     thresholds 0 the result is ``z`` itself, bit for bit.
@@ -190,7 +190,7 @@ def shrink(
 def frozen_mask(
     w: Tensor, freeze_zeros: str | None, group_by: GroupSpec = "feature", view: Sequence[int] | None = None
 ) -> Tensor | None:
-    """Where ``w`` must stay zero: its zeros ("element"), or its all-zero groups ("group"); None if nowhere."""
+    """Where ``w`` must stay zero: its zeros ("element") or all-zero groups ("group"); None if nowhere."""
     if freeze_zeros == "element":
         return w == 0
     v = viewed(w, view)

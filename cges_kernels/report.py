@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .explain import Table
 from .groups import GroupSpec, has_groups, reduced_dims, viewed
 from .recipes import LayerWeight, regularised_weights
 
@@ -93,13 +94,7 @@ class SparsityReport:
         if self.other_flops is not None:
             header += ["FLOPs", "x nonzero", "compacted"]
             rows.append(["(other)", *[""] * 6, *[f"{self.other_flops:,}"] * 3])
-        rows = [header, *rows, self.total.cells()]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        aligned = (
-            [cell.ljust(n) if i < 2 else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths))]
-            for row in rows
-        )
-        return "\n".join("  ".join(row).rstrip() for row in aligned)
+        return str(Table(tuple(header), (*map(tuple, rows), tuple(self.total.cells())), left=2))
 
 
 def sparsity_report(

@@ -13,7 +13,10 @@ constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
 constexpr int64_t kBlockRows = 32;     // rows whose z is still in L1 when their statistics are taken
 constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
-constexpr int64_t kPrefetchRows = 12;  // ahead of the update, where a tile's rows lie far apart
+
+// How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart. Rows
+// a multiple of 4 KB apart fall into the same few sets of the L1: those are fetched into the L2, and earlier.
+constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144, kL1Way = 4096;
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
 struct Tile {
@@ -82,7 +85,11 @@ class TileRunner {
                 : step.first          ? Momentum::first
                                       : Momentum::running,
                 step.h->nesterov, step.h->sgd.weight_decay != 0},
-        freeze_groups_(step.h->freeze == Freeze::group && step.has_groups) {
+        freeze_groups_(step.h->freeze == Freeze::group && step.has_groups),
+        aliases_(layout.row_length() * sizeof(T) % kL1Way == 0),
+        rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
+                        ? 0
+                        : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1) {
     scratch.reset();
     const bool is_piece = kind == TileKind::piece;
     z_ = scratch.take<A>(tile.columns() * (is_piece ? std::min(tile.rows(), kBlockRows) : tile.rows()));
@@ -199,25 +206,28 @@ class TileRunner {
     });
   }
 
-  void prefetch(int64_t r, bool reads_all) const {
-    if (r >= tile_.r1) return;
-    const auto touch = [&](const void* base) {
-      const char* p = reinterpret_cast<const char*>(at(base, r));
-      for (int64_t i = 0; i < tile_.columns() * int64_t(sizeof(T)); i += kLine)
-        __builtin_prefetch(p + i, 0, 3);
-    };
-    touch(step_.w);
-    if (reads_all && step_.grad) touch(step_.grad);
-    if (reads_all && step_.buf && !step_.first) touch(step_.buf);
+  // Always inline: a function that only prefetches has no effect that GCC sees, and its calls vanish.
+  __attribute__((always_inline)) void prefetch(const void* base, int64_t r) const {
+    if (base == nullptr || r >= tile_.r1) return;
+    const char* p = reinterpret_cast<const char*>(at(base, r));
+    const char* const end = p + tile_.columns() * sizeof(T);
+    if (aliases_)
+      for (; p < end; p += kLine) __builtin_prefetch(p, 0, 2);
+    else
+      for (; p < end; p += kLine) __builtin_prefetch(p, 0, 3);
   }
 
-  bool strided() const { return tile_.columns() != L_.row_length() && tile_.rows() > 1; }
+  __attribute__((always_inline)) void prefetch_inputs(int64_t r) const {
+    prefetch(step_.w, r);
+    prefetch(step_.grad, r);
+    if (!step_.first) prefetch(step_.buf, r);
+  }
 
   void update_rows(int64_t r0, int64_t r1, A* z, bool keep_buf) {
-    if (strided() && r0 == tile_.r0)
-      for (int64_t r = r0; r < r0 + kPrefetchRows; ++r) prefetch(r, true);
+    if (r0 == tile_.r0)
+      for (int64_t r = r0; r < r0 + rows_ahead_; ++r) prefetch_inputs(r);
     for (int64_t r = r0; r < r1; ++r, z += tile_.columns()) {
-      if (strided()) prefetch(r + kPrefetchRows, true);
+      if (rows_ahead_) prefetch_inputs(r + rows_ahead_);
       ops_.sgd_update(update_, step_.h->freeze == Freeze::element, tile_.columns(), w(r),
                       step_.grad ? at(step_.grad, r) : nullptr, buf(r), keep_buf ? buf(r) : unused_buf_, z,
                       scalars_);
@@ -280,7 +290,7 @@ class TileRunner {
   void apply_rows(int64_t r0, int64_t r1, const A* z, const Solver* solvers) {
     const int64_t n = tile_.columns();
     for (int64_t r = r0; r < r1; ++r, z += n) {
-      if (strided()) prefetch(r + kPrefetchRows, false);
+      if (rows_ahead_) prefetch(step_.w, r + rows_ahead_);
       if (!thresholds_.any())
         ops_.store(n, z, w(r));
       else if (narrow_)
@@ -310,7 +320,8 @@ class TileRunner {
   const Thresholds<A> thresholds_;
   const SgdScalars<A> scalars_;
   const RowUpdate update_;
-  const bool freeze_groups_;
+  const bool freeze_groups_, aliases_;
+  const int64_t rows_ahead_;
   A *z_ = nullptr, *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // the last three by stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;

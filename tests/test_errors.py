@@ -1,0 +1,601 @@
+"""Bad input: the error says what was expected and what came, and nothing has been written."""
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from cges_kernels import ProxSGD, available_backends, penalty, prox, prox_
+
+BACKENDS = [backend for backend in ("reference", "cpu") if backend in available_backends()]
+SHAPES = [(4, 3), (5, 2, 3, 3), (6,)]
+NAN, INF = float("nan"), float("inf")
+OPTIONS = dict(lr=0.1, momentum=0.9, group_lasso=0.1, exclusive_lasso=0.01, l1=0.01)
+
+
+def parameters(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give_grads(params, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def started(backend, **options):
+    """An optimizer in the middle of training: buffers and gradients are there."""
+    params = parameters()
+    optimizer = ProxSGD(params, **{**OPTIONS, **options}, backend=backend)
+    give_grads(params, 0)
+    optimizer.step()
+    give_grads(params, 1)
+    return optimizer, params
+
+
+def as_bytes(x):
+    """A tensor down to the bit, its dtype and its strides; anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return repr(x)
+    if x.layout != torch.strided or x.device.type == "meta":
+        return str(x)
+    x = x.detach()
+    return x.dtype, x.shape, x.stride(), x.resolve_neg().contiguous().flatten().view(torch.uint8).tolist()
+
+
+def snapshot(optimizer):
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    buffers = {id(p): {k: as_bytes(v) for k, v in s.items()} for p, s in optimizer.state.items() if s}
+    return copy.deepcopy(groups), [(id(p), as_bytes(p), as_bytes(p.grad)) for p in params], buffers
+
+
+@contextlib.contextmanager
+def rejected(optimizer, error, *words):
+    """An ``error`` whose text has every one of ``words`` (regular expressions), and nothing written."""
+    before = snapshot(optimizer)
+    with pytest.raises(error) as caught:
+        yield
+    for word in words:
+        caught.match(word)
+    assert snapshot(optimizer) == before
+
+
+def assert_recovers(optimizer, params, backend, **options):
+    """After the cause is gone the next step is the one of an optimizer that never failed."""
+    twin, others = started(backend, **options)
+    optimizer.step()
+    twin.step()
+    assert [as_bytes(p) for p in params] == [as_bytes(p) for p in others]
+
+
+# Hyperparameters: refused by the constructor, by add_param_group, and by the step after they are changed
+
+BAD_OPTIONS = [
+    *((dict([(name, value)]), ValueError, [name, "expected .*>= 0", f"got {value}"])
+      for name in ("group_lasso", "exclusive_lasso", "l1") for value in (-0.5, NAN, INF, -INF)),
+    (dict(group_lasso="much"), TypeError, ["group_lasso", "expected a number", "got 'much'"]),
+    (dict(l1=None), TypeError, ["l1", "expected a number", "got None"]),
+    (dict(l1=torch.tensor([0.1, 0.2])), ValueError, ["l1", "expected a number", r"got shape \(2,\)"]),
+    (dict(lr=-0.1), ValueError, ["Invalid learning rate: -0.1"]),
+    (dict(lr=NAN), ValueError, ["Invalid learning rate: nan"]),
+    (dict(lr=torch.tensor(-0.5)), ValueError, ["Invalid learning rate", "-0.5"]),
+    (dict(lr=torch.tensor([0.1, 0.2])), ValueError, ["Tensor lr must be 1-element", r"got shape \(2,\)"]),
+    (dict(momentum=-0.9), ValueError, ["Invalid momentum value: -0.9"]),
+    (dict(momentum=NAN), ValueError, ["Invalid momentum value: nan"]),
+    (dict(weight_decay=-0.1), ValueError, ["Invalid weight_decay value: -0.1"]),
+    (dict(weight_decay=NAN), ValueError, ["Invalid weight_decay value: nan"]),
+    (dict(dampening=NAN), ValueError, ["Invalid dampening value: nan"]),
+    (dict(nesterov=True, momentum=0), ValueError,
+     ["Nesterov momentum requires a momentum and zero dampening", "got momentum=0"]),
+    (dict(nesterov=True, momentum=0.9, dampening=0.3), ValueError,
+     ["Nesterov momentum requires a momentum and zero dampening", "dampening=0.3"]),
+    (dict(group_by="features"), ValueError, ["group_by: expected one of .*'feature'", "got 'features'"]),
+    (dict(group_by=None), TypeError, ["group_by: expected", "got None"]),
+    (dict(group_by=0), TypeError, ["group_by: expected", "got 0"]),
+    (dict(group_by=(0.0,)), TypeError, ["group_by: expected", r"got \(0.0,\)"]),
+    (dict(group_by=(1,)), ValueError, [r"params'\]\[2\]", r"expected dims in \[-1, 1\)", r"got \(1,\)"]),
+    (dict(group_by=(-2,)), ValueError, [r"params'\]\[2\]", r"expected dims in \[-1, 1\)", r"got \(-2,\)"]),
+    (dict(group_by=(0, 0)), ValueError, ["expected each dim once", r"got \(0, 0\)"]),
+    (dict(group_by=(0, -1)), ValueError, ["expected each dim once", r"got \(0, -1\)"]),
+    (dict(view=(5, 5), group_by=(0,)), ValueError, ["view: expected .*4, 3", r"got \(5, 5\)"]),
+    (dict(view=7), TypeError, ["view: expected", "got 7"]),
+    (dict(view=(2.0, 6)), TypeError, ["view: expected", r"got \(2.0, 6\)"]),
+    (dict(prox_mode="exakt"), ValueError, ["prox_mode: expected one of .*'exact'", "got 'exakt'"]),
+    (dict(prox_mode=None), ValueError, ["prox_mode: expected one of", "got None"]),
+    (dict(freeze_zeros="elements"), ValueError, ["freeze_zeros: expected one of .*'element'", "got 'elements'"]),
+    (dict(freeze_zeros=True), ValueError, ["freeze_zeros: expected one of", "got True"]),
+    (dict(fused=True, foreach=True), RuntimeError, ["`fused` and `foreach` cannot be `True` together"]),
+    (dict(fused=True, differentiable=True), RuntimeError, ["`fused` does not support `differentiable`"]),
+]  # fmt: skip
+
+
+@pytest.fixture(params=BAD_OPTIONS, ids=lambda case: "-".join(f"{k}={v}" for k, v in case[0].items()))
+def bad(request):
+    return request.param
+
+
+def test_constructor_refuses(bad):
+    options, error, words = bad
+    params = parameters()
+    before = [as_bytes(p) for p in params]
+    with pytest.raises(error) as caught:
+        ProxSGD(params, **{**OPTIONS, **options})
+    for word in words:
+        caught.match(word)
+    assert [as_bytes(p) for p in params] == before
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_add_param_group_refuses(backend, bad):
+    options, error, words = bad
+    optimizer, params = started(backend)
+    with rejected(optimizer, error, *words):
+        optimizer.add_param_group({"params": parameters(seed=1), **options})
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_what_was_changed(backend, bad):
+    options, error, words = bad
+    if "fused" in options or "foreach" in options:
+        backend = "auto"
+    optimizer, params = started(backend)
+    group = optimizer.param_groups[0]
+    good = {key: group[key] for key in options}
+    group.update(options)
+    for _ in range(2):  # the second attempt is no better
+        with rejected(optimizer, error, *words):
+            optimizer.step()
+    group.update(good)
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_a_tensor_lr_made_negative_in_place(backend):
+    lr = torch.tensor(0.1)
+    optimizer, params = started(backend, lr=lr)
+    lr.neg_()
+    with rejected(optimizer, ValueError, "Invalid learning rate", "-0.1"):
+        optimizer.step()
+    lr.neg_()
+    assert_recovers(optimizer, params, backend, lr=torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_when_the_last_group_is_faulty(backend):
+    params = parameters()
+    optimizer = ProxSGD([{"params": [p]} for p in params], **OPTIONS, backend=backend)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.param_groups[2]["l1"] = -1.0
+    optimizer.param_groups[0]["lr"] = 0.5
+    with rejected(optimizer, ValueError, "l1: expected .*>= 0", "got -1"):
+        optimizer.step()
+
+
+FUNCTIONAL = [case for case in BAD_OPTIONS
+              if not set(case[0]) & {"lr", "momentum", "weight_decay", "dampening", "freeze_zeros", "fused"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUNCTIONAL, ids=lambda case: str(case[0]))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functions_refuse(backend, case):
+    options, error, words = case
+    words = [word for word in words if not word.startswith("params")]
+    tensors = [p.detach() for p in parameters()]
+    before = [as_bytes(w) for w in tensors]
+    faulty = tensors[2] if "group_by" in options and "view" not in options else tensors[0]
+    if "(0, 0)" not in str(options) and "(0, -1)" not in str(options):
+        calls = [lambda: prox_(tensors, **options, backend=backend), lambda: prox_([], **options)]
+        calls = calls[:1] if "dims" in words[0] or "view" in words[0] else calls
+    else:
+        calls = [lambda: prox_(tensors, **options, backend=backend)]
+    calls.append(lambda: prox(faulty, **options, backend=backend))
+    calls.append(lambda: prox(faulty.clone().requires_grad_(), **options, backend=backend))
+    if "prox_mode" not in options:
+        calls.append(lambda: penalty(faulty, **options))
+    for call in calls[:1] + calls[-3:]:
+        with pytest.raises(error) as caught:
+            call()
+        for word in words:
+            caught.match(word)
+    assert [as_bytes(w) for w in tensors] == before
+
+
+# Tensors
+
+BASE = torch.arange(24.0)
+BAD_TENSORS = {
+    "integer": (lambda: torch.arange(6), ValueError, ["expected .*floating-point", "got torch.int64"]),
+    "bool": (lambda: torch.ones(3, dtype=torch.bool), ValueError, ["floating-point", "got torch.bool"]),
+    "complex": (lambda: torch.zeros(3, 2, dtype=torch.cfloat), ValueError, ["expected a real", "got torch.complex64"]),
+    "sparse": (lambda: torch.eye(3).to_sparse(), ValueError, ["expected a dense", "got layout torch.sparse_coo"]),
+    "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), ValueError, ["expected a dense", "got layout torch.sparse_csr"]),
+    "meta": (lambda: torch.empty(3, 2, device="meta"), ValueError, ["expected a tensor with memory", "meta"]),
+    "gaps": (lambda: BASE.clone().view(4, 6)[:, ::2], ValueError,
+             ["expected a dense, non-overlapping", r"shape \(4, 3\) with strides \(6, 2\)"]),
+    "rows of a wider one": (lambda: BASE.clone().view(4, 6)[:, :5], ValueError,
+                            ["expected a dense", r"shape \(4, 5\) with strides \(6, 1\)"]),
+    "overlapping": (lambda: BASE.clone().as_strided((3, 4), (2, 1)), ValueError,
+                    ["expected a dense, non-overlapping", r"shape \(3, 4\) with strides \(2, 1\)"]),
+    "expanded": (lambda: BASE.clone()[:1].expand(4, 3), ValueError,
+                 ["expected a dense, non-overlapping", r"shape \(4, 3\) with strides \(0, 0\)"]),
+    "no tensor": (lambda: [1.0, 2.0], TypeError, ["expected a tensor|can only optimize Tensors", "list"]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BAD_TENSORS.values(), ids=BAD_TENSORS)
+def bad_tensor(request):
+    make, error, words = request.param
+    return make(), error, words
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optimizer_refuses_a_tensor(backend, bad_tensor):
+    w, error, words = bad_tensor
+    with pytest.raises(error) as caught:
+        ProxSGD([*parameters(), w], **OPTIONS, backend=backend)
+    for word in words:
+        caught.match(word)
+    optimizer, params = started(backend)
+    with rejected(optimizer, error, *words):
+        optimizer.add_param_group({"params": [*parameters(seed=1), w]})
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_a_tensor_put_into_a_param_group(backend, bad_tensor):
+    w, error, words = bad_tensor
+    if not isinstance(w, torch.Tensor):
+        pytest.skip("torch.optim.Optimizer itself walks over these")
+    optimizer, params = started(backend)
+    optimizer.param_groups[0]["params"].append(w)
+    if w.is_floating_point() and w.layout == torch.strided:
+        w.grad = torch.zeros_like(w)
+    for _ in range(2):
+        with rejected(optimizer, error, r"params'\]\[3\]", *words):
+            optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functions_refuse_a_tensor(backend, bad_tensor):
+    w, error, words = bad_tensor
+    tensors = [p.detach() for p in parameters()]
+    before = [as_bytes(x) for x in tensors]
+    with pytest.raises(error) as caught:
+        prox_([*tensors, w], l1=0.1, backend=backend)
+    for word in [r"tensors\[3\]", *words]:
+        caught.match(word)
+    assert [as_bytes(x) for x in tensors] == before
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["integer", "complex", "sparse", "meta", "no tensor"])
+def test_prox_and_penalty_refuse_a_tensor(name, requires_grad):
+    make, error, words = BAD_TENSORS[name]
+    w = make()
+    if requires_grad and name in ("complex", "sparse", "meta"):
+        w.requires_grad_()
+    for function in (prox, penalty):
+        with pytest.raises(error) as caught:
+            function(w, l1=0.1)
+        for word in words:
+            caught.match(word)
+
+
+@pytest.mark.parametrize("name", ["gaps", "overlapping", "expanded"])
+def test_prox_treats_a_tensor_with_gaps_the_same_with_and_without_gradients(name):
+    w = BAD_TENSORS[name][0]()
+    outcomes = []
+    for x in (w, w.detach().requires_grad_()):
+        try:
+            outcomes.append(prox(x, group_lasso=0.1, backend="reference").tolist())
+        except ValueError as error:
+            outcomes.append(str(error).split(": ")[-1])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazy_parameters_are_refused_before_the_first_batch(backend):
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(
+        ValueError, match=r"\[0\].*expected an initialised parameter, got a lazy one.*run one batch"
+    ):
+        ProxSGD(lazy.parameters(), **OPTIONS, backend=backend)
+    with pytest.raises(ValueError, match="expected an initialised .*got a lazy one"):
+        prox_([lazy.weight], l1=0.1, backend=backend)
+    lazy(torch.ones(2, 5)).sum().backward()
+    ProxSGD(lazy.parameters(), **OPTIONS, backend=backend).step()
+
+
+# The same memory twice
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_tensor_twice_is_refused(backend):
+    optimizer, params = started(backend)
+    p, q = parameters(seed=1)[:2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.optim warns of this one before it is refused
+        with pytest.raises(ValueError, match=r"\['params'\]\[2\].*expected each .*once, got the same"):
+            ProxSGD([p, q, p], **OPTIONS, backend=backend)
+        with rejected(optimizer, ValueError, "expected each .*once", "got the same"):
+            optimizer.add_param_group({"params": [p, q, p]})
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        ProxSGD([{"params": [p, q]}, {"params": [p]}], **OPTIONS, backend=backend)
+    with rejected(optimizer, ValueError, "more than one parameter group"):
+        optimizer.add_param_group({"params": [p, params[0]]})
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_a_tensor_put_in_twice(backend):
+    optimizer, params = started(backend)
+    optimizer.param_groups[0]["params"].append(params[0])
+    with rejected(optimizer, ValueError, r"\['params'\]\[3\].*expected each .*once", "got the same"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_a_tensor_put_into_two_groups(backend):
+    params = parameters()
+    optimizer = ProxSGD([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS, backend=backend)
+    give_grads(params, 0)
+    optimizer.step()
+    optimizer.param_groups[1]["params"].append(params[0])
+    with rejected(optimizer, ValueError, r"\[1\]\['params'\]\[1\].*expected each .*once"):
+        optimizer.step()
+
+
+SAME_MEMORY = {
+    "the same view": lambda x: (x[:6], x[:6]),
+    "another shape": lambda x: (x.view(4, 6), x),
+    "beginning alike": lambda x: (x, x[:6]),
+    "partial overlap": lambda x: (x[:6], x[3:9]),
+    "one inside the other": lambda x: (x[:9], x[3:6]),
+}
+
+
+@pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overlapping_memory_is_refused(backend, views):
+    x = BASE.clone()
+    with pytest.raises(
+        ValueError, match=r"tensors\[1\].*expected each tensor once, got .*memory of tensors\[0\]"
+    ):
+        prox_(views(x), l1=0.1, backend=backend)
+    assert torch.equal(x, BASE)
+    with pytest.raises(ValueError, match=r"\['params'\]\[1\].*expected each .*once"):
+        ProxSGD([nn.Parameter(v) for v in views(x)], **OPTIONS, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neighbours_in_one_storage_are_fine(backend):
+    x = BASE.clone()
+    wanted = prox(x, l1=0.5)
+    prox_([x[12:], x[:0], x[:5], x[5:12], x[12:12]], l1=0.5, backend=backend)
+    assert torch.equal(x, wanted)
+    ProxSGD([nn.Parameter(v) for v in (x[:5], x[5:5], x[5:])], **OPTIONS, backend=backend)
+
+
+# Gradients and momentum buffers
+
+
+def shorter(p):
+    p.data = p.data[:2].clone()
+
+
+def transposed(p):
+    p.data = p.data.t().contiguous()
+
+
+def double(p):
+    p.data = p.data.double()
+
+
+def sparse_grad(p):
+    p.grad = p.grad.to_sparse()
+
+
+def other_dtype_of_grad(p):
+    p.grad_dtype = torch.bfloat16
+    p.grad = p.grad.bfloat16()
+
+
+BAD_GRADS = [
+    (shorter, [r"\[?\(?2, 3", r"got [\[(]4, 3"]),
+    (transposed, ["3, 4", r"got [\[(]4, 3"]),
+    (double, ["expected a gradient", "(?i)(float64|double)", "(?i)got.* (torch.float32|float)"]),
+    (sparse_grad, ["expected a dense gradient", "(?i)got .*layout .*sparse", "not supported"]),
+    (other_dtype_of_grad, ["expected a gradient", "(?i)float", "(?i)got.* bfloat16"]),
+]
+
+
+@pytest.mark.parametrize("spoil,words", BAD_GRADS, ids=[case[0].__name__ for case in BAD_GRADS])
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_a_gradient(backend, momentum, spoil, words):
+    """The last of several parameters is the faulty one; the first has its first gradient here."""
+    params = [nn.Parameter(p.detach()) for p in (*parameters(), torch.randn(4, 3))]
+    optimizer = ProxSGD(params, **{**OPTIONS, "momentum": momentum}, backend=backend)
+    give_grads(params[1:], 0)
+    optimizer.step()
+    give_grads(params, 1)
+    spoil(params[-1])
+    for _ in range(2):
+        with rejected(optimizer, RuntimeError, r"params'\]\[3\]", *words):
+            optimizer.step()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_step_writes_neither_fused_nor_reference_groups_when_one_is_faulty(faulty):
+    params = parameters()
+    groups = [{"params": params[:1]}, {"params": params[1:], "foreach": True}]
+    optimizer = ProxSGD(groups, **OPTIONS)
+    give_grads(params, 0)
+    optimizer.step()
+    assert optimizer._executors == ["cpu", "reference"]
+    sparse_grad(params[faulty])
+    with rejected(optimizer, RuntimeError, "expected a dense gradient"):
+        optimizer.step()
+
+
+BAD_BUFFERS = {
+    "shape": (lambda p: torch.zeros(7), RuntimeError, ["expected a momentum_buffer", "6", r"got .*7"]),
+    "broadcastable": (lambda p: torch.zeros(1), RuntimeError, ["expected a momentum_buffer", r"got [\[(]1"]),
+    "sparse": (lambda p: torch.zeros(6).to_sparse(), RuntimeError, ["momentum_buffer", "(?i)got .*sparse"]),
+    "meta": (lambda p: torch.zeros(6, device="meta"), RuntimeError, ["momentum_buffer", "got .*meta"]),
+    "a list": (lambda p: [0.0] * 6, TypeError, ["expected a tensor as its momentum_buffer", "got list"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BUFFERS.values(), ids=BAD_BUFFERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_refuses_a_momentum_buffer(backend, case):
+    make, error, words = case
+    optimizer, params = started(backend)
+    good = optimizer.state[params[2]]["momentum_buffer"]
+    optimizer.state[params[2]]["momentum_buffer"] = make(params[2])
+    for _ in range(2):  # the second attempt must not forget what the first saw
+        with rejected(optimizer, error, r"params'\]\[2\]", *words):
+            optimizer.step()
+    optimizer.state[params[2]]["momentum_buffer"] = good
+    assert_recovers(optimizer, params, backend)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: torch.zeros(7), lambda b: b.double()], ids=["shape", "dtype"])
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+def test_step_refuses_a_momentum_buffer_changed_in_place(spoil):
+    """The object is the same, its memory is another: what `buf.data = buf.data.to(...)` does."""
+    optimizer, params = started("cpu")
+    buf = optimizer.state[params[2]]["momentum_buffer"]
+    good = buf.data
+    buf.data = spoil(buf.data)
+    for _ in range(2):
+        with rejected(optimizer, RuntimeError, r"params'\]\[2\]", "expected a momentum_buffer", "got"):
+            optimizer.step()
+    buf.data = good
+    assert_recovers(optimizer, params, "cpu")
+
+
+# Backends
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_serve_says_why(backend):
+    params = parameters()
+    before = [as_bytes(p) for p in params]
+    if backend in available_backends():
+        pytest.skip(f"{backend} serves here")
+    for call in (
+        lambda: ProxSGD(params, backend=backend),
+        lambda: prox(params[0].detach(), l1=0.1, backend=backend),
+        lambda: prox(params[0], l1=0.1, backend=backend),
+        lambda: prox_([p.detach() for p in params], l1=0.1, backend=backend),
+        lambda: prox_([], l1=0.1, backend=backend),
+    ):
+        with pytest.raises(RuntimeError, match=f"{backend}.* cannot (serve|be served)[:.] .+"):
+            call()
+    assert [as_bytes(p) for p in params] == before
+
+
+def test_an_unknown_backend_is_refused():
+    for call in (
+        lambda: ProxSGD(parameters(), backend="gpu"),
+        lambda: prox(torch.ones(3), backend="gpu"),
+        lambda: prox_([torch.ones(3)], backend="gpu"),
+    ):
+        with pytest.raises(ValueError, match="backend: expected 'auto' or one of .*'reference'.* got 'gpu'"):
+            call()
+
+
+def test_fused_cannot_be_the_reference():
+    with pytest.raises(RuntimeError, match="fused=True cannot be served.*reference.*not fused"):
+        ProxSGD(parameters(), fused=True, backend="reference")
+    optimizer, params = started("reference")
+    with rejected(optimizer, RuntimeError, "fused=True cannot be served"):
+        optimizer.add_param_group({"params": parameters(seed=1), "fused": True})
+    optimizer.param_groups[0]["fused"] = True
+    with rejected(optimizer, RuntimeError, "fused=True cannot be served"):
+        optimizer.step()
+    optimizer.param_groups[0]["fused"] = None
+    assert_recovers(optimizer, params, "reference")
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    "option", [dict(foreach=True), dict(differentiable=True), dict(fused=False)], ids=str
+)
+def test_a_fused_backend_cannot_be_the_reference(option):
+    with pytest.raises(RuntimeError, match="take the reference executor, got backend='cpu'"):
+        ProxSGD(parameters(), backend="cpu", **option)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prox_in_place_needs_no_grad(backend):
+    p = parameters()[0]
+    with pytest.raises(RuntimeError, match=r"tensors\[1\].*no_grad"):
+        prox_([torch.ones(3), p], l1=0.1, backend=backend)
+
+
+# Small things that are no error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
+@pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor", ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)], ids=str
+)
+def test_empty_and_tiny_tensors_work(backend, prox_mode, group_by, shape):
+    """Against one element at a time where a group is one element, and l1 alone where there are no groups."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(shape, generator=generator, dtype=torch.float64)
+    coefficients = dict(group_lasso=0.125, exclusive_lasso=0.25, l1=0.0625)
+    options = dict(coefficients, group_by=group_by, prox_mode=prox_mode, backend=backend)
+    result = prox(w, **options)
+    assert result.shape == w.shape and result.dtype == w.dtype
+
+    u = (w.abs() - 0.0625).clamp(min=0)
+    grouped = len(shape) >= 2 or group_by == ()
+    single = group_by == () or {"feature": shape[:1], "filter": shape[1:], "tensor": shape,
+                                "channel": shape[:1] + shape[2:]}[group_by].count(1) == len(
+                                    {"feature": shape[:1], "filter": shape[1:], "tensor": shape,
+                                     "channel": shape[:1] + shape[2:]}[group_by])  # fmt: skip
+    if not grouped:
+        torch.testing.assert_close(result, u * w.sign())
+    elif single and prox_mode == "exact":  # one element: (|w| - l1 - alpha)+ / (1 + beta)
+        torch.testing.assert_close(result, (u - 0.125).clamp(min=0) / 1.25 * w.sign())
+    elif single:
+        s = torch.where(u > 0.125, 1 - 0.125 / u, 0.0)
+        torch.testing.assert_close(result, s * (u - 0.25 * u).clamp(min=0) * w.sign())
+
+    in_place = w.clone()
+    prox_([in_place], **options)
+    assert torch.equal(in_place, result)
+    p = nn.Parameter(w.clone())
+    p.grad = torch.zeros_like(p)
+    ProxSGD([p], lr=1.0, momentum=0.9, **options).step()
+    assert torch.equal(p, result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_do_is_no_error(backend):
+    prox_([], l1=0.1, backend=backend)
+    prox_(torch.ones(3), l1=0.1, backend=backend)  # a single tensor will do
+    optimizer, params = started(backend)
+    before = [as_bytes(p) for p in params]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert [as_bytes(p) for p in params] == before
+    assert prox(torch.ones(1, 1), l1=0.5, view=(), backend=backend).item() == 0.5

@@ -1,0 +1,231 @@
+"""Every executor against the float64 reference: specs, modes, dtypes, shapes, edges."""
+
+import pytest
+import torch
+from right import DTYPES, SPECS, check_step, fresh, one_step
+
+from cges_kernels import ProxSGD, _C, prox, prox_, reference
+from cges_kernels.groups import canonical_layout
+
+SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
+LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
+MODES = ("sequential", "exact")
+
+
+def coefficients(w, group_by, view=None, strength=1.0):
+    """Coefficients that leave most, but not all, of a normal random tensor."""
+    n = max(1, canonical_layout(w, group_by, view).group_size)
+    return {
+        "group_lasso": 0.3 * strength * n**0.5,
+        "exclusive_lasso": 0.25 * strength / n,
+        "l1": 0.05 * strength,
+        "group_by": group_by,
+        "view": view,
+    }
+
+
+def inputs(shape, dtype, count=3):
+    return [fresh(shape, dtype) for _ in range(count)]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
+    w, grad, buf = inputs(shape, dtype)
+    options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+    check_step(fused_backend, w, grad, buf, **options)
+    check_step(fused_backend, w, grad, None, **options)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_groups_longer_than_any_tile(fused_backend, shape, group_by, prox_mode, dtype):
+    w, grad, buf = inputs(shape, dtype)
+    options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+    check_step(fused_backend, w, grad, buf, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"),
+    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)],
+)
+def test_update_rules(fused_backend, momentum, dampening, nesterov, weight_decay, maximize, dtype):
+    w, grad, buf = inputs((45, 130), dtype)
+    options = dict(
+        lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay
+    )
+    options |= {"maximize": maximize, **coefficients(w, "feature")}
+    check_step(fused_backend, w, grad, buf if momentum else None, **options)
+    check_step(fused_backend, w, grad, None, **options)
+
+
+@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "group_lasso exclusive_lasso", ""])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+def test_each_term_alone(fused_backend, group_by, prox_mode, terms):
+    w, grad, _ = inputs((60, 40, 3), torch.float32)
+    options = coefficients(w, group_by)
+    options |= {name: 0.0 for name in ("group_lasso", "exclusive_lasso", "l1") if name not in terms.split()}
+    if not terms:
+        got, _ = one_step(fused_backend, w, grad, lr=0.5, prox_mode=prox_mode, **options)
+        truth = torch.addcmul(w.double(), grad.double(), torch.tensor(-0.5, dtype=torch.float64))
+        assert (got.double() - truth).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max()
+    else:
+        check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **options)
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", [*SPECS, (0, 1), (1, 2, 3)])
+def test_memory_formats(fused_backend, group_by, prox_mode):
+    for format_ in (torch.channels_last, torch.contiguous_format):
+        w, grad, buf = (x.to(memory_format=format_) for x in inputs((24, 10, 3, 5), torch.float32))
+        options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+        check_step(fused_backend, w, grad, buf, **options)
+    w, grad, buf = (x.t() for x in inputs((70, 50), torch.float32))
+    if max(d for d in (0, *group_by) if isinstance(d, int)) == 0:
+        options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+        check_step(fused_backend, w, grad, buf, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_by", "view"),
+    [
+        ((64, 8, 3, 3), (1,), (4, 16, 8, 3, 3)),
+        ((32, 24), (1, 2), (4, 8, 24)),
+        ((80, 30), (0, 2), (4, 20, 30)),
+    ],
+    ids=["grouped-convolution", "heads", "lstm-units"],
+)
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_views(fused_backend, shape, group_by, view, prox_mode):
+    w, grad, _ = inputs(shape, torch.float32)
+    check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by, view))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 3])
+def test_misaligned_storage(fused_backend, offset, dtype):
+    shape = (50, 77)
+
+    def misaligned(x):
+        return torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(shape).copy_(x)
+
+    for group_by in SPECS:
+        w, grad, buf = (misaligned(fresh(shape, dtype)) for _ in range(3))
+        aligned = [x.clone() for x in (w, grad, buf)]
+        options = {"lr": 0.5, **coefficients(w, group_by)}
+        expected, _ = one_step(fused_backend, *aligned, momentum=0.9, **options)
+        p = torch.nn.Parameter(w)
+        p.grad = grad
+        optimizer = ProxSGD([p], momentum=0.9, backend=fused_backend, **options)
+        optimizer.state[p]["momentum_buffer"] = buf
+        optimizer.step()
+        assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", [(64, 48), (16, 8, 3, 3), (3, 90), (17000, 19), (5, 300_000)], ids=str)
+def test_freeze_zeros(fused_backend, shape, group_by, freeze_zeros):
+    w, grad, buf = inputs(shape, torch.float32)
+    w[torch.rand(shape) < 0.3] = 0.0
+    w[:, 1::2] = 0.0
+    w[1::2] = 0.0
+    options = {"lr": 0.5, "momentum": 0.9, "freeze_zeros": freeze_zeros}
+    for penalty in ({"group_by": group_by}, coefficients(w, group_by, strength=0.5)):
+        check_step(fused_backend, w, grad, buf, **options, **penalty)
+        got, got_buf = one_step(fused_backend, w, grad, buf, **options, **penalty)
+        frozen = reference.frozen_mask(w, freeze_zeros, group_by)
+        assert not got[frozen].any() and not got_buf[frozen].any()
+        assert got[~frozen].any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "all"])
+def test_nan_and_inf_spread_as_in_the_reference(fused_backend, terms, group_by, prox_mode, poison):
+    w = fresh((40, 50))
+    w[7, 11] = poison
+    options = coefficients(w, group_by)
+    if terms != "all":
+        options |= {name: 0.0 for name in ("group_lasso", "exclusive_lasso", "l1") if name != terms}
+    got = prox(w, backend=fused_backend, prox_mode=prox_mode, **options)
+    expected = prox(w, backend="reference", prox_mode=prox_mode, **options)
+    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+    assert not got.isfinite().all()
+    fine = expected.isfinite()
+    assert torch.equal(got[fine] == 0, expected[fine] == 0)
+
+
+def test_zero_group_stays_zero_and_huge_alpha_kills(backend):
+    w = fresh((30, 20))
+    w[:, 3] = 0.0
+    assert not prox(w, group_lasso=0.1, exclusive_lasso=0.1, backend=backend)[:, 3].any()
+    killed = prox(w, group_lasso=1e9, backend=backend)
+    assert not killed.any() and not torch.signbit(killed).any()
+
+
+def test_denormals_and_negative_zeros(fused_backend):
+    tiny = torch.finfo(torch.float32).tiny
+    w = fresh((40, 40)) * tiny
+    w[0] = -0.0
+    same = prox(w, backend=fused_backend)
+    assert torch.equal(same, w) and torch.equal(
+        torch.signbit(same), torch.signbit(w)
+    )  # no penalty: bit for bit
+    got, expected = (prox(w, l1=tiny / 2, backend=name) for name in (fused_backend, "reference"))
+    assert torch.equal(got, expected) and got.any()
+    assert not torch.signbit(got[got == 0]).any()
+
+
+def test_lr_zero_is_a_no_op(backend):
+    w, grad, buf = inputs((30, 40), torch.float32)
+    got, _ = one_step(backend, w, grad, buf, lr=0.0, momentum=0.9, **coefficients(w, "feature"))
+    assert torch.equal(got, w)
+
+
+def test_many_tensors_at_once(fused_backend):
+    shapes = [(i % 37 + 1, i % 11 + 1) for i in range(500)]
+    tensors = [fresh(shape) for shape in shapes]
+    alone = [prox(w, group_lasso=0.3, exclusive_lasso=0.01, l1=0.1, backend=fused_backend) for w in tensors]
+    prox_(tensors, group_lasso=0.3, exclusive_lasso=0.01, l1=0.1, backend=fused_backend)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, alone))
+
+
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", [(500, 600), (17000, 33), (40, 9, 5, 5)], ids=str)
+def test_same_bits_whatever_the_threads(shape, group_by):
+    w = fresh(shape)
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(prox(w, backend="cpu", **coefficients(w, group_by), prox_mode="exact"))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_two_threads_really_run():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert _C.parallel_threads() == 2
+    torch.set_num_threads(threads)
+
+
+def test_empty_and_single_element_tensors(backend):
+    for shape in [(0,), (0, 5), (5, 0), (), (1,), (1, 1)]:
+        w = fresh(shape)
+        got = prox(w, group_lasso=0.1, exclusive_lasso=0.1, l1=0.01, backend=backend)
+        truth = reference.shrink(w.double(), reference.Thresholds(0.1, 0.1, 0.01))
+        assert got.shape == w.shape
+        torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-7)

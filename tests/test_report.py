@@ -1,0 +1,309 @@
+"""sparsity_report: counts of zeros, dead groups and units, and FLOPs, against numbers worked out by hand."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cges_kernels.report import sparsity_report
+
+
+def rows(report):
+    return {row["name"]: row for row in report.to_dict()["layers"]}
+
+
+def alive_linear(weight):
+    """A Linear without bias that holds ``weight``."""
+    weight = torch.tensor(weight)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data.copy_(weight)
+    return layer
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's layer of that name: a Linear with weight [in, out]."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.ones(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+# Counts
+
+
+def test_counts_of_a_matrix_by_hand():
+    model = alive_linear([[1.0, 0, 2, 0], [0, 0, 0, 0], [3, 0, 1e-30, 4]])
+    row = sparsity_report(model).to_dict()["layers"][0]
+    assert row == {
+        "name": "weight",
+        "shape": (3, 4),
+        "weights": 12,
+        "nonzero": 5,  # 1e-30 is not zero
+        "percent_nonzero": pytest.approx(500 / 12),
+        "groups": 4,
+        "dead_groups": 1,
+        "outputs": 3,
+        "dead_outputs": 1,
+        "inputs": 4,
+        "dead_inputs": 1,
+    }
+
+
+@pytest.mark.parametrize("group_by, groups, dead", [("feature", 8, 5), ("filter", 3, 1), ("channel", 2, 1)])
+def test_groups_of_a_convolution(group_by, groups, dead):
+    model = nn.Conv2d(2, 3, 2)
+    with torch.no_grad():
+        model.weight.fill_(1)[2] = 0  # an output
+        model.weight[:, 1] = 0  # an input channel: 4 features
+        model.weight[:, 0, 0, 1] = 0  # one more
+    row = sparsity_report(model, group_by=group_by).to_dict()["layers"][0]
+    assert (row["groups"], row["dead_groups"]) == (groups, dead)
+    assert (row["dead_outputs"], row["dead_inputs"]) == (1, 1)
+
+
+def test_units_of_a_weight_held_the_other_way():
+    for model, outputs, inputs in ((Conv1D(2, 3), 2, 3), (nn.ConvTranspose1d(3, 2, 1), 2, 3)):
+        with torch.no_grad():
+            model.weight.fill_(1)[:, 1] = 0  # [in, out]: the second output
+        row = sparsity_report(model).to_dict()["layers"][0]
+        assert (row["outputs"], row["dead_outputs"]) == (outputs, 1)
+        assert (row["inputs"], row["dead_inputs"], row["groups"]) == (inputs, 0, inputs)
+
+
+def test_units_of_grouped_convolutions():
+    grouped, transposed = nn.Conv1d(4, 6, 1, groups=2), nn.ConvTranspose1d(4, 6, 1, groups=2)
+    with torch.no_grad():
+        grouped.weight.fill_(1)[3:, 1] = 0  # [out, in/2]: the second block's second input
+        transposed.weight.fill_(1)[2:, 0] = 0  # [in, out/2]: the second block's first output
+    first, second = rows(sparsity_report(nn.Sequential(grouped, transposed))).values()
+    assert (first["inputs"], first["dead_inputs"], first["outputs"], first["dead_outputs"]) == (4, 1, 6, 0)
+    assert (second["inputs"], second["dead_inputs"], second["outputs"], second["dead_outputs"]) == (
+        4,
+        0,
+        6,
+        1,
+    )
+
+
+def test_frozen_layers_are_reported_and_tied_ones_once():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 3)})
+    model["b"].weight = model["a"].weight
+    model.requires_grad_(False)
+    assert list(rows(sparsity_report(model))) == ["a.weight", "c.weight"]
+
+
+def test_total_is_the_sum():
+    model = nn.Sequential(alive_linear([[1.0, 0], [0, 0]]), alive_linear([[1.0, 1]]))
+    total = sparsity_report(model, torch.ones(5, 2)).to_dict()["total"]
+    assert (total["weights"], total["nonzero"], total["percent_nonzero"]) == (6, 3, 50.0)
+    assert (total["dead_groups"], total["dead_outputs"], total["dead_inputs"]) == (1, 1, 1)
+    assert total["flops"] == 2 * 5 * 6  # multiply and add for 5 rows
+    assert total["flops_nonzero"] == 2 * 5 * (4 * 1 / 4 + 2)
+    assert total["flops_compacted"] == 2 * 5 * (1 + 2)
+
+
+# FLOPs
+
+
+def test_flops_of_a_convolution_by_hand():
+    model = nn.Conv2d(2, 4, (3, 2), padding=(1, 0))
+    with torch.no_grad():
+        model.weight.fill_(1)[0] = 0  # 1 of 4 outputs
+        model.weight[:, :, 0, 0] = 0  # 1 of 6 taps, in both channels
+    report = sparsity_report(model, torch.ones(3, 2, 5, 7))
+    row = report.to_dict()["layers"][0]
+    dense = 2 * 3 * (5 * 6) * 4 * (2 * 6)  # 2 * batch * positions * out * (in * taps)
+    assert row["flops"] == dense
+    assert row["nonzero"] == 3 * 2 * 5
+    assert row["flops_nonzero"] == pytest.approx(dense * 30 / 48)
+    assert row["flops_compacted"] == pytest.approx(dense * (3 / 4) * (5 / 6))
+    whole_channels = sparsity_report(model, torch.ones(3, 2, 5, 7), group_by="channel").total
+    assert whole_channels.flops_compacted == pytest.approx(dense * 3 / 4)
+    assert report.other_flops == 0
+
+
+def test_compaction_goes_block_by_block():
+    model = nn.Conv1d(4, 4, 1, groups=2, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1)[0] = 0  # first block: an output and an input, which leaves 1 x 1 of 2 x 2
+        model.weight[:2, 0] = 0
+    (row,) = sparsity_report(model, torch.ones(1, 4, 3)).to_dict()["layers"]
+    assert row["flops"] == 2 * 3 * 8
+    assert row["flops_compacted"] == 2 * 3 * (1 + 4)
+
+
+def test_flops_of_every_kind_of_layer():
+    def flops(model, *example):
+        return [layer.flops for layer in sparsity_report(model, example).layers]
+
+    assert flops(nn.Linear(3, 5), torch.ones(2, 7, 3)) == [2 * 14 * 15]
+    assert flops(nn.Linear(3, 5), torch.ones(3)) == [2 * 15]
+    assert flops(Conv1D(5, 3), torch.ones(2, 7, 3)) == [2 * 14 * 15]
+    assert flops(nn.Conv1d(6, 6, 3, groups=6), torch.ones(2, 6, 9)) == [2 * 2 * 7 * 6 * 3]
+    assert flops(nn.ConvTranspose1d(4, 6, 2, groups=2), torch.ones(2, 4, 9)) == [2 * 2 * 9 * 4 * 3 * 2]
+    lstm = nn.LSTM(3, 5, proj_size=2, bidirectional=True)  # [time, batch, features]
+    assert flops(lstm, torch.ones(7, 2, 3)) == 2 * [2 * 14 * 20 * 3, 2 * 14 * 20 * 2, 2 * 14 * 2 * 5]
+    assert flops(nn.LSTM(3, 5), torch.ones(7, 2, 3)) == [2 * 14 * 20 * 3, 2 * 14 * 20 * 5]
+    assert flops(nn.GRUCell(3, 5), torch.ones(2, 3)) == [2 * 2 * 15 * 3, 2 * 2 * 15 * 5]
+
+
+@pytest.mark.parametrize("example", ["itself", "another"])
+def test_flops_of_attention_are_split_by_weight(example):
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            y = x if example == "itself" else x + 1
+            return self.attention(x, y, y, need_weights=False)
+
+    report = sparsity_report(Attend().eval(), torch.ones(3, 6, 4))
+    assert [layer.flops for layer in report.layers] == [2 * 18 * 12 * 4, 2 * 18 * 4 * 4]
+    assert (
+        report.other_flops == 2 * (3 * 2) * (6 * 6 * 2) * 2
+    )  # q @ k.T and attention @ v, per batch and head
+
+
+def test_a_transformer_layer_hides_nothing_in_its_fast_path():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    flops = [r.flops for r in sparsity_report(layer, torch.ones(3, 6, 4)).layers]
+    assert flops == [2 * 18 * n for n in (12 * 4, 4 * 4, 8 * 4, 4 * 8)]
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.mkldnn.enabled
+
+
+class Uses(nn.Module):
+    """A layer called twice, one by its weight only, one not at all, and one tied to an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.by_weight, self.never = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.embedding = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.twice(self.twice(self.embedding(tokens)))
+        return F.linear(x, self.by_weight.weight), self.head(x)
+
+
+USES = {"twice.weight": 2 * 2 * 6 * 16, "by_weight.weight": 2 * 6 * 12, "never.weight": 0}
+
+
+def test_flops_go_to_the_weight_that_is_used():
+    report = sparsity_report(Uses(), torch.zeros(6, dtype=torch.long))
+    assert {name: row["flops"] for name, row in rows(report).items()} == USES
+    assert report.other_flops == 2 * 6 * 40
+    assert report.total.flops == sum(USES.values()) + 2 * 6 * 40
+
+
+def test_flops_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):  # which multiplies by copies of the weights
+        report = sparsity_report(Uses(), torch.zeros(6, dtype=torch.long))
+    assert {name: row["flops"] for name, row in rows(report).items()} == USES
+
+
+def test_flops_in_inference_mode():
+    model = nn.LSTM(3, 5)
+    expected = sparsity_report(model, torch.ones(7, 2, 3)).to_dict()
+    with torch.inference_mode():
+        assert sparsity_report(model, torch.ones(7, 2, 3)).to_dict() == expected
+
+
+def test_no_example_no_flops():
+    report = sparsity_report(nn.Linear(3, 2))
+    assert report.other_flops is None and report.total.flops is None
+    assert not any("flops" in key for key in (*report.to_dict(), *report.to_dict()["total"]))
+    assert "FLOPs" not in str(report)
+
+
+# What is left behind
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        assert not torch.is_grad_enabled() and not self.training
+        return self.drop(self.norm(self.conv(x))) + torch.rand(())
+
+
+def test_the_model_is_left_as_it_was():
+    model = Noisy().train()
+    model.drop.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    sparsity_report(model, torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0)))
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.backends.mkldnn.enabled and torch.backends.cudnn.enabled
+
+
+def test_the_model_is_left_as_it_was_when_it_fails():
+    model = Noisy().train()
+    with pytest.raises(RuntimeError):
+        sparsity_report(model, torch.ones(4, 7, 5))
+    assert all(module.training for module in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.mkldnn.enabled
+
+
+# The table and the dict
+
+
+TABLE = """\
+layer     shape  weights  nonzero  dead groups  dead outputs  dead inputs  FLOPs  x nonzero  compacted
+0.weight  2x2          4   25.00%          1/2           1/2          1/2  4,000      1,000      1,000
+2.weight  1x2          2  100.00%          0/2           0/1          0/2  2,000      2,000      2,000
+(other)                                                                        0          0          0
+total                  6   50.00%          1/4           1/3          1/4  6,000      3,000      3,000"""
+
+
+def test_table():
+    model = nn.Sequential(alive_linear([[1.0, 0], [0, 0]]), nn.ReLU(), alive_linear([[1.0, 1]]))
+    assert str(sparsity_report(model, torch.ones(500, 2))) == TABLE
+
+
+def test_dict_is_plain():
+    report = sparsity_report(nn.LSTM(3, 2), torch.ones(4, 1, 3), group_by=(1,))
+    again = json.loads(json.dumps(report.to_dict()))
+    assert again["group_by"] == [1] and again["layers"][0]["groups"] == 8
+    assert again["other_flops"] == 0 and again["total"]["name"] == "total"
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"ReLU: expected at least one weight .* got none"):
+        sparsity_report(nn.ReLU())
+    with pytest.raises(ValueError, match="run one batch first"):
+        sparsity_report(nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"weight: group_by: expected dims .* got \(2,\)"):
+        sparsity_report(nn.Linear(2, 2), group_by=(2,))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flops_are_the_same_on_a_gpu():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.lstm = nn.Conv1d(8, 8, 3, groups=8), nn.LSTM(8, 4)
+            self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
+
+        def forward(self, x):
+            return self.encoder(self.lstm(self.conv(x).permute(2, 0, 1))[0])
+
+    model, x = Net(), torch.ones(2, 8, 9)
+    expected = sparsity_report(model, x).to_dict()
+    random = torch.cuda.get_rng_state()
+    assert sparsity_report(model.cuda(), x.cuda()).to_dict() == expected
+    assert torch.equal(random, torch.cuda.get_rng_state())
+    assert torch.backends.cudnn.enabled
