@@ -39,9 +39,9 @@ class Thresholds(NamedTuple):
 
 
 class GroupStats(NamedTuple):
-    """Sums over one group of u = soft(z, t): how many are left, their l1 and their l2 norm."""
+    """Sums over one group of u = soft(z, t): how many are left (exact mode), their l1 and their l2 norm."""
 
-    count: Tensor
+    count: Tensor | None
     l1: Tensor
     l2: Tensor
 
@@ -76,18 +76,23 @@ def sgd_update(
     return w.add(grad, alpha=-lr), buf
 
 
-def positive_part(x: Tensor) -> Tensor:
-    """max(x, 0) that lets NaN through."""
-    return torch.where(x <= 0, 0.0, x)
+def soft_magnitude(z: Tensor, t: Tensor | float) -> Tensor:
+    """|soft(z, t)| = max(|z| - t, 0); relu lets NaN through."""
+    return z.abs().sub_(t).relu_()
 
 
-def group_stats(z: Tensor, t: Tensor | float, dims: Sequence[int]) -> GroupStats:
-    """Count, l1 and l2 norm of soft(z, t) over ``dims``, kept as size-1 dims."""
-    u = positive_part(z.abs() - t)
+def group_stats(z: Tensor, t: Tensor | float, dims: Sequence[int], with_count: bool = False) -> GroupStats:
+    """l1 and l2 norm and, where asked for, the count of soft(z, t) over ``dims``, kept as size-1 dims."""
+    u = soft_magnitude(z, t)
     if not dims:
-        return GroupStats((u > 0).to(z.dtype), u, u)
-    l2 = torch.linalg.vector_norm(u, dim=tuple(dims), keepdim=True)
-    return GroupStats((u > 0).sum(dims, keepdim=True, dtype=z.dtype), u.sum(dims, keepdim=True), l2)
+        return GroupStats(u.sign(), u, u)
+    count = u.sign().sum(dims, keepdim=True) if with_count else None
+    l1 = u.sum(dims, keepdim=True)
+    if u.requires_grad:
+        l2 = torch.linalg.vector_norm(u, dim=tuple(dims), keepdim=True)  # its gradient at 0 is 0
+    else:
+        l2 = u.square_().sum(dims, keepdim=True).sqrt_()  # ten times faster than vector_norm across rows
+    return GroupStats(count, l1, l2)
 
 
 def group_scale(l2: Tensor, a: float) -> Tensor:
@@ -107,7 +112,7 @@ def solve_shrinkage(
     exact (the true proximal operator):    t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
     """
     a, b, c = thresholds
-    stats = group_stats(z, c, dims)
+    stats = group_stats(z, c, dims, with_count=prox_mode == "exact")
     s = group_scale(stats.l2, a)
     if b == 0:
         return s, torch.full_like(s, c)
@@ -151,15 +156,17 @@ def _solve_exact(
             done = done | converged
             if bool(done.all()):
                 break
-            stats = group_stats(z, t, dims)
+            stats = group_stats(z, t, dims, with_count=True)
     if torch.is_grad_enabled() and z.requires_grad:  # one more step carries the implicit derivative
-        s, _, t = _newton(t, group_stats(z, t, dims), thresholds)
+        t = _newton(t, group_stats(z, t, dims, with_count=True), thresholds)[2]
+        s = group_scale(group_stats(z, t, dims).l2, thresholds.a)
     return s, t
 
 
 def apply_shrinkage(z: Tensor, s: Tensor | float, t: Tensor | float) -> Tensor:
     """s * soft(z, t), with every zero written +0.0."""
-    return s * torch.copysign(positive_part(z.abs() - t), z) + 0.0
+    w = (soft_magnitude(z, t) * s).copysign_(z)
+    return w + 0.0 if w.requires_grad else w.add_(0.0)
 
 
 def shrink(

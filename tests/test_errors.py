@@ -1,7 +1,6 @@
 """Bad input: the error says what was expected and what came, and nothing has been written."""
 
 import contextlib
-import copy
 import warnings
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 
 from cges_kernels import ProxSGD, available_backends, penalty, prox, prox_
 
-BACKENDS = [backend for backend in ("reference", "cpu") if backend in available_backends()]
+needs_cpu = pytest.mark.skipif("cpu" not in available_backends(), reason="the C++ extension is not built")
 SHAPES = [(4, 3), (5, 2, 3, 3), (6,)]
 NAN, INF = float("nan"), float("inf")
 OPTIONS = dict(lr=0.1, momentum=0.9, group_lasso=0.1, exclusive_lasso=0.01, l1=0.01)
@@ -48,10 +47,10 @@ def as_bytes(x):
 
 
 def snapshot(optimizer):
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    groups = [{k: repr(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     buffers = {id(p): {k: as_bytes(v) for k, v in s.items()} for p, s in optimizer.state.items() if s}
-    return copy.deepcopy(groups), [(id(p), as_bytes(p), as_bytes(p.grad)) for p in params], buffers
+    return groups, [(id(p), as_bytes(p), as_bytes(p.grad)) for p in params], buffers
 
 
 @contextlib.contextmanager
@@ -107,7 +106,7 @@ BAD_OPTIONS = [
     (dict(view=(2.0, 6)), TypeError, ["view: expected", r"got \(2.0, 6\)"]),
     (dict(prox_mode="exakt"), ValueError, ["prox_mode: expected one of .*'exact'", "got 'exakt'"]),
     (dict(prox_mode=None), ValueError, ["prox_mode: expected one of", "got None"]),
-    (dict(freeze_zeros="elements"), ValueError, ["freeze_zeros: expected one of .*'element'", "got 'elements'"]),
+    (dict(freeze_zeros="some"), ValueError, ["freeze_zeros: expected one of .*'element'", "got 'some'"]),
     (dict(freeze_zeros=True), ValueError, ["freeze_zeros: expected one of", "got True"]),
     (dict(fused=True, foreach=True), RuntimeError, ["`fused` and `foreach` cannot be `True` together"]),
     (dict(fused=True, differentiable=True), RuntimeError, ["`fused` does not support `differentiable`"]),
@@ -130,7 +129,6 @@ def test_constructor_refuses(bad):
     assert [as_bytes(p) for p in params] == before
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_add_param_group_refuses(backend, bad):
     options, error, words = bad
     optimizer, params = started(backend)
@@ -139,7 +137,6 @@ def test_add_param_group_refuses(backend, bad):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_what_was_changed(backend, bad):
     options, error, words = bad
     if "fused" in options or "foreach" in options:
@@ -155,7 +152,6 @@ def test_step_refuses_what_was_changed(backend, bad):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_a_tensor_lr_made_negative_in_place(backend):
     lr = torch.tensor(0.1)
     optimizer, params = started(backend, lr=lr)
@@ -166,7 +162,6 @@ def test_step_refuses_a_tensor_lr_made_negative_in_place(backend):
     assert_recovers(optimizer, params, backend, lr=torch.tensor(0.1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_when_the_last_group_is_faulty(backend):
     params = parameters()
     optimizer = ProxSGD([{"params": [p]} for p in params], **OPTIONS, backend=backend)
@@ -178,32 +173,35 @@ def test_step_refuses_when_the_last_group_is_faulty(backend):
         optimizer.step()
 
 
-FUNCTIONAL = [case for case in BAD_OPTIONS
-              if not set(case[0]) & {"lr", "momentum", "weight_decay", "dampening", "freeze_zeros", "fused"}]  # fmt: skip
+FUNCTIONAL = [
+    case
+    for case in BAD_OPTIONS
+    if set(case[0]) <= {"group_lasso", "exclusive_lasso", "l1", "group_by", "view", "prox_mode"}
+]
 
 
 @pytest.mark.parametrize("case", FUNCTIONAL, ids=lambda case: str(case[0]))
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_functions_refuse(backend, case):
     options, error, words = case
-    words = [word for word in words if not word.startswith("params")]
-    tensors = [p.detach() for p in parameters()]
+    tensors = [torch.randn(4, 3), torch.randn(6)]  # the spec fails for the last
     before = [as_bytes(w) for w in tensors]
-    faulty = tensors[2] if "group_by" in options and "view" not in options else tensors[0]
-    if "(0, 0)" not in str(options) and "(0, -1)" not in str(options):
-        calls = [lambda: prox_(tensors, **options, backend=backend), lambda: prox_([], **options)]
-        calls = calls[:1] if "dims" in words[0] or "view" in words[0] else calls
-    else:
-        calls = [lambda: prox_(tensors, **options, backend=backend)]
-    calls.append(lambda: prox(faulty, **options, backend=backend))
-    calls.append(lambda: prox(faulty.clone().requires_grad_(), **options, backend=backend))
+    w = tensors[1]
+    if "view" in options:
+        options = {**options, "group_by": "feature"}
+        words = [word.replace("4, 3", "4, 3|6,") for word in words]
+    calls = [
+        lambda: prox_(tensors, **options, backend=backend),
+        lambda: prox(w, **options, backend=backend),
+        lambda: prox(w.clone().requires_grad_(), **options, backend=backend),
+    ]
     if "prox_mode" not in options:
-        calls.append(lambda: penalty(faulty, **options))
-    for call in calls[:1] + calls[-3:]:
+        calls.append(lambda: penalty(w, **options))
+    for call in calls:
         with pytest.raises(error) as caught:
             call()
         for word in words:
-            caught.match(word)
+            if not word.startswith("params"):
+                caught.match(word)
     assert [as_bytes(w) for w in tensors] == before
 
 
@@ -213,9 +211,9 @@ BASE = torch.arange(24.0)
 BAD_TENSORS = {
     "integer": (lambda: torch.arange(6), ValueError, ["expected .*floating-point", "got torch.int64"]),
     "bool": (lambda: torch.ones(3, dtype=torch.bool), ValueError, ["floating-point", "got torch.bool"]),
-    "complex": (lambda: torch.zeros(3, 2, dtype=torch.cfloat), ValueError, ["expected a real", "got torch.complex64"]),
-    "sparse": (lambda: torch.eye(3).to_sparse(), ValueError, ["expected a dense", "got layout torch.sparse_coo"]),
-    "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), ValueError, ["expected a dense", "got layout torch.sparse_csr"]),
+    "complex": (lambda: torch.zeros(3).cfloat(), ValueError, ["expected a real", "got torch.complex64"]),
+    "sparse": (lambda: torch.eye(3).to_sparse(), ValueError, ["expected a dense", "got .*torch.sparse_coo"]),
+    "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), ValueError, ["a dense", "got .*sparse_csr"]),
     "meta": (lambda: torch.empty(3, 2, device="meta"), ValueError, ["expected a tensor with memory", "meta"]),
     "gaps": (lambda: BASE.clone().view(4, 6)[:, ::2], ValueError,
              ["expected a dense, non-overlapping", r"shape \(4, 3\) with strides \(6, 2\)"]),
@@ -235,7 +233,6 @@ def bad_tensor(request):
     return make(), error, words
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_optimizer_refuses_a_tensor(backend, bad_tensor):
     w, error, words = bad_tensor
     with pytest.raises(error) as caught:
@@ -248,7 +245,6 @@ def test_optimizer_refuses_a_tensor(backend, bad_tensor):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_a_tensor_put_into_a_param_group(backend, bad_tensor):
     w, error, words = bad_tensor
     if not isinstance(w, torch.Tensor):
@@ -264,7 +260,6 @@ def test_step_refuses_a_tensor_put_into_a_param_group(backend, bad_tensor):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_functions_refuse_a_tensor(backend, bad_tensor):
     w, error, words = bad_tensor
     tensors = [p.detach() for p in parameters()]
@@ -302,14 +297,13 @@ def test_prox_treats_a_tensor_with_gaps_the_same_with_and_without_gradients(name
     assert outcomes[0] == outcomes[1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_lazy_parameters_are_refused_before_the_first_batch(backend):
     lazy = nn.LazyLinear(3)
     with pytest.raises(
         ValueError, match=r"\[0\].*expected an initialised parameter, got a lazy one.*run one batch"
     ):
         ProxSGD(lazy.parameters(), **OPTIONS, backend=backend)
-    with pytest.raises(ValueError, match="expected an initialised .*got a lazy one"):
+    with pytest.raises(ValueError, match=r"expected an initialised .*got a lazy one"):
         prox_([lazy.weight], l1=0.1, backend=backend)
     lazy(torch.ones(2, 5)).sum().backward()
     ProxSGD(lazy.parameters(), **OPTIONS, backend=backend).step()
@@ -318,7 +312,6 @@ def test_lazy_parameters_are_refused_before_the_first_batch(backend):
 # The same memory twice
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_tensor_twice_is_refused(backend):
     optimizer, params = started(backend)
     p, q = parameters(seed=1)[:2]
@@ -335,7 +328,6 @@ def test_the_same_tensor_twice_is_refused(backend):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_a_tensor_put_in_twice(backend):
     optimizer, params = started(backend)
     optimizer.param_groups[0]["params"].append(params[0])
@@ -345,7 +337,6 @@ def test_step_refuses_a_tensor_put_in_twice(backend):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_a_tensor_put_into_two_groups(backend):
     params = parameters()
     optimizer = ProxSGD([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS, backend=backend)
@@ -366,19 +357,21 @@ SAME_MEMORY = {
 
 
 @pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_overlapping_memory_is_refused(backend, views):
+def test_prox_in_place_refuses_overlapping_memory(backend, views):
     x = BASE.clone()
-    with pytest.raises(
-        ValueError, match=r"tensors\[1\].*expected each tensor once, got .*memory of tensors\[0\]"
-    ):
+    with pytest.raises(ValueError, match=r"tensors\[1\].*expected each tensor once, got .*tensors\[0\]"):
         prox_(views(x), l1=0.1, backend=backend)
     assert torch.equal(x, BASE)
+
+
+@pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
+def test_optimizer_refuses_overlapping_memory(backend, views):
+    """Two parameters, one memory: a fused pass would update it twice at once."""
+    x = BASE.clone()
     with pytest.raises(ValueError, match=r"\['params'\]\[1\].*expected each .*once"):
         ProxSGD([nn.Parameter(v) for v in views(x)], **OPTIONS, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_neighbours_in_one_storage_are_fine(backend):
     x = BASE.clone()
     wanted = prox(x, l1=0.5)
@@ -407,8 +400,9 @@ def sparse_grad(p):
 
 
 def other_dtype_of_grad(p):
+    grad, p.grad = p.grad, None
     p.grad_dtype = torch.bfloat16
-    p.grad = p.grad.bfloat16()
+    p.grad = grad.bfloat16()
 
 
 BAD_GRADS = [
@@ -416,13 +410,12 @@ BAD_GRADS = [
     (transposed, ["3, 4", r"got [\[(]4, 3"]),
     (double, ["expected a gradient", "(?i)(float64|double)", "(?i)got.* (torch.float32|float)"]),
     (sparse_grad, ["expected a dense gradient", "(?i)got .*layout .*sparse", "not supported"]),
-    (other_dtype_of_grad, ["expected a gradient", "(?i)float", "(?i)got.* bfloat16"]),
+    (other_dtype_of_grad, ["expected a gradient", "(?i)float", "(?i)got.*bfloat16"]),
 ]
 
 
 @pytest.mark.parametrize("spoil,words", BAD_GRADS, ids=[case[0].__name__ for case in BAD_GRADS])
 @pytest.mark.parametrize("momentum", [0, 0.9])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_a_gradient(backend, momentum, spoil, words):
     """The last of several parameters is the faulty one; the first has its first gradient here."""
     params = [nn.Parameter(p.detach()) for p in (*parameters(), torch.randn(4, 3))]
@@ -436,7 +429,7 @@ def test_step_refuses_a_gradient(backend, momentum, spoil, words):
             optimizer.step()
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpu
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_step_writes_neither_fused_nor_reference_groups_when_one_is_faulty(faulty):
     params = parameters()
@@ -460,7 +453,6 @@ BAD_BUFFERS = {
 
 
 @pytest.mark.parametrize("case", BAD_BUFFERS.values(), ids=BAD_BUFFERS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_step_refuses_a_momentum_buffer(backend, case):
     make, error, words = case
     optimizer, params = started(backend)
@@ -474,7 +466,7 @@ def test_step_refuses_a_momentum_buffer(backend, case):
 
 
 @pytest.mark.parametrize("spoil", [lambda b: torch.zeros(7), lambda b: b.double()], ids=["shape", "dtype"])
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpu
 def test_step_refuses_a_momentum_buffer_changed_in_place(spoil):
     """The object is the same, its memory is another: what `buf.data = buf.data.to(...)` does."""
     optimizer, params = started("cpu")
@@ -491,20 +483,20 @@ def test_step_refuses_a_momentum_buffer_changed_in_place(spoil):
 # Backends
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_serve_says_why(backend):
+@pytest.mark.parametrize("absent", ["cpu", "triton", "cuda"])
+def test_a_backend_that_cannot_serve_says_why(absent):
     params = parameters()
     before = [as_bytes(p) for p in params]
-    if backend in available_backends():
-        pytest.skip(f"{backend} serves here")
+    if absent in available_backends():
+        pytest.skip(f"{absent} serves here")
     for call in (
-        lambda: ProxSGD(params, backend=backend),
-        lambda: prox(params[0].detach(), l1=0.1, backend=backend),
-        lambda: prox(params[0], l1=0.1, backend=backend),
-        lambda: prox_([p.detach() for p in params], l1=0.1, backend=backend),
-        lambda: prox_([], l1=0.1, backend=backend),
+        lambda: ProxSGD(params, backend=absent),
+        lambda: prox(params[0].detach(), l1=0.1, backend=absent),
+        lambda: prox(params[0], l1=0.1, backend=absent),
+        lambda: prox_([p.detach() for p in params], l1=0.1, backend=absent),
+        lambda: prox_([], l1=0.1, backend=absent),
     ):
-        with pytest.raises(RuntimeError, match=f"{backend}.* cannot (serve|be served)[:.] .+"):
+        with pytest.raises(RuntimeError, match=rf"{absent}.* cannot (serve|be served)[:.] .+"):
             call()
     assert [as_bytes(p) for p in params] == before
 
@@ -515,12 +507,12 @@ def test_an_unknown_backend_is_refused():
         lambda: prox(torch.ones(3), backend="gpu"),
         lambda: prox_([torch.ones(3)], backend="gpu"),
     ):
-        with pytest.raises(ValueError, match="backend: expected 'auto' or one of .*'reference'.* got 'gpu'"):
+        with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*'reference'.* got 'gpu'"):
             call()
 
 
 def test_fused_cannot_be_the_reference():
-    with pytest.raises(RuntimeError, match="fused=True cannot be served.*reference.*not fused"):
+    with pytest.raises(RuntimeError, match=r"fused=True cannot be served.*reference.*not fused"):
         ProxSGD(parameters(), fused=True, backend="reference")
     optimizer, params = started("reference")
     with rejected(optimizer, RuntimeError, "fused=True cannot be served"):
@@ -532,7 +524,7 @@ def test_fused_cannot_be_the_reference():
     assert_recovers(optimizer, params, "reference")
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built")
+@needs_cpu
 @pytest.mark.parametrize(
     "option", [dict(foreach=True), dict(differentiable=True), dict(fused=False)], ids=str
 )
@@ -541,7 +533,6 @@ def test_a_fused_backend_cannot_be_the_reference(option):
         ProxSGD(parameters(), backend="cpu", **option)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_prox_in_place_needs_no_grad(backend):
     p = parameters()[0]
     with pytest.raises(RuntimeError, match=r"tensors\[1\].*no_grad"):
@@ -551,45 +542,40 @@ def test_prox_in_place_needs_no_grad(backend):
 # Small things that are no error
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)]
+
+
 @pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
 @pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor", ()], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)], ids=str
-)
+@pytest.mark.parametrize("shape", TINY, ids=str)
 def test_empty_and_tiny_tensors_work(backend, prox_mode, group_by, shape):
-    """Against one element at a time where a group is one element, and l1 alone where there are no groups."""
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(shape, generator=generator, dtype=torch.float64)
-    coefficients = dict(group_lasso=0.125, exclusive_lasso=0.25, l1=0.0625)
-    options = dict(coefficients, group_by=group_by, prox_mode=prox_mode, backend=backend)
-    result = prox(w, **options)
+    """l1 alone where there are no groups; the formula for one number where a group is one element."""
+    w = torch.randn(shape, dtype=torch.float64)
+    alpha, beta, gamma = 0.125, 0.25, 0.0625
+    options = dict(group_lasso=alpha, exclusive_lasso=beta, l1=gamma, group_by=group_by, prox_mode=prox_mode)
+    result = prox(w, **options, backend=backend)
     assert result.shape == w.shape and result.dtype == w.dtype
 
-    u = (w.abs() - 0.0625).clamp(min=0)
-    grouped = len(shape) >= 2 or group_by == ()
-    single = group_by == () or {"feature": shape[:1], "filter": shape[1:], "tensor": shape,
-                                "channel": shape[:1] + shape[2:]}[group_by].count(1) == len(
-                                    {"feature": shape[:1], "filter": shape[1:], "tensor": shape,
-                                     "channel": shape[:1] + shape[2:]}[group_by])  # fmt: skip
-    if not grouped:
+    u = (w.abs() - gamma).clamp(min=0)
+    reduced = {"feature": shape[:1], "filter": shape[1:], "channel": shape[:1] + shape[2:], "tensor": shape}
+    one_element_each = all(n == 1 for n in reduced.get(group_by, ()))
+    if len(shape) < 2 and group_by != ():
         torch.testing.assert_close(result, u * w.sign())
-    elif single and prox_mode == "exact":  # one element: (|w| - l1 - alpha)+ / (1 + beta)
-        torch.testing.assert_close(result, (u - 0.125).clamp(min=0) / 1.25 * w.sign())
-    elif single:
-        s = torch.where(u > 0.125, 1 - 0.125 / u, 0.0)
-        torch.testing.assert_close(result, s * (u - 0.25 * u).clamp(min=0) * w.sign())
+    elif one_element_each and prox_mode == "exact":
+        torch.testing.assert_close(result, (u - alpha).clamp(min=0) / (1 + beta) * w.sign())
+    elif one_element_each:
+        s = torch.where(u > alpha, 1 - alpha / u, 0.0)
+        torch.testing.assert_close(result, s * (u - beta * u) * w.sign())
 
     in_place = w.clone()
-    prox_([in_place], **options)
+    prox_([in_place], **options, backend=backend)
     assert torch.equal(in_place, result)
     p = nn.Parameter(w.clone())
     p.grad = torch.zeros_like(p)
-    ProxSGD([p], lr=1.0, momentum=0.9, **options).step()
+    ProxSGD([p], lr=1.0, momentum=0.9, **options, backend=backend).step()
     assert torch.equal(p, result)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do_is_no_error(backend):
     prox_([], l1=0.1, backend=backend)
     prox_(torch.ones(3), l1=0.1, backend=backend)  # a single tensor will do

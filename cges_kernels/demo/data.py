@@ -32,7 +32,10 @@ def load_mnist() -> Images:
     """70,000 scans of 28x28 from openml.org, kept in scikit-learn's data folder once downloaded."""
     from sklearn import datasets
 
-    mnist = datasets.fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
+    try:
+        mnist = datasets.fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
+    except OSError as error:
+        raise ConnectionError(f"expected mnist_784 from openml.org, got: {error}") from error
     x = np.asarray(mnist.data, dtype=np.float32).reshape(-1, 1, 28, 28) / 255
     return Images(x, np.asarray(mnist.target).astype(np.int64))
 
