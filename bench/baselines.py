@@ -1,4 +1,4 @@
-"""The contenders, one function each: ``make(shapes, **options)`` gives a step to call and the parameters it changes.
+"""The contenders, one function each: from shapes and options to a step to call and what it changes.
 
 All train with momentum 0.9 on normal random weights and gradients, never zeros. The learning rate is small
 enough that hundreds of steps leave the weights what they are.

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+Times = dict[str, list[float]]
+
 RUNS = 5  # separated in time, each with tensors of its own
 SECONDS_PER_RUN = 1.0
 MAX_TURNS = 200
 
 
-def take_turns(
-    steps: Mapping[str, Callable[[], Any]], before: Callable[[], None] | None = None
-) -> dict[str, list[float]]:
+def take_turns(steps: Mapping[str, Callable[[], Any]], before: Callable[[], Any] | None = None) -> Times:
     """Seconds of each call, the contenders one after another in every turn; two turns to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: Times = {name: [] for name in steps}
     turns, began = 0, time.perf_counter()
     while turns < 2 + 5 or (time.perf_counter() - began < SECONDS_PER_RUN and turns < 2 + MAX_TURNS):
         for name, step in steps.items():
@@ -34,18 +34,26 @@ def take_turns(
     return {name: values[2:] for name, values in times.items()}
 
 
-def summarise(runs: list[dict[str, list[float]]], baseline: str) -> dict[str, dict[str, float]]:
-    """Per contender: the median over runs of its median time (ms), and of its ratio to ``baseline``."""
-    result = {}
-    for name in runs[0]:
-        ratios = [median(t / b for t, b in zip(run[name], run[baseline])) for run in runs]
-        result[name] = {
-            "ms": 1e3 * median(median(run[name]) for run in runs),
-            "ratio": median(ratios),
-            "ratio_low": min(ratios),
-            "ratio_high": max(ratios),
+def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, float]]:
+    """Per contender: the median over runs of its median time (ms), and of its ratio to ``baseline``.
+
+    A run is a list of sets of contenders that took turns; each set holds the baseline.
+    """
+    medians: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
+    for times in (times for run in runs for times in run):
+        for name, values in times.items():
+            medians.setdefault(name, []).append(median(values))
+            ratios.setdefault(name, []).append(median(t / b for t, b in zip(values, times[baseline])))
+    return {
+        name: {
+            "ms": 1e3 * median(medians[name]),
+            "ratio": median(ratios[name]),
+            "ratio_low": min(ratios[name]),
+            "ratio_high": max(ratios[name]),
         }
-    return result
+        for name in medians
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .groups import check_spec
 from .reference import FREEZE_MODES, PROX_MODES
@@ -17,11 +19,11 @@ COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 
 
 def check_coefficient(name: str, value: Any) -> None:
-    """A finite number >= 0, or a 0-d tensor of one."""
+    """A finite number >= 0, or a tensor of one."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {float(value)}")
 
@@ -38,11 +40,8 @@ def check_penalty(options: Mapping[str, Any]) -> None:
 
 def check_param_group(group: Mapping[str, Any]) -> None:
     """The hyperparameters of one param group; the wording of the first three is torch.optim.SGD's."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     for name, value in (
-        ("learning rate", lr),
+        ("learning rate", scalar("lr", group["lr"])),
         ("momentum value", group["momentum"]),
         ("weight_decay value", group["weight_decay"]),
     ):
@@ -76,26 +75,49 @@ def check_tensor(name: str, w: Any) -> None:
         raise ValueError(f"{name}: expected a real floating-point tensor, got {w.dtype}")
     if w.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with memory, got one on the meta device")
+    if w.is_neg():
+        raise ValueError(f"{name}: expected a tensor that holds its values, got a lazily negated view")
 
 
-def check_distinct(names: Iterable[str], tensors: Iterable[Tensor]) -> None:
-    """No tensor twice: two updates of the same memory in one pass would race."""
+def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """No tensor and no memory twice: two updates of it in one pass would race. The tensors are dense."""
     seen: dict[int, str] = {}
     for name, w in zip(names, tensors):
-        key = w.data_ptr() if w.numel() else -id(w)
-        if key in seen:
-            raise ValueError(f"{name}: expected each tensor once, got the memory of {seen[key]} again")
-        seen[key] = name
+        if seen.setdefault(id(w), name) != name:
+            raise ValueError(f"{name}: expected each tensor once, got the same as {seen[id(w)]} again")
+    order = {name: i for i, name in enumerate(names)}
+    ranges = sorted(
+        (w.data_ptr(), w.data_ptr() + w.nbytes, name)
+        for name, w in zip(names, tensors)
+        if w.numel() and not is_traceable_wrapper_subclass(w)
+    )
+    for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
+        if start < end:
+            first, second = sorted((name, other), key=order.__getitem__)
+            raise ValueError(f"{second}: expected each tensor once, got memory that {first} has too")
 
 
-def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    """A dense gradient of the parameter's shape, dtype and device."""
-    if grad.layout != torch.strided:
+def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dtype | None = None) -> None:
+    """A gradient or buffer: dense, of the parameter's shape and device, and of ``dtype`` where given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor as its {what}, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name}: expected a dense {what}, got layout {x.layout}; sparse is not supported")
+    dtype = dtype or x.dtype
+    if x.shape != param.shape or x.dtype != dtype or x.device != param.device:
         raise RuntimeError(
-            f"{name}: expected a dense gradient, got layout {grad.layout}; sparse gradients are not supported"
+            f"{name}: expected a {what} of shape {tuple(param.shape)}, {dtype} on {param.device}, "
+            f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
         )
-    if grad.shape != param.shape or grad.dtype != param.dtype or grad.device != param.device:
-        raise RuntimeError(
-            f"{name}: expected a gradient of shape {tuple(param.shape)}, {param.dtype} on {param.device}, "
-            f"got {tuple(grad.shape)}, {grad.dtype} on {grad.device}"
+
+
+def scalar(name: str, value: Any) -> Any:
+    """A tensor hyperparameter as a number; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        shape = tuple(value.shape)
+        raise ValueError(
+            f"Tensor {name} must be 1-element: expected a number or one element, got shape {shape}"
         )
+    return value.detach().item()

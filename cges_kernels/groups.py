@@ -96,7 +96,7 @@ def viewed(w: Tensor, view: Sequence[int] | None) -> Tensor:
     if view is None:
         return w
     try:
-        return w.view(*view)
+        return w.view(tuple(view))
     except RuntimeError as error:
         raise ValueError(
             f"view: expected a shape that {tuple(w.shape)} with strides {w.stride()} can be viewed as, "
@@ -118,6 +118,8 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
         )
     v = viewed(torch.empty_strided(w.shape, w.stride(), device="meta"), view)
     reduced = reduced_dims(v.dim(), group_by) if has_groups(v.dim(), group_by) else ()
+    if v.numel() == 0:
+        return Layout(0, 1, 1, 1)
     in_memory = sorted((d for d in range(v.dim()) if v.shape[d] != 1), key=v.stride, reverse=True)
 
     sizes = [1, 1, 1, 1]  # K1, R1, K2, R2
@@ -129,11 +131,9 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
         if slot == len(sizes):
             raise ValueError(
                 f"group_by={group_by!r} on shape {tuple(v.shape)} with strides {v.stride()}: expected "
-                "at most kept, reduced, kept, reduced in memory order; permute the tensor or choose another spec"
+                "at most kept, reduced, kept, reduced in memory order; permute it or choose another spec"
             )
         sizes[slot] *= v.shape[d]
-    if v.numel() == 0:
-        return Layout(0, 1, 1, 1)
     return Layout(*sizes)
 
 

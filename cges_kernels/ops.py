@@ -65,7 +65,7 @@ def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False)
     candidates = BACKENDS[:0:-1] if backend == "auto" else (backend,)
     reasons = []
     for candidate in candidates:
-        reason = next(filter(None, (why_not(candidate, w) for w in tensors)), None)
+        reason = next(filter(None, (why_not(candidate, w) for w in (None, *tensors))), None)
         if fused and candidate == "reference":
             reason = "it is not fused"
         if reason is None:
@@ -83,6 +83,20 @@ def layout_tuple(
     """What C++ wants to know of a tensor: its canonical layout, and whether the spec makes groups."""
     ndim = len(view) if view is not None else w.dim()
     return (*canonical_layout(w, group_by, view), has_groups(ndim, group_by))
+
+
+def named_layouts(
+    names: Sequence[str], tensors: Sequence[Tensor], group_by: GroupSpec, view: Sequence[int] | None
+) -> list[tuple[int, int, int, int, bool]]:
+    """layout_tuple of each tensor; an error names the tensor."""
+    layouts = []
+    for name, w in zip(names, tensors):
+        check_tensor(name, w)
+        try:
+            layouts.append(layout_tuple(w, group_by, view))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return layouts
 
 
 def prox_(
@@ -117,14 +131,13 @@ def prox_(
     check_penalty({**penalty_options, "prox_mode": prox_mode})
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     names = [f"tensors[{i}]" for i in range(len(tensors))]
+    layouts = named_layouts(names, tensors, group_by, view)
     for name, w in zip(names, tensors):
-        check_tensor(name, w)
         if torch.is_grad_enabled() and w.requires_grad:
             raise RuntimeError(
                 f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
             )
     check_distinct(names, tensors)
-    layouts = [layout_tuple(w, group_by, view) for w in tensors]
     thresholds = reference.Thresholds(float(group_lasso), float(exclusive_lasso), float(l1))
     if choose_backend(backend, tensors) == "cpu":
         exact = prox_mode == "exact"
@@ -164,9 +177,11 @@ def prox(
     if torch.is_grad_enabled() and w.requires_grad:
         check_penalty({**options, "prox_mode": prox_mode})
         choose_backend(backend, [w])
-        layout_tuple(w, group_by, view)
-        thresholds = reference.Thresholds(group_lasso, exclusive_lasso, l1)
-        return reference.shrink(w, thresholds, group_by, view, prox_mode).clone()
+        w = w.clone()
+        named_layouts(["w"], [w], group_by, view)
+        return reference.shrink(
+            w, reference.Thresholds(group_lasso, exclusive_lasso, l1), group_by, view, prox_mode
+        )
     result = w.detach().clone()
     prox_([result], **options, prox_mode=prox_mode, backend=backend)
     return result

@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from . import reference
-from .checks import check_grad, check_param_group, check_tensor
+from .checks import COEFFICIENTS, check_companion, check_distinct, check_param_group, scalar
 from .groups import GroupSpec
-from .ops import _C, check_backend, choose_backend, layout_tuple
+from .ops import _C, check_backend, choose_backend, named_layouts
 
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-PENALTY_OPTIONS = ("group_lasso", "exclusive_lasso", "l1", "group_by", "view")
+PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
 PROX_OPTIONS = (*PENALTY_OPTIONS, "prox_mode", "freeze_zeros")
 EXECUTOR_OPTIONS = ("foreach", "differentiable", "fused", "group_by", "view")
+
+
+def _identity(p: Tensor) -> tuple[Any, ...]:
+    return id(p), p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
 
 
 class ProxSGD(Optimizer):
@@ -44,7 +48,7 @@ class ProxSGD(Optimizer):
         exclusive_lasso: beta, the weight of each group's squared l1 norm: entries of a group compete.
         l1: gamma, the weight of the l1 norm.
         group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims. Named
-            specs apply group_lasso and exclusive_lasso to tensors of two or more dims only; l1 applies to all.
+            specs apply group_lasso and exclusive_lasso to tensors of two or more dims only, l1 to all.
         view: a shape; group_by then refers to ``w.view(view)``.
         prox_mode: "sequential" (the thesis: one threshold after the other) or "exact" (the proximal operator
             of Omega). They agree only as lr*exclusive_lasso*n -> 0 (n = group size); at 1 and above
@@ -118,42 +122,39 @@ class ProxSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer.add_param_group; the group is checked before it is taken."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            check_param_group(group)
-            self._layouts_of(len(self.param_groups) - 1)
-            self._executor_of(group)
+            check_param_group(self.param_groups[-1])
+            self._layouts()
+            self._executor_of(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
         self._forget_plan()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values."""
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            expected, got = len(self.param_groups), len(state_dict["param_groups"])
+            if expected == got:
+                raise
+            raise ValueError(f"state_dict: expected {expected} param groups, got {got}") from error
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """For unpickling and load_state_dict: a key that is missing keeps the value it had, if any."""
+        before = self.__dict__.get("param_groups", [])
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_warned", False)
         self._forget_plan()
         super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
+        for i, group in enumerate(self.param_groups):
+            kept = before[i] if i < len(before) else {}
+            for key, value in {**self.defaults, **kept}.items():
                 group.setdefault(key, value)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values."""
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                f"state_dict: expected {len(self.param_groups)} param groups as in this optimizer, "
-                f"got {len(saved)}"
-            )
-        completed = [
-            {**{key: value for key, value in group.items() if key not in ("params", "param_names")}, **loaded}
-            for group, loaded in zip(self.param_groups, saved)
-        ]
-        super().load_state_dict({**state_dict, "param_groups": completed})
-        self._forget_plan()
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,17 +164,13 @@ class ProxSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._prepare()
-        referred = [
-            (group, list(self._gradients(i, group)))
-            for i, group in enumerate(self.param_groups)
-            if self._executors[i] == "reference"
-        ]
+        referred = [self._inputs(i) for i, e in enumerate(self._executors) if e == "reference"]
         if self._plan is not None and not self._plan.step(self._fused_params(), self.state):
             self._forget_plan()  # a parameter moved or was replaced
             self._prepare()
             self._plan.step(self._fused_params(), self.state)
-        for group, gradients in referred:
-            self._reference_step(group, gradients)
+        for group, inputs in referred:
+            self._reference_step(group, inputs)
         return loss
 
     @torch.no_grad()
@@ -186,89 +183,85 @@ class ProxSGD(Optimizer):
         ]
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
 
-    # What follows keeps a plan of the fused param groups. Everything it depends on is compared each step.
+    # What follows keeps a plan of who serves which group. Everything it depends on is compared each step.
 
     def _forget_plan(self) -> None:
         self._plan: Any = None
-        self._executors: list[str] = []
         self._plan_key: Any = None
+        self._executors: list[str] = []
+        self._group_sizes: list[int] = []
         self._values: list[Any] = []
 
-    def _layouts_of(self, index: int) -> list[tuple[int, int, int, int, bool]]:
-        group = self.param_groups[index]
-        layouts, seen = [], set()
-        for i, p in enumerate(group["params"]):
-            name = f"param_groups[{index}]['params'][{i}]"
-            check_tensor(name, p)
-            if id(p) in seen:
-                raise ValueError(f"{name}: expected each parameter once, got the same tensor again")
-            seen.add(id(p))
-            try:
-                layouts.append(layout_tuple(p, group["group_by"], group["view"]))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    def _layouts(self) -> list[list[tuple[int, int, int, int, bool]]]:
+        """Check every parameter and work out its layout."""
+        layouts, all_names, all_params = [], [], []
+        for g, group in enumerate(self.param_groups):
+            names = [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
+            layouts.append(named_layouts(names, group["params"], group["group_by"], group["view"]))
+            all_names += names
+            all_params += group["params"]
+        check_distinct(all_names, all_params)
         return layouts
 
     def _executor_of(self, group: dict[str, Any]) -> str:
-        wants_reference = group["foreach"] or group["differentiable"] or group["fused"] is False
-        backend = "reference" if wants_reference and self._backend == "auto" else self._backend
-        if wants_reference and backend != "reference":
-            raise RuntimeError(
-                "foreach=True, differentiable=True and fused=False take the reference executor, "
-                f"got backend={backend!r}"
-            )
+        backend = self._backend
+        if group["foreach"] or group["differentiable"] or group["fused"] is False:
+            if backend not in ("auto", "reference"):
+                raise RuntimeError(
+                    "foreach=True, differentiable=True and fused=False take the reference executor, "
+                    f"got backend={backend!r}"
+                )
+            backend = "reference"
         return choose_backend(backend, group["params"], fused=group["fused"] is True)
 
+    def _key_of(self, index: int) -> tuple[Any, ...]:
+        """What a group's executor and layouts depend on; StepPlan itself compares the fused parameters."""
+        group = self.param_groups[index]
+        key = tuple(group[k] for k in EXECUTOR_OPTIONS)
+        if index < len(self._executors) and self._executors[index] != "reference":
+            return key
+        return (*key, *(_identity(p) for p in group["params"]))
+
     def _prepare(self) -> None:
-        """Check changed hyperparameters and bring the plan up to date."""
-        key = [tuple(group[k] for k in EXECUTOR_OPTIONS) for group in self.param_groups]
-        if key != self._plan_key:
+        """Bring the plan up to date, and check what has changed."""
+        groups = range(len(self.param_groups))
+        if self._plan_key is None or [self._key_of(i) for i in groups] != self._plan_key:
             self._forget_plan()
             for group in self.param_groups:
                 check_param_group(group)
-            layouts = [self._layouts_of(i) for i in range(len(self.param_groups))]
+            layouts = self._layouts()
             self._executors = [self._executor_of(group) for group in self.param_groups]
-            self._group_sizes = [
-                max((R1 * R2 for _, R1, _, R2, grouped in of_group if grouped), default=0)
-                for of_group in layouts
-            ]
+            self._group_sizes = [max((x[1] * x[3] for x in row if x[4]), default=0) for row in layouts]
             if any(executor != "reference" for executor in self._executors):
-                fused = [e != "reference" for e in self._executors]
-                self._plan = _C.StepPlan(
-                    self._fused_params(), [x if f else [] for x, f in zip(layouts, fused)]
-                )
+                fused = [[] if e == "reference" else row for row, e in zip(layouts, self._executors)]
+                self._plan = _C.StepPlan(self._fused_params(), fused)
             self._values = [None] * len(self.param_groups)
-            self._plan_key = key
+            self._plan_key = [self._key_of(i) for i in groups]
         for i, group in enumerate(self.param_groups):
-            values = tuple(
-                [
-                    float(v) if isinstance(v := group[k], Tensor) else v
-                    for k in ("lr", *SGD_OPTIONS, *PROX_OPTIONS)
-                ]
-            )
+            values = [scalar(k, group[k]) for k in ("lr", *SGD_OPTIONS, *PROX_OPTIONS)]
             if values != self._values[i]:
                 self._take_values(i, group)
                 self._values[i] = values
 
     def _take_values(self, index: int, group: dict[str, Any]) -> None:
         check_param_group(group)
-        lr = float(group["lr"])
-        b = lr * float(group["exclusive_lasso"])
-        if group["prox_mode"] == "sequential" and b * self._group_sizes[index] >= 1 and not self._warned:
+        lr, alpha, beta, gamma = (float(scalar(k, group[k])) for k in ("lr", *COEFFICIENTS))
+        strength = lr * beta * self._group_sizes[index]
+        if group["prox_mode"] == "sequential" and strength >= 1 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"param_groups[{index}]: lr*exclusive_lasso*group_size = {b * self._group_sizes[index]:.3g} "
-                ">= 1: sequential mode zeroes far more than the proximal operator does; lower exclusive_lasso "
+                f"param_groups[{index}]: lr*exclusive_lasso*group_size = {strength:.3g} >= 1: sequential "
+                "mode zeroes far more than the proximal operator does; lower exclusive_lasso "
                 "(scale='size' divides it by the group size) or use prox_mode='exact'",
-                stacklevel=5,
+                stacklevel=6,
             )
         if self._executors[index] != "reference":
             hyperparameters = _C.Hyperparameters(
                 lr=lr,
-                **{key: group[key] for key in SGD_OPTIONS},
-                a=lr * float(group["group_lasso"]),
-                b=b,
-                c=lr * float(group["l1"]),
+                **{key: scalar(key, group[key]) for key in SGD_OPTIONS},
+                a=lr * alpha,
+                b=lr * beta,
+                c=lr * gamma,
                 exact=group["prox_mode"] == "exact",
                 freeze=group["freeze_zeros"] or "",
             )
@@ -276,20 +269,30 @@ class ProxSGD(Optimizer):
 
     def _fused_params(self) -> list[list[Tensor]]:
         return [
-            group["params"] if executor != "reference" else []
+            [] if executor == "reference" else list(group["params"])
             for group, executor in zip(self.param_groups, self._executors)
         ]
 
-    def _gradients(self, index: int, group: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
+    def _inputs(self, index: int) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor, Tensor | None]]]:
+        """A group for the reference, and (parameter, gradient, momentum buffer) of those with a gradient."""
+        group = self.param_groups[index]
+        inputs = []
         for i, p in enumerate(group["params"]):
-            if p.grad is not None:
-                check_grad(f"param_groups[{index}]['params'][{i}]", p, p.grad)
-                yield p, p.grad
+            if p.grad is None:
+                continue
+            name = f"param_groups[{index}]['params'][{i}]"
+            check_companion("gradient", name, p, p.grad, p.dtype)
+            buf = self.state[p].get("momentum_buffer") if group["momentum"] != 0 and p in self.state else None
+            if buf is not None:
+                check_companion("momentum_buffer", name, p, buf)
+            inputs.append((p, p.grad, buf))
+        return group, inputs
 
-    def _reference_step(self, group: dict[str, Any], gradients: list[tuple[Tensor, Tensor]]) -> None:
+    def _reference_step(
+        self, group: dict[str, Any], inputs: list[tuple[Tensor, Tensor, Tensor | None]]
+    ) -> None:
         options = {key: group[key] for key in ("lr", *SGD_OPTIONS, *PROX_OPTIONS)}
-        for p, grad in gradients:
-            buf = self.state[p].get("momentum_buffer") if group["momentum"] != 0 else None
+        for p, grad, buf in inputs:
             new, new_buf = reference.step(p, grad, buf, **options)
             p.copy_(new)
             if new_buf is not None:

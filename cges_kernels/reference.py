@@ -73,7 +73,7 @@ def sgd_update(
         grad = grad.add(buf, alpha=momentum) if nesterov else buf
     if isinstance(lr, Tensor) and lr.requires_grad:
         return w.addcmul(grad, lr, value=-1), buf
-    return w.add(grad, alpha=-lr), buf
+    return w.add(grad, alpha=-float(lr)), buf
 
 
 def soft_magnitude(z: Tensor, t: Tensor | float) -> Tensor:
@@ -115,7 +115,7 @@ def solve_shrinkage(
     stats = group_stats(z, c, dims, with_count=prox_mode == "exact")
     s = group_scale(stats.l2, a)
     if b == 0:
-        return s, torch.full_like(s, c)
+        return s, torch.zeros_like(s) + c
     if prox_mode == "sequential":
         return s, c + b * stats.l1
     return _solve_exact(z, dims, thresholds, stats)
@@ -141,7 +141,7 @@ def _solve_exact(
     c = thresholds.c
     tolerance = 4 * torch.finfo(z.dtype).eps
     with torch.no_grad():
-        t = torch.full_like(stats.l1, c)
+        t = torch.zeros_like(stats.l1) + c
         low, high = t, t + thresholds.b * stats.l1
         done = torch.zeros_like(t, dtype=torch.bool)
         s = group_scale(stats.l2, thresholds.a)
@@ -237,7 +237,8 @@ def step(
     if frozen is not None:
         z = torch.where(frozen, 0.0, z)
         buf = None if buf is None else torch.where(frozen, 0.0, buf)
-    thresholds = Thresholds(*(float(lr) * x for x in (group_lasso, exclusive_lasso, l1)))
+    step_size = lr if isinstance(lr, Tensor) and lr.requires_grad else float(lr)
+    thresholds = Thresholds(*(step_size * x for x in (group_lasso, exclusive_lasso, l1)))
     return shrink(z, thresholds, group_by, view, prox_mode), buf
 
 
@@ -252,8 +253,12 @@ def omega(
 ) -> Tensor:
     """Omega(w), 0-d, differentiable; the group terms where the spec makes groups."""
     x = viewed(w, view).to(compute_dtype(w.dtype))
-    total = l1 * x.abs().sum()
-    if has_groups(x.dim(), group_by):
-        _, norm1, norm2 = group_stats(x, 0.0, reduced_dims(x.dim(), group_by))
-        total = total + group_lasso * norm2.sum() + exclusive_lasso / 2 * norm1.square().sum()
+    total = l1 * x.abs().sum() if l1 != 0 else x.new_zeros(())
+    dims = reduced_dims(x.dim(), group_by)
+    if has_groups(x.dim(), group_by) and (group_lasso != 0 or exclusive_lasso != 0):
+        _, norm1, norm2 = group_stats(x, 0.0, dims)
+        if group_lasso != 0:
+            total = total + group_lasso * norm2.sum()
+        if exclusive_lasso != 0:
+            total = total + exclusive_lasso / 2 * norm1.square().sum()
     return total

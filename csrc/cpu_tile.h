@@ -11,11 +11,13 @@ namespace cges {
 
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
-constexpr int64_t kBlockRows = 32;     // rows whose z is still in L1 when their statistics are taken
+constexpr int64_t kBlockRows = 8;      // rows whose z is still in L1 when their statistics are taken
+constexpr int64_t kSumRows = 32;       // rows summed in the compute type before double takes over
 constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
 
-// How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart. Rows
-// a multiple of 4 KB apart fall into the same few sets of the L1: those are fetched into the L2, and earlier.
+// How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart.
+// Rows a multiple of 4 KB apart fall into the same few sets of the L1: those are fetched into the L2, and
+// earlier.
 constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144, kL1Way = 4096;
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
@@ -128,8 +130,7 @@ class TileRunner {
     });
     while (!solve(step_, groups_, solvers_, [&](int64_t g) { return group_sums(g); })) {
       begin_sums(solvers_);
-      for_each_block(
-          [&](int64_t r0, int64_t r1) { add_stats(r1 - r0, z_ + (r0 - tile_.r0) * tile_.columns()); });
+      add_stats(tile_.rows(), z_);
     }
     spread(solvers_);
     apply_rows(tile_.r0, tile_.r1, z_, solvers_);
@@ -250,11 +251,15 @@ class TileRunner {
   }
 
   void add_stats(int64_t rows, const A* z) {
-    if (narrow_) return ops_.column_stats(rows, tile_.columns(), z, t_, sums_);
+    if (narrow_) {
+      for (int64_t r = 0; r < rows; r += kSumRows)
+        ops_.column_stats(std::min(kSumRows, rows - r), tile_.columns(), z + r * tile_.columns(), t_, sums_);
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r, z += tile_.columns())
       for_each_run([&](int64_t run_rows, int64_t columns, int64_t begin, int64_t stat) {
-        for (int64_t i = 0; i < run_rows; i += kBlockRows)
-          ops_.column_stats(std::min(kBlockRows, run_rows - i), columns, z + begin + i * columns, t_ + stat,
+        for (int64_t i = 0; i < run_rows; i += kSumRows)
+          ops_.column_stats(std::min(kSumRows, run_rows - i), columns, z + begin + i * columns, t_ + stat,
                             sums_ + stat);
       });
   }

@@ -16,10 +16,10 @@
 
 namespace cges {
 
-// max(x, 0) that lets NaN through.
+// max(x, 0) that lets NaN through; written as the maximum instruction has it.
 template <typename T>
 CGES_FN T positive_part(T x) {
-  return !(x <= T(0)) ? x : T(0);
+  return T(0) > x ? T(0) : x;
 }
 
 // |soft(z, t)|

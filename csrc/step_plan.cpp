@@ -11,8 +11,10 @@ Layout to_layout(const LayoutTuple& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
-// Equal where it matters: the stride of a dim of size 1 (or of an empty tensor) moves nothing.
+// Equal where it matters: the stride of a dim of size 1 (or of an empty tensor) moves nothing. A lazily
+// negated view holds other numbers than its memory does.
 bool same_memory_order(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (x.is_neg()) return false;
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] > 1 && x.stride(d) != strides[d] && x.numel() != 0) return false;
   return true;
@@ -38,6 +40,7 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
   TORCH_CHECK_VALUE(params.size() == layouts.size(), "StepPlan: expected layouts for ", params.size(),
                     " param groups, got ", layouts.size());
   for (size_t g = 0; g < params.size(); ++g) {
+    group_sizes_.push_back(params[g].size());
     TORCH_CHECK_VALUE(params[g].size() == layouts[g].size(), "StepPlan: expected ", params[g].size(),
                       " layouts in param group ", g, ", got ", layouts[g].size());
     for (size_t i = 0; i < params[g].size(); ++i) {
@@ -46,7 +49,7 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
       const Layout layout = to_layout(layouts[g][i]);
       TORCH_CHECK_VALUE(layout.numel() == param.numel(), "StepPlan: expected a layout of ", param.numel(),
                         " elements, got ", layout.numel());
-      slots_.push_back({object, param, param.data_ptr(), at::DimVector(param.sizes()),
+      slots_.push_back({object, param, param.data_ptr(), param.scalar_type(), at::DimVector(param.sizes()),
                         at::DimVector(param.strides()), layout, std::get<4>(layouts[g][i]), int64_t(g),
                         int64_t(i), py::object(), py::object(), at::Tensor()});
     }
@@ -58,14 +61,17 @@ std::string StepPlan::name(const Slot& slot) const {
 }
 
 bool StepPlan::matches(const std::vector<py::list>& params) const {
-  size_t n = 0;
-  for (const py::list& list : params)
-    for (py::ssize_t i = 0, size = PyList_GET_SIZE(list.ptr()); i < size; ++i, ++n)
-      if (n == slots_.size() || PyList_GET_ITEM(list.ptr(), i) != slots_[n].object.ptr()) return false;
-  return n == slots_.size() && std::all_of(slots_.begin(), slots_.end(), [](const Slot& slot) {
-           return slot.param.data_ptr() == slot.data && slot.param.sizes() == slot.sizes &&
-                  slot.param.strides() == slot.strides;
-         });
+  if (params.size() != group_sizes_.size()) return false;
+  auto slot = slots_.begin();
+  for (size_t g = 0; g < params.size(); ++g) {
+    if (PyList_GET_SIZE(params[g].ptr()) != group_sizes_[g]) return false;
+    for (int64_t i = 0; i < group_sizes_[g]; ++i, ++slot)
+      if (PyList_GET_ITEM(params[g].ptr(), i) != slot->object.ptr()) return false;
+  }
+  return std::all_of(slots_.begin(), slots_.end(), [](const Slot& x) {
+    return x.param.data_ptr() == x.data && x.param.sizes() == x.sizes && x.param.strides() == x.strides &&
+           x.param.scalar_type() == x.dtype;
+  });
 }
 
 // Finds each parameter's dict again when `state` has changed; comparing all of it costs nanoseconds an entry.
@@ -98,32 +104,33 @@ at::Tensor StepPlan::checked_grad(const Slot& slot) const {
   return same_memory_order(grad, slot.sizes, slot.strides) ? grad : in_memory_order_of(param, grad);
 }
 
-void StepPlan::follow_buffer(Slot& slot) const {
+// The buffer that `state` holds for this parameter, undefined where there is none yet.
+at::Tensor StepPlan::checked_buffer(const Slot& slot) const {
   PyObject* const found = slot.entry ? PyDict_GetItem(slot.entry.ptr(), momentum_buffer_key()) : nullptr;
-  if (found == slot.buf_object.ptr() && found != nullptr) return;
-  slot.buf_object = py::reinterpret_borrow<py::object>(found == Py_None ? nullptr : found);
-  slot.buf = at::Tensor();
-  if (!slot.buf_object) return;
-  TORCH_CHECK_TYPE(THPVariable_Check(found), name(slot), ": expected a tensor as its momentum_buffer, got ",
-                   Py_TYPE(found)->tp_name);
-  const at::Tensor buf = THPVariable_Unpack(found);
+  if (found == nullptr || found == Py_None) return {};
+  at::Tensor buf = slot.buf;
+  if (found != slot.buf_object.ptr()) {
+    TORCH_CHECK_TYPE(THPVariable_Check(found), name(slot), ": expected a tensor as its momentum_buffer, got ",
+                     Py_TYPE(found)->tp_name);
+    buf = THPVariable_Unpack(found);
+  }
   const at::Tensor& param = slot.param;
-  TORCH_CHECK(buf.scalar_type() == param.scalar_type() && buf.device() == param.device() &&
-                  buf.sizes() == param.sizes(),
-              name(slot), ": expected a momentum_buffer of the same shape, ", param.scalar_type(), " on ",
-              param.device(), ", got ", buf.sizes(), ", ", buf.scalar_type(), " on ", buf.device());
-  slot.buf = buf;
+  TORCH_CHECK(buf.layout() == at::kStrided && buf.scalar_type() == param.scalar_type() &&
+                  buf.device() == param.device() && buf.sizes() == param.sizes(),
+              name(slot), ": expected a momentum_buffer of the same shape, dense, ", param.scalar_type(),
+              " on ", param.device(), ", got ", buf.sizes(), ", ", buf.layout(), ", ", buf.scalar_type(),
+              " on ", buf.device());
+  return buf;
 }
 
-// What SGD creates at a parameter's first gradient; or the loaded buffer, laid out as the parameter is.
-void StepPlan::create_buffer(Slot& slot, const py::dict& state) const {
-  slot.buf = slot.buf.defined() ? in_memory_order_of(slot.param, slot.buf)
-                                : at::empty_strided(slot.sizes, slot.strides, slot.param.options());
-  slot.buf_object = py::cast(slot.buf);
+// Makes `buf` the parameter's momentum buffer, in `state` as well.
+void StepPlan::keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const {
   if (!slot.entry) {
     slot.entry = py::dict();
     PyDict_SetItem(state.ptr(), slot.object.ptr(), slot.entry.ptr());
   }
+  slot.buf = buf;
+  slot.buf_object = py::reinterpret_steal<py::object>(THPVariable_Wrap(buf));
   PyDict_SetItem(slot.entry.ptr(), momentum_buffer_key(), slot.buf_object.ptr());
 }
 
@@ -131,24 +138,32 @@ bool StepPlan::step(const std::vector<py::list>& params, const py::dict& state) 
   if (!matches(params)) return false;
   follow_state(state);
 
-  std::vector<at::Tensor> grads(slots_.size());
-  for (size_t i = 0; i < slots_.size(); ++i) {  // every check comes before the first write
-    grads[i] = checked_grad(slots_[i]);
-    if (grads[i].defined() && hyperparameters_[slots_[i].group].sgd.momentum != 0) follow_buffer(slots_[i]);
+  // Every check and every allocation comes before the first write.
+  std::vector<at::Tensor> grads(slots_.size()), bufs(slots_.size());
+  std::vector<bool> first(slots_.size(), false);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    grads[i] = checked_grad(slot);
+    if (!grads[i].defined() || hyperparameters_[slot.group].sgd.momentum == 0) continue;
+    bufs[i] = checked_buffer(slot);
+    first[i] = !bufs[i].defined();
+    if (first[i])  // what torch.optim.SGD creates at a parameter's first gradient
+      bufs[i] = at::empty_strided(slot.sizes, slot.strides, slot.param.options());
+    else if (!same_memory_order(bufs[i], slot.sizes, slot.strides))
+      bufs[i] = in_memory_order_of(slot.param, bufs[i]);
   }
+
   std::vector<TensorStep> steps;
   steps.reserve(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (!grads[i].defined()) continue;
     Slot& slot = slots_[i];
-    const Hyperparameters& h = hyperparameters_[slot.group];
-    const bool has_buf = h.sgd.momentum != 0, first = has_buf && !slot.buf.defined();
-    if (has_buf && (first || !same_memory_order(slot.buf, slot.sizes, slot.strides)))
-      create_buffer(slot, state);
-    steps.push_back({slot.param.data_ptr(), grads[i].data_ptr(), has_buf ? slot.buf.data_ptr() : nullptr,
-                     first, slot.param.scalar_type(), slot.layout, slot.has_groups, &h});
+    const bool has_buf = bufs[i].defined();
+    if (has_buf && !bufs[i].is_same(slot.buf)) keep_buffer(slot, bufs[i], state);
+    steps.push_back({slot.param.data_ptr(), grads[i].data_ptr(), has_buf ? bufs[i].data_ptr() : nullptr,
+                     first[i], slot.dtype, slot.layout, slot.has_groups, &hyperparameters_[slot.group]});
     bump_version(slot.param);
-    if (has_buf) bump_version(slot.buf);
+    if (has_buf) bump_version(bufs[i]);
   }
   py::gil_scoped_release no_gil;
   cpu_step(steps);

@@ -36,6 +36,7 @@ class StepPlan {
     py::object object;  // the parameter as Python holds it
     at::Tensor param;
     const void* data;
+    c10::ScalarType dtype;
     at::DimVector sizes, strides;
     Layout layout;
     bool has_groups;
@@ -48,11 +49,12 @@ class StepPlan {
   bool matches(const std::vector<py::list>& params) const;
   void follow_state(const py::dict& state);
   at::Tensor checked_grad(const Slot& slot) const;
-  void follow_buffer(Slot& slot) const;
-  void create_buffer(Slot& slot, const py::dict& state) const;
+  at::Tensor checked_buffer(const Slot& slot) const;
+  void keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const;
   std::string name(const Slot& slot) const;
 
   std::vector<Slot> slots_;
+  std::vector<int64_t> group_sizes_;
   std::vector<Hyperparameters> hyperparameters_;
   std::vector<std::pair<py::object, py::object>> state_entries_;  // what `state` held when last followed
 };

@@ -4,7 +4,7 @@ import pytest
 import torch
 from right import DTYPES, SPECS, check_step, fresh, one_step
 
-from cges_kernels import ProxSGD, _C, prox, prox_, reference
+from cges_kernels import _C, ProxSGD, prox, prox_, reference
 from cges_kernels.groups import canonical_layout
 
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]

@@ -224,9 +224,9 @@ def test_exact_mode_takes_few_sweeps(monkeypatch):
         reference.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
     barely_alive = [n for share, of_share in counts.items() for n in of_share if share > 0.99]
     others = [n for share, of_share in counts.items() for n in of_share if share < 0.99]
-    assert max(others) <= 13 and np.mean(others) <= 6
+    assert max(others) <= 13 and np.mean(others) <= 4.5
     # one read of the group before the first sweep, and one after each
-    assert max(barely_alive) <= MAX_SWEEPS + 1 and np.mean(barely_alive) <= 13
+    assert max(barely_alive) <= MAX_SWEEPS + 1 and np.mean(barely_alive) <= 11
 
 
 def test_groups_are_solved_independently_of_each_other():

@@ -95,7 +95,7 @@ def shown_runs(runs: Sequence[Run]) -> dict[str, Run]:
 
 def _title(run: Run, nonzero: float) -> str:
     label = METHODS[run.method].label
-    nonzeros = f"nonzero: {nonzero:.0f}% here, {run.nonzero:.0f}% of all weights"
+    nonzeros = f"Nonzero: {nonzero:.0f}% here, {run.nonzero:.0f}% of all weights"
     return f"{label}, λ = {run.lam:g}.  {nonzeros}.  Accuracy {run.accuracy:.1f}%"
 
 
@@ -133,10 +133,11 @@ def first_layer(runs: Sequence[Run]) -> tuple[Figure, str]:
     panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
     limit = float(np.quantile(np.abs([run.first for run in shown.values()]), 0.99)) or 1.0
     for panel, run in zip(panels, shown.values()):
-        filters = run.first[:, 0]
-        image = _heat(panel, np.hstack(list(filters)), limit)
-        for i in range(1, len(filters)):
-            panel.axvline(i * filters.shape[2] - 0.5, color="white", linewidth=5)
+        tiles = np.pad(run.first[:, 0], ((0, 0), (0, 0), (0, 1)))  # a column between two filters
+        image = _heat(panel, np.hstack(list(tiles)), limit)
+        for i in range(1, len(tiles) + 1):
+            end = i * tiles.shape[2] - 0.5
+            panel.axvspan(end - 1, end, facecolor="white", edgecolor="none")
         panel.set_aspect("equal")
         panel.set_axis_off()
         panel.set_title(_title(run, 100 * float(np.mean(run.first != 0))), fontsize=9.5, loc="left")
