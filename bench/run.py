@@ -56,14 +56,11 @@ def on_threads(count: int, step: Callable[[], Any]) -> Callable[[], None]:
 
 
 def faster_of_one_and_two_threads(shapes: workloads.Shapes) -> Measure:
-    """prox_sgd beside torch's fused SGD on one and on two threads; the baseline is the faster in each turn."""
+    """prox_sgd beside torch's fused SGD on one and on two threads; the faster one is the baseline."""
 
     def measure() -> list[Times]:
-        sgd, ours, threads = (
-            baselines.fused_sgd(shapes).step,
-            baselines.prox_sgd(shapes).step,
-            torch.get_num_threads(),
-        )
+        sgd, ours = baselines.fused_sgd(shapes).step, baselines.prox_sgd(shapes).step
+        threads = torch.get_num_threads()
         steps = {
             "one": on_threads(1, sgd),
             "two": on_threads(threads, sgd),
@@ -95,7 +92,7 @@ def host_time(shapes: workloads.Shapes) -> Measure:
 
 
 def coefficients_for(fraction: float, rows: int) -> dict[str, float]:
-    """A mild group lasso and the exclusive lasso with which exact mode leaves ``fraction`` of normal weights."""
+    """A mild group lasso and the exclusive lasso that in exact mode leave ``fraction`` of normal weights."""
     sample = torch.randn(rows, 64)
     low, high = 1e-6, 1e6
     for _ in range(40):
@@ -178,8 +175,9 @@ def line(result: dict[str, Any]) -> str:
     extra = [f"{name}={c['ratio']:.2f}x" for name, c in others.items()]
     extra += [f"{key}={value:.1f}" for key, value in result.items() if key.startswith("percent")]
     return (
-        f"{result['row']:26s} {result['contender']:>9s} {best['ms']:8.3f} ms = {best['ratio']:.3f}x {result['baseline']}"
-        f" [{best['ratio_low']:.2f}, {best['ratio_high']:.2f}], target {result['target']:.2f}  {' '.join(extra)}"
+        f"{result['row']:26s} {result['contender']:>9s} {best['ms']:8.3f} ms = {best['ratio']:.3f}x "
+        f"{result['baseline']} [{best['ratio_low']:.2f}, {best['ratio_high']:.2f}], "
+        f"target {result['target']:.2f}  {' '.join(extra)}"
     )
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from .explain import Table
 from .groups import GroupSpec, has_groups, reduced_dims, viewed
@@ -167,6 +166,9 @@ class _FlopsByWeight(TorchDispatchMode):
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
+        from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, so not at import
+
+        self._counter_mode = FlopCounterMode
         self.flops = [0] * (len(weights) + 1)
         self._ranges = [(w.data_ptr(), w.data_ptr() + w.nbytes, i) for i, w in enumerate(weights)]
         self._copies: list[Tensor] = []  # kept, so that their addresses stay theirs
@@ -184,7 +186,7 @@ class _FlopsByWeight(TorchDispatchMode):
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
-        with FlopCounterMode(display=False) as counter:
+        with self._counter_mode(display=False) as counter:
             out = func(*args, **kwargs)
         flops = counter.get_total_flops()
         is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)

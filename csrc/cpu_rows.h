@@ -11,6 +11,8 @@
 
 namespace cges {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 // 16-bit types compute in float, the others in themselves.
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -30,13 +32,23 @@ struct ColumnSums {
   }
 };
 
+// Some rows of a tile, and how far ahead of use the same columns of later rows are fetched.
+struct Rows {
+  int64_t rows, columns, stride;  // in elements
+  int64_t ahead;                  // rows; 0 where the hardware fetches well enough by itself
+  int64_t left;                   // rows of the tile from the first of these on
+  bool first;                     // nothing has been fetched yet
+  bool to_l2;                     // not to L1
+};
+
 template <typename T>
 struct RowOps {
   using A = Compute<T>;
 
-  // z[i] and buf_out[i] from w[i], g[i], buf[i]; element-wise freezing of what is 0 on request.
-  void (*sgd_update)(RowUpdate, bool freeze, int64_t n, const T* w, const T* g, const T* buf, T* buf_out,
-                     A* z, const SgdScalars<A>&);
+  // z[i] (rows without gaps) and buf_out[i] (rows `out_stride` apart) from w[i], g[i], buf[i]; where `freeze`,
+  // what is 0 stays 0, its buffer too.
+  void (*sgd_update)(RowUpdate, bool freeze, const Rows&, const T* w, const T* g, const T* buf, T* buf_out,
+                     int64_t out_stride, A* z, const SgdScalars<A>&);
   // sums[j] += the statistics of column j of z [rows, columns] (row stride `columns`) at threshold t[j].
   void (*column_stats)(int64_t rows, int64_t columns, const A* z, const A* t, ColumnSums sums);
   // alive[j] = 1 where column j of w [rows, columns] (contiguous) holds anything but 0; else as it was.
@@ -44,7 +56,7 @@ struct RowOps {
   // x = 0 where alive is 0.
   void (*mask)(int64_t n, const A* alive, T* x);
   // w = s * soft(z, t) with one (s, t) per column, or one for the run.
-  void (*apply_columns)(int64_t n, const A* z, const A* s, const A* t, T* w);
+  void (*apply_columns)(const Rows&, const A* z, const A* s, const A* t, T* w);
   void (*apply_run)(int64_t n, const A* z, Shrinkage<A>, T* w);
   // w = z, where nothing shrinks.
   void (*store)(int64_t n, const A* z, T* w);

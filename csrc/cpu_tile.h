@@ -9,9 +9,8 @@
 
 namespace cges {
 
-constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
-constexpr int64_t kBlockRows = 8;      // rows whose z is still in L1 when their statistics are taken
+constexpr int64_t kBlockRows = 16;    // rows whose z is still in L1 when their statistics are taken
 constexpr int64_t kSumRows = 32;       // rows summed in the compute type before double takes over
 constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
 
@@ -207,32 +206,14 @@ class TileRunner {
     });
   }
 
-  // Always inline: a function that only prefetches has no effect that GCC sees, and its calls vanish.
-  __attribute__((always_inline)) void prefetch(const void* base, int64_t r) const {
-    if (base == nullptr || r >= tile_.r1) return;
-    const char* p = reinterpret_cast<const char*>(at(base, r));
-    const char* const end = p + tile_.columns() * sizeof(T);
-    if (aliases_)
-      for (; p < end; p += kLine) __builtin_prefetch(p, 0, 2);
-    else
-      for (; p < end; p += kLine) __builtin_prefetch(p, 0, 3);
-  }
-
-  __attribute__((always_inline)) void prefetch_inputs(int64_t r) const {
-    prefetch(step_.w, r);
-    prefetch(step_.grad, r);
-    if (!step_.first) prefetch(step_.buf, r);
+  Rows rows(int64_t r0, int64_t r1) const {
+    return {r1 - r0, tile_.columns(), L_.row_length(), rows_ahead_, tile_.r1 - r0, r0 == tile_.r0, aliases_};
   }
 
   void update_rows(int64_t r0, int64_t r1, A* z, bool keep_buf) {
-    if (r0 == tile_.r0)
-      for (int64_t r = r0; r < r0 + rows_ahead_; ++r) prefetch_inputs(r);
-    for (int64_t r = r0; r < r1; ++r, z += tile_.columns()) {
-      if (rows_ahead_) prefetch_inputs(r + rows_ahead_);
-      ops_.sgd_update(update_, step_.h->freeze == Freeze::element, tile_.columns(), w(r),
-                      step_.grad ? at(step_.grad, r) : nullptr, buf(r), keep_buf ? buf(r) : unused_buf_, z,
-                      scalars_);
-    }
+    ops_.sgd_update(update_, step_.h->freeze == Freeze::element, rows(r0, r1), w(r0),
+                    step_.grad ? at(step_.grad, r0) : nullptr, buf(r0), keep_buf ? buf(r0) : unused_buf_,
+                    keep_buf ? L_.row_length() : 0, z, scalars_);
   }
 
   void find_alive(int64_t r0, int64_t r1) {
@@ -294,13 +275,11 @@ class TileRunner {
 
   void apply_rows(int64_t r0, int64_t r1, const A* z, const Solver* solvers) {
     const int64_t n = tile_.columns();
+    if (narrow_ && thresholds_.any()) ops_.apply_columns(rows(r0, r1), z, s_, t_, w(r0));
     for (int64_t r = r0; r < r1; ++r, z += n) {
-      if (rows_ahead_) prefetch(step_.w, r + rows_ahead_);
       if (!thresholds_.any())
         ops_.store(n, z, w(r));
-      else if (narrow_)
-        ops_.apply_columns(n, z, s_, t_, w(r));
-      else
+      else if (!narrow_)
         for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
           ops_.apply_run(end - begin, z + begin, solvers[g].at, w(r) + begin);
         });

@@ -57,10 +57,11 @@ struct GroupStats {
 
 template <typename T>
 CGES_FN void group_stats(T z, T t, GroupStats<T>& sums) {
-  const T u = soft_magnitude(z, t);
-  sums.count += u > T(0) ? T(1) : T(0);
-  sums.l1 += u;
-  sums.l2_squared += u * u;
+  const T u = std::fabs(z) - t;
+  const bool left = !(u <= T(0));  // so that NaN counts
+  sums.count = left ? sums.count + T(1) : sums.count;
+  sums.l1 = left ? sums.l1 + u : sums.l1;
+  sums.l2_squared = left ? sums.l2_squared + u * u : sums.l2_squared;
 }
 
 // Step size times coefficient: a = lr*alpha (group lasso), b = lr*beta (exclusive lasso), c = lr*gamma (l1).
