@@ -26,9 +26,9 @@ struct RowUpdate {  // which sgd_update: the template arguments of shrinkage.h, 
 
 // Running sums of many columns, kept in double so that a long group loses nothing to the order of its sums.
 struct ColumnSums {
-  double *count, *l1, *l2_squared;
+  double *count, *l1, *l2_squared;  // count is null where it is not needed
   ColumnSums operator+(int64_t columns) const {
-    return {count + columns, l1 + columns, l2_squared + columns};
+    return {count == nullptr ? nullptr : count + columns, l1 + columns, l2_squared + columns};
   }
 };
 
@@ -45,8 +45,8 @@ template <typename T>
 struct RowOps {
   using A = Compute<T>;
 
-  // z[i] (rows without gaps) and buf_out[i] (rows `out_stride` apart) from w[i], g[i], buf[i]; where `freeze`,
-  // what is 0 stays 0, its buffer too.
+  // z[i] (rows without gaps) and buf_out[i] (rows `out_stride` apart) from w[i], g[i], buf[i]; where
+  // `freeze`, what is 0 stays 0, its buffer too.
   void (*sgd_update)(RowUpdate, bool freeze, const Rows&, const T* w, const T* g, const T* buf, T* buf_out,
                      int64_t out_stride, A* z, const SgdScalars<A>&);
   // sums[j] += the statistics of column j of z [rows, columns] (row stride `columns`) at threshold t[j].

@@ -10,7 +10,7 @@
 namespace cges {
 
 constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
-constexpr int64_t kBlockRows = 16;    // rows whose z is still in L1 when their statistics are taken
+constexpr int64_t kBlockRows = 16;     // rows whose z is still in L1 when their statistics are taken
 constexpr int64_t kSumRows = 32;       // rows summed in the compute type before double takes over
 constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
 
@@ -99,7 +99,8 @@ class TileRunner {
     s_ = scratch.take<A>(n);
     t_ = scratch.take<A>(n);
     alive_ = scratch.take<A>(n);
-    sums_ = {scratch.take<double>(n), scratch.take<double>(n), scratch.take<double>(n)};
+    sums_ = {step.h->exact ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
+             scratch.take<double>(n)};
     if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
     if (is_piece) unused_buf_ = scratch.take<T>(tile.columns());
   }
@@ -226,7 +227,8 @@ class TileRunner {
 
   void begin_sums(const Solver* solvers) {
     const int64_t n = groups_ * fold_;
-    for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared}) std::fill_n(sum, n, 0.0);
+    for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
+      if (sum != nullptr) std::fill_n(sum, n, 0.0);
     std::fill_n(alive_, n, A(0));
     for (int64_t j = 0; j < n; ++j) t_[j] = solvers[j / fold_].at.t;
   }
@@ -248,7 +250,7 @@ class TileRunner {
   GroupStats<double> group_sums(int64_t g) const {
     GroupStats<double> total{0, 0, 0};
     for (int64_t j = g * fold_; j < (g + 1) * fold_; ++j) {
-      total.count += sums_.count[j];
+      if (sums_.count != nullptr) total.count += sums_.count[j];
       total.l1 += sums_.l1[j];
       total.l2_squared += sums_.l2_squared[j];
     }
