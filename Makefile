@@ -20,7 +20,7 @@ DEPS_STAMP  := $(VENV)/.deps
 EXT_STAMP   := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format bench clean distclean
+.PHONY: help install demo test test-quick lint format bench readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +48,9 @@ format: $(DEPS_STAMP)  ## apply the formatters
 
 bench: install  ## measure against torch's own optimizers
 	$(PY) -m bench.run $(ARGS)
+
+readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
+	$(PY) -m bench.readme
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info cges_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis $(EXT_STAMP)

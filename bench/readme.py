@@ -14,8 +14,8 @@ def table(report: dict[str, Any]) -> str:
     """Markdown: one line per row, target and ratio side by side, misses marked."""
     env, memory = report["environment"], report["peak_extra_memory"]
     lines = [
-        f"Measured on {env['date']} at commit {env['commit']}: {env['cpu']}, {env['threads']} threads, "
-        f"L2 {env['l2_bytes'] / 2**20:.0f} MiB a core, torch {env['torch']} ({env['capability']}), fp32, momentum 0.9.",
+        f"Measured on {env['date']} at commit {env['commit']}: {env['cpu']}, {env['threads']} threads, L2 of "
+        f"{env['l2_bytes'] / 2**20:.0f} MiB, torch {env['torch']} ({env['capability']}), fp32, momentum 0.9.",
         "",
         "| workload | ms per step | ratio to | ratio [lowest, highest run] | target | eager reference |",
         "|---|---:|---|---:|---:|---:|",
@@ -27,8 +27,8 @@ def table(report: dict[str, Any]) -> str:
         baseline = {"fused_sgd": "torch's fused SGD", "sequential": "sequential mode"}[result["baseline"]]
         missed = "" if result["met"] else " (missed)"
         lines.append(
-            f"| {result['row']} | {best['ms']:.3f} | {baseline} | {spread} | {result['target']:.2f}{missed} | "
-            f"{'' if eager is None else format(eager['ratio'], '.1f')} |"
+            f"| {result['row']} | {best['ms']:.3f} | {baseline} | {spread} "
+            f"| {result['target']:.2f}{missed} | {'' if eager is None else format(eager['ratio'], '.1f')} |"
         )
     per_thread = memory["bytes"] / memory["threads"] / 2**20
     return "\n".join([*lines, "", f"Memory that the first steps took: {per_thread:.2f} MiB a thread."])

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "cpu_step.h"
 
@@ -15,8 +16,8 @@ constexpr int64_t kSumRows = 32;       // rows summed in the compute type before
 constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
 
 // How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart.
-// Rows a multiple of 4 KB apart fall into the same few sets of the L1: those are fetched into the L2, and
-// earlier.
+// Rows whose distance shares a large factor with the L1's 4 KB ways fall into a few of its sets: those rows
+// are fetched into the L2, and earlier.
 constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144, kL1Way = 4096;
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
@@ -87,7 +88,7 @@ class TileRunner {
                                       : Momentum::running,
                 step.h->nesterov, step.h->sgd.weight_decay != 0},
         freeze_groups_(step.h->freeze == Freeze::group && step.has_groups),
-        aliases_(layout.row_length() * sizeof(T) % kL1Way == 0),
+        aliases_(std::gcd(layout.row_length() * int64_t(sizeof(T)), kL1Way) >= kL1Way / 4),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0
                         : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1) {

@@ -1,0 +1,70 @@
+"""What the README says is true: its code runs, its table is that of bench/results, its files exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench.readme import with_table
+from cges_kernels import ProxSGD, cges_param_groups, prox, sparsity_param_groups
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+USE, EQUIVALENT, AUTHORS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3)
+        self.fc1, self.fc2 = nn.Linear(6 * 4 * 4, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.conv2(self.conv1(x).relu()).relu().flatten(1)
+        return self.fc2(self.fc1(x).relu())
+
+
+def test_use(capsys):
+    data = [(torch.randn(5, 1, 8, 8), torch.randint(3, (5,))) for _ in range(3)]
+    scope = {"model": Net(), "data": data, "loss_fn": nn.CrossEntropyLoss()}
+    exec(USE, scope)
+    printed = capsys.readouterr().out
+    assert "conv1.weight" in printed and "FLOPs" in printed
+    assert scope["optimizer"].param_groups[0]["group_lasso"] > 0
+
+
+def test_equivalent_pytorch():
+    z = torch.randn(40, 30, dtype=torch.float64)
+    scope = {"torch_sgd_update": lambda w: w, "w": z, "lr": 0.5}
+    scope |= {"l1": 0.1, "group_lasso": 2.0, "exclusive_lasso": 0.02}
+    exec(EQUIVALENT, scope)
+    expected = prox(z, l1=0.05, group_lasso=1.0, exclusive_lasso=0.01, backend="reference")
+    torch.testing.assert_close(scope["w"], expected, rtol=1e-12, atol=1e-14)
+    assert (expected == 0).any() and (expected != 0).any()
+
+
+def test_the_authors_configuration():
+    scope = {"model": Net(), "ProxSGD": ProxSGD, "torch": torch}
+    scope["sparsity_param_groups"] = sparsity_param_groups
+    exec(AUTHORS, scope)
+    shorter = cges_param_groups(scope["model"], 6e-5, m=0.2, scale=scope["factors"])
+    for ours, theirs in zip(scope["groups"], shorter):
+        assert ours["params"] == theirs["params"]
+        for key in ("group_lasso", "exclusive_lasso"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-12)
+    assert scope["groups"][3]["group_lasso"] == pytest.approx(6e-5 * 0.2 / 144)
+    assert scope["groups"][3]["exclusive_lasso"] == pytest.approx(6e-5 * 0.8 * 144)
+
+
+def test_table_is_that_of_the_results():
+    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    assert with_table(README, report) == README, "run `make readme-table`"
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
