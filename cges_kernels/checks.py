@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .groups import check_spec
 from .reference import FREEZE_MODES, PROX_MODES
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 
 
 def check_coefficient(name: str, value: Any) -> None:
     """A finite number >= 0, or a tensor of one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
@@ -71,8 +73,9 @@ def check_tensor(name: str, w: Any) -> None:
         raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run one batch first")
     if w.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got layout {w.layout}")
-    if not w.is_floating_point():
-        raise ValueError(f"{name}: expected a real floating-point tensor, got {w.dtype}")
+    if w.dtype not in DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name}: expected a real floating-point tensor ({served}), got {w.dtype}")
     if w.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with memory, got one on the meta device")
     if w.is_neg():

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import reference
 from .checks import check_distinct, check_penalty, check_tensor
-from .groups import GroupSpec, Layout, canonical_layout, has_groups
+from .groups import GroupSpec, canonical_layout, has_groups
 
 try:
     from . import _C
@@ -19,7 +19,6 @@ except ImportError:  # installed without a C++ compiler
     _C = None
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def why_not(backend: str, w: Tensor | None = None) -> str | None:
@@ -33,8 +32,6 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
             return None
         if w.device.type != "cpu":
             return f"it serves CPU tensors, got one on {w.device}"
-        if w.dtype not in CPU_DTYPES:
-            return f"it serves {', '.join(map(str, CPU_DTYPES))}, got {w.dtype}"
         if is_traceable_wrapper_subclass(w):
             return f"it serves plain tensors, got {type(w).__name__}"
         return None
@@ -211,4 +208,4 @@ def penalty(
     return reference.omega(w, **options)
 
 
-__all__ = ["Layout", "available_backends", "penalty", "prox", "prox_"]
+__all__ = ["available_backends", "penalty", "prox", "prox_"]

@@ -124,7 +124,8 @@ class ProxSGD(Optimizer):
         super().add_param_group(param_group)
         try:
             check_param_group(self.param_groups[-1])
-            self._layouts()
+            self._layouts_of(len(self.param_groups) - 1)
+            self._check_distinct()
             self._executor_of(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
@@ -163,12 +164,16 @@ class ProxSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._prepare()
-        referred = [self._inputs(i) for i, e in enumerate(self._executors) if e == "reference"]
-        if self._plan is not None and not self._plan.step(self._fused_params(), self.state):
-            self._forget_plan()  # a parameter moved or was replaced
+        for _ in range(2):
             self._prepare()
-            self._plan.step(self._fused_params(), self.state)
+            referred = [self._inputs(i) for i, e in enumerate(self._executors) if e == "reference"]
+            if self._plan is None or self._plan.step(self._fused_params(), self.state):
+                break
+            self._forget_plan()  # a parameter moved or was replaced
+        else:
+            raise RuntimeError(
+                "expected parameters that stay in place during a step, got some that moved twice"
+            )
         for group, inputs in referred:
             self._reference_step(group, inputs)
         return loss
@@ -192,16 +197,19 @@ class ProxSGD(Optimizer):
         self._group_sizes: list[int] = []
         self._values: list[Any] = []
 
-    def _layouts(self) -> list[list[tuple[int, int, int, int, bool]]]:
-        """Check every parameter and work out its layout."""
-        layouts, all_names, all_params = [], [], []
-        for g, group in enumerate(self.param_groups):
-            names = [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
-            layouts.append(named_layouts(names, group["params"], group["group_by"], group["view"]))
-            all_names += names
-            all_params += group["params"]
-        check_distinct(all_names, all_params)
-        return layouts
+    def _names(self, index: int) -> list[str]:
+        return [
+            f"param_groups[{index}]['params'][{i}]" for i in range(len(self.param_groups[index]["params"]))
+        ]
+
+    def _layouts_of(self, index: int) -> list[tuple[int, int, int, int, bool]]:
+        """Check a group's parameters and work out their layouts."""
+        group = self.param_groups[index]
+        return named_layouts(self._names(index), group["params"], group["group_by"], group["view"])
+
+    def _check_distinct(self) -> None:
+        names = [name for index in range(len(self.param_groups)) for name in self._names(index)]
+        check_distinct(names, [p for group in self.param_groups for p in group["params"]])
 
     def _executor_of(self, group: dict[str, Any]) -> str:
         backend = self._backend
@@ -229,7 +237,8 @@ class ProxSGD(Optimizer):
             self._forget_plan()
             for group in self.param_groups:
                 check_param_group(group)
-            layouts = self._layouts()
+            layouts = [self._layouts_of(i) for i in groups]
+            self._check_distinct()
             self._executors = [self._executor_of(group) for group in self.param_groups]
             self._group_sizes = [max((x[1] * x[3] for x in row if x[4]), default=0) for row in layouts]
             if any(executor != "reference" for executor in self._executors):

@@ -164,9 +164,8 @@ def _solve_exact(
 
 
 def apply_shrinkage(z: Tensor, s: Tensor | float, t: Tensor | float) -> Tensor:
-    """s * soft(z, t), with every zero written +0.0."""
-    w = (soft_magnitude(z, t) * s).copysign_(z)
-    return w + 0.0 if w.requires_grad else w.add_(0.0)
+    """s * soft(z, t)."""
+    return (soft_magnitude(z, t) * s).copysign_(z)
 
 
 def shrink(
@@ -191,7 +190,9 @@ def shrink(
         s, t = 1.0, thresholds.c
     else:
         s, t = solve_shrinkage(x, reduced_dims(v.dim(), group_by), thresholds, prox_mode)
-    return apply_shrinkage(x, s, t).to(z.dtype).reshape(z.shape)
+    w = apply_shrinkage(x, s, t).to(z.dtype)
+    w = w + 0.0 if w.requires_grad else w.add_(0.0)  # every zero becomes +0.0
+    return w.reshape(z.shape)
 
 
 def frozen_mask(

@@ -12,6 +12,8 @@ using namespace cges;
 Hyperparameters make_hyperparameters(double lr, double momentum, double dampening, double weight_decay,
                                      bool nesterov, bool maximize, double a, double b, double c, bool exact,
                                      const std::string& freeze) {
+  TORCH_CHECK_VALUE(freeze.empty() || freeze == "group" || freeze == "element",
+                    "freeze: expected '', 'group' or 'element', got '", freeze, "'");
   return {{lr, momentum, 1 - dampening, weight_decay, maximize ? -1.0 : 1.0},
           nesterov,
           {a, b, c},
@@ -43,4 +45,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("step", &StepPlan::step);
   m.def("prox_", &prox_);
   m.def("parallel_threads", &parallel_threads);
+  m.def("limit_z_bytes", &limit_z_bytes);
 }

@@ -9,15 +9,14 @@ namespace cges::baseline {
 #define CGES_DISPATCH 1
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,lzcnt")
+#pragma GCC target("avx2,fma,bmi,bmi2")
 namespace cges::avx2 {
 #include "cpu_rows.inc"
 }
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target( \
-    "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 namespace cges::avx512 {
 #include "cpu_rows.inc"
 }
@@ -29,10 +28,12 @@ namespace cges {
 template <typename T>
 const RowOps<T>& row_ops() {
 #if defined(CGES_DISPATCH)
-  static const RowOps<T>& best = __builtin_cpu_supports("x86-64-v4")   ? avx512::ops<T>
-                                 : __builtin_cpu_supports("x86-64-v3") ? avx2::ops<T>
-                                                                       : baseline::ops<T>;
-  return best;
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_avx512 ? avx512::ops<T> : has_avx2 ? avx2::ops<T> : baseline::ops<T>;
 #else
   return baseline::ops<T>;
 #endif

@@ -29,10 +29,16 @@ constexpr int64_t kPieceColumns = 1024;        // at most, where groups are narr
 constexpr int64_t kSmallArrays = 512 << 10;    // bytes of scratch beside z, mostly never touched
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
-int64_t cache_bytes() {
-  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10, 2 << 20);
-  return bytes;
+int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  return std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10, 2 << 20);
+#else
+  return 1 << 20;
+#endif
 }
+
+// How much of z a tile may keep. Tests lower it, so that small tensors take the path of large ones.
+int64_t z_bytes = l2_bytes();
 
 bool needs_groups(const TensorStep& step) {
   return step.has_groups && (step.h->thresholds.need_norms() || step.h->freeze == Freeze::group);
@@ -43,35 +49,39 @@ Layout working_layout(const TensorStep& step) {
   return needs_groups(step) ? step.layout.rows_last() : Layout{1, 1, step.layout.numel(), 1};
 }
 
-// Cuts the R1 rows and K2*R2 columns at each k1 into tiles of at most `rows` by `columns`.
-void cut_grid(int32_t tensor, const Layout& L, int64_t rows, int64_t columns, std::vector<Tile>& tiles) {
-  for (int64_t k1 = 0; k1 < L.K1; ++k1)
+// Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `rows` by
+// `columns`.
+void cut_grid(int32_t tensor, const Layout& L, int64_t span, int64_t rows, int64_t columns,
+              std::vector<Tile>& tiles) {
+  for (int64_t k1 = 0; k1 < L.K1; k1 += span)
     for (int64_t r = 0; r < L.R1; r += rows)
       for (int64_t c = 0; c < L.row_length(); c += columns)
-        tiles.push_back({tensor, k1, r, std::min(r + rows, L.R1), c, std::min(c + columns, L.row_length())});
+        tiles.push_back({tensor, k1, std::min(k1 + span, L.K1), r, std::min(r + rows, L.R1), c,
+                         std::min(c + columns, L.row_length())});
 }
 
 void cut(int32_t tensor, const TensorStep& step, std::vector<Tile>& whole, std::vector<Tile>& pieces) {
   const Layout L = working_layout(step);
   if (L.numel() == 0) return;
   const int64_t size = c10::elementSize(step.dtype), line = kLine / size;
-  const int64_t capacity = cache_bytes() / std::max<int64_t>(size, sizeof(float));
+  const int64_t capacity = z_bytes / std::max<int64_t>(size, sizeof(float));
   const int64_t least = std::max(L.R2, std::min(line, L.row_length()));  // columns of the narrowest tile
   if (L.R1 * least > capacity) {
     const bool narrow = L.R2 < kFold;
     const int64_t columns = narrow ? kPieceColumns / L.R2 * L.R2 : std::min(L.R2, kPieceElements / 2);
     const int64_t rows = std::max(kPieceElements / columns, narrow ? kPieceRows : 1);
-    return cut_grid(tensor, L, rows, columns, pieces);
+    return cut_grid(tensor, L, 1, rows, columns, pieces);
   }
   int64_t columns = std::clamp(kTileElements / L.R1, 4 * line, kMaxColumns);
   columns = std::max(std::min(columns, capacity / L.R1), least);
   const int64_t aligned = std::lcm(L.R2, line);  // whole groups, and whole cache lines where possible
   columns -= columns % (aligned <= columns ? aligned : L.R2);
-  cut_grid(tensor, L, L.R1, columns, whole);
+  const int64_t width = std::min(columns, L.row_length());
+  cut_grid(tensor, L, std::max(kTileElements / (L.R1 * width), int64_t{1}), L.R1, columns, whole);
 }
 
 Scratch& thread_scratch() {
-  static thread_local const auto scratch = std::make_unique<Scratch>(cache_bytes() + kSmallArrays);
+  static thread_local const auto scratch = std::make_unique<Scratch>(l2_bytes() + kSmallArrays);
   return *scratch;
 }
 
@@ -109,17 +119,19 @@ void with_type(c10::ScalarType dtype, F f) {
 
 int64_t elements_of(const std::vector<Tile>& tiles) {
   return std::accumulate(tiles.begin(), tiles.end(), int64_t{0},
-                         [](int64_t n, const Tile& tile) { return n + tile.rows() * tile.columns(); });
+                         [](int64_t n, const Tile& tile) { return n + tile.elements(); });
 }
 
 void run_whole_tiles(const std::vector<TensorStep>& steps, const std::vector<Tile>& tiles) {
   parallel_for_each(tiles.size(), elements_of(tiles), [&](int64_t i) {
     const TensorStep& step = steps[tiles[i].tensor];
+    const bool grouped = needs_groups(step);
     with_type(step.dtype, [&]<typename T>() {
-      const bool grouped = needs_groups(step);
-      TileRunner<T> runner(step, working_layout(step), tiles[i],
-                           grouped ? TileKind::whole : TileKind::elementwise, thread_scratch());
-      grouped ? runner.run_whole() : runner.run_elementwise();
+      for (Tile tile = tiles[i]; tile.k1 < tile.k1_end; ++tile.k1) {
+        TileRunner<T> runner(step, working_layout(step), tile,
+                             grouped ? TileKind::whole : TileKind::elementwise, thread_scratch());
+        grouped ? runner.run_whole() : runner.run_elementwise();
+      }
     });
   });
 }
@@ -152,6 +164,8 @@ void run_pieces(const TensorStep& step, const std::vector<Tile>& pieces) {
 }
 
 }  // namespace
+
+void limit_z_bytes(int64_t bytes) { z_bytes = std::min(bytes, l2_bytes()); }
 
 void cpu_step(const std::vector<TensorStep>& steps) {
   std::vector<Tile> whole;

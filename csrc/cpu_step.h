@@ -10,7 +10,8 @@
 
 namespace cges {
 
-// The hyperparameters of one param group, already multiplied by the learning rate where section 2 says so.
+// The hyperparameters of one param group, already multiplied by the learning rate where the threshold is lr *
+// coefficient.
 struct Hyperparameters {
   SgdScalars<double> sgd{0, 0, 1, 0, 1};
   bool nesterov = false;
@@ -32,5 +33,9 @@ struct TensorStep {
 };
 
 void cpu_step(const std::vector<TensorStep>& tensors);
+
+// For tests: at most so many bytes of z in a tile (never more than the L2), so that small groups count as
+// large.
+void limit_z_bytes(int64_t bytes);
 
 }  // namespace cges

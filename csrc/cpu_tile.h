@@ -1,9 +1,12 @@
 // One tile of one tensor on the CPU: update, statistics, shrinkage, apply, for any layout and type.
 #pragma once
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <numeric>
 
 #include "cpu_step.h"
@@ -13,7 +16,7 @@ namespace cges {
 constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
 constexpr int64_t kBlockRows = 16;     // rows whose z is still in L1 when their statistics are taken
 constexpr int64_t kSumRows = 32;       // rows summed in the compute type before double takes over
-constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower than kFold
+constexpr int64_t kMaxColumns = 2048;  // of a tile of more than one group
 
 // How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart.
 // Rows whose distance shares a large factor with the L1's 4 KB ways fall into a few of its sets: those rows
@@ -21,9 +24,11 @@ constexpr int64_t kMaxColumns = 2048;  // of a tile whose groups are narrower th
 constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144, kL1Way = 4096;
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
+// Small matrices share a tile: it goes on with the same rows and columns at the k1 up to k1_end.
 struct Tile {
   int32_t tensor;
-  int64_t k1, r0, r1, c0, c1;
+  int64_t k1, k1_end, r0, r1, c0, c1;
+  int64_t elements() const { return (k1_end - k1) * rows() * columns(); }
   int64_t rows() const { return r1 - r0; }
   int64_t columns() const { return c1 - c0; }
 };
@@ -44,12 +49,16 @@ struct PieceSums {
 // One thread's scratch, handed out anew for each tile. Pages that no tile needs are never touched.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(std::aligned_alloc(kLine, bytes))) {}
+  explicit Scratch(size_t bytes)
+      : memory_(static_cast<char*>(std::aligned_alloc(kLine, bytes))), bytes_(bytes) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
   void reset() { used_ = 0; }
   template <typename T>
   T* take(int64_t n) {
     T* array = reinterpret_cast<T*>(memory_.get() + used_);
     used_ += (n * sizeof(T) + kLine - 1) / kLine * kLine;
+    TORCH_INTERNAL_ASSERT(used_ <= bytes_, "a tile needs more scratch than it may");
     return array;
   }
 
@@ -58,7 +67,7 @@ class Scratch {
     void operator()(char* p) const { std::free(p); }
   };
   std::unique_ptr<char, Free> memory_;
-  size_t used_ = 0;
+  size_t bytes_, used_ = 0;
 };
 
 // elementwise: no norm is needed; whole: groups that fit; piece: a part of groups that do not.
@@ -100,6 +109,7 @@ class TileRunner {
     s_ = scratch.take<A>(n);
     t_ = scratch.take<A>(n);
     alive_ = scratch.take<A>(n);
+    std::fill_n(alive_, n, A(0));
     sums_ = {step.h->exact ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
              scratch.take<double>(n)};
     if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
@@ -177,11 +187,12 @@ class TileRunner {
   int64_t groups() const { return groups_; }
 
  private:
-  T* at(const void* base, int64_t r) const {
-    return static_cast<T*>(const_cast<void*>(base)) + L_.offset(tile_.k1, r, 0) + tile_.c0;
+  int64_t offset(int64_t r) const { return L_.offset(tile_.k1, r, 0) + tile_.c0; }
+  T* w(int64_t r) const { return static_cast<T*>(step_.w) + offset(r); }
+  T* buf(int64_t r) const { return step_.buf ? static_cast<T*>(step_.buf) + offset(r) : nullptr; }
+  const T* grad(int64_t r) const {
+    return step_.grad ? static_cast<const T*>(step_.grad) + offset(r) : nullptr;
   }
-  T* w(int64_t r) const { return at(step_.w, r); }
-  T* buf(int64_t r) const { return step_.buf ? at(step_.buf, r) : nullptr; }
 
   template <typename F>
   void for_each_block(F f) const {
@@ -213,9 +224,8 @@ class TileRunner {
   }
 
   void update_rows(int64_t r0, int64_t r1, A* z, bool keep_buf) {
-    ops_.sgd_update(update_, step_.h->freeze == Freeze::element, rows(r0, r1), w(r0),
-                    step_.grad ? at(step_.grad, r0) : nullptr, buf(r0), keep_buf ? buf(r0) : unused_buf_,
-                    keep_buf ? L_.row_length() : 0, z, scalars_);
+    ops_.sgd_update(update_, step_.h->freeze == Freeze::element, rows(r0, r1), w(r0), grad(r0), buf(r0),
+                    keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z, scalars_);
   }
 
   void find_alive(int64_t r0, int64_t r1) {
@@ -230,7 +240,6 @@ class TileRunner {
     const int64_t n = groups_ * fold_;
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
       if (sum != nullptr) std::fill_n(sum, n, 0.0);
-    std::fill_n(alive_, n, A(0));
     for (int64_t j = 0; j < n; ++j) t_[j] = solvers[j / fold_].at.t;
   }
 
@@ -299,8 +308,8 @@ class TileRunner {
     });
   }
 
-  const TensorStep& step_;
-  const Tile& tile_;
+  const TensorStep& step_;  // outlives this object
+  const Tile tile_;
   const Layout L_;
   const bool narrow_;
   const int64_t group0_, groups_, fold_;

@@ -135,10 +135,11 @@ struct ShrinkageSolver {
   }
 };
 
-// s * soft(z, t), with every zero written +0.0.
-template <typename T>
-CGES_FN T apply_shrinkage(T z, Shrinkage<T> h) {
-  return h.s * std::copysign(soft_magnitude(z, h.t), z) + T(0);
+// s * soft(z, t) as it is stored: rounded to T, with every zero written +0.0.
+template <typename T, typename Compute>
+CGES_FN T apply_shrinkage(Compute z, Shrinkage<Compute> h) {
+  const T w = T(h.s * std::copysign(soft_magnitude(z, h.t), z));
+  return w == T(0) ? T(0) : w;
 }
 
 }  // namespace cges

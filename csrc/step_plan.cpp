@@ -127,11 +127,12 @@ at::Tensor StepPlan::checked_buffer(const Slot& slot) const {
 void StepPlan::keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const {
   if (!slot.entry) {
     slot.entry = py::dict();
-    PyDict_SetItem(state.ptr(), slot.object.ptr(), slot.entry.ptr());
+    if (PyDict_SetItem(state.ptr(), slot.object.ptr(), slot.entry.ptr()) != 0) throw py::error_already_set();
   }
   slot.buf = buf;
   slot.buf_object = py::reinterpret_steal<py::object>(THPVariable_Wrap(buf));
-  PyDict_SetItem(slot.entry.ptr(), momentum_buffer_key(), slot.buf_object.ptr());
+  if (PyDict_SetItem(slot.entry.ptr(), momentum_buffer_key(), slot.buf_object.ptr()) != 0)
+    throw py::error_already_set();
 }
 
 bool StepPlan::step(const std::vector<py::list>& params, const py::dict& state) {
@@ -157,16 +158,22 @@ bool StepPlan::step(const std::vector<py::list>& params, const py::dict& state) 
   steps.reserve(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (!grads[i].defined()) continue;
-    Slot& slot = slots_[i];
-    const bool has_buf = bufs[i].defined();
-    if (has_buf && !bufs[i].is_same(slot.buf)) keep_buffer(slot, bufs[i], state);
-    steps.push_back({slot.param.data_ptr(), grads[i].data_ptr(), has_buf ? bufs[i].data_ptr() : nullptr,
-                     first[i], slot.dtype, slot.layout, slot.has_groups, &hyperparameters_[slot.group]});
-    bump_version(slot.param);
-    if (has_buf) bump_version(bufs[i]);
+    const Slot& slot = slots_[i];
+    steps.push_back({slot.param.data_ptr(), grads[i].data_ptr(),
+                     bufs[i].defined() ? bufs[i].data_ptr() : nullptr, first[i], slot.dtype, slot.layout,
+                     slot.has_groups, &hyperparameters_[slot.group]});
   }
-  py::gil_scoped_release no_gil;
-  cpu_step(steps);
+  {
+    py::gil_scoped_release no_gil;
+    cpu_step(steps);
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!grads[i].defined()) continue;
+    bump_version(slots_[i].param);
+    if (!bufs[i].defined()) continue;
+    if (!bufs[i].is_same(slots_[i].buf)) keep_buffer(slots_[i], bufs[i], state);
+    bump_version(bufs[i]);
+  }
   return true;
 }
 

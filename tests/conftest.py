@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cges_kernels import available_backends
+from cges_kernels import available_backends, ops
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,24 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def tiles(request):
+    """Groups that fit a tile, then the same ones taken for groups that do not."""
+    if request.param == "pieces" and ops._C is not None:
+        ops._C.limit_z_bytes(0)
+    yield request.param
+    if ops._C is not None:
+        ops._C.limit_z_bytes(2**31)
 
 
 def hash_of(text):

@@ -51,8 +51,8 @@ def test_the_authors_configuration():
     scope["sparsity_param_groups"] = sparsity_param_groups
     exec(AUTHORS, scope)
     shorter = cges_param_groups(scope["model"], 6e-5, m=0.2, scale=scope["factors"])
-    for ours, theirs in zip(scope["groups"], shorter):
-        assert ours["params"] == theirs["params"]
+    for ours, theirs in zip(scope["optimizer"].param_groups, ProxSGD(shorter, lr=0.05).param_groups):
+        assert ours["param_names"] == theirs["param_names"]
         for key in ("group_lasso", "exclusive_lasso"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-12)
     assert scope["groups"][3]["group_lasso"] == pytest.approx(6e-5 * 0.2 / 144)
