@@ -40,6 +40,8 @@ def explain(optimizer: Optimizer) -> Table:
     size; in sequential mode nearly everything becomes zero where it reaches 1, in exact mode it does not.
     A "-" means that the spec makes no groups of this parameter (a bias under a named spec): only l1 applies.
     """
+    if optimizer.param_groups and "group_by" not in optimizer.param_groups[0]:
+        raise TypeError(f"optimizer: expected a ProxSGD, got {type(optimizer).__name__}")
     header = (
         "parameter",
         "shape",

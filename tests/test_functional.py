@@ -294,3 +294,8 @@ def test_explain_lines_its_columns_up():
     lines = str(explain(ProxSGD([nn.Parameter(fresh((6, 5))), nn.Parameter(fresh(()))], lr=0.1))).splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
     assert "scalar" in lines[2]
+
+
+def test_explain_refuses_another_optimizer():
+    with pytest.raises(TypeError, match="expected a ProxSGD, got SGD"):
+        explain(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
+from torch.testing._internal.two_tensor import TwoTensor
 
-from cges_kernels import ProxSGD, available_backends
+from cges_kernels import ProxSGD, available_backends, prox
 
 FASTEST = "cpu" if "cpu" in available_backends() else "reference"
 needs_cpu = pytest.mark.skipif(FASTEST != "cpu", reason="the C++ extension is not built")
@@ -790,3 +791,21 @@ def test_exact_mode_does_not_warn(backend, recwarn):
     optimizer = ProxSGD(params, lr=0.1, exclusive_lasso=9, prox_mode="exact", backend=backend)
     train(optimizer, params, range(2))
     assert not recwarn.list
+
+
+@needs_cpu
+def test_a_replaced_parameter_may_need_another_executor():
+    """FSDP2 and accelerate put wrapped tensors into the groups, which only the reference serves."""
+    params = [nn.Parameter(torch.randn(6, 5)) for _ in range(2)]
+    optimizer = ProxSGD([{"params": [p]} for p in params], lr=0.1, l1=0.01)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert set(optimizer._executors) == {"cpu"}
+    plain = params[0].detach().clone()
+    wrapped = nn.Parameter(TwoTensor(plain.clone(), plain.clone()))
+    wrapped.grad = TwoTensor(torch.ones(6, 5), torch.ones(6, 5))
+    optimizer.param_groups[0]["params"][0] = wrapped
+    optimizer.step()
+    assert optimizer._executors == ["reference", "cpu"]
+    torch.testing.assert_close(wrapped.a.detach(), prox(plain - 0.1, l1=0.001))
