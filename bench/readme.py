@@ -15,7 +15,8 @@ def table(report: dict[str, Any]) -> str:
     env, memory = report["environment"], report["peak_extra_memory"]
     lines = [
         f"Measured on {env['date']} at commit {env['commit']}: {env['cpu']}, {env['threads']} threads, L2 of "
-        f"{env['l2_bytes'] / 2**20:.0f} MiB, torch {env['torch']} ({env['capability']}), fp32, momentum 0.9.",
+        f"{env['l2_bytes'] / 2**20:.0f} MiB, torch {env['torch']} ({env['capability']}), fp32, momentum 0.9; "
+        f"medians of {env['runs']} separated runs.",
         "",
         "| workload | ms per step | ratio to | ratio [lowest, highest run] | target | eager reference |",
         "|---|---:|---|---:|---:|---:|",

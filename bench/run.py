@@ -232,7 +232,13 @@ def main() -> None:
         f"memory taken by the first steps: {memory['bytes'] / 2**20:.2f} MiB on {memory['threads']} threads"
     )
     if not options.only:
-        write({"environment": environment(), "peak_extra_memory": memory, "results": results})
+        write(
+            {
+                "environment": {**environment(), "runs": options.runs},
+                "peak_extra_memory": memory,
+                "results": results,
+            }
+        )
 
 
 if __name__ == "__main__":
