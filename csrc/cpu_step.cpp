@@ -89,7 +89,7 @@ Scratch& thread_scratch() {
 template <typename F>
 void parallel_for_each(int64_t n, int64_t elements, F f) {
   const int64_t threads = std::min({int64_t{at::get_num_threads()}, n, elements / kElementsPerThread + 1});
-  const int64_t run = std::clamp<int64_t>(n / (threads * 32), 1, 8);
+  const int64_t run = std::clamp<int64_t>(n / (threads * 16), 1, 16);
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(run, std::memory_order_relaxed)) < n;)
