@@ -25,6 +25,11 @@ def coefficients(w, group_by, view=None, strength=1.0):
     }
 
 
+def training(w, group_by, prox_mode):
+    """A step with momentum under all three penalties."""
+    return {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+
+
 def inputs(shape, dtype, count=3):
     return [fresh(shape, dtype) for _ in range(count)]
 
@@ -36,9 +41,8 @@ def inputs(shape, dtype, count=3):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
     w, grad, buf = inputs(shape, dtype)
-    options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
-    check_step(fused_backend, w, grad, buf, **options)
-    check_step(fused_backend, w, grad, None, **options)
+    for held in (buf, None):
+        check_step(fused_backend, w, grad, held, **training(w, group_by, prox_mode))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,8 +51,7 @@ def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_groups_longer_than_any_tile(fused_backend, shape, group_by, prox_mode, dtype):
     w, grad, buf = inputs(shape, dtype)
-    options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
-    check_step(fused_backend, w, grad, buf, **options)
+    check_step(fused_backend, w, grad, buf, **training(w, group_by, prox_mode))
 
 
 @pytest.mark.usefixtures("tiles")
@@ -58,8 +61,7 @@ def test_many_small_matrices(fused_backend, prox_mode, view):
     """Kept dims on both sides of the reduced ones, as in grouped convolutions."""
     w, grad, buf = inputs(view, torch.float32)
     dims = (1,) if len(view) == 3 else (1, 3)
-    options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, dims)}
-    check_step(fused_backend, w, grad, buf, **options)
+    check_step(fused_backend, w, grad, buf, **training(w, dims, prox_mode))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -111,11 +113,11 @@ def test_each_term_alone(fused_backend, group_by, prox_mode, terms):
 def test_memory_formats(fused_backend, group_by, prox_mode):
     for format_ in (torch.channels_last, torch.contiguous_format):
         w, grad, buf = (x.to(memory_format=format_) for x in inputs((24, 10, 3, 5), torch.float32))
-        options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+        options = training(w, group_by, prox_mode)
         check_step(fused_backend, w, grad, buf, **options)
     w, grad, buf = (x.t() for x in inputs((70, 50), torch.float32))
     if max(d for d in (0, *group_by) if isinstance(d, int)) == 0:
-        options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+        options = training(w, group_by, prox_mode)
         check_step(fused_backend, w, grad, buf, **options)
 
 
