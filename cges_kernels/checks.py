@@ -112,6 +112,23 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
             f"{name}: expected a {what} of shape {tuple(param.shape)}, {dtype} on {param.device}, "
             f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
         )
+    if is_traceable_wrapper_subclass(x) and not is_traceable_wrapper_subclass(param):
+        raise RuntimeError(f"{name}: expected a plain tensor as its {what}, got {type(x).__name__}")
+
+
+def checked_inputs(
+    name: str, param: Tensor, entry: Mapping[str, Any], momentum: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A parameter's gradient, which is there, and the buffer that ``entry``, its optimizer state, may hold.
+
+    With momentum 0 there is no buffer; with ``dtype`` it must be of that.
+    """
+    grad = param.grad
+    check_companion("gradient", name, param, grad, param.dtype)
+    buf = entry.get("momentum_buffer") if momentum != 0 else None
+    if buf is not None:
+        check_companion("momentum_buffer", name, param, buf, dtype)
+    return grad, buf
 
 
 def scalar(name: str, value: Any) -> Any:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 GroupSpec: TypeAlias = str | tuple[int, ...]
+LayoutTuple: TypeAlias = tuple[int, int, int, int, bool]  # a Layout, and whether the spec makes groups
 
 NAMED_SPECS = ("feature", "filter", "channel", "tensor")
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import reference
 from .checks import check_distinct, check_penalty, check_tensor
-from .groups import GroupSpec, canonical_layout, has_groups
+from .groups import GroupSpec, LayoutTuple, canonical_layout, has_groups
 
 try:
     from . import _C
@@ -94,6 +94,18 @@ def named_layouts(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return layouts
+
+
+def make_plan(executor: str, params: Sequence[list[Tensor]], layouts: Sequence[list[LayoutTuple]]) -> Any:
+    """What steps the parameters of ``executor``; ``params[i]`` is [] where another one serves group i.
+
+    It has set_hyperparameters(group, **values), gather(params, state) -> bool and run(); see step_plan.py.
+    """
+    if executor == "cpu":
+        return _C.StepPlan(params, layouts)
+    from .triton_step import TritonPlan  # only here: importing triton takes its time
+
+    return TritonPlan(params, layouts)
 
 
 def prox_(

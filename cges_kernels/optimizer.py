@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from . import reference
-from .checks import COEFFICIENTS, check_companion, check_distinct, check_param_group, scalar
+from .checks import COEFFICIENTS, check_distinct, check_param_group, checked_inputs, scalar
 from .groups import GroupSpec
-from .ops import _C, check_backend, choose_backend, named_layouts
+from .ops import check_backend, choose_backend, make_plan, named_layouts
 
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
@@ -116,7 +116,7 @@ class ProxSGD(Optimizer):
         check_backend(backend)
         self._backend = backend
         self._warned = False
-        self._forget_plan()
+        self._forget_plans()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ class ProxSGD(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._forget_plan()
+        self._forget_plans()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values."""
@@ -150,7 +150,7 @@ class ProxSGD(Optimizer):
         before = self.__dict__.get("param_groups", [])
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_warned", False)
-        self._forget_plan()
+        self._forget_plans()
         super().__setstate__(state)
         for i, group in enumerate(self.param_groups):
             kept = before[i] if i < len(before) else {}
@@ -164,16 +164,13 @@ class ProxSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for _ in range(2):
-            self._prepare()
-            referred = [self._inputs(i) for i, e in enumerate(self._executors) if e == "reference"]
-            if self._plan is None or self._plan.step(self._fused_params(), self.state):
-                break
-            self._forget_plan()  # a parameter moved or was replaced
-        else:
-            raise RuntimeError(
-                "expected parameters that stay in place during a step, got some that moved twice"
-            )
+        try:
+            referred = self._gather()
+            for plan in self._plans.values():
+                plan.run()
+        except BaseException:
+            self._forget_plans()  # and with them the gradients that they have gathered
+            raise
         for group, inputs in referred:
             self._reference_step(group, inputs)
         return loss
@@ -188,10 +185,10 @@ class ProxSGD(Optimizer):
         ]
         return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
 
-    # What follows keeps a plan of who serves which group. Everything it depends on is compared each step.
+    # What follows keeps plans of who serves which group. Everything they depend on is compared each step.
 
-    def _forget_plan(self) -> None:
-        self._plan: Any = None
+    def _forget_plans(self) -> None:
+        self._plans: dict[str, Any] = {}  # by executor
         self._plan_key: Any = None
         self._executors: list[str] = []
         self._group_sizes: list[int] = []
@@ -223,7 +220,7 @@ class ProxSGD(Optimizer):
         return choose_backend(backend, group["params"], fused=group["fused"] is True)
 
     def _key_of(self, index: int) -> tuple[Any, ...]:
-        """What a group's executor and layouts depend on; StepPlan itself compares the fused parameters."""
+        """What a group's executor and layouts depend on; a plan itself compares its parameters."""
         group = self.param_groups[index]
         key = tuple(group[k] for k in EXECUTOR_OPTIONS)
         if index < len(self._executors) and self._executors[index] != "reference":
@@ -231,19 +228,19 @@ class ProxSGD(Optimizer):
         return (*key, *(_identity(p) for p in group["params"]))
 
     def _prepare(self) -> None:
-        """Bring the plan up to date, and check what has changed."""
+        """Bring the plans up to date, and check what has changed."""
         groups = range(len(self.param_groups))
         if self._plan_key is None or [self._key_of(i) for i in groups] != self._plan_key:
-            self._forget_plan()
+            self._forget_plans()
             for group in self.param_groups:
                 check_param_group(group)
             layouts = [self._layouts_of(i) for i in groups]
             self._check_distinct()
             self._executors = [self._executor_of(group) for group in self.param_groups]
             self._group_sizes = [max((x[1] * x[3] for x in row if x[4]), default=0) for row in layouts]
-            if any(executor != "reference" for executor in self._executors):
-                fused = [[] if e == "reference" else row for row, e in zip(layouts, self._executors)]
-                self._plan = _C.StepPlan(self._fused_params(), fused)
+            for executor in sorted(set(self._executors) - {"reference"}):
+                served = [row if e == executor else [] for row, e in zip(layouts, self._executors)]
+                self._plans[executor] = make_plan(executor, self._params_of(executor), served)
             self._values = [None] * len(self.param_groups)
             self._plan_key = [self._key_of(i) for i in groups]
         for i, group in enumerate(self.param_groups):
@@ -262,10 +259,11 @@ class ProxSGD(Optimizer):
                 f"param_groups[{index}]: lr*exclusive_lasso*group_size = {strength:.3g} >= 1: sequential "
                 "mode zeroes far more than the proximal operator does; lower exclusive_lasso "
                 "(scale='size' divides it by the group size) or use prox_mode='exact'",
-                stacklevel=6,
+                stacklevel=7,
             )
         if self._executors[index] != "reference":
-            hyperparameters = _C.Hyperparameters(
+            self._plans[self._executors[index]].set_hyperparameters(
+                index,
                 lr=lr,
                 **{key: scalar(key, group[key]) for key in SGD_OPTIONS},
                 a=lr * alpha,
@@ -274,28 +272,31 @@ class ProxSGD(Optimizer):
                 exact=group["prox_mode"] == "exact",
                 freeze=group["freeze_zeros"] or "",
             )
-            self._plan.set_hyperparameters(index, hyperparameters)
 
-    def _fused_params(self) -> list[list[Tensor]]:
+    def _params_of(self, executor: str) -> list[list[Tensor]]:
         return [
-            [] if executor == "reference" else list(group["params"])
-            for group, executor in zip(self.param_groups, self._executors)
+            list(group["params"]) if e == executor else []
+            for group, e in zip(self.param_groups, self._executors)
         ]
+
+    def _gather(self) -> list[tuple[dict[str, Any], list[tuple[Tensor, Tensor, Tensor | None]]]]:
+        """Whatever may fail, before anything is written; returns what the reference is to step."""
+        for _ in range(2):
+            self._prepare()
+            referred = [self._inputs(i) for i, e in enumerate(self._executors) if e == "reference"]
+            if all(plan.gather(self._params_of(e), self.state) for e, plan in self._plans.items()):
+                return referred
+            self._forget_plans()  # a parameter moved or was replaced
+        raise RuntimeError("expected parameters that stay in place during a step, got some that moved twice")
 
     def _inputs(self, index: int) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor, Tensor | None]]]:
         """A group for the reference, and (parameter, gradient, momentum buffer) of those with a gradient."""
         group = self.param_groups[index]
-        inputs = []
-        for i, p in enumerate(group["params"]):
-            if p.grad is None:
-                continue
-            name = f"param_groups[{index}]['params'][{i}]"
-            check_companion("gradient", name, p, p.grad, p.dtype)
-            buf = self.state[p].get("momentum_buffer") if group["momentum"] != 0 and p in self.state else None
-            if buf is not None:
-                check_companion("momentum_buffer", name, p, buf)
-            inputs.append((p, p.grad, buf))
-        return group, inputs
+        return group, [
+            (p, *checked_inputs(name, p, self.state.get(p, {}), group["momentum"]))
+            for name, p in zip(self._names(index), group["params"])
+            if p.grad is not None
+        ]
 
     def _reference_step(
         self, group: dict[str, Any], inputs: list[tuple[Tensor, Tensor, Tensor | None]]

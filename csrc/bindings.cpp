@@ -41,8 +41,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("exact") = false, py::arg("freeze") = "");
   py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&>())
-      .def("set_hyperparameters", &StepPlan::set_hyperparameters)
-      .def("step", &StepPlan::step);
+      .def("set_hyperparameters",
+           [](StepPlan& plan, int64_t group, const py::kwargs& values) {
+             const py::object h = py::type::of<Hyperparameters>()(**values);
+             plan.set_hyperparameters(group, h.cast<const Hyperparameters&>());
+           })
+      .def("gather", &StepPlan::gather, py::arg("params"), py::arg("state"))
+      .def("run", &StepPlan::run, py::arg("launch") = py::none());
   m.def("prox_", &prox_);
   m.def("parallel_threads", &parallel_threads);
   m.def("limit_z_bytes", &limit_z_bytes);

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace cges {
 namespace {
@@ -21,8 +22,13 @@ bool same_memory_order(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayR
 }
 
 at::Tensor in_memory_order_of(const at::Tensor& param, const at::Tensor& x) {
-  return at::empty_strided(param.sizes(), param.strides(), x.options()).copy_(x);
+  return at::empty_strided(param.sizes(), param.strides(), x.options()).copy_(x.detach());
 }
+
+int64_t address(const at::Tensor& x) { return reinterpret_cast<int64_t>(x.data_ptr()); }
+
+// Where something is wrong, Python finds it again and says so: one text for all executors.
+py::object python_check(const char* name) { return py::module_::import("cges_kernels.checks").attr(name); }
 
 PyObject* momentum_buffer_key() {
   static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
@@ -57,7 +63,7 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
 }
 
 std::string StepPlan::name(const Slot& slot) const {
-  return c10::str("param_groups[", slot.group, "]['params'][", slot.index, "] of shape ", slot.param.sizes());
+  return c10::str("param_groups[", slot.group, "]['params'][", slot.index, "]");
 }
 
 bool StepPlan::matches(const std::vector<py::list>& params) const {
@@ -90,37 +96,47 @@ void StepPlan::follow_state(const py::dict& state) {
     slot.entry = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), slot.object.ptr()));
 }
 
-at::Tensor StepPlan::checked_grad(const Slot& slot) const {
-  const at::Tensor& param = slot.param;
-  at::Tensor grad = param.grad();
-  if (!grad.defined()) return grad;
-  TORCH_CHECK(grad.layout() == at::kStrided, name(slot), ": expected a dense gradient, got one of layout ",
-              grad.layout(), "; sparse gradients are not supported");
-  TORCH_CHECK(grad.scalar_type() == param.scalar_type() && grad.device() == param.device(), name(slot),
-              ": expected a gradient of ", param.scalar_type(), " on ", param.device(), ", got ",
-              grad.scalar_type(), " on ", grad.device());
-  TORCH_CHECK(grad.sizes() == param.sizes(), name(slot), ": expected a gradient of the same shape, got ",
-              grad.sizes());
-  return same_memory_order(grad, slot.sizes, slot.strides) ? grad : in_memory_order_of(param, grad);
-}
-
 // The buffer that `state` holds for this parameter, undefined where there is none yet.
-at::Tensor StepPlan::checked_buffer(const Slot& slot) const {
+at::Tensor StepPlan::find_buffer(const Slot& slot) const {
   PyObject* const found = slot.entry ? PyDict_GetItem(slot.entry.ptr(), momentum_buffer_key()) : nullptr;
   if (found == nullptr || found == Py_None) return {};
-  at::Tensor buf = slot.buf;
-  if (found != slot.buf_object.ptr()) {
-    TORCH_CHECK_TYPE(THPVariable_Check(found), name(slot), ": expected a tensor as its momentum_buffer, got ",
-                     Py_TYPE(found)->tp_name);
-    buf = THPVariable_Unpack(found);
-  }
+  if (found == slot.buf_object.ptr()) return slot.buf;
+  if (!THPVariable_Check(found)) refuse(slot, "momentum_buffer", found);
+  return THPVariable_Unpack(found);
+}
+
+// Checks a gradient or buffer and returns its address; where its memory order is not the parameter's, it
+// becomes a copy.
+int64_t StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) const {
   const at::Tensor& param = slot.param;
-  TORCH_CHECK(buf.layout() == at::kStrided && buf.scalar_type() == param.scalar_type() &&
-                  buf.device() == param.device() && buf.sizes() == param.sizes(),
-              name(slot), ": expected a momentum_buffer of the same shape, dense, ", param.scalar_type(),
-              " on ", param.device(), ", got ", buf.sizes(), ", ", buf.layout(), ", ", buf.scalar_type(),
-              " on ", buf.device());
-  return buf;
+  if (x.layout() != at::kStrided || x.scalar_type() != param.scalar_type() || x.device() != param.device() ||
+      x.sizes() != param.sizes())
+    refuse(slot, what, py::cast(x));
+  const int64_t at = address(x);
+  if (at == 0 && x.numel() != 0) refuse(slot, what, py::cast(x));  // it wraps other tensors
+  if (same_memory_order(x, slot.sizes, slot.strides)) return at;
+  x = in_memory_order_of(param, x);
+  return address(x);
+}
+
+[[noreturn]] void StepPlan::refuse(const Slot& slot, const char* what, py::handle x) const {
+  python_check("check_companion")(what, name(slot), slot.object, x, slot.object.attr("dtype"));
+  TORCH_CHECK(false, name(slot), ": expected a ", what, " that holds memory, got none");
+}
+
+// A buffer that shares memory with another, or with a parameter, would be written twice at once.
+void StepPlan::check_distinct(const std::vector<at::Tensor>& bufs) const {
+  py::list names, tensors;
+  for (const Slot& slot : slots_) {
+    names.append(name(slot));
+    tensors.append(slot.object);
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!bufs[i].defined()) continue;
+    names.append("the momentum_buffer of " + name(slots_[i]));
+    tensors.append(bufs[i]);
+  }
+  python_check("check_distinct")(names, tensors);
 }
 
 // Makes `buf` the parameter's momentum buffer, in `state` as well.
@@ -135,46 +151,73 @@ void StepPlan::keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& st
     throw py::error_already_set();
 }
 
-bool StepPlan::step(const std::vector<py::list>& params, const py::dict& state) {
+bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state) {
+  gathered_.reset();
   if (!matches(params)) return false;
   follow_state(state);
 
-  // Every check and every allocation comes before the first write.
-  std::vector<at::Tensor> grads(slots_.size()), bufs(slots_.size());
-  std::vector<bool> first(slots_.size(), false);
-  for (size_t i = 0; i < slots_.size(); ++i) {
+  const size_t n = slots_.size();
+  Gathered all{state, {}, std::vector<at::Tensor>(n), std::vector<at::Tensor>(n)};
+  all.table.reserve(n);
+  bool newcomers = false;  // buffers that no earlier step of this plan has seen
+  for (size_t i = 0; i < n; ++i) {
     const Slot& slot = slots_[i];
-    grads[i] = checked_grad(slot);
-    if (!grads[i].defined() || hyperparameters_[slot.group].sgd.momentum == 0) continue;
-    bufs[i] = checked_buffer(slot);
-    first[i] = !bufs[i].defined();
-    if (first[i])  // what torch.optim.SGD creates at a parameter's first gradient
-      bufs[i] = at::empty_strided(slot.sizes, slot.strides, slot.param.options());
-    else if (!same_memory_order(bufs[i], slot.sizes, slot.strides))
-      bufs[i] = in_memory_order_of(slot.param, bufs[i]);
+    at::Tensor &grad = all.grads[i], &buf = all.bufs[i];
+    StepRow& row = all.table.emplace_back(StepRow{reinterpret_cast<int64_t>(slot.data), 0, 0, -1});
+    grad = slot.param.grad();
+    if (!grad.defined()) continue;
+    row.grad = settle(slot, "gradient", grad);
+    row.phase = int64_t(Momentum::none);
+    if (hyperparameters_[slot.group].sgd.momentum == 0) continue;
+    buf = find_buffer(slot);
+    if (buf.defined()) {
+      row.buf = settle(slot, "momentum_buffer", buf);
+      row.phase = int64_t(Momentum::running);
+      newcomers |= !buf.is_same(slot.buf);
+    } else {  // what torch.optim.SGD creates at a parameter's first gradient
+      buf = at::empty_strided(slot.sizes, slot.strides, slot.param.options());
+      row.buf = address(buf);
+      row.phase = int64_t(Momentum::first);
+    }
   }
-
-  std::vector<TensorStep> steps;
-  steps.reserve(slots_.size());
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (!grads[i].defined()) continue;
-    const Slot& slot = slots_[i];
-    steps.push_back({slot.param.data_ptr(), grads[i].data_ptr(),
-                     bufs[i].defined() ? bufs[i].data_ptr() : nullptr, first[i], slot.dtype, slot.layout,
-                     slot.has_groups, &hyperparameters_[slot.group]});
-  }
-  {
-    py::gil_scoped_release no_gil;
-    cpu_step(steps);
-  }
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (!grads[i].defined()) continue;
-    bump_version(slots_[i].param);
-    if (!bufs[i].defined()) continue;
-    if (!bufs[i].is_same(slots_[i].buf)) keep_buffer(slots_[i], bufs[i], state);
-    bump_version(bufs[i]);
-  }
+  if (newcomers) check_distinct(all.bufs);
+  gathered_ = std::move(all);
   return true;
+}
+
+void StepPlan::cpu_run(const std::vector<StepRow>& table) const {
+  std::vector<TensorStep> steps;
+  steps.reserve(table.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    const StepRow& row = table[i];
+    const Slot& slot = slots_[i];
+    if (row.phase < 0) continue;
+    steps.push_back({reinterpret_cast<void*>(row.w), reinterpret_cast<const void*>(row.grad),
+                     reinterpret_cast<void*>(row.buf), row.phase == int64_t(Momentum::first), slot.dtype,
+                     slot.layout, slot.has_groups, &hyperparameters_[slot.group]});
+  }
+  py::gil_scoped_release no_gil;
+  cpu_step(steps);
+}
+
+void StepPlan::run(const py::object& launch) {
+  TORCH_CHECK(gathered_, "StepPlan.run: expected a gather that succeeded before it, got none");
+  const Gathered all = *std::exchange(gathered_, std::nullopt);  // let go at the end, thrown or not
+  if (launch.is_none()) {
+    cpu_run(all.table);
+  } else {
+    const at::Tensor table = at::empty({int64_t(all.table.size()), 4}, at::kLong);
+    std::memcpy(table.data_ptr(), all.table.data(), all.table.size() * sizeof(StepRow));
+    launch(table);
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!all.grads[i].defined()) continue;
+    bump_version(slots_[i].param);
+    const at::Tensor& buf = all.bufs[i];
+    if (!buf.defined()) continue;
+    if (!buf.is_same(slots_[i].buf)) keep_buffer(slots_[i], buf, all.state);
+    bump_version(buf);
+  }
 }
 
 void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,

@@ -1,4 +1,6 @@
-// StepPlan: the parameters of an optimizer's fused param groups, held so that a step costs Python one call.
+// StepPlan: the parameters of an optimizer's fused param groups, held so that a step costs Python two calls:
+// gather, which may fail and writes nothing, and run. Between the two, an optimizer of several executors
+// gathers the others. step_plan.py says the same in Python, for installs without this.
 //
 // Nothing is trusted from one step to the next. Each step compares the param groups' own lists, the
 // optimizer's state, every data pointer, shape and stride with what the plan was built from, and reads .grad
@@ -6,6 +8,7 @@
 #pragma once
 #include <torch/extension.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +22,13 @@ namespace py = pybind11;
 // (K1, R1, K2, R2, has_groups), as groups.py works it out.
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
+// What one step does with one parameter: three addresses (0 where there is none), and its phase, a Momentum
+// or -1 where it has no gradient and is left alone.
+struct StepRow {
+  int64_t w, grad, buf, phase;
+};
+static_assert(sizeof(StepRow) == 4 * sizeof(int64_t));
+
 class StepPlan {
  public:
   // params[i] is param group i's own "params" list, or empty where another executor serves the group;
@@ -27,9 +37,15 @@ class StepPlan {
 
   void set_hyperparameters(int64_t group, const Hyperparameters& h) { hyperparameters_.at(group) = h; }
 
-  // One step of every parameter that has a gradient; momentum buffers live in `state`, as torch.optim.SGD
-  // keeps them. False, with nothing written, where the plan no longer matches and must be built again.
-  bool step(const std::vector<py::list>& params, const py::dict& state);
+  // Checks every gradient and every momentum buffer in `state`, copies those whose memory order is not the
+  // parameter's, and allocates the buffers that are missing. False where the plan no longer matches `params`
+  // and must be built again. Nothing is written; what is gathered is held until `run`.
+  bool gather(const std::vector<py::list>& params, const py::dict& state);
+
+  // The step that was gathered, once: the CPU executor's or, where `launch` is not None, launch(table).
+  // `table` is an int64 tensor on the CPU with one StepRow per parameter. Then new buffers go into `state`,
+  // as torch.optim.SGD keeps them, and versions move on; if it throws, neither.
+  void run(const py::object& launch);
 
  private:
   struct Slot {
@@ -46,10 +62,19 @@ class StepPlan {
     at::Tensor buf;
   };
 
+  struct Gathered {
+    py::dict state;
+    std::vector<StepRow> table;
+    std::vector<at::Tensor> grads, bufs;
+  };
+
   bool matches(const std::vector<py::list>& params) const;
   void follow_state(const py::dict& state);
-  at::Tensor checked_grad(const Slot& slot) const;
-  at::Tensor checked_buffer(const Slot& slot) const;
+  at::Tensor find_buffer(const Slot& slot) const;
+  int64_t settle(const Slot& slot, const char* what, at::Tensor& x) const;
+  [[noreturn]] void refuse(const Slot& slot, const char* what, py::handle x) const;
+  void check_distinct(const std::vector<at::Tensor>& bufs) const;
+  void cpu_run(const std::vector<StepRow>& table) const;
   void keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const;
   std::string name(const Slot& slot) const;
 
@@ -57,6 +82,7 @@ class StepPlan {
   std::vector<int64_t> group_sizes_;
   std::vector<Hyperparameters> hyperparameters_;
   std::vector<std::pair<py::object, py::object>> state_entries_;  // what `state` held when last followed
+  std::optional<Gathered> gathered_;
 };
 
 // In place, the proximal map of each tensor; layouts[i] belongs to tensors[i].
