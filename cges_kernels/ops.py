@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Sequence
+from importlib import metadata, util
 from typing import Any
 
 import torch
@@ -19,6 +23,32 @@ except ImportError:  # installed without a C++ compiler
     _C = None
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+TRITON_NEEDED = (3, 6)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors; settled once they are imported."""
+    kernels = sys.modules.get(f"{__package__}.triton_kernels")
+    if kernels is not None:
+        return bool(kernels.INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+
+def _why_no_triton() -> str | None:
+    needed = "triton >= " + ".".join(map(str, TRITON_NEEDED))
+    if util.find_spec("triton") is None:
+        return f"{needed} is needed and not installed; pip install triton"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of another name, such as ROCm's
+        from triton import __version__ as version
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_NEEDED:
+        return f"{needed} is needed, found {version}; pip install --upgrade triton"
+    if triton_interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return (
+        "no GPU that Triton compiles for is here; TRITON_INTERPRET=1 runs its kernels, slowly, on CPU tensors"
+    )
 
 
 def why_not(backend: str, w: Tensor | None = None) -> str | None:
@@ -28,14 +58,18 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
     if backend == "cpu":
         if _C is None:
             return "the C++ extension is not built; install a C++ compiler and reinstall cges_kernels"
-        if w is None:
-            return None
-        if w.device.type != "cpu":
-            return f"it serves CPU tensors, got one on {w.device}"
-        if is_traceable_wrapper_subclass(w):
-            return f"it serves plain tensors, got {type(w).__name__}"
-        return None
-    return f"this version of cges_kernels has no {backend} executor; use backend='auto'"
+        served = ("cpu",)
+    elif backend == "triton":
+        if reason := _why_no_triton():
+            return reason
+        served = ("cpu",) if triton_interpreted() else ("cuda", "xpu")
+    else:
+        return f"this version of cges_kernels has no {backend} executor; use backend='auto'"
+    if w is not None and w.device.type not in served:
+        return f"it serves tensors on {' or '.join(served)}, got one on {w.device}"
+    if w is not None and is_traceable_wrapper_subclass(w):
+        return f"it serves plain tensors, got {type(w).__name__}"
+    return None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -59,7 +93,10 @@ def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False)
     ``fused`` demands one other than the reference. RuntimeError where the wish cannot be met.
     """
     check_backend(backend)
-    candidates = BACKENDS[:0:-1] if backend == "auto" else (backend,)
+    candidates = (backend,)
+    if backend == "auto":  # an interpreter is never the fastest
+        on_cpu = all(w.device.type == "cpu" for w in tensors)
+        candidates = ("cpu",) if on_cpu else ("cuda", "triton")
     reasons = []
     for candidate in candidates:
         reason = next(filter(None, (why_not(candidate, w) for w in (None, *tensors))), None)
@@ -148,12 +185,18 @@ def prox_(
             )
     check_distinct(names, tensors)
     thresholds = reference.Thresholds(float(group_lasso), float(exclusive_lasso), float(l1))
-    if choose_backend(backend, tensors) == "cpu":
-        exact = prox_mode == "exact"
-        _C.prox_(tensors, layouts, _C.Hyperparameters(**thresholds._asdict(), exact=exact))
+    executor = choose_backend(backend, tensors)
+    if executor == "reference":
+        for w in tensors:
+            w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
         return
-    for w in tensors:
-        w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
+    values = {**thresholds._asdict(), "exact": prox_mode == "exact"}
+    if executor == "cpu":
+        _C.prox_(tensors, layouts, _C.Hyperparameters(**values))
+    else:
+        from . import triton_step
+
+        triton_step.prox_(tensors, layouts, values)
 
 
 def prox(

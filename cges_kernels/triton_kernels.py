@@ -1,0 +1,285 @@
+"""The proximal SGD step as Triton kernels: every tensor of one dtype and device in one launch.
+
+A step has at most two launches. `whole_groups` serves groups that fit a register tile: a program loads
+RED x KEEP elements (RED >= group size), and z never leaves its registers between the reduction and the
+apply. `split_groups` (triton_split.py) serves longer groups in chunks, ordered by tickets: sweeps that only
+read leave partial sums, the last chunk of a panel to arrive adds them in index order and moves the panel's
+search for (s, t) on, and the apply pass reads everything again. A ticket waits only for tickets already
+taken, so nothing depends on how many programs are resident, and exact mode's further sweeps cost no launch.
+
+Numbers come from tables in device memory, so that a new learning rate or pointer compiles nothing:
+`tensors` int64 [n, 4]: addresses of w, gradient and momentum buffer, and the phase (shrinkage.h's Momentum);
+`shapes` int64 [n, 6]: R1, K2, R2, number of groups, whether the group terms apply, row of `hyper`;
+`hyper` [param groups, 12] in the compute dtype, in the order in which `load_hyper` takes them apart;
+`items` int64 [programs, 4]: variant (an index into VARIANTS, or -1), tensor, first group, first entry of it;
+those of split_groups go on with [4]: panel, chunk, chunks of the panel, first slot of the panel's scratch.
+
+The formulas carry the names of reference.py and shrinkage.h. triton_step.py cuts the work and launches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What a variant of a tile can be; the canonical layout is groups.py's (K1, R1, K2, R2).
+ROWS = tl.constexpr(0)  # R1 = 1: a group is a contiguous run
+COLUMNS = tl.constexpr(1)  # R2 = 1: neighbours along a row are of different groups
+GENERAL = tl.constexpr(2)  # any layout, by division
+
+NO_GRAD = tl.constexpr(0)
+FIRST = tl.constexpr(2)
+RUNNING = tl.constexpr(3)
+
+FREEZE_GROUP = tl.constexpr(1)
+FREEZE_ELEMENT = tl.constexpr(2)
+
+MAX_SWEEPS = tl.constexpr(24)
+SLOT_BLOCK = tl.constexpr(2048)  # partial sums added at once
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, correctly rounded."""
+    if y.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def square_root(x):
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def sgd_update(w, grad, buf, phase, sgd):
+    """(z, new momentum buffer) of torch.optim.SGD."""
+    lr, momentum, one_minus_dampening, weight_decay, grad_sign, nesterov = sgd
+    g = grad_sign * grad
+    g = tl.where(weight_decay != 0, g + weight_decay * w, g)
+    new = tl.where(phase == RUNNING, momentum * buf + one_minus_dampening * g, g)
+    step = tl.where(phase >= FIRST, tl.where(nesterov != 0, g + momentum * new, new), g)
+    return tl.where(phase == NO_GRAD, w, w - lr * step), new
+
+
+@triton.jit
+def soft_magnitude(z, t):
+    """|soft(z, t)| = max(|z| - t, 0), letting NaN through."""
+    u = tl.abs(z) - t
+    return tl.where(u <= 0, 0.0, u)
+
+
+@triton.jit
+def group_stats(z, t):
+    """Sums over axis 0 of u = soft(z, t): how many are left, l1 norm, l2 norm squared."""
+    u = soft_magnitude(z, t[None, :])
+    count = tl.sum(tl.where(u == 0, 0.0, 1.0).to(z.dtype), axis=0)
+    return count, tl.sum(u, axis=0), tl.sum(u * u, axis=0)
+
+
+@triton.jit
+def group_scale(l2, a):
+    """s = max(1 - a/||u||_2, 0); 1 where a = 0, whatever the norm."""
+    return tl.where(a == 0, 1.0, tl.where(l2 <= a, 0.0, 1.0 - divide(a, l2)))
+
+
+@triton.jit
+def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: tl.constexpr):
+    """One sweep of each group's search for (s, t), given its stats at the present t; t starts at c.
+
+    ``search`` is (s, t, low, high, done). Groups that are done keep their numbers.
+    """
+    s, t, low, high, done = search
+    count, l1, l2_squared = stats
+    a, b, c, exact = thresholds
+    l2 = square_root(l2_squared)
+    scale = group_scale(l2, a)
+    settled = tl.where(b == 0, c, c + b * l1)  # sequential mode's t
+    finished = done == done
+    if EXACT:  # Newton on the rising function t - c - b*s*||u||_1, inside a shrinking bracket
+        high = tl.where(sweep == 0, settled, high)
+        excess = t - c - b * scale * l1
+        ratio = divide(l1, l2)
+        bend = tl.where(a == 0, 0.0, divide(a * ratio * ratio, l2))
+        slope = 1.0 + tl.where(scale == 0, 0.0, b * (count * scale + bend))
+        step = t - divide(excess, slope)
+        low = tl.where(~done & (excess < 0), t, low)
+        high = tl.where(~done & (excess > 0), t, high)
+        moves = tl.abs(step - t) > 4 * EPS * tl.abs(step)  # false for NaN, which stays
+        step = tl.where(moves & ((step <= low) | (step >= high)), low + (high - low) * 0.5, step)
+        iterate = (exact != 0) & (b != 0)
+        finished = tl.where(iterate, ~(tl.abs(step - t) > 4 * EPS * tl.abs(step)), True)
+        settled = tl.where(iterate, step, settled)
+    return tl.where(done, s, scale), tl.where(done, t, settled), low, high, done | finished
+
+
+@triton.jit
+def apply_shrinkage(z, s, t, STORED: tl.constexpr):
+    """s * soft(z, t) rounded to the stored dtype, every zero +0.0."""
+    m = soft_magnitude(z, t[None, :])
+    w = (s[None, :] * tl.where(z < 0, -m, m)).to(STORED).to(z.dtype)
+    return tl.where(w == 0, 0.0, w)
+
+
+@triton.jit
+def load_hyper(hyper, shape, grouped, COMPUTE: tl.constexpr):
+    """(SGD's scalars, thresholds, freeze) of one tensor; a and b vanish where it has no groups."""
+    row = hyper + tl.load(shape + 5) * 12
+    sgd = (
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2),
+        tl.load(row + 3),
+        tl.load(row + 4),
+        tl.load(row + 5),
+    )
+    zero = tl.zeros([], COMPUTE)
+    a, b = tl.where(grouped, tl.load(row + 6), zero), tl.where(grouped, tl.load(row + 7), zero)
+    return sgd, (a, b, tl.load(row + 8), tl.load(row + 9)), tl.load(row + 10).to(tl.int32)
+
+
+@triton.jit
+def tile_offsets(
+    shape,
+    g0,
+    r0,
+    KIND: tl.constexpr,
+    RED: tl.constexpr,
+    KEEP: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(base, offsets [RED, KEEP] from it, mask) of entries r0.. of groups g0..; see groups.Layout.
+
+    VEC elements are 16 bytes where every row begins on a multiple of them, else 1: a promise to the
+    compiler, which then loads 16 bytes at once. WIDE: 32-bit offsets from the base would overflow.
+    """
+    R1, K2, R2, groups = tl.load(shape), tl.load(shape + 1), tl.load(shape + 2), tl.load(shape + 3)
+    r, g = tl.arange(0, RED)[:, None], tl.arange(0, KEEP)[None, :]
+    if KIND == GENERAL:
+        r, g = r0 + r, g0 + g
+        offsets = ((g // K2 * R1 + r // R2) * K2 + g % K2) * R2 + r % R2
+        return tl.zeros([], tl.int64), offsets, (r < R1 * R2) & (g < groups)
+    if KIND == ROWS:
+        base, pitch, red_left, keep_left = g0 * R2 + r0, R2, R2 - r0, groups - g0
+    else:
+        k1 = g0 // K2
+        base, pitch, red_left, keep_left = (
+            (k1 * R1 + r0) * K2 + (g0 - k1 * K2),
+            K2,
+            R1 - r0,
+            (k1 + 1) * K2 - g0,
+        )
+    red_left, keep_left = tl.minimum(red_left, RED).to(tl.int32), tl.minimum(keep_left, KEEP).to(tl.int32)
+    if not WIDE:
+        pitch = pitch.to(tl.int32)
+    pitch = tl.multiple_of(pitch, VEC)
+    if KIND == ROWS:
+        offsets = g * pitch + r
+        red_left = tl.multiple_of(red_left, VEC)
+    else:
+        offsets = r * pitch + g
+        keep_left = tl.multiple_of(keep_left, VEC)
+    return base, offsets, (r < red_left) & (g < keep_left)
+
+
+@triton.jit
+def pointer(tensor, column: tl.constexpr, base, STORED: tl.constexpr, VEC: tl.constexpr):
+    p = tl.load(tensor + column).to(tl.pointer_type(STORED)) + base
+    return tl.multiple_of(p, 16 if VEC > 1 else 1)
+
+
+@triton.jit
+def update_tile(
+    tensor, base, offsets, mask, sgd, STORED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr
+):
+    """(w, z, new buffer) of a tile; what is masked out is 0."""
+    phase = tl.load(tensor + 3)
+    w = tl.load(pointer(tensor, 0, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
+    grad = tl.load(
+        pointer(tensor, 1, base, STORED, VEC) + offsets, tl.where(phase > NO_GRAD, mask, False), other=0.0
+    )
+    buf = tl.load(
+        pointer(tensor, 2, base, STORED, VEC) + offsets, tl.where(phase == RUNNING, mask, False), other=0.0
+    )
+    z, buf = sgd_update(w, grad.to(COMPUTE), buf.to(COMPUTE), phase, sgd)
+    return w, z, buf
+
+
+@triton.jit
+def frozen(w, alive, freeze):
+    """Where what is zero must stay so: single elements, or groups none of whose entries is alive."""
+    dead = tl.where(freeze == FREEZE_GROUP, alive[None, :] == 0, False)
+    return tl.where(freeze == FREEZE_ELEMENT, w == 0, dead)
+
+
+@triton.jit
+def store_tile(
+    tensor, base, offsets, mask, z, buf, s, t, thresholds, STORED: tl.constexpr, VEC: tl.constexpr
+):
+    """Write the buffer and w = s * soft(z, t); z itself, bit for bit, where every threshold is 0."""
+    a, b, c, _ = thresholds
+    shrinks = (a != 0) | (b != 0) | (c != 0)
+    w = tl.where(shrinks, apply_shrinkage(z, s, t, STORED), z)
+    has_buf = tl.load(tensor + 3) >= FIRST
+    tl.store(pointer(tensor, 2, base, STORED, VEC) + offsets, buf.to(STORED), tl.where(has_buf, mask, False))
+    tl.store(pointer(tensor, 0, base, STORED, VEC) + offsets, w.to(STORED), mask)
+
+
+@triton.jit
+def whole_tile(
+    item, tensor, shape, hyper,
+    KIND: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, FREEZE: tl.constexpr,
+):  # fmt: skip
+    """KEEP whole groups: load, reduce, solve and apply without leaving the registers."""
+    grouped = tl.load(shape + 4) != 0
+    sgd, thresholds, freeze = load_hyper(hyper, shape, grouped, COMPUTE)
+    a, b, c, _ = thresholds
+    base, offsets, mask = tile_offsets(shape, tl.load(item + 2), 0, KIND, RED, KEEP, VEC, WIDE)
+    w, z, buf = update_tile(tensor, base, offsets, mask, sgd, STORED, COMPUTE, VEC)
+    if FREEZE:
+        alive = tl.max((w != 0).to(tl.int32), axis=0) | (~grouped).to(tl.int32)
+        dead = frozen(w, alive, freeze)
+        z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
+    zeros = tl.zeros([KEEP], COMPUTE)
+    s, t, low, high, done = zeros + 1, zeros + c, zeros + c, zeros, zeros != 0
+    if (a != 0) | (b != 0):
+        s, t, low, high, done = solve_shrinkage(
+            (s, t, low, high, done), group_stats(z, t), thresholds, 0, EXACT, EPS
+        )
+        if EXACT:
+            sweep = 1
+            while (tl.min(done.to(tl.int32), axis=0) == 0) & (sweep < MAX_SWEEPS):
+                s, t, low, high, done = solve_shrinkage(
+                    (s, t, low, high, done), group_stats(z, t), thresholds, sweep, EXACT, EPS
+                )
+                sweep += 1
+    store_tile(tensor, base, offsets, mask, z, buf, s, t, thresholds, STORED, VEC)
+
+
+@triton.jit
+def whole_groups(
+    items, tensors, shapes, hyper,
+    VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
+    EXACT: tl.constexpr, FREEZE: tl.constexpr,
+):  # fmt: skip
+    """One program per item: a tile of whole groups of one tensor."""
+    item = items + tl.program_id(0).to(tl.int64) * 4
+    variant, index = tl.load(item), tl.load(item + 1)
+    tensor, shape = tensors + index * 4, shapes + index * 6
+    if tl.load(tensor + 3) >= NO_GRAD:  # else the parameter has no gradient
+        for i in tl.static_range(len(VARIANTS)):
+            if variant == i:
+                whole_tile(
+                    item, tensor, shape, hyper,
+                    VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4],
+                    STORED, COMPUTE, EPS, EXACT, FREEZE,
+                )  # fmt: skip
+
+
+INTERPRETED = not isinstance(whole_groups, triton.JITFunction)

@@ -1,0 +1,167 @@
+"""Groups too long for a register tile: chunks ordered by tickets. See triton_kernels.py for the tables."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import (
+    FREEZE_GROUP,
+    MAX_SWEEPS,
+    NO_GRAD,
+    SLOT_BLOCK,
+    frozen,
+    group_stats,
+    load_hyper,
+    solve_shrinkage,
+    store_tile,
+    tile_offsets,
+    update_tile,
+)
+
+STATE = tl.constexpr(6)  # rows of a panel's state: s, t, low, high, done, alive
+SUMS = tl.constexpr(4)  # rows of a chunk's partial sums: count, l1, l2 squared, alive
+ALL_SWEEPS = tl.constexpr(MAX_SWEEPS.value)  # what a finished panel's count of sweeps is set to
+
+
+@triton.jit
+def load_row(scratch, i, KEEP: tl.constexpr):
+    """Row i of a panel's scratch, from the L2: another program may have written it just now."""
+    return tl.load(scratch + i * KEEP + tl.arange(0, KEEP), cache_modifier=".cg")
+
+
+@triton.jit
+def store_row(scratch, i, row, KEEP: tl.constexpr):
+    tl.store(scratch + i * KEEP + tl.arange(0, KEEP), row)
+
+
+@triton.jit
+def total(partials, row, chunks, KEEP: tl.constexpr):
+    """The chunks' sums of one row, added in index order, whoever adds."""
+    BLOCK: tl.constexpr = SLOT_BLOCK // KEEP
+    block, keep = tl.arange(0, BLOCK)[:, None], tl.arange(0, KEEP)[None, :]
+    sums = tl.zeros([KEEP], partials.dtype.element_ty)
+    for start in range(0, chunks, BLOCK):
+        at = (start + block).to(tl.int64) * SUMS + row
+        sums += tl.sum(
+            tl.load(partials + at * KEEP + keep, start + block < chunks, other=0.0, cache_modifier=".cg"),
+            axis=0,
+        )
+    return sums
+
+
+@triton.jit
+def wait_for(count, at_least):
+    """Spin until *count >= at_least; what was written before it got there is then visible."""
+    seen = tl.atomic_add(count, 0, sem="acquire")
+    while seen < at_least:
+        seen = tl.atomic_add(count, 0, sem="acquire")
+    return seen
+
+
+@triton.jit
+def move_search_on(
+    scratch, chunks, sweep, thresholds, EXACT: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr
+):
+    """Add up the chunks' sums and take one step of each group's search; whether all are done."""
+    partials = scratch + STATE * KEEP
+    _, _, c, _ = thresholds
+    zeros = tl.zeros([KEEP], scratch.dtype.element_ty)
+    s, t, low, high, done = zeros + 1, zeros + c, zeros + c, zeros, zeros != 0
+    if sweep == 0:
+        alive = (total(partials, 3, chunks, KEEP) != 0).to(zeros.dtype)
+        store_row(scratch, 5, alive, KEEP)
+    else:
+        s, t, low = load_row(scratch, 0, KEEP), load_row(scratch, 1, KEEP), load_row(scratch, 2, KEEP)
+        high, done = load_row(scratch, 3, KEEP), load_row(scratch, 4, KEEP) != 0
+        alive = load_row(scratch, 5, KEEP)
+    count, l1, l2_squared = zeros, total(partials, 1, chunks, KEEP), total(partials, 2, chunks, KEEP)
+    if EXACT:
+        count = total(partials, 0, chunks, KEEP)
+    dead = alive == 0  # its z is zero
+    stats = tl.where(dead, 0.0, count), tl.where(dead, 0.0, l1), tl.where(dead, 0.0, l2_squared)
+    s, t, low, high, done = solve_shrinkage((s, t, low, high, done), stats, thresholds, sweep, EXACT, EPS)
+    store_row(scratch, 0, s, KEEP)
+    store_row(scratch, 1, t, KEEP)
+    store_row(scratch, 2, low, KEEP)
+    store_row(scratch, 3, high, KEEP)
+    store_row(scratch, 4, done.to(zeros.dtype), KEEP)
+    return tl.min(done.to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def split_tile(
+    item, sweep, tensor, shape, hyper, scratch, counters,
+    KIND: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, FREEZE: tl.constexpr,
+):  # fmt: skip
+    """One chunk of a panel of KEEP groups: a sweep of sums or, as the last stage, update and apply."""
+    STAGES: tl.constexpr = ALL_SWEEPS if EXACT else 1
+    sgd, thresholds, freeze = load_hyper(hyper, shape, True, COMPUTE)
+    a, b, c, _ = thresholds
+    arrived, swept = counters + 1 + 2 * tl.load(item + 4), counters + 2 + 2 * tl.load(item + 4)
+    chunk, chunks = tl.load(item + 5), tl.load(item + 6)
+    scratch += tl.load(item + 7)
+    needs_sums = (a != 0) | (b != 0) | (freeze == FREEZE_GROUP)
+    applies = sweep == STAGES
+    behind = 0  # sweeps that the panel lags behind this ticket; < 0: the search ended early
+    if needs_sums:
+        behind = sweep - wait_for(swept, sweep)
+    if applies | (needs_sums & (behind == 0)):
+        base, offsets, mask = tile_offsets(
+            shape, tl.load(item + 2), tl.load(item + 3), KIND, RED, KEEP, VEC, WIDE
+        )
+        w, z, buf = update_tile(tensor, base, offsets, mask, sgd, STORED, COMPUTE, VEC)
+        s, t = tl.zeros([KEEP], COMPUTE) + 1, tl.zeros([KEEP], COMPUTE) + c
+        alive = tl.zeros([KEEP], COMPUTE) + 1
+        if needs_sums & (applies | (sweep > 0)):
+            s, t, alive = load_row(scratch, 0, KEEP), load_row(scratch, 1, KEEP), load_row(scratch, 5, KEEP)
+        if FREEZE:
+            dead = frozen(w, alive, freeze)
+            z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
+        if applies:
+            store_tile(tensor, base, offsets, mask, z, buf, s, t, thresholds, STORED, VEC)
+        else:
+            partials = scratch + (STATE + chunk * SUMS) * KEEP
+            count, l1, l2_squared = group_stats(z, t)
+            store_row(partials, 0, count, KEEP)
+            store_row(partials, 1, l1, KEEP)
+            store_row(partials, 2, l2_squared, KEEP)
+            store_row(partials, 3, tl.max((w != 0).to(COMPUTE), axis=0), KEEP)
+        if needs_sums:
+            tl.debug_barrier()  # every thread's stores come before the release
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1:
+                tl.store(arrived, 0)
+                done = False
+                if not applies:
+                    done = move_search_on(scratch, chunks, sweep, thresholds, EXACT, EPS, KEEP)
+                tl.debug_barrier()
+                tl.atomic_xchg(swept, tl.where(applies, 0, tl.where(done, STAGES, sweep + 1)), sem="release")
+
+
+@triton.jit
+def split_groups(
+    items, tensors, shapes, hyper, scratch, counters, per_window, tickets,
+    VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
+    EXACT: tl.constexpr, FREEZE: tl.constexpr,
+):  # fmt: skip
+    """One program per ticket. Tickets go window by window; in a window, sweep by sweep, then the apply.
+
+    A window holds whole panels, as many as the L2 keeps, so that what one pass has read the next finds there.
+    """
+    STAGES: tl.constexpr = (ALL_SWEEPS if EXACT else 1) + 1
+    ticket = tl.atomic_add(counters, 1, sem="relaxed")
+    if ticket == tickets - 1:
+        tl.store(counters, 0)  # all are taken: ready for the next step
+    window, rest = ticket // (per_window * STAGES), ticket % (per_window * STAGES)
+    item = items + (window * per_window + rest % per_window).to(tl.int64) * 8
+    variant, index = tl.load(item), tl.load(item + 1)
+    tensor, shape = tensors + index * 4, shapes + index * 6
+    if tl.load(tensor + 3) >= NO_GRAD:
+        for i in tl.static_range(len(VARIANTS)):
+            if variant == i:
+                split_tile(
+                    item, rest // per_window, tensor, shape, hyper, scratch, counters,
+                    VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4],
+                    STORED, COMPUTE, EPS, EXACT, FREEZE,
+                )  # fmt: skip

@@ -1,0 +1,227 @@
+"""The host side of the Triton executor: cuts tensors into tiles, keeps the device's tables, launches.
+
+How a tensor is cut depends on its layout, dtype and alignment alone, never on its neighbours or the device's
+load, so its bits do not either. A step launches at most one kernel per device, dtype and path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import step_plan
+from .groups import Layout, LayoutTuple
+from .ops import _C
+from .reference import compute_dtype
+from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, MAX_SWEEPS, whole_groups
+from .triton_split import STATE, SUMS, split_groups
+from .triton_tiles import VECTOR_BYTES, Cut, Variant, cut, launch_options, working_layout
+
+L2_BYTES = 32 << 20  # where the device does not tell
+FREEZES = {"": 0, "group": FREEZE_GROUP.value, "element": FREEZE_ELEMENT.value}
+STORED = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class Batch:
+    """The tensors of one device and dtype: their tables on the device, and the launches of a step."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        layouts: Sequence[Layout],
+        grouped: Sequence[bool],
+        rows: Sequence[int],
+    ):
+        self.device, self.dtype = tensors[0].device, tensors[0].dtype
+        self.layouts = [working_layout(layout) for layout in layouts]
+        shapes = [[x.R1, x.K2, x.R2, x.num_groups, g, row] for x, g, row in zip(self.layouts, grouped, rows)]
+        self.shapes = torch.tensor(shapes, dtype=torch.int64, device=self.device)
+        self.addresses = np.zeros(0)  # the table as last uploaded
+        self.aligned = np.zeros(0)
+
+    def launch(self, addresses: np.ndarray, hyper: Tensor, exact: bool, freeze: bool) -> None:
+        """One step. ``addresses`` [n, 4] as StepPlan gives them, ``hyper`` as the kernels take it."""
+        if not np.array_equal(addresses, self.addresses):
+            aligned = (addresses[:, :3] % VECTOR_BYTES == 0).all(axis=1)
+            if not np.array_equal(aligned, self.aligned):
+                self._cut(aligned)
+            self.addresses = addresses.copy()
+            self.tensors.copy_(torch.from_numpy(self.addresses))
+        compute = compute_dtype(self.dtype)
+        constants = {
+            "STORED": STORED[self.dtype],
+            "COMPUTE": STORED[compute],
+            "EPS": torch.finfo(compute).eps,
+            "EXACT": exact,
+            "FREEZE": freeze,
+            "enable_fp_fusion": True,
+        }
+        with _on(self.device):
+            if len(self.whole):
+                whole_groups[(len(self.whole),)](
+                    self.whole, self.tensors, self.shapes, hyper, **self.whole_options, **constants
+                )
+            if self.windows:
+                tickets = len(self.split) * (1 + (MAX_SWEEPS.value if exact else 1))
+                split_groups[(tickets,)](
+                    self.split,
+                    self.tensors,
+                    self.shapes,
+                    hyper,
+                    self.scratch,
+                    self.counters,
+                    len(self.split) // self.windows,
+                    tickets,
+                    **self.split_options,
+                    **constants,
+                )
+
+    def _cut(self, aligned: np.ndarray) -> None:
+        """Cut every tensor and put the tables on the device."""
+        self.aligned = aligned
+        cuts = [cut(layout, self.dtype, bool(a)) for layout, a in zip(self.layouts, aligned)]
+        self.tensors = torch.empty((len(cuts), 4), dtype=torch.int64, device=self.device)
+        whole, self.whole_options = self._variants(cuts, whole=True)
+        rows = [
+            np.column_stack(
+                [np.full_like(c.panels, v) for v in (whole[c.variant], i)] + [c.panels, 0 * c.panels]
+            )
+            for i, c in enumerate(cuts)
+            if c.whole
+        ]
+        self.whole = self._upload(np.concatenate(rows) if rows else np.zeros((0, 4)))
+        self._cut_split(cuts)
+
+    def _cut_split(self, cuts: list[Cut]) -> None:
+        """Items of long groups, in windows of whole panels of one length (padded with idle items)."""
+        variants, self.split_options = self._variants(cuts, whole=False)
+        panels = []  # each one [chunks, 8]
+        slots = 0
+        for i, c in enumerate(cuts):
+            if c.whole:
+                continue
+            first = np.arange(0, self.layouts[i].group_size, c.variant.red)
+            for g0 in c.panels:
+                items = np.zeros((len(first), 8), dtype=np.int64)
+                items[:] = (variants[c.variant], i, g0, 0, len(panels), 0, len(first), slots)
+                items[:, 3], items[:, 5] = first, np.arange(len(first))
+                panels.append(items)
+                slots += (STATE.value + SUMS.value * len(first)) * c.variant.keep
+        tile_bytes = 3 * self.dtype.itemsize * max((v.red * v.keep for v in variants), default=1)
+        per_window = max([_l2_bytes(self.device) // 2 // tile_bytes, *map(len, panels)])
+        windows: list[list[np.ndarray]] = []
+        room = 0
+        for panel in panels:
+            if len(panel) > room:
+                windows.append([])
+                room = per_window
+            windows[-1].append(panel)
+            room -= len(panel)
+        if len(windows) == 1:
+            per_window -= room
+        table = np.zeros((len(windows), per_window, 8), dtype=np.int64)
+        table[:, :, 0] = -1
+        for row, window in zip(table, windows):
+            items = np.concatenate(window)
+            row[: len(items)] = items
+        self.windows = len(windows)
+        self.split = self._upload(table.reshape(-1, 8))
+        self.scratch = torch.zeros(slots, dtype=compute_dtype(self.dtype), device=self.device)
+        self.counters = torch.zeros(1 + 2 * len(panels), dtype=torch.int32, device=self.device)
+
+    def _variants(self, cuts: list[Cut], whole: bool) -> tuple[dict[Variant, int], dict[str, Any]]:
+        """The variants on one path, numbered, and a kernel's options for them."""
+        variants = sorted({c.variant for c in cuts if c.whole == whole})
+        return {v: i for i, v in enumerate(variants)}, launch_options(variants)
+
+    def _upload(self, table: np.ndarray) -> Tensor:
+        return torch.from_numpy(table.astype(np.int64)).to(self.device)
+
+
+class TritonStep:
+    """Steps over a fixed list of tensors, batched by device and dtype."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], rows: Sequence[int], num_rows: int
+    ):
+        """``rows[i]`` is the index of tensor i's hyperparameters, of ``num_rows``."""
+        self.values: list[tuple[float, ...]] = [(0.0,) * 12] * num_rows
+        places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, w in enumerate(tensors):
+            if w.numel() > 0:
+                places.setdefault((w.device, w.dtype), []).append(i)
+        self.batches = []
+        for indices in places.values():
+            of = [(tensors[i], Layout(*layouts[i][:4]), layouts[i][4], rows[i]) for i in indices]
+            self.batches.append((np.array(indices), Batch(*map(list, zip(*of)))))  # type: ignore[arg-type]
+        self.hyper: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def set_hyperparameters(self, row: int, values: Mapping[str, Any]) -> None:
+        """``values``: lr, momentum, dampening, weight_decay, nesterov, maximize, a, b, c, exact, freeze."""
+        v = values.get
+        self.values[row] = (
+            *(v("lr", 0.0), v("momentum", 0.0), 1 - v("dampening", 0.0), v("weight_decay", 0.0)),
+            *(-1.0 if v("maximize") else 1.0, float(v("nesterov", False))),
+            *(v("a", 0.0), v("b", 0.0), v("c", 0.0)),
+            *(float(v("exact", False)), float(FREEZES[v("freeze", "")]), 0.0),
+        )
+        self.hyper.clear()
+
+    def launch(self, addresses: Tensor) -> None:
+        """One step; ``addresses`` is StepPlan's table [n, 4]."""
+        table = addresses.numpy()
+        exact, freeze = any(row[9] for row in self.values), any(row[10] for row in self.values)
+        for indices, batch in self.batches:
+            key = batch.device, compute_dtype(batch.dtype)
+            if key not in self.hyper:
+                self.hyper[key] = torch.tensor(self.values, dtype=key[1]).to(batch.device)
+            batch.launch(table[indices], self.hyper[key], exact, freeze)
+
+
+class TritonPlan:
+    """What ProxSGD drives: a StepPlan that checks and gathers, and the launches on what it has gathered."""
+
+    def __init__(self, params: list[list[Tensor]], layouts: list[list[LayoutTuple]]):
+        self._plan = (_C or step_plan).StepPlan(params, layouts)
+        rows = [i for i, group in enumerate(params) for _ in group]
+        self._step = TritonStep(list(chain(*params)), list(chain(*layouts)), rows, len(params))
+        self.gather = self._plan.gather
+
+    def set_hyperparameters(self, group: int, **values: Any) -> None:
+        self._plan.set_hyperparameters(group, **values)
+        self._step.set_hyperparameters(group, values)
+
+    def run(self) -> None:
+        self._plan.run(self._step.launch)
+
+
+def prox_(tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], values: Mapping[str, Any]) -> None:
+    """The proximal map of each tensor, in place."""
+    step = TritonStep(tensors, layouts, [0] * len(tensors), 1)
+    step.set_hyperparameters(0, values)
+    step.launch(torch.tensor([[w.data_ptr(), 0, 0, 0] for w in tensors], dtype=torch.int64).reshape(-1, 4))
+    for w in tensors:
+        torch.autograd.graph.increment_version(w)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _l2_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return L2_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES)) or L2_BYTES
