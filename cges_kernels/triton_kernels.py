@@ -1,16 +1,17 @@
 """The proximal SGD step as Triton kernels: every tensor of one dtype and device in one launch.
 
-A step has at most two launches. `whole_groups` serves groups that fit a register tile: a program loads
-RED x KEEP elements (RED >= group size), and z never leaves its registers between the reduction and the
-apply. `split_groups` (triton_split.py) serves longer groups in chunks, ordered by tickets: sweeps that only
-read leave partial sums, the last chunk of a panel to arrive adds them in index order and moves the panel's
-search for (s, t) on, and the apply pass reads everything again. A ticket waits only for tickets already
-taken, so nothing depends on how many programs are resident, and exact mode's further sweeps cost no launch.
+A step has at most two launches. `whole_groups` serves groups that fit a register tile: a program loads parts
+of RED x KEEP elements (PARTS*RED >= group size), and z never leaves its registers between the reduction and
+the apply. `split_groups` (triton_split.py) serves longer groups in chunks, ordered by tickets: sweeps that
+only read leave partial sums, the last chunk of a panel to arrive adds them in index order and moves the
+panel's search for (s, t) on, and the apply pass reads everything again. A ticket waits only for tickets
+already taken, so nothing depends on how many programs are resident, and exact mode's further sweeps cost no
+further launch.
 
 Numbers come from tables in device memory, so that a new learning rate or pointer compiles nothing:
 `tensors` int64 [n, 4]: addresses of w, gradient and momentum buffer, and the phase (shrinkage.h's Momentum);
-`shapes` int64 [n, 6]: R1, K2, R2, number of groups, whether the group terms apply, row of `hyper`;
-`hyper` [param groups, 12] in the compute dtype, in the order in which `load_hyper` takes them apart;
+`shapes` int64 [n, 5]: R1, K2, R2, number of groups, row of `hyper`;
+`hyper` [param groups, 12] of the compute dtype, in the order in which load_sgd and its neighbours read them;
 `items` int64 [programs, 4]: variant (an index into VARIANTS, or -1), tensor, first group, first entry of it;
 those of split_groups go on with [4]: panel, chunk, chunks of the panel, first slot of the panel's scratch.
 
@@ -23,9 +24,10 @@ import triton
 import triton.language as tl
 
 # What a variant of a tile can be; the canonical layout is groups.py's (K1, R1, K2, R2).
-ROWS = tl.constexpr(0)  # R1 = 1: a group is a contiguous run
+ROWS = tl.constexpr(0)  # K1 = R1 = 1: a group is a contiguous run
 COLUMNS = tl.constexpr(1)  # R2 = 1: neighbours along a row are of different groups
 GENERAL = tl.constexpr(2)  # any layout, by division
+ELEMENTWISE = tl.constexpr(3)  # no groups
 
 NO_GRAD = tl.constexpr(0)
 FIRST = tl.constexpr(2)
@@ -74,11 +76,15 @@ def soft_magnitude(z, t):
 
 
 @triton.jit
-def group_stats(z, t):
-    """Sums over axis 0 of u = soft(z, t): how many are left, l1 norm, l2 norm squared."""
-    u = soft_magnitude(z, t[None, :])
-    count = tl.sum(tl.where(u == 0, 0.0, 1.0).to(z.dtype), axis=0)
-    return count, tl.sum(u, axis=0), tl.sum(u * u, axis=0)
+def group_stats(zs, t, PARTS: tl.constexpr):
+    """Sums over a tile's parts and their axis 0 of u = soft(z, t): how many are left, l1, l2 norm squared."""
+    count, l1, l2_squared = t * 0, t * 0, t * 0
+    for p in tl.static_range(PARTS):
+        u = soft_magnitude(zs[p], t[None, :])
+        count += tl.sum(tl.where(u == 0, 0.0, 1.0).to(u.dtype), axis=0)
+        l1 += tl.sum(u, axis=0)
+        l2_squared += tl.sum(u * u, axis=0)
+    return count, l1, l2_squared
 
 
 @triton.jit
@@ -126,20 +132,26 @@ def apply_shrinkage(z, s, t, STORED: tl.constexpr):
 
 
 @triton.jit
-def load_hyper(hyper, shape, grouped, COMPUTE: tl.constexpr):
-    """(SGD's scalars, thresholds, freeze) of one tensor; a and b vanish where it has no groups."""
-    row = hyper + tl.load(shape + 5) * 12
-    sgd = (
-        tl.load(row),
-        tl.load(row + 1),
-        tl.load(row + 2),
-        tl.load(row + 3),
-        tl.load(row + 4),
-        tl.load(row + 5),
-    )
-    zero = tl.zeros([], COMPUTE)
-    a, b = tl.where(grouped, tl.load(row + 6), zero), tl.where(grouped, tl.load(row + 7), zero)
-    return sgd, (a, b, tl.load(row + 8), tl.load(row + 9)), tl.load(row + 10).to(tl.int32)
+def hyper_row(hyper, shape):
+    return hyper + tl.load(shape + 4) * 12
+
+
+@triton.jit
+def load_sgd(row):
+    """The scalars of sgd_update."""
+    lr, momentum, one_minus_dampening = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    return lr, momentum, one_minus_dampening, tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+
+
+@triton.jit
+def load_thresholds(row):
+    """(a, b, c, whether exact)."""
+    return tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
+
+
+@triton.jit
+def load_freeze(row):
+    return tl.load(row + 10).to(tl.int32)
 
 
 @triton.jit
@@ -161,30 +173,30 @@ def tile_offsets(
     R1, K2, R2, groups = tl.load(shape), tl.load(shape + 1), tl.load(shape + 2), tl.load(shape + 3)
     r, g = tl.arange(0, RED)[:, None], tl.arange(0, KEEP)[None, :]
     if KIND == GENERAL:
+        base = tl.zeros([], tl.int64)
+        if not WIDE:  # 32-bit divisions are several times faster
+            R1, K2, R2, g0 = R1.to(tl.int32), K2.to(tl.int32), R2.to(tl.int32), g0.to(tl.int32)
         r, g = r0 + r, g0 + g
         offsets = ((g // K2 * R1 + r // R2) * K2 + g % K2) * R2 + r % R2
-        return tl.zeros([], tl.int64), offsets, (r < R1 * R2) & (g < groups)
-    if KIND == ROWS:
-        base, pitch, red_left, keep_left = g0 * R2 + r0, R2, R2 - r0, groups - g0
+        mask = (r < R1 * R2) & (g < groups)
     else:
-        k1 = g0 // K2
-        base, pitch, red_left, keep_left = (
-            (k1 * R1 + r0) * K2 + (g0 - k1 * K2),
-            K2,
-            R1 - r0,
-            (k1 + 1) * K2 - g0,
-        )
-    red_left, keep_left = tl.minimum(red_left, RED).to(tl.int32), tl.minimum(keep_left, KEEP).to(tl.int32)
-    if not WIDE:
-        pitch = pitch.to(tl.int32)
-    pitch = tl.multiple_of(pitch, VEC)
-    if KIND == ROWS:
-        offsets = g * pitch + r
-        red_left = tl.multiple_of(red_left, VEC)
-    else:
-        offsets = r * pitch + g
-        keep_left = tl.multiple_of(keep_left, VEC)
-    return base, offsets, (r < red_left) & (g < keep_left)
+        k1 = g0 // K2  # a panel of columns lies within one k1; rows have but one
+        pitch = R2 if KIND == ROWS else K2
+        red_left = tl.minimum(R1 * R2 - r0, RED).to(tl.int32)
+        keep_left = tl.minimum((k1 + 1) * K2 - g0, KEEP).to(tl.int32)
+        if not WIDE:
+            pitch = pitch.to(tl.int32)
+        pitch = tl.multiple_of(pitch, VEC)
+        if KIND == ROWS:
+            base = g0 * R2 + r0
+            offsets = g * pitch + r
+            red_left = tl.multiple_of(red_left, VEC)
+        else:
+            base = (k1 * R1 + r0) * K2 + (g0 - k1 * K2)
+            offsets = r * pitch + g
+            keep_left = tl.multiple_of(keep_left, VEC)
+        mask = (r < red_left) & (g < keep_left)
+    return base, offsets, mask
 
 
 @triton.jit
@@ -218,48 +230,67 @@ def frozen(w, alive, freeze):
 
 
 @triton.jit
-def store_tile(
-    tensor, base, offsets, mask, z, buf, s, t, thresholds, STORED: tl.constexpr, VEC: tl.constexpr
-):
-    """Write the buffer and w = s * soft(z, t); z itself, bit for bit, where every threshold is 0."""
-    a, b, c, _ = thresholds
-    shrinks = (a != 0) | (b != 0) | (c != 0)
-    w = tl.where(shrinks, apply_shrinkage(z, s, t, STORED), z)
+def store_buffer(tensor, base, offsets, mask, buf, STORED: tl.constexpr, VEC: tl.constexpr):
     has_buf = tl.load(tensor + 3) >= FIRST
     tl.store(pointer(tensor, 2, base, STORED, VEC) + offsets, buf.to(STORED), tl.where(has_buf, mask, False))
+
+
+@triton.jit
+def store_weights(tensor, base, offsets, mask, z, s, t, shrinks, STORED: tl.constexpr, VEC: tl.constexpr):
+    """w = s * soft(z, t); z itself, bit for bit, where nothing shrinks."""
+    w = tl.where(shrinks, apply_shrinkage(z, s, t, STORED), z)
     tl.store(pointer(tensor, 0, base, STORED, VEC) + offsets, w.to(STORED), mask)
 
 
 @triton.jit
 def whole_tile(
     item, tensor, shape, hyper,
-    KIND: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, FREEZE: tl.constexpr,
+    KIND: tl.constexpr, PARTS: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr,
+    WIDE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
+    FREEZE: tl.constexpr,
 ):  # fmt: skip
-    """KEEP whole groups: load, reduce, solve and apply without leaving the registers."""
-    grouped = tl.load(shape + 4) != 0
-    sgd, thresholds, freeze = load_hyper(hyper, shape, grouped, COMPUTE)
-    a, b, c, _ = thresholds
-    base, offsets, mask = tile_offsets(shape, tl.load(item + 2), 0, KIND, RED, KEEP, VEC, WIDE)
-    w, z, buf = update_tile(tensor, base, offsets, mask, sgd, STORED, COMPUTE, VEC)
-    if FREEZE:
-        alive = tl.max((w != 0).to(tl.int32), axis=0) | (~grouped).to(tl.int32)
-        dead = frozen(w, alive, freeze)
-        z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
+    """KEEP whole groups: load, reduce, solve and apply without z leaving the registers.
+
+    The parts are loaded one after another, so that only z is held of all of them.
+    """
+    row, g0 = hyper_row(hyper, shape), tl.load(item + 2)
+    alive = tl.zeros([KEEP], tl.int32) + (KIND == ELEMENTWISE)
+    if FREEZE and KIND != ELEMENTWISE:
+        for p in tl.static_range(PARTS):
+            base, offsets, mask = tile_offsets(shape, g0, p * RED, KIND, RED, KEEP, VEC, WIDE)
+            w = tl.load(pointer(tensor, 0, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
+            alive |= tl.max((w != 0).to(tl.int32), axis=0)
+    zs = ()
+    for p in tl.static_range(PARTS):
+        base, offsets, mask = tile_offsets(shape, g0, p * RED, KIND, RED, KEEP, VEC, WIDE)
+        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row), STORED, COMPUTE, VEC)
+        if FREEZE:
+            dead = frozen(w, alive, load_freeze(row))
+            z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
+        store_buffer(tensor, base, offsets, mask, buf, STORED, VEC)
+        zs = zs + (z,)
+    a, b, c, exact = load_thresholds(row)
+    if KIND == ELEMENTWISE:
+        a, b = a * 0, b * 0
     zeros = tl.zeros([KEEP], COMPUTE)
     s, t, low, high, done = zeros + 1, zeros + c, zeros + c, zeros, zeros != 0
-    if (a != 0) | (b != 0):
-        s, t, low, high, done = solve_shrinkage(
-            (s, t, low, high, done), group_stats(z, t), thresholds, 0, EXACT, EPS
-        )
-        if EXACT:
-            sweep = 1
-            while (tl.min(done.to(tl.int32), axis=0) == 0) & (sweep < MAX_SWEEPS):
-                s, t, low, high, done = solve_shrinkage(
-                    (s, t, low, high, done), group_stats(z, t), thresholds, sweep, EXACT, EPS
-                )
-                sweep += 1
-    store_tile(tensor, base, offsets, mask, z, buf, s, t, thresholds, STORED, VEC)
+    if KIND != ELEMENTWISE:
+        if (a != 0) | (b != 0):
+            thresholds = a, b, c, exact
+            s, t, low, high, done = solve_shrinkage(
+                (s, t, low, high, done), group_stats(zs, t, PARTS), thresholds, 0, EXACT, EPS
+            )
+            if EXACT:
+                sweep = 1
+                while (tl.min(done.to(tl.int32), axis=0) == 0) & (sweep < MAX_SWEEPS):
+                    s, t, low, high, done = solve_shrinkage(
+                        (s, t, low, high, done), group_stats(zs, t, PARTS), thresholds, sweep, EXACT, EPS
+                    )
+                    sweep += 1
+    shrinks = (a != 0) | (b != 0) | (c != 0)
+    for p in tl.static_range(PARTS):
+        base, offsets, mask = tile_offsets(shape, g0, p * RED, KIND, RED, KEEP, VEC, WIDE)
+        store_weights(tensor, base, offsets, mask, zs[p], s, t, shrinks, STORED, VEC)
 
 
 @triton.jit
@@ -271,14 +302,14 @@ def whole_groups(
     """One program per item: a tile of whole groups of one tensor."""
     item = items + tl.program_id(0).to(tl.int64) * 4
     variant, index = tl.load(item), tl.load(item + 1)
-    tensor, shape = tensors + index * 4, shapes + index * 6
+    tensor, shape = tensors + index * 4, shapes + index * 5
     if tl.load(tensor + 3) >= NO_GRAD:  # else the parameter has no gradient
         for i in tl.static_range(len(VARIANTS)):
             if variant == i:
                 whole_tile(
                     item, tensor, shape, hyper,
                     VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4],
-                    STORED, COMPUTE, EPS, EXACT, FREEZE,
+                    VARIANTS[i][5], STORED, COMPUTE, EPS, EXACT, FREEZE,
                 )  # fmt: skip
 
 

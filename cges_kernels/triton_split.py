@@ -12,9 +12,13 @@ from .triton_kernels import (
     SLOT_BLOCK,
     frozen,
     group_stats,
-    load_hyper,
+    hyper_row,
+    load_freeze,
+    load_sgd,
+    load_thresholds,
     solve_shrinkage,
-    store_tile,
+    store_buffer,
+    store_weights,
     tile_offsets,
     update_tile,
 )
@@ -97,7 +101,8 @@ def split_tile(
 ):  # fmt: skip
     """One chunk of a panel of KEEP groups: a sweep of sums or, as the last stage, update and apply."""
     STAGES: tl.constexpr = ALL_SWEEPS if EXACT else 1
-    sgd, thresholds, freeze = load_hyper(hyper, shape, True, COMPUTE)
+    row = hyper_row(hyper, shape)
+    thresholds, freeze = load_thresholds(row), load_freeze(row)
     a, b, c, _ = thresholds
     arrived, swept = counters + 1 + 2 * tl.load(item + 4), counters + 2 + 2 * tl.load(item + 4)
     chunk, chunks = tl.load(item + 5), tl.load(item + 6)
@@ -111,7 +116,7 @@ def split_tile(
         base, offsets, mask = tile_offsets(
             shape, tl.load(item + 2), tl.load(item + 3), KIND, RED, KEEP, VEC, WIDE
         )
-        w, z, buf = update_tile(tensor, base, offsets, mask, sgd, STORED, COMPUTE, VEC)
+        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row), STORED, COMPUTE, VEC)
         s, t = tl.zeros([KEEP], COMPUTE) + 1, tl.zeros([KEEP], COMPUTE) + c
         alive = tl.zeros([KEEP], COMPUTE) + 1
         if needs_sums & (applies | (sweep > 0)):
@@ -120,10 +125,11 @@ def split_tile(
             dead = frozen(w, alive, freeze)
             z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
         if applies:
-            store_tile(tensor, base, offsets, mask, z, buf, s, t, thresholds, STORED, VEC)
+            store_buffer(tensor, base, offsets, mask, buf, STORED, VEC)
+            store_weights(tensor, base, offsets, mask, z, s, t, (a != 0) | (b != 0) | (c != 0), STORED, VEC)
         else:
             partials = scratch + (STATE + chunk * SUMS) * KEEP
-            count, l1, l2_squared = group_stats(z, t)
+            count, l1, l2_squared = group_stats((z,), t, 1)
             store_row(partials, 0, count, KEEP)
             store_row(partials, 1, l1, KEEP)
             store_row(partials, 2, l2_squared, KEEP)
@@ -156,12 +162,12 @@ def split_groups(
     window, rest = ticket // (per_window * STAGES), ticket % (per_window * STAGES)
     item = items + (window * per_window + rest % per_window).to(tl.int64) * 8
     variant, index = tl.load(item), tl.load(item + 1)
-    tensor, shape = tensors + index * 4, shapes + index * 6
+    tensor, shape = tensors + index * 4, shapes + index * 5
     if tl.load(tensor + 3) >= NO_GRAD:
         for i in tl.static_range(len(VARIANTS)):
             if variant == i:
                 split_tile(
                     item, rest // per_window, tensor, shape, hyper, scratch, counters,
-                    VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4],
+                    VARIANTS[i][0], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4], VARIANTS[i][5],
                     STORED, COMPUTE, EPS, EXACT, FREEZE,
                 )  # fmt: skip

@@ -22,7 +22,7 @@ from .ops import _C
 from .reference import compute_dtype
 from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, MAX_SWEEPS, whole_groups
 from .triton_split import STATE, SUMS, split_groups
-from .triton_tiles import VECTOR_BYTES, Cut, Variant, cut, launch_options, working_layout
+from .triton_tiles import NUM_WARPS, VECTOR_BYTES, Cut, Variant, cut, working_layout
 
 L2_BYTES = 32 << 20  # where the device does not tell
 FREEZES = {"": 0, "group": FREEZE_GROUP.value, "element": FREEZE_ELEMENT.value}
@@ -46,8 +46,9 @@ class Batch:
     ):
         self.device, self.dtype = tensors[0].device, tensors[0].dtype
         self.layouts = [working_layout(layout) for layout in layouts]
-        shapes = [[x.R1, x.K2, x.R2, x.num_groups, g, row] for x, g, row in zip(self.layouts, grouped, rows)]
+        shapes = [[x.R1, x.K2, x.R2, x.num_groups, row] for x, row in zip(self.layouts, rows)]
         self.shapes = torch.tensor(shapes, dtype=torch.int64, device=self.device)
+        self.grouped = grouped
         self.addresses = np.zeros(0)  # the table as last uploaded
         self.aligned = np.zeros(0)
 
@@ -91,7 +92,10 @@ class Batch:
     def _cut(self, aligned: np.ndarray) -> None:
         """Cut every tensor and put the tables on the device."""
         self.aligned = aligned
-        cuts = [cut(layout, self.dtype, bool(a)) for layout, a in zip(self.layouts, aligned)]
+        cuts = [
+            cut(layout, grouped, self.dtype, bool(a))
+            for layout, grouped, a in zip(self.layouts, self.grouped, aligned)
+        ]
         self.tensors = torch.empty((len(cuts), 4), dtype=torch.int64, device=self.device)
         whole, self.whole_options = self._variants(cuts, whole=True)
         rows = [
@@ -144,7 +148,7 @@ class Batch:
     def _variants(self, cuts: list[Cut], whole: bool) -> tuple[dict[Variant, int], dict[str, Any]]:
         """The variants on one path, numbered, and a kernel's options for them."""
         variants = sorted({c.variant for c in cuts if c.whole == whole})
-        return {v: i for i, v in enumerate(variants)}, launch_options(variants)
+        return {v: i for i, v in enumerate(variants)}, {"VARIANTS": tuple(variants), "num_warps": NUM_WARPS}
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table.astype(np.int64)).to(self.device)

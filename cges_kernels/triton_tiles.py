@@ -2,64 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .groups import Layout
-from .triton_kernels import COLUMNS, GENERAL, ROWS
+from .triton_kernels import COLUMNS, ELEMENTWISE, GENERAL, ROWS
 
 VECTOR_BYTES = 16
-WARP_ELEMENTS = 1024  # 32 per thread: w, gradient and buffer in flight, and z, without a spill
 
 
 class Tile(NamedTuple):
-    """A register tile: ``red`` entries of each of ``keep`` groups; groups up to ``longest`` fit whole."""
+    """A register tile for groups up to ``longest``: parts of ``red`` entries of each of ``keep`` groups.
+
+    ``longest`` 0 means chunks of one part, for groups of any length.
+    """
 
     longest: int
     red: int
     keep: int
 
 
-# The launch choices, by kind of layout: the first tile whose `longest` covers the group; the last one cuts
-# longer groups into chunks. For 8-byte elements KEEP is halved. `python -m bench.tune` measures them.
+# The launch choices, by kind of layout: the first tile whose `longest` covers the group. A part of 4096
+# elements is 16 a thread: 12 loads of 16 bytes in flight, and three programs per SM where there is one part.
+# `python -m bench.tune` measures them.
+NUM_WARPS = 8
 TILES: dict[int, tuple[Tile, ...]] = {
+    ELEMENTWISE.value: (Tile(1, 1, 4096),),
     COLUMNS.value: (
-        Tile(1, 1, 8192),  # elementwise: as many elements as 8 warps hold
-        Tile(8, 8, 1024),
-        Tile(32, 32, 256),
-        Tile(64, 64, 128),
-        Tile(128, 128, 64),
-        Tile(256, 256, 32),  # 128 bytes of a row: one full line
-        Tile(512, 512, 32),  # 16 warps keep the line full
-        Tile(1024, 1024, 16),  # 64 bytes of a row: 32 columns spill at any number of warps
-        Tile(0, 128, 64),  # chunks
+        Tile(8, 8, 512),
+        Tile(32, 32, 128),
+        Tile(64, 64, 64),
+        Tile(128, 128, 32),  # 128 bytes of a row: one full line
+        Tile(256, 128, 32),  # two parts: z takes 32 registers a thread
+        Tile(512, 256, 16),  # 64 bytes of a row; a neighbour takes the rest of the line at the same time
+        Tile(1024, 256, 16),  # four parts: z takes 64 registers; more would spill
+        Tile(0, 128, 32),  # chunks
     ),
     ROWS.value: (
-        Tile(16, 16, 512),  # kernel positions, depthwise filters
-        Tile(64, 64, 128),
-        Tile(256, 256, 32),
-        Tile(1024, 1024, 8),
-        Tile(4096, 4096, 2),
-        Tile(8192, 8192, 1),
-        Tile(0, 8192, 1),  # chunks
+        Tile(16, 16, 256),  # kernel positions, depthwise filters
+        Tile(64, 64, 64),
+        Tile(256, 256, 16),
+        Tile(1024, 1024, 4),
+        Tile(4096, 4096, 1),
+        Tile(16384, 4096, 1),  # four parts
+        Tile(0, 4096, 1),  # chunks
     ),
     GENERAL.value: (
         Tile(16, 16, 256),
         Tile(64, 64, 64),
         Tile(256, 256, 16),
         Tile(1024, 1024, 4),
-        Tile(0, 256, 16),  # chunks
+        Tile(0, 256, 8),  # chunks
     ),
 }
 
 
 class Variant(NamedTuple):
-    """A tile as a kernel is compiled for it; the fields are tile_offsets' constants."""
+    """A tile as a kernel is compiled for it; the fields are whole_tile's constants."""
 
     kind: int
+    parts: int
     red: int
     keep: int
     vec: int
@@ -79,30 +83,43 @@ def working_layout(layout: Layout) -> Layout:
     return Layout(1, 1, layout.K1, layout.R1) if layout.K2 == layout.R2 == 1 else layout
 
 
-def cut(layout: Layout, dtype: torch.dtype, aligned: bool) -> Cut:
+def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
+    """The tile for groups of ``size``, half as large where elements take two registers or single accesses."""
+    tiles = TILES[kind]
+    if dtype == torch.float64:
+        tiles = tuple(
+            t._replace(keep=t.keep // 2) if t.keep > 1 else Tile(t.longest // 2, t.red // 2, 1) for t in tiles
+        )
+    tile = next((t for t in tiles if size <= t.longest), tiles[-1])
+    if vec > 1 or kind == GENERAL.value:
+        return tile
+    return tile._replace(keep=tile.keep // 2) if tile.keep > 1 else tile._replace(red=max(tile.red // 2, 1))
+
+
+def cut(layout: Layout, grouped: bool, dtype: torch.dtype, aligned: bool) -> Cut:
     """The tile for a tensor's groups; ``aligned``: its memory begins on multiples of 16 bytes."""
     K1, R1, K2, R2 = layout
-    if R1 == 1 and R2 > 1:
-        kind, pitch = ROWS.value, R2
+    if not grouped:
+        kind = ELEMENTWISE.value
+    elif R1 == 1 and R2 > 1:
+        kind = ROWS.value
     elif R2 == 1 and (K1 == 1 or K2 >= 16):
-        kind, pitch = COLUMNS.value, K2
+        kind = COLUMNS.value
     else:
-        kind, pitch = GENERAL.value, 1
-    size = layout.group_size
-    tile = next((tile for tile in TILES[kind] if size <= tile.longest), TILES[kind][-1])
-    keep = max(tile.keep // (2 if dtype == torch.float64 else 1), 1)
+        kind = GENERAL.value
+    pitch = {ELEMENTWISE.value: K2, ROWS.value: R2, COLUMNS.value: K2, GENERAL.value: 1}[kind]
     vec = VECTOR_BYTES // dtype.itemsize
-    rows = tile.red if kind == COLUMNS.value else keep
-    variant = Variant(
-        kind, tile.red, keep, vec if aligned and pitch % vec == 0 else 1, (rows + 1) * pitch >= 2**31
-    )
-    starts = np.arange(0, layout.num_groups, keep)
-    if kind == COLUMNS.value:
-        starts = (np.arange(K1)[:, None] * K2 + np.arange(0, K2, keep)).ravel()
-    return Cut(variant, size <= tile.longest, starts)
-
-
-def launch_options(variants: Sequence[Variant]) -> dict[str, Any]:
-    """A kernel's compile-time options for these variants; the largest tile decides the warps."""
-    elements = max((v.red * v.keep for v in variants), default=1)
-    return {"VARIANTS": tuple(variants), "num_warps": min(max(elements // WARP_ELEMENTS, 4), 16)}
+    vec = vec if aligned and pitch % vec == 0 else 1
+    size = layout.group_size
+    longest, red, keep = tile_for(kind, size, dtype, vec)
+    span = {  # how far offsets go from a tile's first element
+        ELEMENTWISE.value: keep,
+        ROWS.value: keep * R2 + red,
+        COLUMNS.value: red * K2 + keep,
+        GENERAL.value: size * layout.num_groups,
+    }[kind]
+    variant = Variant(kind, max(longest // red, 1), red, keep, vec, span >= 2**31)
+    panels = np.arange(0, layout.num_groups, keep)
+    if kind == COLUMNS.value:  # a panel lies within one k1
+        panels = (np.arange(K1)[:, None] * K2 + np.arange(0, K2, keep)).ravel()
+    return Cut(variant, size <= longest, panels)
