@@ -174,9 +174,10 @@ def tile_offsets(
     r, g = tl.arange(0, RED)[:, None], tl.arange(0, KEEP)[None, :]
     if KIND == GENERAL:
         base = tl.zeros([], tl.int64)
-        if not WIDE:  # 32-bit divisions are several times faster
-            R1, K2, R2, g0 = R1.to(tl.int32), K2.to(tl.int32), R2.to(tl.int32), g0.to(tl.int32)
         r, g = r0 + r, g0 + g
+        if not WIDE:  # 32-bit divisions are several times faster
+            r, g = r.to(tl.int32), g.to(tl.int32)
+            R1, K2, R2 = R1.to(tl.int32), K2.to(tl.int32), R2.to(tl.int32)
         offsets = ((g // K2 * R1 + r // R2) * K2 + g % K2) * R2 + r % R2
         mask = (r < R1 * R2) & (g < groups)
     else:

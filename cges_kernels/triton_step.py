@@ -22,7 +22,7 @@ from .ops import _C
 from .reference import compute_dtype
 from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, MAX_SWEEPS, whole_groups
 from .triton_split import STATE, SUMS, split_groups
-from .triton_tiles import NUM_WARPS, VECTOR_BYTES, Cut, Variant, cut, working_layout
+from .triton_tiles import VECTOR_BYTES, Cut, Variant, cut, launch_options, working_layout
 
 L2_BYTES = 32 << 20  # where the device does not tell
 FREEZES = {"": 0, "group": FREEZE_GROUP.value, "element": FREEZE_ELEMENT.value}
@@ -67,7 +67,7 @@ class Batch:
             "EPS": torch.finfo(compute).eps,
             "EXACT": exact,
             "FREEZE": freeze,
-            "enable_fp_fusion": True,
+            **launch_options(self.device.type == "cuda" and torch.version.hip is None),
         }
         with _on(self.device):
             if len(self.whole):
@@ -148,7 +148,7 @@ class Batch:
     def _variants(self, cuts: list[Cut], whole: bool) -> tuple[dict[Variant, int], dict[str, Any]]:
         """The variants on one path, numbered, and a kernel's options for them."""
         variants = sorted({c.variant for c in cuts if c.whole == whole})
-        return {v: i for i, v in enumerate(variants)}, {"VARIANTS": tuple(variants), "num_warps": NUM_WARPS}
+        return {v: i for i, v in enumerate(variants)}, {"VARIANTS": tuple(variants)}
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table.astype(np.int64)).to(self.device)

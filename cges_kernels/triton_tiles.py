@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,17 +83,25 @@ def working_layout(layout: Layout) -> Layout:
     return Layout(1, 1, layout.K1, layout.R1) if layout.K2 == layout.R2 == 1 else layout
 
 
+def launch_options(nvidia: bool) -> dict[str, Any]:
+    """Options of every launch. Left to itself ptxas may stop at 64 or 128 registers and spill the rest."""
+    return {"num_warps": NUM_WARPS, "enable_fp_fusion": True} | ({"maxnreg": 255} if nvidia else {})
+
+
+def halved(tile: Tile) -> Tile:
+    if tile.keep > 1:
+        return tile._replace(keep=tile.keep // 2)
+    return Tile(tile.longest // 2, max(tile.red // 2, 1), 1)
+
+
 def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
     """The tile for groups of ``size``, half as large where elements take two registers or single accesses."""
     tiles = TILES[kind]
     if dtype == torch.float64:
-        tiles = tuple(
-            t._replace(keep=t.keep // 2) if t.keep > 1 else Tile(t.longest // 2, t.red // 2, 1) for t in tiles
-        )
-    tile = next((t for t in tiles if size <= t.longest), tiles[-1])
-    if vec > 1 or kind == GENERAL.value:
-        return tile
-    return tile._replace(keep=tile.keep // 2) if tile.keep > 1 else tile._replace(red=max(tile.red // 2, 1))
+        tiles = tuple(map(halved, tiles))
+    if vec == 1 and kind != GENERAL.value:
+        tiles = tuple(map(halved, tiles))
+    return next((tile for tile in tiles if size <= tile.longest), tiles[-1])
 
 
 def cut(layout: Layout, grouped: bool, dtype: torch.dtype, aligned: bool) -> Cut:

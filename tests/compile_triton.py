@@ -1,0 +1,126 @@
+"""Compiles every Triton kernel without a GPU and prints, as JSON, what the compiler made of each.
+
+A script of its own, run by test_triton_compile.py: once the interpreter is chosen in a process, as the other
+tests do, nothing can be compiled there.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cges_kernels.reference import compute_dtype
+from cges_kernels.triton_kernels import whole_groups
+from cges_kernels.triton_split import split_groups
+from cges_kernels.triton_step import STORED
+from cges_kernels.triton_tiles import TILES, VECTOR_BYTES, Variant, launch_options, tile_for
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LONGER_THAN_ANY_TILE = 1 << 40
+WORKERS = 2
+
+# (compute capability, dtype, 16-byte accesses, exact mode and freezing): everything in fp32 for sm_90, and of
+# the rest the larger programs.
+MATRIX = [
+    *((90, "float32", vector, full) for vector in (1, 0) for full in (0, 1)),
+    *((90, "bfloat16", 1, full) for full in (0, 1)),
+    *((90, dtype, 1, 1) for dtype in ("float64", "float16")),
+    *((cc, dtype, 1, 1) for cc in (80, 100) for dtype in ("float32", "bfloat16")),
+]
+
+
+def variants(dtype, vector):
+    """(kernel, variant) of every launch choice."""
+    vec = VECTOR_BYTES // dtype.itemsize if vector else 1
+    found = set()
+    for kind, tiles in TILES.items():
+        for size in (*(t.longest for t in tiles if t.longest), LONGER_THAN_ANY_TILE):
+            longest, red, keep = tile_for(kind, size, dtype, vec)
+            name = "whole_groups" if size <= longest else "split_groups"
+            if name == "whole_groups" or longest == 0:  # elementwise tensors are never split
+                found.add((name, Variant(kind, max(longest // red, 1), red, keep, vec, False)))
+    return sorted(found)
+
+
+def compiled(job):
+    """Compile one kernel for one variant, as a launch would, and look at its machine code."""
+    cc, dtype_name, full, name, variant = job
+    dtype = getattr(torch, dtype_name)
+    compute = compute_dtype(dtype)
+    kernel = {"whole_groups": whole_groups, "split_groups": split_groups}[name]
+    constants = {
+        "VARIANTS": (tuple(variant),),
+        "STORED": STORED[dtype],
+        "COMPUTE": STORED[compute],
+        "EPS": torch.finfo(compute).eps,
+        "EXACT": bool(full),
+        "FREEZE": bool(full),
+    }
+    number = "*fp64" if compute == torch.float64 else "*fp32"
+    pointers = {"items": "*i64", "tensors": "*i64", "shapes": "*i64", "hyper": number, "scratch": number}
+    pointers["counters"] = "*i32"
+    types = {**pointers, "per_window": "i32", "tickets": "i32", **dict.fromkeys(constants, "constexpr")}
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: types[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers},
+    )
+    target = GPUTarget("cuda", cc, 32)
+    binary = triton.compile(source, target=target, options=launch_options(nvidia=True)).asm["cubin"]
+    return {
+        "cc": cc,
+        "dtype": dtype_name,
+        "full": bool(full),
+        "kernel": name,
+        **variant._asdict(),
+        **machine_code(binary),
+    }
+
+
+def machine_code(binary):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+
+        def dump(option):
+            done = subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True)
+            return done.stdout
+
+        sass = dump("-sass")
+        registers = int(re.search(r"REG:(\d+)", dump("--dump-resource-usage"))[1])
+
+    def count(pattern):
+        return len(re.findall(pattern, sass))
+
+    return {
+        "registers": registers,
+        "spills": count(r"\b(?:STL|LDL)\b"),
+        "vector_loads": count(r"LDG\.E\.128"),
+        "vector_stores": count(r"STG\.E\.128"),
+        "fp64": count(r"\bD(?:ADD|MUL|FMA|SETP)\b"),
+    }
+
+
+def main():
+    jobs = [
+        (cc, dtype, full, name, variant)
+        for cc, dtype, vector, full in MATRIX
+        for name, variant in variants(getattr(torch, dtype), vector)
+    ]
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        json.dump(list(pool.map(compiled, jobs, chunksize=4)), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
