@@ -22,7 +22,7 @@ from .ops import _C
 from .reference import compute_dtype
 from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, MAX_SWEEPS, whole_groups
 from .triton_split import STATE, SUMS, split_groups
-from .triton_tiles import VECTOR_BYTES, Cut, Variant, cut, launch_options, working_layout
+from .triton_tiles import VECTOR_BYTES, Cut, cut, launch_options, working_layout
 
 L2_BYTES = 32 << 20  # where the device does not tell
 FREEZES = {"": 0, "group": FREEZE_GROUP.value, "element": FREEZE_ELEMENT.value}
@@ -67,12 +67,17 @@ class Batch:
             "EPS": torch.finfo(compute).eps,
             "EXACT": exact,
             "FREEZE": freeze,
-            **launch_options(self.device.type == "cuda" and torch.version.hip is None),
         }
+        nvidia = self.device.type == "cuda" and torch.version.hip is None
         with _on(self.device):
             if len(self.whole):
                 whole_groups[(len(self.whole),)](
-                    self.whole, self.tensors, self.shapes, hyper, **self.whole_options, **constants
+                    self.whole,
+                    self.tensors,
+                    self.shapes,
+                    hyper,
+                    **constants,
+                    **launch_options(self.whole_variants, self.dtype, exact, nvidia),
                 )
             if self.windows:
                 tickets = len(self.split) * (1 + (MAX_SWEEPS.value if exact else 1))
@@ -85,8 +90,8 @@ class Batch:
                     self.counters,
                     len(self.split) // self.windows,
                     tickets,
-                    **self.split_options,
                     **constants,
+                    **launch_options(self.split_variants, self.dtype, exact, nvidia),
                 )
 
     def _cut(self, aligned: np.ndarray) -> None:
@@ -97,10 +102,11 @@ class Batch:
             for layout, grouped, a in zip(self.layouts, self.grouped, aligned)
         ]
         self.tensors = torch.empty((len(cuts), 4), dtype=torch.int64, device=self.device)
-        whole, self.whole_options = self._variants(cuts, whole=True)
+        self.whole_variants = sorted({c.variant for c in cuts if c.whole})
+        number = {v: i for i, v in enumerate(self.whole_variants)}
         rows = [
             np.column_stack(
-                [np.full_like(c.panels, v) for v in (whole[c.variant], i)] + [c.panels, 0 * c.panels]
+                [np.full_like(c.panels, v) for v in (number[c.variant], i)] + [c.panels, 0 * c.panels]
             )
             for i, c in enumerate(cuts)
             if c.whole
@@ -110,7 +116,8 @@ class Batch:
 
     def _cut_split(self, cuts: list[Cut]) -> None:
         """Items of long groups, in windows of whole panels of one length (padded with idle items)."""
-        variants, self.split_options = self._variants(cuts, whole=False)
+        self.split_variants = sorted({c.variant for c in cuts if not c.whole})
+        number = {v: i for i, v in enumerate(self.split_variants)}
         panels = []  # each one [chunks, 8]
         slots = 0
         for i, c in enumerate(cuts):
@@ -119,11 +126,11 @@ class Batch:
             first = np.arange(0, self.layouts[i].group_size, c.variant.red)
             for g0 in c.panels:
                 items = np.zeros((len(first), 8), dtype=np.int64)
-                items[:] = (variants[c.variant], i, g0, 0, len(panels), 0, len(first), slots)
+                items[:] = (number[c.variant], i, g0, 0, len(panels), 0, len(first), slots)
                 items[:, 3], items[:, 5] = first, np.arange(len(first))
                 panels.append(items)
                 slots += (STATE.value + SUMS.value * len(first)) * c.variant.keep
-        tile_bytes = 3 * self.dtype.itemsize * max((v.red * v.keep for v in variants), default=1)
+        tile_bytes = 3 * self.dtype.itemsize * max((v.red * v.keep for v in self.split_variants), default=1)
         per_window = max([_l2_bytes(self.device) // 2 // tile_bytes, *map(len, panels)])
         windows: list[list[np.ndarray]] = []
         room = 0
@@ -144,11 +151,6 @@ class Batch:
         self.split = self._upload(table.reshape(-1, 8))
         self.scratch = torch.zeros(slots, dtype=compute_dtype(self.dtype), device=self.device)
         self.counters = torch.zeros(1 + 2 * len(panels), dtype=torch.int32, device=self.device)
-
-    def _variants(self, cuts: list[Cut], whole: bool) -> tuple[dict[Variant, int], dict[str, Any]]:
-        """The variants on one path, numbered, and a kernel's options for them."""
-        variants = sorted({c.variant for c in cuts if c.whole == whole})
-        return {v: i for i, v in enumerate(variants)}, {"VARIANTS": tuple(variants)}
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table.astype(np.int64)).to(self.device)
@@ -190,7 +192,7 @@ class TritonStep:
         for indices, batch in self.batches:
             key = batch.device, compute_dtype(batch.dtype)
             if key not in self.hyper:
-                self.hyper[key] = torch.tensor(self.values, dtype=key[1]).to(batch.device)
+                self.hyper[key] = torch.tensor(self.values, dtype=key[1], device=batch.device)
             batch.launch(table[indices], self.hyper[key], exact, freeze)
 
 
@@ -215,7 +217,8 @@ def prox_(tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], values: Map
     """The proximal map of each tensor, in place."""
     step = TritonStep(tensors, layouts, [0] * len(tensors), 1)
     step.set_hyperparameters(0, values)
-    step.launch(torch.tensor([[w.data_ptr(), 0, 0, 0] for w in tensors], dtype=torch.int64).reshape(-1, 4))
+    addresses = [[w.data_ptr(), 0, 0, 0] for w in tensors]
+    step.launch(torch.tensor(addresses, dtype=torch.int64, device="cpu").reshape(-1, 4))
     for w in tensors:
         torch.autograd.graph.increment_version(w)
 

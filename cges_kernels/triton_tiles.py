@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,9 +84,19 @@ def working_layout(layout: Layout) -> Layout:
     return Layout(1, 1, layout.K1, layout.R1) if layout.K2 == layout.R2 == 1 else layout
 
 
-def launch_options(nvidia: bool) -> dict[str, Any]:
-    """Options of every launch. Left to itself ptxas may stop at 64 or 128 registers and spill the rest."""
-    return {"num_warps": NUM_WARPS, "enable_fp_fusion": True} | ({"maxnreg": 255} if nvidia else {})
+def launch_options(
+    variants: Sequence[Variant], dtype: torch.dtype, exact: bool, nvidia: bool
+) -> dict[str, Any]:
+    """How a kernel is compiled for ``variants``.
+
+    Up to 128 registers two programs share an SM. ptxas is told its limit: left to itself it may stop at 64
+    or 128 and spill the rest.
+    """
+    options: dict[str, Any] = {"VARIANTS": tuple(variants), "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    if nvidia:
+        small = dtype != torch.float64 and not exact and all(v.parts <= 2 for v in variants)
+        options["maxnreg"] = 128 if small else 255
+    return options
 
 
 def halved(tile: Tile) -> Tile:

@@ -28,13 +28,21 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LONGER_THAN_ANY_TILE = 1 << 40
 WORKERS = 2
 
-# (compute capability, dtype, 16-byte accesses, exact mode and freezing): everything in fp32 for sm_90, and of
-# the rest the larger programs.
+# (compute capability, dtype, 16-byte accesses, exact mode and freezing). The default holds every tile for
+# every GPU within two minutes on two cores; --all is everything.
+EVERYTHING = [
+    (cc, dtype, vector, full)
+    for cc in (80, 90, 100)
+    for dtype in ("float32", "bfloat16", "float64", "float16")
+    for vector in (1, 0)
+    for full in (0, 1)
+]
 MATRIX = [
-    *((90, "float32", vector, full) for vector in (1, 0) for full in (0, 1)),
-    *((90, "bfloat16", 1, full) for full in (0, 1)),
-    *((90, dtype, 1, 1) for dtype in ("float64", "float16")),
-    *((cc, dtype, 1, 1) for cc in (80, 100) for dtype in ("float32", "bfloat16")),
+    *((90, dtype, 1, full) for dtype in ("float32", "bfloat16") for full in (0, 1)),
+    (90, "float32", 0, 0),
+    (90, "float64", 1, 0),
+    *((cc, "float32", 1, 0) for cc in (80, 100)),
+    (100, "bfloat16", 1, 1),
 ]
 
 
@@ -77,7 +85,9 @@ def compiled(job):
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers},
     )
     target = GPUTarget("cuda", cc, 32)
-    binary = triton.compile(source, target=target, options=launch_options(nvidia=True)).asm["cubin"]
+    options = launch_options([variant], dtype, bool(full), nvidia=True)
+    del options["VARIANTS"]
+    binary = triton.compile(source, target=target, options=options).asm["cubin"]
     return {
         "cc": cc,
         "dtype": dtype_name,
@@ -115,7 +125,7 @@ def machine_code(binary):
 def main():
     jobs = [
         (cc, dtype, full, name, variant)
-        for cc, dtype, vector, full in MATRIX
+        for cc, dtype, vector, full in (EVERYTHING if "--all" in sys.argv else MATRIX)
         for name, variant in variants(getattr(torch, dtype), vector)
     ]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
