@@ -104,7 +104,8 @@ def split_tile(
     row = hyper_row(hyper, shape)
     thresholds, freeze = load_thresholds(row), load_freeze(row)
     a, b, c, _ = thresholds
-    arrived, swept = counters + 1 + 2 * tl.load(item + 4), counters + 2 + 2 * tl.load(item + 4)
+    arrived = counters + 1 + 3 * tl.load(item + 4)
+    swept, seen = arrived + 1, arrived + 2
     chunk, chunks = tl.load(item + 5), tl.load(item + 6)
     scratch += tl.load(item + 7)
     needs_sums = (a != 0) | (b != 0) | (freeze == FREEZE_GROUP)
@@ -112,6 +113,10 @@ def split_tile(
     behind = 0  # sweeps that the panel lags behind this ticket; < 0: the search ended early
     if needs_sums:
         behind = sweep - wait_for(swept, sweep)
+        if sweep > 0:  # the last that has seen what it waited for makes all ready for the next step
+            if tl.atomic_add(seen, 1, sem="acq_rel") == chunks * STAGES - 1:
+                tl.store(seen, 0)
+                tl.store(swept, 0)
     if applies | (needs_sums & (behind == 0)):
         base, offsets, mask = tile_offsets(
             shape, tl.load(item + 2), tl.load(item + 3), KIND, RED, KEEP, VEC, WIDE
@@ -133,16 +138,14 @@ def split_tile(
             store_row(partials, 0, count, KEEP)
             store_row(partials, 1, l1, KEEP)
             store_row(partials, 2, l2_squared, KEEP)
-            store_row(partials, 3, tl.max((w != 0).to(COMPUTE), axis=0), KEEP)
-        if needs_sums:
+            alive = tl.max((w != 0).to(COMPUTE), axis=0)
+            store_row(partials, 3, tl.where(freeze == FREEZE_GROUP, alive, 1.0), KEEP)
             tl.debug_barrier()  # every thread's stores come before the release
             if tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1:
                 tl.store(arrived, 0)
-                done = False
-                if not applies:
-                    done = move_search_on(scratch, chunks, sweep, thresholds, EXACT, EPS, KEEP)
+                done = move_search_on(scratch, chunks, sweep, thresholds, EXACT, EPS, KEEP)
                 tl.debug_barrier()
-                tl.atomic_xchg(swept, tl.where(applies, 0, tl.where(done, STAGES, sweep + 1)), sem="release")
+                tl.atomic_xchg(swept, tl.where(done, STAGES, sweep + 1), sem="release")
 
 
 @triton.jit

@@ -150,7 +150,7 @@ class Batch:
         self.windows = len(windows)
         self.split = self._upload(table.reshape(-1, 8))
         self.scratch = torch.zeros(slots, dtype=compute_dtype(self.dtype), device=self.device)
-        self.counters = torch.zeros(1 + 2 * len(panels), dtype=torch.int32, device=self.device)
+        self.counters = torch.zeros(1 + 3 * len(panels), dtype=torch.int32, device=self.device)
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return torch.from_numpy(table.astype(np.int64)).to(self.device)
