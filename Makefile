@@ -7,6 +7,9 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # Extra arguments for demo, bench, test and test-quick: make demo ARGS="--help"
 ARGS   ?=
+# Where `make gpu` leaves results and logs, and which of its stages it runs (all, if empty)
+OUT    ?= bench/results
+STAGES ?=
 
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -20,7 +23,7 @@ DEPS_STAMP  := $(VENV)/.deps
 EXT_STAMP   := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format bench readme-table clean distclean
+.PHONY: help install demo test test-quick lint format bench gpu readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +51,10 @@ format: $(DEPS_STAMP)  ## apply the formatters
 
 bench: install  ## measure against torch's own optimizers
 	$(PY) -m bench.run $(ARGS)
+
+# `make gpu PY=python3` takes that python as it is, with its torch and triton, and installs nothing.
+gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measure on an NVIDIA GPU
+	PY="$(PY)" OUT="$(OUT)" STAGES="$(STAGES)" ARGS="$(ARGS)" bash bench/gpu.sh
 
 readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
 	$(PY) -m bench.readme

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench.run`` measures, ``python -m bench.readme`` writes the README's table."""
+"""Benchmarks: run.py measures on the CPU, gpu.py on a GPU; readme.py writes the README's tables of both."""

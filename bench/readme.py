@@ -1,4 +1,4 @@
-"""Writes the README's table of measurements from bench/results: ``python -m bench.readme``."""
+"""Writes the README's tables of measurements from bench/results: ``python -m bench.readme``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+BASELINES = {
+    "fused_sgd": "torch's fused SGD",
+    "sequential": "sequential mode",
+    "python": "the same in Python",
+    "copy": "a copy",
+}
+OTHERS = {"eager": "the eager reference", "compiled": "torch.compile of it", "foreach": "foreach SGD"}
+Report = dict[str, Any]
 
 
-def table(report: dict[str, Any]) -> str:
+def spread(contender: dict[str, float]) -> str:
+    return f"{contender['ratio']:.2f} [{contender['ratio_low']:.2f}, {contender['ratio_high']:.2f}]"
+
+
+def cpu_table(report: Report) -> str:
     """Markdown: one line per row, target and ratio side by side, misses marked."""
     env, memory = report["environment"], report["peak_extra_memory"]
     lines = [
@@ -22,30 +35,116 @@ def table(report: dict[str, Any]) -> str:
         "|---|---:|---|---:|---:|---:|",
     ]
     for result in report["results"]:
+        if "error" in result:
+            lines.append(f"| {result['row']} | failed: {result['error']} | | | | |")
+            continue
         best = result["contenders"][result["contender"]]
         eager = result["contenders"].get("eager")
-        spread = f"{best['ratio']:.2f} [{best['ratio_low']:.2f}, {best['ratio_high']:.2f}]"
-        baseline = {"fused_sgd": "torch's fused SGD", "sequential": "sequential mode"}[result["baseline"]]
-        missed = "" if result["met"] else " (missed)"
+        target = "" if result["target"] is None else f"{result['target']:.2f}"
+        missed = " (missed)" if result["met"] is False else ""
         lines.append(
-            f"| {result['row']} | {best['ms']:.3f} | {baseline} | {spread} "
-            f"| {result['target']:.2f}{missed} | {'' if eager is None else format(eager['ratio'], '.1f')} |"
+            f"| {result['row']} | {best['ms']:.3f} | {BASELINES[result['baseline']]} | {spread(best)} "
+            f"| {target}{missed} | {'' if eager is None else format(eager['ratio'], '.1f')} |"
         )
     per_thread = memory["bytes"] / memory["threads"] / 2**20
     return "\n".join([*lines, "", f"Memory that the first steps took: {per_thread:.2f} MiB a thread."])
 
 
-def with_table(readme: str, report: dict[str, Any]) -> str:
-    """The README's text with its table made anew."""
+def gpu_cells(result: Report | None) -> tuple[str, str, str]:
+    """Milliseconds, percent of a copy's speed or ratio, and launches."""
+    if result is None:
+        return "", "", ""
+    if "error" in result:
+        return "", f"failed: {result['error']}", ""
+    best = result["contenders"][result["contender"]]
+    said = spread(best)
+    if result["baseline"] == "copy":
+        low, high = 100 / best["ratio_high"], 100 / best["ratio_low"]
+        said = f"{100 / best['ratio']:.0f}% [{low:.0f}, {high:.0f}]"
+    elif "percent_of_copy" in result:
+        said += f", {result['percent_of_copy']:.0f}%"
+    missed = " (missed)" if result["met"] is False else ""
+    launches = result.get("launches")
+    return f"{best['ms']:.3f}", said + missed, "" if launches is None else f"{launches:g}"
+
+
+def gpu_target(result: Report) -> str:
+    target = result.get("target")
+    if target is None:
+        return ""
+    return f"{100 / target:.0f}%" if result["baseline"] == "copy" else f"{target:.2f}"
+
+
+def gpu_table(report: Report, backend: str) -> str:
+    """Markdown: one line per workload, the dtypes side by side; then what the slow contenders took."""
+    results: dict[str, dict[str, Report]] = {}
+    for result in report["results"]:
+        if result["backend"] == backend:
+            results.setdefault(result["workload"], {})[result["dtype"]] = result
+    lines = [
+        f"| {backend} | against | target | fp32 ms | fp32 | bf16 ms | bf16 | launches |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for workload, of in results.items():
+        cells = [gpu_cells(of.get(dtype)) for dtype in ("fp32", "bf16")]
+        measured = [result for result in of.values() if "error" not in result] or list(of.values())
+        launches = "/".join(dict.fromkeys(cell[2] for cell in cells if cell[2]))
+        against = BASELINES[measured[0]["baseline"]]
+        numbers = " | ".join(f"{ms} | {said}" for ms, said, _ in cells)
+        lines.append(f"| {workload} | {against} | {gpu_target(measured[0])} | {numbers} | {launches} |")
+    return "\n".join([*lines, "", *others(backend, results)])
+
+
+def others(backend: str, results: dict[str, dict[str, Report]]) -> list[str]:
+    """A sentence per workload on the contenders that are no targets."""
+    sentences = []
+    for workload, of in results.items():
+        for dtype, result in of.items():
+            contenders = result.get("contenders", {})
+            told = [f"{text} {contenders[n]['ratio']:.1f}" for n, text in OTHERS.items() if n in contenders]
+            told += [f"{text} failed" for name, text in OTHERS.items() if f"{name}_error" in result]
+            if "python_plan" in contenders:
+                told = [
+                    f"{contenders[n]['ms']:.3f} ms with {n}" for n in ("fused_sgd", "python_plan", "empty")
+                ]
+                told = [text.replace("_", " ") for text in told]
+            if told:
+                sentences.append(f"{workload}, {dtype}: {', '.join(told)}.")
+    return [f"Beside {backend}: {' '.join(sentences)}"] if sentences else []
+
+
+def gpu_part(reports: list[Report]) -> str:
+    """The tables of every GPU that was measured."""
+    parts = []
+    for report in reports:
+        env = report["environment"]
+        parts.append(
+            f"GPU, {env['date']}, commit {env['commit']}: {env['gpu']}, driver {env['driver']}, "
+            f"CUDA {env['cuda']}, torch {env['torch']}, triton {env['triton']}, momentum 0.9; "
+            f"medians of {env['runs']} separated runs. A percentage is of a plain copy's speed, counting "
+            "only the bytes that must move; ratios are of the GPU's time, on the row named host of the CPU's."
+        )
+        backends = dict.fromkeys(result["backend"] for result in report["results"])
+        parts += [gpu_table(report, backend) for backend in backends]
+    return "\n\n".join(parts) or "GPU: not yet measured."
+
+
+def with_tables(readme: str, cpu: Report, gpus: list[Report]) -> str:
+    """The README's text with its tables made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(report)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{cpu_table(cpu)}\n\n{gpu_part(gpus)}\n{END}{after}"
+
+
+def reports() -> tuple[Report, list[Report]]:
+    """What was measured last on the CPU, and on each GPU."""
+    gpus = sorted(RESULTS.glob("gpu-*.json"))
+    return json.loads((RESULTS / "cpu.json").read_text()), [json.loads(p.read_text()) for p in gpus]
 
 
 def main() -> None:
-    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(), report))
+    path.write_text(with_tables(path.read_text(), *reports()))
 
 
 if __name__ == "__main__":

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import resource
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from cges_kernels import prox
+from cges_kernels import ops, prox, step_plan
 
 from . import baselines, workloads
-from .timing import RUNS, Times, environment, summarise, take_turns
-
-RESULTS = Path(__file__).parent / "results"
-Measure = Callable[[], list[Times]]  # one run: sets of contenders that took turns, the baseline in each
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; the target is ``contender``'s ratio to ``baseline``."""
-
-    name: str
-    baseline: str
-    contender: str
-    target: float
-    measure: Measure
-    note: dict[str, Any] = field(default_factory=dict)
+from .table import Measure, Row, line, measure, write
+from .timing import RUNS, Step, Times, environment, take_turns
 
 
 def against_fused_sgd(shapes: workloads.Shapes, **options: Any) -> Measure:
@@ -47,7 +31,7 @@ def against_fused_sgd(shapes: workloads.Shapes, **options: Any) -> Measure:
     return measure
 
 
-def on_threads(count: int, step: Callable[[], Any]) -> Callable[[], None]:
+def on_threads(count: int, step: Step) -> Callable[[], None]:
     def run() -> None:
         torch.set_num_threads(count)
         step()
@@ -91,6 +75,30 @@ def host_time(shapes: workloads.Shapes) -> Measure:
     return measure
 
 
+def checks_alone(shapes: workloads.Shapes) -> Measure:
+    """What a GPU's step costs before its launch: a StepPlan's gather and run, in C++ and in Python."""
+
+    def stepper(kind: type) -> Step:
+        params = [baselines.parameters(shapes)]
+        layouts = [[ops.layout_tuple(p, "feature", None) for p in params[0]]]
+        plan = kind(params, layouts)
+        plan.set_hyperparameters(0, lr=baselines.LR, momentum=baselines.MOMENTUM)
+        state: dict[Tensor, Any] = {}
+
+        def step() -> None:
+            assert plan.gather(params, state)
+            plan.run(lambda table: None)
+
+        return step
+
+    def measure() -> list[Times]:
+        kinds = {"python": step_plan.StepPlan, "cpp": ops._C.StepPlan}
+        return [take_turns({name: stepper(kind) for name, kind in kinds.items()})]
+
+    return measure
+
+
+@cache
 def coefficients_for(fraction: float, rows: int) -> dict[str, float]:
     """A mild group lasso and the exclusive lasso that in exact mode leave ``fraction`` of normal weights."""
     sample = torch.randn(rows, 64)
@@ -103,21 +111,37 @@ def coefficients_for(fraction: float, rows: int) -> dict[str, float]:
     return {key: value / baselines.LR for key, value in chosen.items()}
 
 
-def exact_against_sequential(rows: int, columns: int, fraction: float, note: dict[str, Any]) -> Measure:
-    """Both modes at one pair of coefficients, from the same weights in every step."""
+def exact_against_sequential(
+    make: Callable[..., baselines.Contender],
+    rows: int,
+    fraction: float,
+    note: dict[str, Any],
+    turns: Callable[..., Times] = take_turns,
+    flush: Step = lambda: None,
+) -> Measure:
+    """Both modes at one pair of coefficients, from the same weights in every step; ``flush`` goes before it.
+
+    ``make`` takes prox_mode and coefficients, and its first parameter has groups of ``rows``.
+    """
 
     def measure() -> list[Times]:
         chosen = coefficients_for(fraction, rows)
-        steps: dict[str, Callable[[], Any]] = {}
+        steps: dict[str, Step] = {}
         kept = []
         for mode in ("sequential", "exact"):
-            contender = baselines.prox_sgd(workloads.matrix(rows, columns), prox_mode=mode, **chosen)
+            contender = make(prox_mode=mode, **chosen)
             p = contender.params[0].detach()
             kept.append((p, p.clone()))
             contender.step()
             note[f"percent_nonzero_{mode}"] = 100 * (p != 0).double().mean().item()
             steps[mode] = contender.step
-        return [take_turns(steps, before=lambda: [p.copy_(start) for p, start in kept])]
+
+        def reset() -> None:
+            for p, start in kept:
+                p.copy_(start)
+            flush()
+
+        return [turns(steps, before=reset)]
 
     return measure
 
@@ -125,18 +149,25 @@ def exact_against_sequential(rows: int, columns: int, fraction: float, note: dic
 def rows() -> list[Row]:
     """The table: each target is the ratio to aim at."""
 
+    def note(shapes: workloads.Shapes) -> dict[str, Any]:
+        return {"elements": workloads.elements(shapes), "tensors": len(shapes)}
+
     def fused(name: str, target: float, shapes: workloads.Shapes, **options: Any) -> Row:
-        note = {"elements": workloads.elements(shapes), "tensors": len(shapes)}
-        return Row(name, "fused_sgd", "prox_sgd", target, against_fused_sgd(shapes, **options), note)
+        measure = against_fused_sgd(shapes, **options)
+        return Row(name, "fused_sgd", "prox_sgd", target, measure, note(shapes))
 
     def special(name: str, target: float, shapes: workloads.Shapes, measure: Measure) -> Row:
-        note = {"elements": workloads.elements(shapes), "tensors": len(shapes)}
-        return Row(name, "fused_sgd", "prox_sgd", target, measure, note)
+        return Row(name, "fused_sgd", "prox_sgd", target, measure, note(shapes))
 
     def exact(percent: int) -> Row:
-        note = {"elements": 4096 * 4128, "tensors": 1}
-        measure = exact_against_sequential(4096, 4128, percent / 100, note)
-        return Row(f"exact 4096x4128, {percent}% left", "sequential", "exact", 1.5, measure, note)
+        shapes = workloads.matrix(4096, 4128)
+        found = note(shapes)
+
+        def make(**options: Any) -> baselines.Contender:
+            return baselines.prox_sgd(shapes, **options)
+
+        measure = exact_against_sequential(make, 4096, percent / 100, found)
+        return Row(f"exact 4096x4128, {percent}% left", "sequential", "exact", 1.5, measure, found)
 
     small, tiny = workloads.small(300, 1024), workloads.small(500, 16)
     return [
@@ -148,6 +179,7 @@ def rows() -> list[Row]:
         fused("ResNet-50 feature", 1.3, workloads.resnet50()),
         special("300 tensors of 1,024", 1.0, small, faster_of_one_and_two_threads(small)),
         special("500 tensors of 16, host", 1 / 3, tiny, host_time(tiny)),
+        Row("500 tensors, checks alone", "python", "cpp", None, checks_alone(tiny), note(tiny)),
         *(exact(percent) for percent in (90, 50, 10)),
     ]
 
@@ -164,39 +196,6 @@ def peak_extra_memory() -> dict[str, int]:
     return {"threads": torch.get_num_threads(), "bytes": grown}
 
 
-def line(result: dict[str, Any]) -> str:
-    """One result as the terminal shows it."""
-    best = result["contenders"][result["contender"]]
-    others = {
-        name: c
-        for name, c in result["contenders"].items()
-        if name not in (result["contender"], result["baseline"])
-    }
-    extra = [f"{name}={c['ratio']:.2f}x" for name, c in others.items()]
-    extra += [f"{key}={value:.1f}" for key, value in result.items() if key.startswith("percent")]
-    return (
-        f"{result['row']:26s} {result['contender']:>9s} {best['ms']:8.3f} ms = {best['ratio']:.3f}x "
-        f"{result['baseline']} [{best['ratio_low']:.2f}, {best['ratio_high']:.2f}], "
-        f"target {result['target']:.2f}  {' '.join(extra)}"
-    )
-
-
-def write(report: dict[str, Any]) -> None:
-    """One set of files per kind of machine; the last run replaces the one before."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    with open(RESULTS / "cpu.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        numbers = ("ms", "ratio", "ratio_low", "ratio_high")
-        writer.writerow(("row", "contender", *numbers, "baseline", "target"))
-        for result in report["results"]:
-            for name, c in result["contenders"].items():
-                target = result["target"] if name == result["contender"] else ""
-                writer.writerow(
-                    (result["row"], name, *(f"{c[k]:.4f}" for k in numbers), result["baseline"], target)
-                )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the rows whose names contain this, and write nothing")
@@ -207,38 +206,16 @@ def main() -> None:
     torch.manual_seed(0)
 
     memory = peak_extra_memory()
-    table = [row for row in rows() if options.only in row.name]
-    runs: dict[str, list[list[Times]]] = {row.name: [] for row in table}
-    with tqdm(total=options.runs * len(table)) as bar:
-        for _ in range(options.runs):
-            for row in table:
-                bar.set_description(row.name)
-                runs[row.name].append(row.measure())
-                bar.update()
-
-    results = []
-    for row in table:
-        contenders = summarise(runs[row.name], row.baseline)
-        head = {
-            "row": row.name,
-            "baseline": row.baseline,
-            "contender": row.contender,
-            "target": round(row.target, 3),
-        }
-        met = contenders[row.contender]["ratio"] <= row.target
-        results.append({**head, "met": met, **row.note, "contenders": contenders})
-        print(line(results[-1]))
+    results = measure([row for row in rows() if options.only in row.name], options.runs)
+    print(*map(line, results), sep="\n")
     print(
         f"memory taken by the first steps: {memory['bytes'] / 2**20:.2f} MiB on {memory['threads']} threads"
     )
     if not options.only:
-        write(
-            {
-                "environment": {**environment(), "runs": options.runs},
-                "peak_extra_memory": memory,
-                "results": results,
-            }
-        )
+        found = {**environment(), "runs": options.runs}
+        write({"environment": found, "peak_extra_memory": memory, "results": results}, "cpu")
+    if any("error" in result for result in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

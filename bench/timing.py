@@ -12,26 +12,53 @@ from typing import Any
 
 import torch
 
+Step = Callable[[], Any]
 Times = dict[str, list[float]]
+# Seconds of a call; told whether it must be this very call alone, because something was prepared for it.
+Clock = Callable[[Step, bool], float]
 
 RUNS = 5  # separated in time, each with tensors of its own
 SECONDS_PER_RUN = 1.0
 MAX_TURNS = 200
 
 
-def take_turns(steps: Mapping[str, Callable[[], Any]], before: Callable[[], Any] | None = None) -> Times:
-    """Seconds of each call, the contenders one after another in every turn; two turns to warm up."""
+def wall_clock(step: Step, once: bool = True) -> float:
+    """Seconds until ``step`` returns, by the CPU's clock."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    steps: Mapping[str, Step],
+    before: Step | None = None,
+    clock: Clock = wall_clock,
+    warm_up: float = 0.0,
+    seconds: float = SECONDS_PER_RUN,
+) -> Times:
+    """Seconds of each call, the contenders one after another in every turn, ``before`` run before each.
+
+    Two turns go first, in which kernels are compiled, and then ``warm_up`` seconds of more.
+    """
     times: Times = {name: [] for name in steps}
-    turns, began = 0, time.perf_counter()
-    while turns < 2 + 5 or (time.perf_counter() - began < SECONDS_PER_RUN and turns < 2 + MAX_TURNS):
+
+    def turn() -> None:
         for name, step in steps.items():
             if before is not None:
                 before()
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(step, before is not None))
+
+    turn(), turn()
+    began = time.perf_counter()
+    while time.perf_counter() - began < warm_up:
+        turn()
+    for values in times.values():
+        values.clear()
+    turns, began = 0, time.perf_counter()
+    while turns < 5 or (time.perf_counter() - began < seconds and turns < MAX_TURNS):
+        turn()
         turns += 1
-    return {name: values[2:] for name, values in times.items()}
+    return times
 
 
 def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, float]]:
@@ -56,15 +83,16 @@ def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, flo
     }
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
+def output(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
 
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """What a reader needs to judge the numbers; ``commit`` names the sources where git cannot."""
     cpu = platform.processor() or "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -73,9 +101,10 @@ def environment() -> dict[str, Any]:
         ]
         cpu = models[0] if models else cpu
     changed = output("git", "status", "--porcelain", "--", "csrc", "cges_kernels")
+    found = output("git", "rev-parse", "--short", "HEAD") or "unknown"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": output("git", "rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
+        "commit": commit or found + (" with changes" if changed else ""),
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

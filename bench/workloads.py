@@ -2,7 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+
 Shapes = list[tuple[int, ...]]
+
+
+class Case(NamedTuple):
+    """Tensors stepped as one optimizer; ``percent`` of a copy's speed is the target, if there is one."""
+
+    name: str
+    group_by: str
+    shapes: Shapes
+    percent: float | None = None
+
+
+def gpu_cases() -> list[Case]:
+    """Weights of 64 MB and more at fp32: each way in which groups lie, short groups and long ones."""
+
+    def one(group_by: str, rows: int, columns: int, percent: float | None = None) -> Case:
+        return Case(f"{group_by} {rows}x{columns}", group_by, matrix(rows, columns), percent)
+
+    return [
+        one("filter", 4096, 4096, 90),
+        one("filter", 16384, 1024, 90),
+        one("feature", 256, 65536, 85),
+        one("feature", 512, 32768, 85),
+        one("feature", 1024, 16384, 70),
+        one("feature", 4096, 4096, 55),
+        one("feature", 8192, 4096, 55),
+        one("feature", 50257, 1024, 55),  # an embedding, or the head over a vocabulary
+        Case("channel 8 of 512x512x3x3", "channel", [(512, 512, 3, 3)] * 8),
+        one("tensor", 4096, 4096),
+    ]
+
+
+def models() -> list[Case]:
+    return [
+        Case("ResNet-50 feature", "feature", resnet50()),
+        Case("transformer of 1.02e9 feature", "feature", transformer()),
+    ]
 
 
 def resnet50() -> Shapes:
@@ -24,6 +64,18 @@ def resnet50() -> Shapes:
     return [*shapes, (1000, 2048), (1000,)]
 
 
+def transformer(width: int = 1792, layers: int = 24, vocabulary: int = 50257, context: int = 2048) -> Shapes:
+    """A decoder like GPT-2 (Radford et al. 2019), its head tied: 1,019,137,280 parameters in 292 tensors."""
+    norm: Shapes = [(width,), (width,)]
+    block: Shapes = [
+        *norm,
+        *[(3 * width, width), (3 * width,), (width, width), (width,)],  # attention
+        *norm,
+        *[(4 * width, width), (4 * width,), (width, 4 * width), (width,)],  # feed-forward
+    ]
+    return [(vocabulary, width), (context, width), *(block * layers), *norm]
+
+
 def matrix(rows: int, columns: int) -> Shapes:
     return [(rows, columns)]
 
@@ -42,3 +94,8 @@ def elements(shapes: Shapes) -> int:
             n *= size
         total += n
     return total
+
+
+def bytes_moved(shapes: Shapes, dtype: torch.dtype, momentum: bool = True) -> int:
+    """What a step must move: w and gradient in, w out; with momentum the buffer in and out as well."""
+    return (5 if momentum else 3) * dtype.itemsize * elements(shapes)

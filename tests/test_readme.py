@@ -1,6 +1,5 @@
-"""What the README says is true: its code runs, its table is that of bench/results, its files exist."""
+"""What the README says is true: its code runs, its tables are those of bench/results, its files exist."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.readme import with_table
+from bench import readme
 from cges_kernels import ProxSGD, cges_param_groups, prox, sparsity_param_groups
 
 ROOT = Path(__file__).parent.parent
@@ -59,9 +58,8 @@ def test_the_authors_configuration():
     assert scope["groups"][3]["exclusive_lasso"] == pytest.approx(6e-5 * 0.8 * 144)
 
 
-def test_table_is_that_of_the_results():
-    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    assert with_table(README, report) == README, "run `make readme-table`"
+def test_tables_are_those_of_the_results():
+    assert readme.with_tables(README, *readme.reports()) == README, "run `make readme-table`"
 
 
 def test_linked_files_exist():

@@ -1,0 +1,374 @@
+"""The GPU benchmarks without a GPU: rows, clock, files and README; the whole flow with Triton interpreted."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import baselines, gpu, lab, readme, table, timing, workloads
+from bench.table import Row
+from bench.workloads import Case
+from cges_kernels import reference
+
+ROOT = Path(__file__).parent.parent
+NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+class CpuLab(lab.Lab):
+    """A CPU in the place of the GPU, with an L2 small enough that tensors rotate."""
+
+    device, copy_bytes, warm_up, seconds, l2_bytes = "cpu", 2**12, 0.0, 0.0, 1024
+
+    def __init__(self):
+        pass
+
+    def clock(self):
+        return timing.wall_clock
+
+    def synchronize(self):
+        pass
+
+    def free(self):
+        pass
+
+    def name(self):
+        return "cpu"
+
+    def environment(self, commit=None):
+        return {**timing.environment(commit), "gpu": "none", "driver": "0", "cuda": None, "triton": "3"}
+
+
+def tiny(case, most=12):
+    shapes = [tuple(min(n, most) for n in shape) for shape in case.shapes[:4]]
+    return case._replace(shapes=shapes)
+
+
+def steady(**ms):
+    """What a run of contenders that take these times brings."""
+    return lambda: [{name: [value / 1e3] * 5 for name, value in ms.items()}]
+
+
+def made_up_rows():
+    def known(workload, dtype="fp32"):
+        return {"backend": "triton", "dtype": dtype, "workload": workload}
+
+    def fails():
+        raise RuntimeError("out of luck\nand more")
+
+    model = {"copy": 3.0, "fused_sgd": 4.0, "prox_sgd": 6.0, "eager": 40.0, "foreach": 8.0}
+    return [
+        Row("a fp32", "copy", "prox_sgd", 100 / 90, steady(copy=1, prox_sgd=1.25), known("a")),
+        Row(
+            *("a bf16", "copy", "prox_sgd", 100 / 90, steady(copy=1, prox_sgd=1.0)),
+            *(known("a", "bf16"), lambda: {"launches": 2.0}),
+        ),
+        Row(
+            *("m fp32", "fused_sgd", "prox_sgd", 1.25, steady(**model)),
+            {**known("m"), "compiled_error": "no compiler"},
+        ),
+        Row("e fp32", "sequential", "exact", None, steady(sequential=2, exact=3), known("e"), fails),
+        Row("f fp32", "copy", "prox_sgd", 1.1, fails, known("f")),
+    ]
+
+
+def test_cases_are_what_the_targets_are_about():
+    cases = workloads.gpu_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(4 * workloads.elements(case.shapes) >= 2**26 for case in cases)
+    percents = {case.name: case.percent for case in cases}
+    assert percents["filter 16384x1024"] == 90 and percents["feature 512x32768"] == 85
+    assert percents["feature 1024x16384"] == 70 and percents["feature 50257x1024"] == 55
+    resnet, transformer = workloads.models()
+    assert workloads.elements(resnet.shapes) == 25_557_032
+    assert workloads.elements(transformer.shapes) == 1_019_137_280 and len(transformer.shapes) == 292
+
+
+def test_bytes_that_must_move():
+    assert workloads.bytes_moved([(3, 5), (2,)], torch.float32) == 17 * 20
+    assert workloads.bytes_moved([(3, 5), (2,)], torch.float32, momentum=False) == 17 * 12
+    assert workloads.bytes_moved([(3, 5), (2,)], torch.bfloat16) == 17 * 10
+
+
+def test_rows_know_their_targets_and_names():
+    case = Case("filter 4x4", "filter", [(4, 4)], 80)
+    model, host = case._replace(name="model"), case._replace(name="host")
+    rows = gpu.rows(CpuLab(), "triton", [case], [model], [(4, 4)], host)
+    assert len({row.name for row in rows}) == len(rows) == 1 + 2 * (1 + 1 + 3)
+    targets = {row.name: (row.baseline, row.target) for row in rows}
+    assert targets["triton: filter 4x4 bf16"] == ("copy", pytest.approx(1.25))
+    assert targets["triton: model fp32"] == ("fused_sgd", 1.25)
+    assert targets["triton: exact 4x4, 50% left fp32"] == ("sequential", None)
+
+
+def test_a_copy_is_scaled_to_the_bytes_of_the_row():
+    here = CpuLab()
+    here.clock = lambda: lambda step, once: 1.0  # every call takes a second
+    times = here.beside_copy({"prox_sgd": lambda: None}, [(2**12,)], torch.float32)
+    assert set(times["prox_sgd"]) == {1.0} and set(times["copy"]) == {20 * 2**12 / 2**13}
+
+
+def test_tensors_rotate_until_the_cache_is_cold():
+    made = []
+
+    def make(shapes, dtype, device):
+        made.append((shapes, dtype, device))
+        return baselines.Contender(partial(int, len(made)), [])
+
+    step = CpuLab().contender(make, [(10, 10)], torch.bfloat16).step
+    sets = 4 * 1024 // (3 * 2 * 100) + 1
+    assert made == [([(10, 10)], torch.bfloat16, "cpu")] * sets
+    assert [step() for _ in range(sets + 1)] == [*range(1, sets + 1), 1]
+    assert sets * 3 * 2 * 100 > 2 * CpuLab.l2_bytes
+
+
+def test_turns_warm_up_then_alternate():
+    calls = []
+
+    def clock(step, once):
+        calls.append((step(), once))
+        return float(len(calls))
+
+    times = timing.take_turns({"a": lambda: "a", "b": lambda: "b"}, lambda: None, clock, seconds=0.0)
+    assert [name for name, _ in calls] == ["a", "b"] * 7 and all(once for _, once in calls)
+    assert times == {"a": [5.0, 7.0, 9.0, 11.0, 13.0], "b": [6.0, 8.0, 10.0, 12.0, 14.0]}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_device_clock_lets_the_host_run_ahead(monkeypatch, behind):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append("record")
+
+        def query(self):
+            return behind
+
+        def synchronize(self):
+            happened.append("wait")
+
+        def elapsed_time(self, end):
+            return 8.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append(cycles))
+    clock = lab.DeviceClock()
+    cycles = clock.cycles
+    assert clock(lambda: happened.append("step"), False) == pytest.approx(8e-3 / 4)
+    assert happened == ["step", cycles, "record", *["step"] * 4, "record", "wait"]
+    assert clock.cycles == (2 * cycles if behind else cycles)
+    happened.clear()
+    assert clock(lambda: happened.append("step"), True) == pytest.approx(8e-3)
+    assert happened == [clock.cycles // (2 if behind else 1), "record", "step", "record", "wait"]
+
+
+def test_only_kernels_count_as_launches():
+    categories = ["kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cpu_op", None, "kernel"]
+    assert lab.count_kernels([{"cat": c} for c in categories] + [{"name": "no category"}]) == 2
+    w = torch.ones(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no GPU to profile
+        assert CpuLab().launches(lambda: w.add_(1)) is None
+
+
+def test_the_gpu_names_the_files(monkeypatch):
+    for name, short in [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb")]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert lab.Lab.name(CpuLab()) == short
+
+
+@pytest.mark.parametrize("said", ["570.1, 1980 MHz, 3201 MHz\n570.1, 345 MHz, 3201 MHz", None])
+def test_environment_of_a_gpu(monkeypatch, said):
+    monkeypatch.setattr(lab, "output", lambda *command: said)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    found = lab.Lab.environment(CpuLab(), "abc")
+    assert found["commit"] == "abc" and found["gpu"] == "NVIDIA H200"
+    assert found["driver"] == ("570.1" if said else "")
+    assert found["clocks"] == ({"sm": "1980 MHz", "memory": "3201 MHz"} if said else {"sm": "", "memory": ""})
+
+
+def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
+    saved = []
+    results = table.measure(made_up_rows(), runs=2, save=lambda found: saved.append(len(found)))
+    assert saved == [5, 5, 5]  # after each round, and with the facts
+    first, second, model, exact, failed = results
+    assert first["met"] is False and first["percent_of_copy"] == pytest.approx(80)
+    assert second["met"] is True and second["launches"] == 2.0 and second["runs"] == 2
+    assert model["met"] is False and model["percent_of_copy"] == pytest.approx(50)
+    assert exact["met"] is None and exact["target"] is None
+    assert exact["facts_error"] == "RuntimeError: out of luck"  # its times stand
+    assert failed["error"] == "RuntimeError: out of luck" and "contenders" not in failed
+    assert all(table.line(result).startswith(result["row"]) for result in results)
+
+    env = CpuLab().environment("abc") | {"gpu": "NVIDIA X", "runs": 2}
+    report = {"environment": env, "results": results}
+    table.write(report, "gpu-x", tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "gpu-x.json").read_text()) == report
+    with open(tmp_path / "new" / "gpu-x.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 + 2 + 5 + 2
+    assert lines[1]["percent_of_copy"] == "80.0" and lines[1]["target"] == "1.111"
+    assert lines[0]["target"] == "" and lines[3]["launches"] == "2.0"
+
+    text = readme.gpu_part([report])
+    assert "NVIDIA X" in text and "| a | a copy | 90% | 1.250 | 80% [80, 80] (missed) |" in text
+    assert "| 1.000 | 100% [100, 100] | 2 |" in text
+    assert "| m | torch's fused SGD | 1.25 | 6.000 | 1.50 [1.50, 1.50], 50% (missed) |" in text
+    assert "failed: RuntimeError: out of luck" in text
+    assert "m, fp32: the eager reference 10.0, foreach SGD 2.0, torch.compile of it failed." in text
+    cpu, _ = readme.reports()
+    whole = readme.with_tables((ROOT / "README.md").read_text(), cpu, [report])
+    assert text in whole and readme.with_tables(whole, cpu, [report]) == whole
+    assert readme.gpu_part([]) == "GPU: not yet measured."
+
+
+def test_a_cpu_table_with_and_without_the_rows_of_today():
+    cpu, _ = readme.reports()
+    row = Row("500 tensors, checks alone", "python", "cpp", None, steady(python=4, cpp=1))
+    failed = {"row": "new", "baseline": "python", "contender": "cpp", "error": "no luck"}
+    text = readme.cpu_table({**cpu, "results": [*cpu["results"], *table.measure([row], 1), failed]})
+    assert "| 500 tensors, checks alone | 1.000 | the same in Python | 0.25 [0.25, 0.25] |  |  |" in text
+    assert "| new | failed: no luck |" in text
+
+
+def test_no_row_begins_when_time_is_up():
+    results = table.measure(made_up_rows(), runs=2, minutes=0.0)
+    assert [result["error"] for result in results] == ["no time was left"] * 5
+
+
+@pytest.mark.parametrize("program", ["gpu", "tune", "smoke"])
+def test_without_a_gpu_programs_say_so(program):
+    command = [sys.executable, "-m", f"bench.{program}"]
+    ended = subprocess.run(command, cwd=ROOT, env=NO_GPU, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.startswith(f"bench.{program}: expected a CUDA device, found none")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_make_gpu_says_that_there_is_none(tmp_path):
+    env = {**NO_GPU, "PY": sys.executable, "OUT": str(tmp_path / "out")}
+    ended = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("make gpu: expected a CUDA device")
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
+    python = tmp_path / "python"  # says what it is asked for, and fails the tests
+    python.write_text('#!/bin/sh\necho "asked for $*"\n[ "$2" != pytest ] || exit 3\n')
+    python.chmod(0o755)
+    env = {**NO_GPU, "PY": str(python), "OUT": str(tmp_path / "out"), "COMMIT": "abc"}
+    env["STAGES"] = "build tests smoke bench"
+    ended = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "tests: FAILED with exit status 3\nsmoke: passed\n" in ended.stdout
+    assert ended.stdout.endswith("bench: passed\n")
+    log = (tmp_path / "out" / "gpu-bench.log").read_text()
+    assert log == f"asked for -m bench.gpu --out {tmp_path / 'out'} --commit abc\n"
+
+
+def test_plans_in_python_are_put_back(monkeypatch):
+    triton_step = pytest.importorskip("cges_kernels.triton_step")
+    before = triton_step._C
+    with baselines.plans_in_python():
+        assert triton_step._C is None
+    assert triton_step._C is before
+
+
+@pytest.mark.slow
+def test_the_compiled_contender_takes_the_step_of_the_reference():
+    shapes = [(6, 4), (5, 2, 3)]
+    torch.manual_seed(1)
+    step, params = baselines.compiled(shapes)
+    step()
+    torch.manual_seed(1)
+    again = [p.detach() for p in baselines.parameters(shapes)]
+    grads, bufs = ([torch.randn_like(p) for p in again] for _ in range(2))
+    options = {"lr": baselines.LR, "momentum": baselines.MOMENTUM, **baselines.COEFFICIENTS}
+    for got, w, grad, buf in zip(params, again, grads, bufs):
+        torch.testing.assert_close(got, reference.step(w, grad, buf, **options)[0])
+        assert not torch.equal(got, w)
+
+
+def interpreted(program, *arguments):
+    """Runs this file's ``program`` with Triton's kernels interpreted."""
+    command = [sys.executable, __file__, program, *map(str, arguments)]
+    env = {**NO_GPU, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_flow_of_bench_gpu(tmp_path):
+    pytest.importorskip("triton")
+    printed = interpreted("gpu", tmp_path)
+    report = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    results = {result["row"]: result for result in report["results"]}
+    assert len(results) == len(printed.splitlines()) == 1 + 2 * (3 + 2 + 3)
+    assert not any("error" in result for result in results.values())
+    host = results["triton: 4 tensors, host fp32"]["contenders"]
+    assert {"fused_sgd", "empty", "prox_sgd"} <= set(host)
+    model = results["triton: ResNet-50 feature bf16"]
+    assert model["compiled_error"] == "ValueError: no compiler" and model["percent_of_copy"] > 0
+    assert {"copy", "fused_sgd", "prox_sgd", "eager", "foreach"} == set(model["contenders"])
+    exact = results["triton: exact 16x12, 50% left fp32"]
+    assert 20 < exact["percent_nonzero_exact"] < 80
+    assert "| feature 50257x1024 | a copy | 55% |" in readme.gpu_part([report])
+
+
+@pytest.mark.slow
+def test_the_whole_flow_of_bench_tune():
+    pytest.importorskip("triton")
+    printed = interpreted("tune")
+    assert "NUM_WARPS = 8" in printed and "    COLUMNS.value: (\n        Tile(" in printed
+    assert "with 4 warps: COLUMNS 16 " in printed and "bytes of a window" in printed
+    assert "nan" not in printed and "inf" not in printed
+
+
+@pytest.mark.slow
+def test_the_smoke_test_is_right():
+    pytest.importorskip("triton")
+    assert "right with triton" in interpreted("smoke")
+
+
+def flow_of_gpu(out):
+    def fails(*arguments, **options):
+        raise ValueError("no compiler")
+
+    gpu.OTHERS["compiled"] = fails
+    cases, models = ([tiny(case) for case in found] for found in (workloads.gpu_cases(), workloads.models()))
+    host = Case("4 tensors, host", "feature", [(4, 4)] * 4)
+    rows = gpu.rows(CpuLab(), "triton", cases[-3:], models, [(16, 12)], host)
+    assert gpu.run(CpuLab(), rows, gpu.arguments(["--out", out, "--runs", "1"]))
+
+
+def flow_of_tune():
+    from bench import tune
+    from cges_kernels import triton_tiles
+    from cges_kernels.triton_tiles import Tile
+
+    tune.PART, tune.LONG["COLUMNS"], tune.WARPS, tune.WINDOWS = range(256, 512), 20, (4, 8), (0.5,)
+    triton_tiles.TILES[tune.KINDS["COLUMNS"]] = (Tile(16, 16, 16), Tile(0, 16, 16))
+    print(tune.tune(CpuLab(), ["COLUMNS"], 8, 256, workers=1))
+
+
+def flow_of_smoke():
+    from bench import smoke
+
+    del smoke.DTYPES["bf16"]
+    smoke.main("cpu")
+
+
+if __name__ == "__main__":
+    {"gpu": flow_of_gpu, "tune": flow_of_tune, "smoke": flow_of_smoke}[sys.argv[1]](*sys.argv[2:])
