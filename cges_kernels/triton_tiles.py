@@ -51,9 +51,9 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(0, 4096, 1),  # chunks
     ),
     GENERAL.value: (
-        Tile(16, 16, 256),
-        Tile(64, 64, 64),
-        Tile(256, 256, 16),
+        Tile(16, 16, 128),  # 8 a thread: single accesses, and their addresses, take registers
+        Tile(64, 64, 32),
+        Tile(256, 256, 8),
         Tile(1024, 1024, 4),
         Tile(0, 256, 8),  # chunks
     ),
