@@ -1,13 +1,35 @@
+import contextlib
+import importlib.util
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the machine may have other work
+
 import pytest
 import torch
+from right import INTERPRETED, device_of
 
 from cges_kernels import available_backends, ops
+
+if INTERPRETED:  # settled before anything imports a kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import interpreter  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def fresh_random_inputs(request):
     """Every test draws its own numbers, the same in every run."""
     torch.manual_seed(hash_of(request.node.nodeid))
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+    """Tensors are made where the test's backend serves them."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    backend = params.get("backend") or params.get("fused_backend") or getattr(request.module, "BACKEND", None)
+    device = device_of(backend)
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture
@@ -28,10 +50,17 @@ def threads():
 
 
 @pytest.fixture(params=["whole", "pieces"])
-def tiles(request):
+def tiles(request, monkeypatch):
     """Groups that fit a tile, then the same ones taken for groups that do not."""
-    if request.param == "pieces" and ops._C is not None:
-        ops._C.limit_z_bytes(0)
+    if request.param == "pieces":
+        if ops._C is not None:
+            ops._C.limit_z_bytes(0)
+        if "triton" in available_backends():
+            from cges_kernels.triton_tiles import COLUMNS, GENERAL, ROWS, TILES, Tile
+
+            chunks = {COLUMNS: Tile(0, 64, 64), ROWS: Tile(0, 1024, 32), GENERAL: Tile(0, 64, 64)}
+            for kind, tile in chunks.items():
+                monkeypatch.setitem(TILES, kind.value, (tile,))
     yield request.param
     if ops._C is not None:
         ops._C.limit_z_bytes(2**31)
@@ -43,7 +72,12 @@ def hash_of(text):
 
 def pytest_generate_tests(metafunc):
     """`backend`: every executor that can run here; `fused_backend`: all but the reference."""
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", available_backends())
-    if "fused_backend" in metafunc.fixturenames:
-        metafunc.parametrize("fused_backend", [b for b in available_backends() if b != "reference"])
+    heavy = INTERPRETED and metafunc.definition.get_closest_marker("heavy")
+    for name, left_out in (("backend", None), ("fused_backend", "reference")):
+        if name in metafunc.fixturenames:
+            backends = [
+                pytest.param(b, marks=pytest.mark.slow) if heavy and b == "triton" else b
+                for b in available_backends()
+                if b != left_out
+            ]
+            metafunc.parametrize(name, backends)

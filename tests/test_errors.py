@@ -17,13 +17,14 @@ OPTIONS = dict(lr=0.1, momentum=0.9, group_lasso=0.1, exclusive_lasso=0.01, l1=0
 
 def parameters(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    draw = (torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES)
+    return [nn.Parameter(w.to(torch.get_default_device(), dtype)) for w in draw]
 
 
 def give_grads(params, step):
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator, device="cpu").to(p)
 
 
 def started(backend, **options):
@@ -129,6 +130,7 @@ def test_constructor_refuses(bad):
     assert [as_bytes(p) for p in params] == before
 
 
+@pytest.mark.heavy
 def test_add_param_group_refuses(backend, bad):
     options, error, words = bad
     optimizer, params = started(backend)
@@ -137,6 +139,7 @@ def test_add_param_group_refuses(backend, bad):
     assert_recovers(optimizer, params, backend)
 
 
+@pytest.mark.heavy
 def test_step_refuses_what_was_changed(backend, bad):
     options, error, words = bad
     if "fused" in options or "foreach" in options:
@@ -207,7 +210,11 @@ def test_functions_refuse(backend, case):
 
 # Tensors
 
-BASE = torch.arange(24.0)
+
+def base():
+    return torch.arange(24.0)
+
+
 BAD_TENSORS = {
     "integer": (lambda: torch.arange(6), ValueError, ["expected .*floating-point", "got torch.int64"]),
     "bool": (lambda: torch.ones(3, dtype=torch.bool), ValueError, ["floating-point", "got torch.bool"]),
@@ -215,13 +222,13 @@ BAD_TENSORS = {
     "sparse": (lambda: torch.eye(3).to_sparse(), ValueError, ["expected a dense", "got .*torch.sparse_coo"]),
     "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), ValueError, ["a dense", "got .*sparse_csr"]),
     "meta": (lambda: torch.empty(3, 2, device="meta"), ValueError, ["expected a tensor with memory", "meta"]),
-    "gaps": (lambda: BASE.clone().view(4, 6)[:, ::2], ValueError,
+    "gaps": (lambda: base().view(4, 6)[:, ::2], ValueError,
              ["expected a dense, non-overlapping", r"shape \(4, 3\) with strides \(6, 2\)"]),
-    "rows of a wider one": (lambda: BASE.clone().view(4, 6)[:, :5], ValueError,
+    "rows of a wider one": (lambda: base().view(4, 6)[:, :5], ValueError,
                             ["expected a dense", r"shape \(4, 5\) with strides \(6, 1\)"]),
-    "overlapping": (lambda: BASE.clone().as_strided((3, 4), (2, 1)), ValueError,
+    "overlapping": (lambda: base().as_strided((3, 4), (2, 1)), ValueError,
                     ["expected a dense, non-overlapping", r"shape \(3, 4\) with strides \(2, 1\)"]),
-    "expanded": (lambda: BASE.clone()[:1].expand(4, 3), ValueError,
+    "expanded": (lambda: base()[:1].expand(4, 3), ValueError,
                  ["expected a dense, non-overlapping", r"shape \(4, 3\) with strides \(0, 0\)"]),
     "no tensor": (lambda: [1.0, 2.0], TypeError, ["expected a tensor|can only optimize Tensors", "list"]),
 }  # fmt: skip
@@ -358,22 +365,22 @@ SAME_MEMORY = {
 
 @pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
 def test_prox_in_place_refuses_overlapping_memory(backend, views):
-    x = BASE.clone()
+    x = base()
     with pytest.raises(ValueError, match=r"tensors\[1\].*expected each tensor once, got .*tensors\[0\]"):
         prox_(views(x), l1=0.1, backend=backend)
-    assert torch.equal(x, BASE)
+    assert torch.equal(x, base())
 
 
 @pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
 def test_optimizer_refuses_overlapping_memory(backend, views):
     """Two parameters, one memory: a fused pass would update it twice at once."""
-    x = BASE.clone()
+    x = base()
     with pytest.raises(ValueError, match=r"\['params'\]\[1\].*expected each .*once"):
         ProxSGD([nn.Parameter(v) for v in views(x)], **OPTIONS, backend=backend)
 
 
 def test_neighbours_in_one_storage_are_fine(backend):
-    x = BASE.clone()
+    x = base()
     wanted = prox(x, l1=0.5)
     prox_([x[12:], x[:0], x[:5], x[5:12], x[12:12]], l1=0.5, backend=backend)
     assert torch.equal(x, wanted)
@@ -545,6 +552,7 @@ def test_prox_in_place_needs_no_grad(backend):
 TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
 @pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor", ()], ids=str)
 @pytest.mark.parametrize("shape", TINY, ids=str)

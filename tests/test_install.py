@@ -84,6 +84,7 @@ def test_import_is_light():
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import cges_kernels\n"
+        "cges_kernels.available_backends()\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "assert not new & {'triton', 'sklearn', 'matplotlib', 'cvxpy'}, new\n"
         "assert not torch.cuda.is_initialized()\n",

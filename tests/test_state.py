@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from right import as_large_as_may_be
 from test_optimizer import (
     PENALTY,
     assert_as_near_as,
@@ -321,12 +322,14 @@ def test_a_load_hook_may_convert_a_foreign_file(backend):
 # Frozen zeros
 
 FREEZE_SHAPES = [(6, 5), (130, 70), (4, 3, 3, 3), (9,)]
-LARGE = {"filter": [(2, 600_000)], "feature": [(40_000, 16)], "channel": []}  # groups that fit no cache
+LARGE = [("filter", [(2, 600_000)]), ("feature", [(40_000, 16)])]  # groups that fit no cache
+FREEZE_CASES = [(group_by, FREEZE_SHAPES) for group_by in ("feature", "filter", "channel")]
+FREEZE_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LARGE]
 
 
-def partly_zero(group_by, dtype):
+def partly_zero(shapes, dtype):
     """Parameters some of whose elements, and some of whose groups under the spec, are 0 (of either sign)."""
-    params = parameters(FREEZE_SHAPES + LARGE[group_by], dtype)
+    params = parameters(shapes, dtype)
     for p in params:
         p.data.view(-1)[::3] = 0.0
         p.data.view(-1)[1::6] = -0.0
@@ -346,15 +349,17 @@ def frozen_entries(w, mode, group_by):
     return (w.abs().amax(dims, keepdim=True) == 0).expand_as(w)
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:.*sequential mode zeroes")
-@pytest.mark.parametrize("group_by", ["feature", "filter", "channel"])
+@pytest.mark.parametrize(("group_by", "shapes"), FREEZE_CASES)
 @pytest.mark.parametrize("mode", ["element", "group"])
 @pytest.mark.parametrize(
     "penalty", [{}, PENALTY, dict(PENALTY, prox_mode="exact")], ids=["none", "seq", "exact"]
 )
-def test_frozen_zeros_stay_zero_and_lose_their_momentum(backend, group_by, mode, penalty):
+def test_frozen_zeros_stay_zero_and_lose_their_momentum(backend, group_by, shapes, mode, penalty):
     """Within the same step, also where the frozen element's gradient is NaN; the rest is as without."""
-    params, free = (partly_zero(group_by, torch.float32) for _ in range(2))
+    shapes = [as_large_as_may_be(backend, shape) for shape in shapes]
+    params, free = (partly_zero(shapes, torch.float32) for _ in range(2))
     options = dict(lr=0.1, momentum=0.9, group_by=group_by, backend=backend)
     optimizer = ProxSGD(params, freeze_zeros=mode, **options, **penalty)
     unfrozen = ProxSGD(free, **options)
@@ -384,7 +389,7 @@ def test_frozen_zeros_stay_zero_and_lose_their_momentum(backend, group_by, mode,
 def test_frozen_zeros_at_the_first_step(backend, momentum, nesterov):
     if nesterov and not momentum:
         pytest.skip("nesterov needs momentum")
-    params = partly_zero("channel", torch.float64)
+    params = partly_zero(FREEZE_SHAPES, torch.float64)
     frozen = [p.detach() == 0 for p in params]
     options = dict(momentum=momentum, nesterov=nesterov, weight_decay=0.1, backend=backend)
     optimizer = ProxSGD(params, lr=0.1, freeze_zeros="element", **options)
