@@ -58,7 +58,11 @@ def tiles(request, monkeypatch):
         if "triton" in available_backends():
             from cges_kernels.triton_tiles import COLUMNS, GENERAL, ROWS, TILES, Tile
 
-            chunks = {COLUMNS: Tile(0, 64, 64), ROWS: Tile(0, 1024, 32), GENERAL: Tile(0, 64, 64)}
+            chunks = {
+                COLUMNS: Tile(0, 64, 64),
+                ROWS: Tile(0, 1024, 32 if INTERPRETED else 4),
+                GENERAL: Tile(0, 64, 64),
+            }
             for kind, tile in chunks.items():
                 monkeypatch.setitem(TILES, kind.value, (tile,))
     yield request.param
@@ -71,12 +75,14 @@ def hash_of(text):
 
 
 def pytest_generate_tests(metafunc):
-    """`backend`: every executor that can run here; `fused_backend`: all but the reference."""
-    heavy = INTERPRETED and metafunc.definition.get_closest_marker("heavy")
+    """`backend`: every executor that can run here; `fused_backend`: all but the reference.
+
+    Triton interpreted is slow; of it the quick tests are those of test_triton.py.
+    """
     for name, left_out in (("backend", None), ("fused_backend", "reference")):
         if name in metafunc.fixturenames:
             backends = [
-                pytest.param(b, marks=pytest.mark.slow) if heavy and b == "triton" else b
+                pytest.param(b, marks=pytest.mark.slow) if INTERPRETED and b == "triton" else b
                 for b in available_backends()
                 if b != left_out
             ]

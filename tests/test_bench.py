@@ -286,6 +286,7 @@ def test_plans_in_python_are_put_back(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_compiled_contender_takes_the_step_of_the_reference():
     shapes = [(6, 4), (5, 2, 3)]
     torch.manual_seed(1)

@@ -130,7 +130,6 @@ def test_constructor_refuses(bad):
     assert [as_bytes(p) for p in params] == before
 
 
-@pytest.mark.heavy
 def test_add_param_group_refuses(backend, bad):
     options, error, words = bad
     optimizer, params = started(backend)
@@ -139,7 +138,6 @@ def test_add_param_group_refuses(backend, bad):
     assert_recovers(optimizer, params, backend)
 
 
-@pytest.mark.heavy
 def test_step_refuses_what_was_changed(backend, bad):
     options, error, words = bad
     if "fused" in options or "foreach" in options:
@@ -552,7 +550,6 @@ def test_prox_in_place_needs_no_grad(backend):
 TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)]
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
 @pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor", ()], ids=str)
 @pytest.mark.parametrize("shape", TINY, ids=str)

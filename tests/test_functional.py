@@ -107,7 +107,6 @@ def mixed_list():
     return [*tensors, fresh((8, 6)).t(), fresh((4, 5, 3, 3)).to(memory_format=torch.channels_last)]
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 @pytest.mark.parametrize("group_by", SPECS)
 def test_prox_in_place_over_a_mixed_list(backend, group_by, prox_mode):

@@ -88,7 +88,6 @@ def test_reference_is_torch_sgd_bit_for_bit(options, dtype):
     assert_same_bits(*results)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_as_near_to_torch_sgd_as_fused_sgd_is(fused_backend, options, dtype):
@@ -557,7 +556,6 @@ def parameters_that_need_no_gradient(make):
     return everything(optimizer)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("run", SCENARIOS.values(), ids=SCENARIOS)
 def test_without_penalties_every_scenario_is_torch_sgd(backend, run):
     wanted = run(lambda params, **options: SGD(params, foreach=False, **options))
@@ -566,7 +564,6 @@ def test_without_penalties_every_scenario_is_torch_sgd(backend, run):
     )
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("run", SCENARIOS.values(), ids=SCENARIOS)
 @pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
 def test_with_penalties_every_scenario_is_the_reference(fused_backend, run, prox_mode):

@@ -349,7 +349,6 @@ def frozen_entries(w, mode, group_by):
     return (w.abs().amax(dims, keepdim=True) == 0).expand_as(w)
 
 
-@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:.*sequential mode zeroes")
 @pytest.mark.parametrize(("group_by", "shapes"), FREEZE_CASES)
 @pytest.mark.parametrize("mode", ["element", "group"])
