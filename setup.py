@@ -2,12 +2,18 @@
 
 The package also works without the extension, so a machine without a C++ compiler gets a one-line warning.
 A compiler that is there and fails is an error. CGES_EXT=0 leaves the extension out.
+
+The CUDA executor is in it wherever nvcc is found, also with a torch for the CPU alone: what is built says
+nothing of what can run. CGES_CUDA=0 leaves it out, CGES_CUDA=1 demands it. TORCH_CUDA_ARCH_LIST says for
+which GPUs, as for torch's own extensions.
 """
 
 import glob
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 
@@ -23,6 +29,20 @@ COMPILE_FLAGS = [
     "-Wextra",
 ]
 LINK_FLAGS = ["-fopenmp"]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-lineinfo",
+    "--threads=2",
+    "-Xptxas=-v",
+    "-Xcompiler=-fvisibility=hidden",
+    # torch's build forbids what the kernels use of the 16-bit types
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+]
+ARCHITECTURES = "8.0 9.0 10.0+PTX"  # A100, H100 and H200, B200, and through PTX what comes after
+CUDA_NEEDED = (12, 8)  # the first nvcc that knows them all; kernel arguments of 32 KB came with 12.1
 
 NO_COMPILER = "cges_kernels: warning: no C++ compiler on PATH: installing without the C++ executor"
 NO_TORCH = """\
@@ -40,6 +60,42 @@ def find_compiler(env):
     return None
 
 
+def find_cuda(env):
+    """The CUDA toolkit's folder, or None: where nvcc is too old or absent, or CGES_CUDA=0."""
+    wish = env.get("CGES_CUDA", "")
+    if wish == "0":
+        return None
+    homes = [env.get("CUDA_HOME", ""), env.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
+    if nvcc:  # it may be a script that calls another; it says itself where its files are
+        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        homes[:0] = re.findall(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
+    found = "none on PATH, in CUDA_HOME or in /usr/local/cuda"
+    for home in filter(None, homes):
+        nvcc = os.path.join(home, "bin", "nvcc")
+        if not os.path.exists(nvcc):
+            continue
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        found = ".".join(re.findall(r"release (\d+)\.(\d+)", version)[0])
+        if tuple(map(int, found.split("."))) >= CUDA_NEEDED:
+            return os.path.realpath(home)
+    if wish == "1":
+        needed = ".".join(map(str, CUDA_NEEDED))
+        raise SystemExit(f"cges_kernels: error: CGES_CUDA=1: expected nvcc >= {needed}, found {found}")
+    return None
+
+
+def cuda_options(home):
+    """What the CUDA executor adds to the extension: sources, nvcc's flags, libraries to link."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = home  # torch looks for it only where it was itself built with CUDA
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    lib = next(path for path in (f"{home}/lib64", f"{home}/lib") if os.path.isdir(path))
+    # Linked statically, the runtime needs nothing that torch may not have brought.
+    return ["csrc/cuda_step.cu"], NVCC_FLAGS, [f"{lib}/libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+
+
 def build_options(env=os.environ):
     """Keyword arguments of `setup` that concern the extension; {} where there is none to build."""
     if env.get("CGES_EXT", "1") == "0":
@@ -54,16 +110,21 @@ def build_options(env=os.environ):
         raise SystemExit(f"{NO_TORCH}\nThe import said: {error}") from None
     os.environ["CXX"] = compiler  # torch's build takes $CXX or "c++"
 
+    cuda_home = find_cuda(env)
+    sources = sorted(set(glob.glob("csrc/*.cpp")) - set([] if cuda_home else glob.glob("csrc/cuda_*.cpp")))
+    cuda_sources, nvcc_flags, libraries = cuda_options(cuda_home) if cuda_home else ([], [], [])
+
     # As system headers, torch's and Python's own warnings stay out of sight.
     # The language standard is left to BuildExtension, which passes the one torch's headers need.
     system_headers = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     extension = CppExtension(
         "cges_kernels._C",
-        sorted(glob.glob("csrc/*.cpp")),
+        sources + cuda_sources,
         include_dirs=[os.path.abspath("csrc")],
         depends=["setup.py", *sorted(glob.glob("csrc/*"))],
-        extra_compile_args={"cxx": COMPILE_FLAGS + system_headers},
-        extra_link_args=LINK_FLAGS,
+        define_macros=[("CGES_CUDA", str(int(bool(cuda_home))))],
+        extra_compile_args={"cxx": COMPILE_FLAGS + system_headers, "nvcc": nvcc_flags},
+        extra_link_args=LINK_FLAGS + libraries,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

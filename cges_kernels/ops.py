@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import metadata, util
 from typing import Any
 
@@ -21,6 +22,9 @@ try:
     from . import _C
 except ImportError:  # installed without a C++ compiler
     _C = None
+
+# The extension whose CUDA executor is used: the tests put one here that runs the same kernels on the CPU.
+_cuda = _C if _C is not None and _C.cuda else None
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 TRITON_NEEDED = (3, 6)
@@ -51,6 +55,24 @@ def _why_no_triton() -> str | None:
     )
 
 
+def _why_no_cuda() -> str | None:
+    if _cuda is None:
+        return "the extension was built without it; install nvcc (CUDA >= 12.8) and reinstall cges_kernels"
+    if _cuda.emulated or (torch.cuda.is_available() and torch.version.hip is None):
+        return None
+    return "no NVIDIA GPU is here, or none that this torch sees"
+
+
+@lru_cache
+def _why_not_device(index: int) -> str | None:
+    """Why the CUDA executor cannot run on this GPU: a driver too old, or no kernel built for it."""
+    try:
+        _cuda.check_device(index)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def why_not(backend: str, w: Tensor | None = None) -> str | None:
     """Why ``backend`` cannot serve ``w`` (or, without w, anything at all) and what to do; None if it can."""
     if backend == "reference":
@@ -64,12 +86,14 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
             return reason
         served = ("cpu",) if triton_interpreted() else ("cuda", "xpu")
     else:
-        return f"this version of cges_kernels has no {backend} executor; use backend='auto'"
+        if reason := _why_no_cuda():
+            return reason
+        served = ("cpu",) if _cuda.emulated else ("cuda",)
     if w is not None and w.device.type not in served:
         return f"it serves tensors on {' or '.join(served)}, got one on {w.device}"
     if w is not None and is_traceable_wrapper_subclass(w):
         return f"it serves plain tensors, got {type(w).__name__}"
-    return None
+    return _why_not_device(w.device.index or 0) if backend == "cuda" and w is not None else None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -133,13 +157,17 @@ def named_layouts(
     return layouts
 
 
+def _extension(executor: str) -> Any:
+    return _cuda if executor == "cuda" else _C
+
+
 def make_plan(executor: str, params: Sequence[list[Tensor]], layouts: Sequence[list[LayoutTuple]]) -> Any:
     """What steps the parameters of ``executor``; ``params[i]`` is [] where another one serves group i.
 
     It has set_hyperparameters(group, **values), gather(params, state) -> bool and run(); see step_plan.py.
     """
-    if executor == "cpu":
-        return _C.StepPlan(params, layouts)
+    if executor in ("cpu", "cuda"):
+        return _extension(executor).StepPlan(params, layouts, executor)
     from .triton_step import TritonPlan  # only here: importing triton takes its time
 
     return TritonPlan(params, layouts)
@@ -191,8 +219,9 @@ def prox_(
             w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
         return
     values = {**thresholds._asdict(), "exact": prox_mode == "exact"}
-    if executor == "cpu":
-        _C.prox_(tensors, layouts, _C.Hyperparameters(**values))
+    if executor in ("cpu", "cuda"):
+        extension = _extension(executor)
+        extension.prox_(tensors, layouts, extension.Hyperparameters(**values), executor)
     else:
         from . import triton_step
 

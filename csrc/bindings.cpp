@@ -5,6 +5,10 @@
 
 #include "step_plan.h"
 
+#ifndef CGES_EMULATED
+#define CGES_EMULATED 0
+#endif
+
 namespace {
 
 using namespace cges;
@@ -30,17 +34,31 @@ int64_t parallel_threads() {
   return ran;
 }
 
+#if CGES_CUDA
+// For tests: how many blocks of each path (block, cluster, ticket) tensors of these layouts are cut into.
+std::tuple<int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts, int64_t dtype,
+                                                 int index) {
+  std::vector<cuda::TensorShape> shapes;
+  for (const auto& [K1, R1, K2, R2, has_groups] : layouts) shapes.push_back({{K1, R1, K2, R2}, has_groups});
+  const cuda::Work work = cuda::cut(shapes, cuda::DType(dtype), cuda::describe_device(index));
+  return {work.blocks.size(), work.clusters.size(), work.chunks.size()};
+}
+#endif
+
 }  // namespace
 
+// module_local: the tests load a second build of this beside it, whose CUDA kernels run on the CPU.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Fused proximal SGD: the C++ side of cges_kernels.";
-  py::class_<Hyperparameters>(m, "Hyperparameters")
+  py::class_<Hyperparameters>(m, "Hyperparameters", py::module_local())
       .def(py::init(&make_hyperparameters), py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0,
            py::arg("dampening") = 0.0, py::arg("weight_decay") = 0.0, py::arg("nesterov") = false,
            py::arg("maximize") = false, py::arg("a") = 0.0, py::arg("b") = 0.0, py::arg("c") = 0.0,
            py::arg("exact") = false, py::arg("freeze") = "");
-  py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&>())
+  py::class_<StepPlan>(m, "StepPlan", py::module_local())
+      .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&,
+                    const std::string&>(),
+           py::arg("params"), py::arg("layouts"), py::arg("executor") = "")
       .def("set_hyperparameters",
            [](StepPlan& plan, int64_t group, const py::kwargs& values) {
              const py::object h = py::type::of<Hyperparameters>()(**values);
@@ -48,7 +66,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            })
       .def("gather", &StepPlan::gather, py::arg("params"), py::arg("state"))
       .def("run", &StepPlan::run, py::arg("launch") = py::none());
-  m.def("prox_", &prox_);
+  m.def("prox_", &prox_, py::arg("tensors"), py::arg("layouts"), py::arg("h"), py::arg("executor"));
   m.def("parallel_threads", &parallel_threads);
   m.def("limit_z_bytes", &limit_z_bytes);
+  m.attr("cuda") = bool(CGES_CUDA);
+  m.attr("emulated") = bool(CGES_EMULATED);
+#if CGES_CUDA
+  m.def("check_device", &cuda::check_device);
+  m.def("limit_shared_bytes", &cuda::limit_shared_bytes);
+  m.def("cuda_paths", &cuda_paths);
+#endif
 }

@@ -5,21 +5,14 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
-#include <type_traits>
 
-#include "shrinkage.h"
+#include "hyperparameters.h"
 
 namespace cges {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// 16-bit types compute in float, the others in themselves.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-enum class Freeze { none, group, element };
-
-struct RowUpdate {  // which sgd_update: the template arguments of shrinkage.h, chosen at run time
+struct RowUpdate {  // which sgd_update
   Momentum momentum;
   bool nesterov, decay;
 };

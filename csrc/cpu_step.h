@@ -10,16 +10,6 @@
 
 namespace cges {
 
-// The hyperparameters of one param group, already multiplied by the learning rate where the threshold is lr *
-// coefficient.
-struct Hyperparameters {
-  SgdScalars<double> sgd{0, 0, 1, 0, 1};
-  bool nesterov = false;
-  Thresholds<double> thresholds{0, 0, 0};
-  bool exact = false;
-  Freeze freeze = Freeze::none;
-};
-
 // One tensor of one step. All pointers share the layout's memory order.
 struct TensorStep {
   void* w;

@@ -7,6 +7,7 @@ namespace cges {
 struct Layout {
   int64_t K1, R1, K2, R2;
 
+  bool operator==(const Layout&) const = default;
   int64_t numel() const { return K1 * R1 * K2 * R2; }
   int64_t num_groups() const { return K1 * K2; }
   int64_t group_size() const { return R1 * R2; }

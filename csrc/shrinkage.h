@@ -7,6 +7,7 @@
 //   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by safeguarded Newton
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define CGES_FN __host__ __device__ __forceinline__
@@ -15,6 +16,10 @@
 #endif
 
 namespace cges {
+
+// 16-bit types compute in float, the others in themselves.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // max(x, 0) that lets NaN through; written as the maximum instruction has it.
 template <typename T>
@@ -37,15 +42,17 @@ struct SgdScalars {
 // What a step reads: nothing but w (prox alone), the gradient, or a buffer too (written first, or running).
 enum class Momentum { no_grad, none, first, running };
 
-template <Momentum momentum, bool nesterov, bool decay, typename T>
-CGES_FN T sgd_update(T w, T grad, T& buf, const SgdScalars<T>& h) {
-  if constexpr (momentum == Momentum::no_grad) return w;
+// z, and the new buffer in `buf`. Where the first three are constants, the compiler leaves no trace of them.
+template <typename T>
+CGES_FN T sgd_update(Momentum momentum, bool nesterov, bool decay, T w, T grad, T& buf,
+                     const SgdScalars<T>& h) {
+  if (momentum == Momentum::no_grad) return w;
   T g = h.grad_sign * grad;
-  if constexpr (decay) g += h.weight_decay * w;
-  if constexpr (momentum == Momentum::first) buf = g;
-  if constexpr (momentum == Momentum::running) buf = h.momentum * buf + h.one_minus_dampening * g;
-  if constexpr (momentum == Momentum::first || momentum == Momentum::running)
+  if (decay) g += h.weight_decay * w;
+  if (momentum != Momentum::none) {
+    buf = momentum == Momentum::running ? h.momentum * buf + h.one_minus_dampening * g : g;
     g = nesterov ? g + h.momentum * buf : buf;
+  }
   return w - h.lr * g;
 }
 

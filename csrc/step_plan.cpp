@@ -35,14 +35,21 @@ PyObject* momentum_buffer_key() {
   return key;
 }
 
+void check_executor(const std::string& executor) {
+  const bool known = executor.empty() || executor == "cpu" || (CGES_CUDA && executor == "cuda");
+  TORCH_CHECK_VALUE(known, "executor: expected one that this extension was built with, got '", executor, "'");
+}
+
 void bump_version(const at::Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace
 
-StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts)
+StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts,
+                   const std::string& executor)
     : hyperparameters_(params.size()) {
+  check_executor(executor);
   TORCH_CHECK_VALUE(params.size() == layouts.size(), "StepPlan: expected layouts for ", params.size(),
                     " param groups, got ", layouts.size());
   for (size_t g = 0; g < params.size(); ++g) {
@@ -60,6 +67,13 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
                         int64_t(i), py::object(), py::object(), at::Tensor()});
     }
   }
+#if CGES_CUDA
+  if (executor != "cuda") return;
+  std::vector<StepTensor> tensors;
+  for (const Slot& x : slots_)
+    tensors.push_back({x.param.device(), x.dtype, x.layout, x.has_groups, x.group});
+  cuda_.emplace(tensors);
+#endif
 }
 
 std::string StepPlan::name(const Slot& slot) const {
@@ -204,7 +218,12 @@ void StepPlan::run(const py::object& launch) {
   TORCH_CHECK(gathered_, "StepPlan.run: expected a gather that succeeded before it, got none");
   const Gathered all = *std::exchange(gathered_, std::nullopt);  // let go at the end, thrown or not
   if (launch.is_none()) {
-    cpu_run(all.table);
+#if CGES_CUDA
+    if (cuda_)
+      cuda_->step(all.table, hyperparameters_);
+    else
+#endif
+      cpu_run(all.table);
   } else {
     const at::Tensor table = at::empty({int64_t(all.table.size()), 4}, at::kLong);
     std::memcpy(table.data_ptr(), all.table.data(), all.table.size() * sizeof(StepRow));
@@ -221,15 +240,28 @@ void StepPlan::run(const py::object& launch) {
 }
 
 void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const Hyperparameters& h) {
-  std::vector<TensorStep> steps;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    steps.push_back({tensors[i].data_ptr(), nullptr, nullptr, false, tensors[i].scalar_type(),
-                     to_layout(layouts.at(i)), std::get<4>(layouts[i]), &h});
-    bump_version(tensors[i]);
+           const Hyperparameters& h, const std::string& executor) {
+  check_executor(executor);
+  if (executor == "cpu") {
+    std::vector<TensorStep> steps;
+    for (size_t i = 0; i < tensors.size(); ++i)
+      steps.push_back({tensors[i].data_ptr(), nullptr, nullptr, false, tensors[i].scalar_type(),
+                       to_layout(layouts.at(i)), std::get<4>(layouts[i]), &h});
+    py::gil_scoped_release no_gil;
+    cpu_step(steps);
+  } else {
+#if CGES_CUDA
+    std::vector<StepTensor> shapes;
+    std::vector<StepRow> table;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      shapes.push_back({tensors[i].device(), tensors[i].scalar_type(), to_layout(layouts.at(i)),
+                        std::get<4>(layouts[i]), 0});
+      table.push_back({address(tensors[i]), 0, 0, int64_t(Momentum::no_grad)});
+    }
+    kept_cuda_plan(shapes).step(table, {h});
+#endif
   }
-  py::gil_scoped_release no_gil;
-  cpu_step(steps);
+  for (const at::Tensor& x : tensors) bump_version(x);
 }
 
 }  // namespace cges

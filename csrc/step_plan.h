@@ -6,7 +6,9 @@
 // optimizer's state, every data pointer, shape and stride with what the plan was built from, and reads .grad
 // itself.
 #pragma once
-#include <torch/extension.h>
+#include <ATen/ATen.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
@@ -14,6 +16,9 @@
 #include <vector>
 
 #include "cpu_step.h"
+#if CGES_CUDA
+#include "cuda_plan.h"
+#endif
 
 namespace cges {
 
@@ -22,18 +27,13 @@ namespace py = pybind11;
 // (K1, R1, K2, R2, has_groups), as groups.py works it out.
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
-// What one step does with one parameter: three addresses (0 where there is none), and its phase, a Momentum
-// or -1 where it has no gradient and is left alone.
-struct StepRow {
-  int64_t w, grad, buf, phase;
-};
-static_assert(sizeof(StepRow) == 4 * sizeof(int64_t));
-
 class StepPlan {
  public:
   // params[i] is param group i's own "params" list, or empty where another executor serves the group;
-  // layouts[i][j] belongs to params[i][j].
-  StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts);
+  // layouts[i][j] belongs to params[i][j]. `executor` is "cpu", "cuda", or "" where `run` is told what to
+  // launch.
+  StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts,
+           const std::string& executor);
 
   void set_hyperparameters(int64_t group, const Hyperparameters& h) { hyperparameters_.at(group) = h; }
 
@@ -42,7 +42,7 @@ class StepPlan {
   // and must be built again. Nothing is written; what is gathered is held until `run`.
   bool gather(const std::vector<py::list>& params, const py::dict& state);
 
-  // The step that was gathered, once: the CPU executor's or, where `launch` is not None, launch(table).
+  // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table).
   // `table` is an int64 tensor on the CPU with one StepRow per parameter. Then new buffers go into `state`,
   // as torch.optim.SGD keeps them, and versions move on; if it throws, neither.
   void run(const py::object& launch);
@@ -83,10 +83,13 @@ class StepPlan {
   std::vector<Hyperparameters> hyperparameters_;
   std::vector<std::pair<py::object, py::object>> state_entries_;  // what `state` held when last followed
   std::optional<Gathered> gathered_;
+#if CGES_CUDA
+  std::optional<CudaPlan> cuda_;
+#endif
 };
 
 // In place, the proximal map of each tensor; layouts[i] belongs to tensors[i].
 void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const Hyperparameters& h);
+           const Hyperparameters& h, const std::string& executor);
 
 }  // namespace cges

@@ -1,0 +1,205 @@
+// A slab of one tensor as one thread sees it: 16-byte accesses, the update into shared memory, the way back.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "cuda_step.h"
+
+namespace cges::cuda {
+
+// A param group's hyperparameters in the compute type.
+template <typename A>
+struct Coefficients {
+  SgdScalars<A> sgd;
+  Thresholds<A> thresholds;
+  bool nesterov, exact;
+  Freeze freeze;
+
+  __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
+};
+
+// 16 bytes: what one access moves.
+template <typename T>
+struct Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T x[kSize];
+};
+
+template <bool wide, typename T>
+__device__ __forceinline__ Pack<T> load(const T* p, int n) {
+  Pack<T> pack;
+  if constexpr (wide) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    std::memcpy(&pack, &raw, sizeof(raw));
+  } else {
+#pragma unroll
+    for (int v = 0; v < Pack<T>::kSize; ++v) pack.x[v] = v < n ? p[v] : T(0.0f);
+  }
+  return pack;
+}
+
+template <bool wide, typename T>
+__device__ __forceinline__ void store(T* p, const Pack<T>& pack, int n) {
+  if constexpr (wide) {
+    uint4 raw;
+    std::memcpy(&raw, &pack, sizeof(raw));
+    *reinterpret_cast<uint4*>(p) = raw;
+  } else {
+#pragma unroll
+    for (int v = 0; v < Pack<T>::kSize; ++v)
+      if (v < n) p[v] = pack.x[v];
+  }
+}
+
+// Rows x columns elements of one tensor as one thread of a block, or a warp, sees them: its part is one run
+// of kVector columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so
+// are the bits.
+template <typename T>
+struct Slab {
+  using A = Compute<T>;
+  static constexpr int kVector = Pack<T>::kSize;
+  template <bool wide>
+  static constexpr int kBatch = wide ? 2 : 1;  // rows whose loads are under way together
+
+  T* w;  // all three at the slab's first element; null where the step has none
+  const T* grad;
+  T* buf;
+  Momentum momentum;
+  int64_t pitch;
+  int rows, columns, last_columns;
+  int column, row, stride;
+
+  __device__ Slab(const TensorArgs& args, Momentum momentum, const Item& item, int lanes, int rank,
+                  int threads)
+      : w(static_cast<T*>(args.w) + item.begin),
+        grad(args.grad ? static_cast<const T*>(args.grad) + item.begin : nullptr),
+        buf(args.buf ? static_cast<T*>(args.buf) + item.begin : nullptr),
+        momentum(momentum),
+        pitch(item.pitch),
+        rows(item.rows),
+        columns(item.columns),
+        last_columns(item.last_columns),
+        column(rank % lanes * kVector),
+        row(rank / lanes),
+        stride(threads / lanes) {}
+
+  // z lies in shared memory, its rows padded with zeros to whole vectors.
+  __device__ int z_pitch() const { return int(round_up(columns, kVector)); }
+  __device__ int z_elements() const {
+    return rows == 0 ? 0 : (rows - 1) * z_pitch() + int(round_up(last_columns, kVector));
+  }
+  __device__ int64_t offset(int r) const { return r * pitch + column; }
+  __device__ int length(int r) const {
+    return min(kVector, (r == rows - 1 ? last_columns : columns) - column);
+  }
+  __device__ bool aligned() const {
+    const auto at =
+        reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(buf);
+    return at % 16 == 0 && (rows <= 1 || pitch % kVector == 0);
+  }
+
+  // f<wide>(first, end): this thread's rows of first, first + stride, ... < end, at most kBatch of them.
+  // Wide: all of them by accesses of 16 bytes.
+  template <typename F>
+  __device__ __forceinline__ void for_each_batch(F f) const {
+    if (column >= columns) return;
+    const int mine = column < last_columns ? rows : rows - 1;
+    int wide_rows = 0;
+    if (aligned() && columns - column >= kVector)
+      wide_rows = last_columns - column >= kVector ? rows : rows - 1;
+    int r = row;
+    for (; r < wide_rows; r += kBatch<true> * stride) f.template operator()<true>(r, wide_rows);
+    if (wide_rows >= mine) return;
+    if (wide_rows > 0) r = (mine - 1 - row) % stride == 0 ? mine - 1 : mine;
+    for (; r < mine; r += kBatch<false> * stride) f.template operator()<false>(r, mine);
+  }
+};
+
+// z of a slab into shared memory, the new buffer into its place. Bit v of the result: column + v has a weight
+// that is not 0.
+template <typename T>
+__device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coefficients<Compute<T>>& h,
+                                                bool keep_buf, Compute<T>* z) {
+  using A = Compute<T>;
+  constexpr int kVector = Slab<T>::kVector;
+  const bool reads_grad = slab.momentum != Momentum::no_grad;
+  const bool reads_buf = slab.momentum == Momentum::running;
+  const bool writes_buf = keep_buf && slab.momentum >= Momentum::first;
+  unsigned alive = 0;
+  slab.for_each_batch([&]<bool wide>(int first, int end) {
+    constexpr int kBatch = Slab<T>::template kBatch<wide>;
+    Pack<T> w[kBatch], grad[kBatch], buf[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int r = first + k * slab.stride;
+      if (r >= end) continue;
+      w[k] = load<wide>(slab.w + slab.offset(r), slab.length(r));
+      if (reads_grad) grad[k] = load<wide>(slab.grad + slab.offset(r), slab.length(r));
+      if (reads_buf) buf[k] = load<wide>(slab.buf + slab.offset(r), slab.length(r));
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int r = first + k * slab.stride;
+      if (r >= end) continue;
+      Pack<A> zs[kVector / Pack<A>::kSize];
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        const A x = A(w[k].x[v]), g = reads_grad ? A(grad[k].x[v]) : A(0);
+        A b = reads_buf ? A(buf[k].x[v]) : A(0);
+        A value = sgd_update(slab.momentum, h.nesterov, h.sgd.weight_decay != A(0), x, g, b, h.sgd);
+        if (h.freeze == Freeze::element && x == A(0)) value = b = A(0);
+        if (x != A(0)) alive |= 1u << v;
+        zs[v / Pack<A>::kSize].x[v % Pack<A>::kSize] = value;
+        buf[k].x[v] = T(b);
+      }
+      A* const at = z + r * slab.z_pitch() + slab.column;
+#pragma unroll
+      for (int v = 0; v < kVector; v += Pack<A>::kSize) store<true>(at + v, zs[v / Pack<A>::kSize], 0);
+      if (writes_buf) store<wide>(slab.buf + slab.offset(r), buf[k], slab.length(r));
+    }
+  });
+  return alive;
+}
+
+// w = value(z, v) for the element in this thread's column v.
+template <typename T, typename F>
+__device__ __forceinline__ void store_slab(const Slab<T>& slab, const Compute<T>* z, F value) {
+  using A = Compute<T>;
+  constexpr int kVector = Slab<T>::kVector;
+  slab.for_each_batch([&]<bool wide>(int first, int end) {
+    constexpr int kBatch = Slab<T>::template kBatch<wide>;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int r = first + k * slab.stride;
+      if (r >= end) continue;
+      Pack<T> w;
+#pragma unroll
+      for (int v = 0; v < kVector; v += Pack<A>::kSize) {
+        const Pack<A> zs = load<true>(z + r * slab.z_pitch() + slab.column + v, 0);
+#pragma unroll
+        for (int i = 0; i < Pack<A>::kSize; ++i) w.x[v + i] = value(zs.x[i], v + i);
+      }
+      store<wide>(slab.w + slab.offset(r), w, slab.length(r));
+    }
+  });
+}
+
+// The buffer's zeros in the columns of the bits of `dead`.
+template <typename T>
+__device__ __forceinline__ void clear_buffer(const Slab<T>& slab, unsigned dead) {
+  if (dead == 0 || slab.momentum < Momentum::first) return;
+  for (int r = slab.row; r < slab.rows; r += slab.stride)
+    for (int v = 0; v < slab.length(r); ++v)
+      if (dead >> v & 1) slab.buf[slab.offset(r) + v] = T(0.0f);
+}
+
+// As it is stored: shrunk, or z itself, bit for bit, where no threshold is.
+template <typename T>
+__device__ __forceinline__ T shrunk(Compute<T> z, const Shrinkage<Compute<T>>& at, bool shrinks) {
+  return shrinks ? apply_shrinkage<T>(z, at) : T(z);
+}
+
+}  // namespace cges::cuda

@@ -1,0 +1,233 @@
+// The CUDA executor: one proximal SGD step of every parameter of a model.
+//
+// What bounds it. A step reads w, the gradient and the buffer and writes w and the buffer: 20 bytes per fp32
+// element (12 without momentum), and computes some 60 instructions. At 4.8 TB/s (H200) and 132
+// multiprocessors one element comes in per clock and multiprocessor, which can issue 128 instructions for it:
+// memory is all that counts, and every element must cross it once. The norms of a group are known only when
+// all of it has been read, so z waits in shared memory, never in w, until they are.
+//
+// How work is cut (cuda_cut.cpp). A slab is rows x columns of one tensor, contiguous along the columns,
+// holding whole groups; a block works on one. Two blocks share a multiprocessor, so that one loads while the
+// other reduces, with some 113 KB of z each. A block has 256 threads; each has 16 bytes of three tensors and
+// two rows under way: 2 x 256 x 2 x 3 x 16 = 48 KB per multiprocessor, where about 32 KB saturate the memory.
+//   block    the z of whole groups fits one block. Rows ("filter"): tiles of whole rows, a warp's each and
+//   without
+//            block-wide barriers, up to 1,024 elements; a block per row above. Columns ("feature"): a panel
+//            as wide as fits, 64 bytes of each row at least. "channel": such a panel, adjacent columns added
+//            up. No groups: any run of elements.
+//   cluster  sm_90 on: eight blocks hold the rows of one panel, and read each other's sums (not each other's
+//   z)
+//            through distributed shared memory, with one cluster barrier per sweep.
+//   ticket   all the rest. Chunks of a panel leave their sums in slots; the last to arrive adds them in index
+//            order and moves the search on; the last stage reads everything again and applies. Panels go in
+//            windows that the L2 keeps, so that what one stage has read the next finds there.
+// Blocks and tickets share one kernel, so a model without cluster work is one launch. Exact mode sweeps over
+// z in shared memory; on the ticket path each sweep is one more stage, and the stages of a search that has
+// ended exit at once.
+//
+// No bit depends on timing, alignment or neighbours: a thread's part of a slab follows from its shape, sums
+// are added in a fixed order, and the only atomics are counters and flags.
+//
+// A ticket waits only for tickets taken before its own, by blocks that are running: no cooperative launch, no
+// limit on how many are resident. The last to end sets all counters back to zero, for the next step or
+// replay.
+//
+// From here: cuda_slab.cuh (memory), cuda_groups.cuh (sums, solve, apply), cuda_step.cuh (a block's work).
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_step.cuh"
+
+namespace cges::cuda {
+namespace {
+
+constexpr int kBlocks = 2;  // of a multiprocessor: 128 registers a thread
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    step_blocks(const __grid_constant__ StepTable<Compute<T>> table) {
+  CGES_SHARED(memory);
+  int* const word = reinterpret_cast<int*>(memory);
+  const bool has_ticket = blockIdx.x < unsigned(table.tickets);
+  const Item* item = table.items + (int64_t(blockIdx.x) - table.tickets);
+  int stage = 0;
+  if (has_ticket) {
+    const int64_t ticket = take_ticket(table.counters, word), per_window = table.window * (table.stages + 1);
+    const int64_t window = ticket / per_window, rest = ticket % per_window;
+    stage = int(rest / table.window);
+    item = table.chunks + window * table.window + rest % table.window;
+  }
+  const Item mine = *item;
+  if (table.steps(mine.tensor)) {
+    if (mine.cut == Item::Cut::tiles)
+      run_tiles<T>(table, mine, memory);
+    else
+      run_slab<T, false>(table, mine, stage, memory);
+  }
+  if (has_ticket) end_ticket(table, word);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    step_clusters(const __grid_constant__ StepTable<Compute<T>> table) {
+#if CGES_CLUSTERS
+  CGES_SHARED(memory);
+  const Item item = table.items[blockIdx.x];
+  if (!table.steps(item.tensor)) return;
+  run_slab<T, true>(table, item, 0, memory);
+  cg::this_cluster().sync();  // nobody leaves while others read its sums
+#endif
+}
+
+// The host's side.
+
+int64_t shared_limit = INT64_MAX;
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("cuda executor: ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <typename F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::bf16:
+      return f.template operator()<__nv_bfloat16>();
+    case DType::f16:
+      return f.template operator()<__half>();
+  }
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  Launch(int64_t blocks, int64_t shared, int cluster_size, void* stream) {
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(cluster_size);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = cluster_size > 1 ? 1 : 0;
+  }
+};
+
+template <typename A>
+Coefficients<A> to_coefficients(const Hyperparameters& h) {
+  return {{A(h.sgd.lr), A(h.sgd.momentum), A(h.sgd.one_minus_dampening), A(h.sgd.weight_decay),
+           A(h.sgd.grad_sign)},
+          {A(h.thresholds.a), A(h.thresholds.b), A(h.thresholds.c)},
+          h.nesterov,
+          h.exact,
+          h.freeze};
+}
+
+template <typename A>
+void fill(StepTable<A>& table, const Step& step) {
+  table.chunks = step.chunks;
+  table.scratch = static_cast<unsigned char*>(step.scratch);
+  table.counters = step.counters;
+  table.window = step.work.window;
+  table.panels = step.work.panels;
+  table.stages = 1;
+  for (size_t i = 0; i < step.hyperparameters.size(); ++i) {
+    table.coefficients[i] = to_coefficients<A>(step.hyperparameters[i]);
+    if (step.hyperparameters[i].exact) table.stages = ShrinkageSolver<A>::kMaxSweeps;
+  }
+  table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
+  for (size_t i = 0; i < step.tensors.size(); ++i) {
+    table.tensors[i] = step.tensors[i];
+    table.rows[i] = uint16_t(step.rows[i] * 8 + step.phases[i] + 1);
+  }
+}
+
+}  // namespace
+
+int max_rows(DType dtype) {
+  return dtype == DType::f64 ? StepTable<double>::kMaxRows : StepTable<float>::kMaxRows;
+}
+
+void limit_shared_bytes(int64_t bytes) { shared_limit = bytes; }
+
+Device describe_device(int index) {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  if (driver / 1000 < runtime / 1000)
+    throw std::runtime_error("cuda executor: expected a driver for CUDA " + std::to_string(runtime / 1000) +
+                             ", found one for CUDA " + std::to_string(driver / 1000) + "." +
+                             std::to_string(driver % 1000 / 10) +
+                             "; update the driver, or use backend='triton'");
+  const int64_t reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock, index);
+  const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index) / 2 - reserved;
+  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  Device device;
+  device.index = index;
+  device.shared_bytes = std::min({half, most, shared_limit});
+  device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
+  device.clusters = attribute(cudaDevAttrClusterLaunch, index) != 0;
+  return device;
+}
+
+void check_launchable(const Work& work, DType dtype, const Device& device) {
+  check(cudaSetDevice(device.index), "cudaSetDevice");
+  with_type(dtype, [&]<typename T>() {
+    cudaFuncAttributes found{};
+    const char* const what = "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST";
+    check(cudaFuncGetAttributes(&found, step_blocks<T>), what);
+    check(cudaFuncSetAttribute(step_blocks<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(device.shared_bytes)),
+          "cudaFuncSetAttribute");
+    if (work.clusters.empty()) return;
+    check(cudaFuncSetAttribute(step_clusters<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(device.shared_bytes)),
+          "cudaFuncSetAttribute");
+    const Launch launch(int64_t(work.clusters.size()), work.shared_clusters, kClusterSize, nullptr);
+    int resident = 0;
+    check(cudaOccupancyMaxActiveClusters(&resident, step_clusters<T>, &launch.config), what);
+    if (resident == 0)
+      throw std::runtime_error("cuda executor: expected room for a cluster of 8 blocks, found none");
+  });
+}
+
+void check_device(int index) { check_launchable({}, DType::f32, describe_device(index)); }
+
+void launch(const Step& step, DType dtype, const Device& device, void* stream) {
+  check(cudaSetDevice(device.index), "cudaSetDevice");
+  const Work& work = step.work;
+  const auto failed = [](bool first) {
+    return first ? "the launch failed, no parameter has changed"
+                 : "a launch after the first failed, so some parameters have been stepped and others not";
+  };
+  with_type(dtype, [&]<typename T>() {
+    static thread_local StepTable<Compute<T>> table;  // 32 KB, and only what is filled in is read
+    fill(table, step);
+    const int64_t blocks = int64_t(work.blocks.size()) + table.tickets;
+    if (blocks > 0) {
+      table.items = step.blocks;
+      const Launch with(blocks, work.shared_blocks, 1, stream);
+      check(cudaLaunchKernelEx(&with.config, step_blocks<T>, table), failed(true));
+    }
+    if (!work.clusters.empty()) {
+      table.items = step.clusters;
+      const Launch with(int64_t(work.clusters.size()), work.shared_clusters, kClusterSize, stream);
+      check(cudaLaunchKernelEx(&with.config, step_clusters<T>, table), failed(blocks == 0));
+    }
+  });
+}
+
+}  // namespace cges::cuda
