@@ -15,6 +15,7 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
 CPP  := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc csrc/*.cu csrc/*.cuh)
+LINTED := $(CPP) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 # Stamp files say what is done. The torch stamp carries the requirement in its name,
 # so another TORCH= installs that torch and rebuilds what was compiled against the old one.
@@ -42,12 +43,12 @@ test-quick: install  ## the tests that are not marked slow
 lint: $(DEPS_STAMP)  ## check style and formatting, change nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
+	$(VENV)/bin/clang-format --dry-run -Werror $(LINTED)
 
 format: $(DEPS_STAMP)  ## apply the formatters
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
-	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+	$(VENV)/bin/clang-format -i $(LINTED)
 
 bench: install  ## measure against torch's own optimizers
 	$(PY) -m bench.run $(ARGS)

@@ -4,8 +4,10 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the machine may have other work
 
+import emulated
 import pytest
 import torch
+from cuda_emulator.build import compiler
 from right import INTERPRETED, device_of
 
 from cges_kernels import available_backends, ops
@@ -14,6 +16,8 @@ if INTERPRETED:  # settled before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         import interpreter  # noqa: F401
+    if compiler():
+        ops._cuda = emulated.load()
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +59,8 @@ def tiles(request, monkeypatch):
     if request.param == "pieces":
         if ops._C is not None:
             ops._C.limit_z_bytes(0)
+        if ops._cuda is not None:
+            ops._cuda.limit_shared_bytes(6000 if INTERPRETED else 30_000)
         if "triton" in available_backends():
             from cges_kernels.triton_tiles import COLUMNS, GENERAL, ROWS, TILES, Tile
 
@@ -68,6 +74,8 @@ def tiles(request, monkeypatch):
     yield request.param
     if ops._C is not None:
         ops._C.limit_z_bytes(2**31)
+    if ops._cuda is not None:
+        ops._cuda.limit_shared_bytes(2**31)
 
 
 def hash_of(text):

@@ -1,0 +1,105 @@
+"""Compiles .cu files against the emulator, with or without a sanitizer."""
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = HERE / "emulator.cpp"
+CSRC = HERE.parents[1] / "csrc"
+
+# nvcc does not use strict aliasing either. Products and sums stay apart: the same bits on every machine.
+FLAGS = "-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off".split()
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DCGES_EMULATED", f"-I{HERE}", f"-I{CSRC}"]
+
+
+def compiler():
+    """The C++ compiler's path, None where there is none."""
+    names = [os.environ.get("CXX"), "g++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def build(output, sources, sanitize=None, defines=(), shared=True, extra_flags=(), link=()):
+    """Compiles and links what is newer than `output`, a shared library or a program; returns its path.
+
+    The emulator itself is added. `sanitize` is what -fsanitize takes: "address,undefined" or "thread". `link`
+    holds further objects and libraries.
+    """
+    folder = Path(f"{output}.objects")
+    objects = compile_objects(folder, [*sources, RUNTIME], sanitize, defines, extra_flags)
+    kind = ["-shared"] if shared else []
+    command = [compiler(), *objects, *kind, *sanitizer_flags(sanitize), *extra_flags, "-o", output, *link]
+    command = [str(part) for part in command]
+    stamp = folder / "link"
+    inputs = [*objects, *(path for path in link if Path(path).exists())]
+    if not fresh(output, inputs) or not stamp.exists() or stamp.read_text() != " ".join(command):
+        run(command)
+        stamp.write_text(" ".join(command))
+    return Path(output)
+
+
+def compile_objects(folder, sources, sanitize=None, defines=(), extra_flags=()):
+    """Object files of these sources, two at a time; those of unchanged inputs and flags stay as they are."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source):
+        source = Path(source).resolve()
+        command = [compiler(), *FLAGS, *sanitizer_flags(sanitize), *(f"-D{d}" for d in defines), *extra_flags]
+        if source == RUNTIME:
+            command += ["-O2"]  # it runs at every switch
+        if source == RUNTIME and sanitize == "thread":
+            command += ["-fno-sanitize=thread", "-DEMULATOR_TSAN"]  # see fiber.h
+        command += ["-x", "c++", str(source)]
+        object_file = folder / f"{source.stem}-{hashlib.md5(' '.join(command).encode()).hexdigest()[:8]}.o"
+        headers = object_file.with_suffix(".d")
+        inputs = headers.read_text().replace("\\\n", "").split()[1:] if headers.exists() else [headers]
+        if not fresh(object_file, inputs):
+            run([*command, "-MMD", "-c", "-o", str(object_file)])
+        return object_file
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def sanitizer_flags(sanitize):
+    if not sanitize:
+        return []
+    flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    if sanitize == "thread" and "clang" not in compiler():
+        # Copies without calls of memcpy, which TSan watches: for kernel parameters, several times as fast.
+        flags.append("-mmemcpy-strategy=rep_8byte:-1:noalign")
+    return flags
+
+
+def fresh(output, inputs):
+    """Whether `output` is newer than all of these, which must be there."""
+    times = [Path(i).stat().st_mtime if Path(i).exists() else float("inf") for i in inputs]
+    return Path(output).exists() and all(t <= Path(output).stat().st_mtime for t in times)
+
+
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+@functools.cache
+def has_sanitizer(sanitize):
+    """Whether a program with it can be linked here."""
+    command = [compiler(), f"-fsanitize={sanitize}", "-x", "c++", "-", "-o", os.devnull]
+    return subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode == 0
+
+
+def sanitizer_library(sanitize):
+    """LD_PRELOAD where a plain program, such as Python, loads a library built with this sanitizer.
+
+    With it comes the C++ library: what wraps `throw` looks for the real one as it starts.
+    """
+    names = [{"address": "libasan.so", "thread": "libtsan.so"}[sanitize.split(",")[0]], "libstdc++.so"]
+    found = (subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True) for name in names)
+    return " ".join(path.strip() for path in found)

@@ -1,0 +1,73 @@
+"""The extension once more, its CUDA kernels compiled for the CPU: backend="cuda" then takes CPU tensors.
+
+`python tests/emulated.py` builds it, in build/emulated. Blocks have 64 threads there: two warps, so that
+every barrier matters, and no more fibers than that takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+from cuda_emulator.build import CSRC, build, compile_objects
+
+FOLDER = CSRC.parent / "build" / "emulated"
+THREADS = 64
+NAME = "_C_emulated"
+KERNELS = ("cuda_step.cu", "cuda_cut.cpp")
+# The sanitizer that this process runs under, whose library is preloaded: "address,undefined" or "thread".
+SANITIZE = os.environ.get("CGES_SANITIZE") or None
+
+
+def build_extension(sanitize: str | None = None) -> Path:
+    """Compiles what is not up to date. Kernels alone are sanitized; what is around them is compiled once."""
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    headers = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    lib = Path(torch.__file__).parent / "lib"
+    libraries = [f"-L{lib}", *(f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python"))]
+    defines = ["CGES_CUDA=1", f"CGES_THREADS={THREADS}", f"TORCH_EXTENSION_NAME={NAME}"]
+    around = [path for path in sorted(CSRC.glob("*.cpp")) if path.name not in KERNELS]
+    objects = compile_objects(FOLDER / "objects", around, None, defines, ["-fopenmp", *headers])
+    return build(
+        FOLDER / f"{(sanitize or 'plain').split(',')[0]}.so",
+        [CSRC / name for name in KERNELS],
+        sanitize=sanitize,
+        defines=defines,
+        extra_flags=["-fopenmp"],
+        link=[*objects, *libraries],
+    )
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, build_extension(SANITIZE))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Device:
+    """The emulated device's attributes, and what tests may do to it; emulator.h lists the names."""
+
+    def __init__(self, path: str) -> None:
+        self._library = ctypes.CDLL(path)
+        self._library.emulator_get.restype = ctypes.c_longlong
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._library.emulator_get(name.encode()))
+
+    def __setitem__(self, name: str, value: int) -> None:
+        if self._library.emulator_set(name.encode(), ctypes.c_longlong(value)):
+            raise KeyError(name)
+
+    def reset(self) -> None:
+        self._library.emulator_reset()
+
+
+if __name__ == "__main__":
+    print(build_extension(SANITIZE))
