@@ -42,6 +42,7 @@ NVCC_FLAGS = [
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 ]
 ARCHITECTURES = "8.0 9.0 10.0+PTX"  # A100, H100 and H200, B200, and through PTX what comes after
+CUDA_FOLDER = "/usr/local/cuda"  # where it usually is
 CUDA_NEEDED = (12, 8)  # the first nvcc that knows them all; kernel arguments of 32 KB came with 12.1
 
 NO_COMPILER = "cges_kernels: warning: no C++ compiler on PATH: installing without the C++ executor"
@@ -65,12 +66,12 @@ def find_cuda(env):
     wish = env.get("CGES_CUDA", "")
     if wish == "0":
         return None
-    homes = [env.get("CUDA_HOME", ""), env.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    homes = [env.get("CUDA_HOME", ""), env.get("CUDA_PATH", ""), CUDA_FOLDER]
     nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
     if nvcc:  # it may be a script that calls another; it says itself where its files are
         dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         homes[:0] = re.findall(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
-    found = "none on PATH, in CUDA_HOME or in /usr/local/cuda"
+    found = f"none on PATH, in CUDA_HOME or in {CUDA_FOLDER}"
     for home in filter(None, homes):
         nvcc = os.path.join(home, "bin", "nvcc")
         if not os.path.exists(nvcc):

@@ -98,6 +98,7 @@ __device__ __forceinline__ int sum_columns(int rows, int columns, Sums<A>* entri
   Sums<A> sums{};
   if (column < columns) {
     const auto add = of_column(column);
+#pragma unroll 4
     for (int r = threadIdx.x / lanes; r < rows; r += kThreads / lanes) add(r, sums);
   }
   for (int apart = kWarp / 2; apart >= lanes; apart /= 2) add_from_lane(sums, apart);

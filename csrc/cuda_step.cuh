@@ -47,31 +47,29 @@ struct StepTable {
 };
 static_assert(sizeof(StepTable<float>) <= kArgumentBytes && sizeof(StepTable<double>) <= kArgumentBytes);
 
-// Each warp takes every kWarps-th tile.
+// A tile for each warp.
 template <typename T>
 __device__ __forceinline__ void run_tiles(const StepTable<Compute<T>>& table, const Item& item,
                                           unsigned char* memory) {
   using A = Compute<T>;
   const Coefficients<A>& h = table.of(item.tensor);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int tile = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (tile >= item.rows) return;
+  A* const z = reinterpret_cast<A*>(memory) + tile * round_up(item.columns, Pack<T>::kSize);
+  const int elements = tile == item.rows - 1 ? item.last_columns : item.columns;
+  Item part = item;
+  part.begin += tile * item.pitch;
+  part.pitch = part.columns = min(elements, kWarp * Pack<T>::kSize);
+  part.rows = (elements + part.columns - 1) / part.columns;
+  part.last_columns = elements - (part.rows - 1) * part.columns;
+  const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), part, kWarp, lane, kWarp);
+  update_slab(slab, h, true, z);
+  __syncwarp();
+  if (h.need_sums()) shrink_tile(slab, elements, item.run, item.lanes, h, z);
+  __syncwarp();
   const A c = h.thresholds.c;
-  A* const z = reinterpret_cast<A*>(memory) + warp * round_up(item.columns, Pack<T>::kSize);
-  for (int tile = warp; tile < item.rows; tile += kWarps) {
-    const int elements = tile == item.rows - 1 ? item.last_columns : item.columns;
-    Item part = item;
-    part.begin += tile * item.pitch;
-    part.pitch = part.columns = min(elements, kWarp * Pack<T>::kSize);
-    part.rows = (elements + part.columns - 1) / part.columns;
-    part.last_columns = elements - (part.rows - 1) * part.columns;
-    const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), part, kWarp, lane, kWarp);
-    update_slab(slab, h, true, z);
-    __syncwarp();
-    if (h.need_sums()) shrink_tile(slab, elements, item.run, item.lanes, h, z);
-    __syncwarp();
-    const bool shrinks = !h.need_sums() && c != A(0);
-    store_slab(slab, z, [&](A x, int) { return shrunk<T>(x, {A(1), c}, shrinks); });
-    __syncwarp();  // before the next tile takes z's place
-  }
+  const bool shrinks = !h.need_sums() && c != A(0);
+  store_slab(slab, z, [&](A x, int) { return shrunk<T>(x, {A(1), c}, shrinks); });
 }
 
 // Searches for each group's s and t with z in shared memory. In a cluster each block holds some of the rows,

@@ -23,21 +23,24 @@ constexpr int kMaxTensors = 1000;
 enum class DType { f32, f64, bf16, f16 };
 
 // One block's work: rows x columns elements of one tensor, the columns contiguous.
-//   elements: no groups                  tiles: each row a run of whole groups, one warp's
+//   elements: no groups
+//   tiles:    each row a run of whole groups, one warp's
 //   slab:     whole groups, or a block's part of a cluster's or a panel's
 struct Item {
   enum class Cut : int32_t { elements, tiles, slab };
 
-  int64_t begin;                             // the first element
-  int64_t pitch;                             // elements from one row to the next
-  int32_t tensor;                            // -1: nothing to do
-  Cut cut;                                   //
-  int32_t rows, columns;                     //
-  int32_t last_columns;                      // columns of the last row, which may be shorter
-  int32_t run;                               // adjacent columns of one group
-  int32_t lanes;                             // threads side by side in a row; of tiles, in a group
-  int32_t panel = 0, chunk = 0, chunks = 0;  // of a panel of groups too large for a block and a cluster
-  int64_t slot = 0;                          // where in the scratch the panel's part begins, in bytes
+  int64_t begin;   // the first element
+  int64_t pitch;   // elements from one row to the next
+  int32_t tensor;  // -1: nothing to do
+  Cut cut;
+  int32_t rows, columns;
+  int32_t last_columns;  // columns of the last row, which may be shorter
+  int32_t run;           // adjacent columns of one group
+  int32_t lanes;         // threads side by side in a row; of tiles, in a group
+  // Of a chunk: its panel, its place among the panel's chunks, and where in the scratch the panel's part
+  // begins.
+  int32_t panel = 0, chunk = 0, chunks = 0;
+  int64_t slot = 0;
 
   CGES_FN int32_t groups() const { return cut == Cut::elements ? 0 : columns / run; }
 };

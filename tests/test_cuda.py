@@ -19,7 +19,7 @@ from cges_kernels.ops import layout_tuple
 BACKEND = "cuda"
 pytestmark = pytest.mark.skipif(ops._cuda is None, reason="the extension is built without the CUDA executor")
 on_emulator = pytest.mark.skipif(not INTERPRETED, reason="rules the device, which only the emulator allows")
-PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.002, l1=0.02)
+PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.001, l1=0.02)
 LIMIT = 6000  # bytes of shared memory: shapes below then take all three paths
 BLOCK, CLUSTER, TICKET = (16, 12), (150, 20), (900, 20)
 
@@ -113,9 +113,12 @@ def test_less_shared_memory_is_used_where_there_is_less(device):
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
     """Two of them, rather: the second one finds the counters as the first has left them."""
-    shapes = [BLOCK, CLUSTER, TICKET, (9, 130)]
-    options = dict(steps=2, prox_mode=prox_mode, freeze_zeros=freeze_zeros)
-    assert all(x.isfinite().all() for x in trained(shapes, **options))
+    for group_by, shapes in (
+        ("feature", [BLOCK, CLUSTER, TICKET]),
+        ("filter", [(40, 9), (2, 700), (3, 7000)]),
+    ):
+        options = dict(steps=2, group_by=group_by, prox_mode=prox_mode, freeze_zeros=freeze_zeros)
+        assert all(x.isfinite().all() for x in trained(shapes, **options))
 
 
 # Launches
@@ -227,18 +230,19 @@ def test_whatever_changes_between_steps_the_reference_agrees():
         ),
         *(dict(prox_mode="sequential", freeze_zeros=None), dict(momentum=0), dict(momentum=0.5, l1=0.0)),
     ]
-    shapes = [BLOCK, CLUSTER, TICKET, (3, 90), (40,)]
+    shapes = [BLOCK, CLUSTER, TICKET, (40,), (30, 9), (3, 900)]
     everyone = [parameters(shapes, torch.float64) for _ in range(2)]
     for params in everyone:
         for p in params[:3]:
             p.data[:, 1] = 0.0
-    pair = [
-        ProxSGD(params, lr=0.1, momentum=0.9, backend=backend, **PENALTY)
-        for params, backend in zip(everyone, (BACKEND, "reference"))
-    ]
+    pair = []
+    for params, backend in zip(everyone, (BACKEND, "reference")):
+        groups = [{"params": params[:4]}, {"params": params[4:], "group_by": "filter"}]
+        pair.append(ProxSGD(groups, lr=0.1, momentum=0.9, backend=backend, **PENALTY))
     for step, change in enumerate(changes):
         for params, optimizer in zip(everyone, pair):
             optimizer.param_groups[0].update(change)
+            optimizer.param_groups[1].update(changes[step - 3])  # another mode in the same launch
             give_grads(params, step)
             params[step % 5].grad = None
             optimizer.step()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,6 +18,9 @@ def build(monkeypatch):
     """setup.py as a module, with the repository as working directory, as a build has it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CXX", os.environ.get("CXX", ""))  # put back what build_options sets
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
     spec = importlib.util.spec_from_file_location("cges_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,6 +75,48 @@ def test_extension_flags(build, fake_path):
     assert "csrc/bindings.cpp" in extension.sources
     assert "-fopenmp" in flags and "-fopenmp" in extension.extra_link_args
     assert not {"-march=native", "-ffast-math", "-Ofast"} & set(flags)
+
+
+def fake_toolkit(folder, release):
+    """A CUDA toolkit whose nvcc only tells its version."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def test_cuda_is_built_wherever_nvcc_is(build, fake_path, tmp_path):
+    home = fake_toolkit(tmp_path / "cuda", "13.0")
+    (extension,) = build.build_options({"PATH": fake_path, "CUDA_HOME": home})["ext_modules"]
+    assert {"csrc/cuda_step.cu", "csrc/cuda_cut.cpp", "csrc/cuda_plan.cpp"} <= set(extension.sources)
+    assert ("CGES_CUDA", "1") in extension.define_macros
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0 9.0 10.0+PTX"
+    assert f"{home}/lib64/libcudart_static.a" in extension.extra_link_args
+    (extension,) = build.build_options({"PATH": fake_path, "CUDA_HOME": home, "CGES_CUDA": "0"})[
+        "ext_modules"
+    ]
+    assert not [source for source in extension.sources if "cuda" in source]
+    assert ("CGES_CUDA", "0") in extension.define_macros
+
+
+def test_the_architectures_are_the_users_choice(build, fake_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build.build_options({"PATH": fake_path, "CUDA_HOME": fake_toolkit(tmp_path / "cuda", "12.8")})
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_cuda_that_is_demanded_and_not_there_is_an_error(build, fake_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "CUDA_FOLDER", str(tmp_path / "nowhere"))
+    demanded = {"PATH": fake_path, "CGES_CUDA": "1"}
+    with pytest.raises(SystemExit, match=r"expected nvcc >= 12\.8, found none on PATH"):
+        build.build_options(demanded)
+    old = fake_toolkit(tmp_path / "old", "12.4")
+    with pytest.raises(SystemExit, match=r"expected nvcc >= 12\.8, found 12\.4"):
+        build.build_options({**demanded, "CUDA_HOME": old})
+    (extension,) = build.build_options({"PATH": fake_path, "CUDA_HOME": old})["ext_modules"]
+    assert ("CGES_CUDA", "0") in extension.define_macros
 
 
 def test_build_without_torch_says_what_to_do(build, fake_path, monkeypatch):
