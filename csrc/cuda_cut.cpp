@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kSlab = 16384;      // elements of a block: enough to amortise it, few enough to share out
 constexpr int64_t kTileBytes = 4096;  // of z of one warp's tile
+constexpr int64_t kSectorBytes = 32;
 constexpr int64_t kMinRowBytes = 64;  // of a panel: at less, half of what the memory delivers is wasted
 constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of panels in chunks
 
@@ -160,12 +161,15 @@ class Cutter {
 
   // At each k1 a matrix of R1 rows and K2*R2 columns, cut into panels of whole groups.
   void add_matrices(const Layout& L) {
-    const int64_t part = ceil_div(L.R1, kClusterSize);
-    int64_t columns = widest(L, L.R1, std::clamp<int64_t>(kSlab / L.R1, 64, kThreads));
-    const bool whole = columns > 0;
+    const int64_t part = ceil_div(L.R1, kClusterSize), wish = std::clamp<int64_t>(kSlab / L.R1, 64, kThreads);
+    int64_t columns = 0;
     bool cluster = false;
-    if (!whole && device_.clusters) cluster = (columns = widest(L, part, kPanelColumns)) > 0;
-    if (!whole && !cluster) columns = panel_columns(L);
+    for (const int64_t step : panel_steps(L)) {
+      if ((columns = widest(L, L.R1, step, wish)) > 0) break;
+      if ((cluster = device_.clusters && (columns = widest(L, part, step, kPanelColumns)) > 0)) break;
+    }
+    const bool whole = columns > 0 && !cluster;
+    if (columns == 0) columns = panel_columns(L);
     for (int64_t k1 = 0; k1 < L.K1; ++k1)
       for (int64_t c = 0; c < L.row_length(); c += columns) {
         const int64_t width = std::min(columns, L.row_length() - c), pitch = L.row_length();
@@ -183,16 +187,20 @@ class Cutter {
       }
   }
 
-  // The most columns, of whole groups, with which `rows` rows fit a block; 0 where not even the narrowest
-  // panel that is worth it does. Panels of 16 bytes come first: they begin where a wide access may.
-  int64_t widest(const Layout& L, int64_t rows, int64_t wish) const {
-    const int64_t length = L.row_length(), aligned = std::lcm(L.R2, vector_);
-    for (const int64_t step : {aligned <= kThreads ? aligned : L.R2, L.R2}) {
-      const int64_t narrowest = std::min(length, round_up(kMinRowBytes / size_, step));
-      for (int64_t c = std::max(wish / step * step, narrowest); c >= narrowest; c -= step) {
-        const int64_t width = std::min(c, length);
-        if (fits(panel(0, length, rows, width, L.R2))) return width;
-      }
+  // What a panel's columns are a multiple of, best first: whole groups, in whole sectors of the memory, or in
+  // accesses of 16 bytes, or as they are. Where rows lie at odd addresses nothing is gained by the first two.
+  std::vector<int64_t> panel_steps(const Layout& L) const {
+    if (L.row_length() % vector_ != 0) return {L.R2};
+    return {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_), L.R2};
+  }
+
+  // The most columns, a multiple of `step` if not all, with which `rows` rows fit a block; 0 where not even
+  // the narrowest panel worth it does.
+  int64_t widest(const Layout& L, int64_t rows, int64_t step, int64_t wish) const {
+    const int64_t narrowest = round_up(kMinRowBytes / size_, step);
+    for (int64_t c = std::max(wish / step * step, narrowest); c >= narrowest; c -= step) {
+      const int64_t width = std::min(c, L.row_length());
+      if (fits(panel(0, L.row_length(), rows, width, L.R2))) return width;
     }
     return 0;
   }
@@ -202,8 +210,9 @@ class Cutter {
     if (L.R2 > kThreads) return L.R2;
     int64_t columns = std::min<int64_t>(kPanelColumns, kThreads);
     while (columns > kMinPanelColumns && 3 * size_ * L.R1 * columns > device_.l2_bytes / 2) columns /= 2;
-    const int64_t aligned = std::lcm(L.R2, vector_), step = aligned <= kThreads ? aligned : L.R2;
-    return std::max(columns / step, int64_t{1}) * step;
+    for (const int64_t step : panel_steps(L))
+      if (step <= columns) return columns / step * step;
+    return L.R2;
   }
 
   std::vector<Item> chunks_of_run(int64_t begin, int64_t n) const {
