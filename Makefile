@@ -11,6 +11,8 @@ ARGS   ?=
 OUT    ?= bench/results
 STAGES ?=
 
+# Tests run in two processes; those that share what is slow to make stay together.
+PARALLEL := -n 2 --dist loadgroup
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -35,10 +37,10 @@ demo: install  ## train the demo on real data
 	$(PY) -m cges_kernels.demo $(ARGS)
 
 test: install lint  ## lint, then every test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: install  ## the tests that are not marked slow
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lint: $(DEPS_STAMP)  ## check style and formatting, change nothing
 	$(PY) -m ruff check .

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from cges_kernels import ops
+
 from . import baselines
 from .baselines import Contender
 from .timing import Clock, Step, Times, environment, output, take_turns
@@ -21,6 +23,7 @@ from .workloads import Shapes, bytes_moved, elements
 
 COLD = 4  # tensors are stepped over until they amount to so many times the L2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUMBERED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the CUDA executor knows them
 
 
 class DeviceClock:
@@ -135,6 +138,13 @@ class Lab:
 def count_kernels(events: Sequence[Mapping[str, Any]]) -> int:
     """Of a profiler's trace; copies, memsets and annotations are of other categories."""
     return sum(event.get("cat") == "kernel" for event in events)
+
+
+def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> dict[str, int]:
+    """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
+    layouts = [ops.layout_tuple(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
+    counts = ops._cuda.cuda_paths(layouts, NUMBERED.index(dtype), 0)
+    return dict(zip(("block", "cluster", "ticket"), counts))
 
 
 def triton_version() -> str | None:

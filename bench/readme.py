@@ -14,6 +14,7 @@ BASELINES = {
     "sequential": "sequential mode",
     "python": "the same in Python",
     "copy": "a copy",
+    "allowed": "an empty step and 20 µs",
 }
 OTHERS = {"eager": "the eager reference", "compiled": "torch.compile of it", "foreach": "foreach SGD"}
 Report = dict[str, Any]
@@ -89,9 +90,10 @@ def gpu_table(report: Report, backend: str) -> str:
         cells = [gpu_cells(of.get(dtype)) for dtype in ("fp32", "bf16")]
         measured = [result for result in of.values() if "error" not in result] or list(of.values())
         launches = "/".join(dict.fromkeys(cell[2] for cell in cells if cell[2]))
+        targets = "/".join(dict.fromkeys(target for target in map(gpu_target, measured) if target))
         against = BASELINES[measured[0]["baseline"]]
         numbers = " | ".join(f"{ms} | {said}" for ms, said, _ in cells)
-        lines.append(f"| {workload} | {against} | {gpu_target(measured[0])} | {numbers} | {launches} |")
+        lines.append(f"| {workload} | {against} | {targets} | {numbers} | {launches} |")
     return "\n".join([*lines, "", *others(backend, results)])
 
 
@@ -103,11 +105,9 @@ def others(backend: str, results: dict[str, dict[str, Report]]) -> list[str]:
             contenders = result.get("contenders", {})
             told = [f"{text} {contenders[n]['ratio']:.1f}" for n, text in OTHERS.items() if n in contenders]
             told += [f"{text} failed" for name, text in OTHERS.items() if f"{name}_error" in result]
-            if "python_plan" in contenders:
-                told = [
-                    f"{contenders[n]['ms']:.3f} ms with {n}" for n in ("fused_sgd", "python_plan", "empty")
-                ]
-                told = [text.replace("_", " ") for text in told]
+            if "empty" in contenders:
+                names = [n for n in ("fused_sgd", "python_plan", "empty") if n in contenders]
+                told = [f"{contenders[n]['ms']:.3f} ms with {n.replace('_', ' ')}" for n in names]
             if told:
                 sentences.append(f"{workload}, {dtype}: {', '.join(told)}.")
     return [f"Beside {backend}: {' '.join(sentences)}"] if sentences else []

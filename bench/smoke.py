@@ -5,20 +5,21 @@ The tensors are small and of odd sizes: compute-sanitizer runs this and sees eac
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from cges_kernels import ProxSGD, available_backends
+from cges_kernels import ProxSGD, available_backends, ops
 
-from .lab import DTYPES
+from .lab import DTYPES, cuda_paths
 
-GROUPS = {  # short groups and long ones, of each kind of layout; a bias has no groups
-    "feature": [(37, 51), (1100, 9), (70,)],
-    "filter": [(33, 7), (17, 900), (2, 20001)],
-    "channel": [(24, 5, 3, 3), (150, 2, 3, 3)],
+GROUPS = {  # from short groups to those that neither a block nor a cluster of them holds; a bias has none
+    "feature": [(37, 51), (1100, 9), (3000, 20), (16000, 20), (70,)],
+    "filter": [(33, 7), (17, 900), (2, 20001), (2, 40001), (1, 300007)],
+    "channel": [(24, 5, 3, 3), (150, 2, 3, 3), (12, 2, 47, 45)],
     "tensor": [(90, 71)],
 }
 OPTIONS: Sequence[dict[str, Any]] = (
@@ -36,24 +37,34 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
 
     groups = []
     for group_by, shapes in GROUPS.items():
-        params = [torch.nn.Parameter(normal(shape)) for shape in shapes]
-        for p in params:
-            p.grad = normal(p.shape)
-        size = max(p.numel() for p in params)
-        penalty = {"group_lasso": 0.5, "exclusive_lasso": 1 / size, "l1": 0.05}
-        groups.append({"params": params, "group_by": group_by, **penalty})
+        for shape in shapes:
+            p = torch.nn.Parameter(normal(shape))
+            p.grad = normal(shape)
+            _, outer, _, inner, _ = ops.layout_tuple(p, group_by, None)
+            size = outer * inner  # of a group
+            penalty = {"group_lasso": 0.5 * size**0.5, "exclusive_lasso": 1 / size, "l1": 0.05}
+            groups.append({"params": [p], "group_by": group_by, **penalty})
     optimizer = ProxSGD(groups, lr=0.1, backend=backend, **options)
     for _ in range(2):
         optimizer.step()
     return [p.detach().cpu() for group in groups for p in group["params"]]
 
 
-def main(device: str = "cuda") -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"bench.smoke: expected a CUDA device, found none (torch {torch.__version__})")
-    backends = [backend for backend in ("triton", "cuda") if backend in available_backends()]
+def check_paths(dtype: torch.dtype, clusters: bool) -> None:
+    """That the CUDA executor takes every path that it has here."""
+    paths = cuda_paths([(spec, shape) for spec, shapes in GROUPS.items() for shape in shapes], dtype)
+    wanted = {"block", "ticket", *(["cluster"] if clusters else [])}
+    taken = {path for path, blocks in paths.items() if blocks}
+    if taken != wanted:
+        sys.exit(f"bench.smoke: expected the paths {sorted(wanted)} with {dtype}, got {paths}")
+
+
+def main(backends: Sequence[str], device: str = "cuda") -> None:
+    """Two steps with each backend, dtype and options; the program ends at the first that is wrong."""
     for backend in backends:
         for name, dtype in DTYPES.items():
+            if backend == "cuda":
+                check_paths(dtype, device == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
             for options in OPTIONS:
                 expected = steps("reference", "cpu", dtype, options)
                 for got, right in zip(steps(backend, device, dtype, options), expected):
@@ -63,9 +74,16 @@ def main(device: str = "cuda") -> None:
                         sys.exit(
                             f"bench.smoke: {backend} {name} {options} {tuple(got.shape)}: error {error:.2g}"
                         )
-    print(f"bench.smoke: right with {', '.join(backends) or 'no GPU executor, as none is here'}")
-    sys.exit(0 if backends else 1)
+    print(f"bench.smoke: right with {', '.join(backends)}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="bench.smoke", description=__doc__)
+    parser.add_argument("--backend", choices=("cuda", "triton"), help="try this one (default: all here)")
+    wish = parser.parse_args().backend
+    if not torch.cuda.is_available():
+        sys.exit(f"bench.smoke: expected a CUDA device, found none (torch {torch.__version__})")
+    here = [wish] if wish else [b for b in ("cuda", "triton") if b in available_backends()]
+    if not here:
+        sys.exit("bench.smoke: expected a GPU executor, found none")
+    main(here)

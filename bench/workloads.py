@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 Shapes = list[tuple[int, ...]]
+BF16_POINTS = {"triton": 0, "cuda": 5}  # by which a target of 16-bit weights, in percent, lies lower
 
 
 class Case(NamedTuple):
-    """Tensors stepped as one optimizer; ``percent`` of a copy's speed is the target, if there is one."""
+    """Tensors stepped as one optimizer; by backend, ``percent`` of a copy's speed is the target, if any."""
 
     name: str
     group_by: str
     shapes: Shapes
-    percent: float | None = None
+    percent: Mapping[str, float] = {}
+    slow: bool = False  # eager, foreach and compiled optimizers are measured on it too
+
+    def target(self, backend: str, dtype: torch.dtype) -> float | None:
+        """The most that a step may take, in times of a copy of the bytes that must move."""
+        if backend not in self.percent:
+            return None
+        return 100 / (self.percent[backend] - (BF16_POINTS[backend] if dtype.itemsize == 2 else 0))
 
 
 def gpu_cases() -> list[Case]:
     """Weights of 64 MB and more at fp32: each way in which groups lie, short groups and long ones."""
 
-    def one(group_by: str, rows: int, columns: int, percent: float | None = None) -> Case:
+    def one(group_by: str, rows: int, columns: int, **percent: float) -> Case:
         return Case(f"{group_by} {rows}x{columns}", group_by, matrix(rows, columns), percent)
 
     return [
-        one("filter", 4096, 4096, 90),
-        one("filter", 16384, 1024, 90),
-        one("feature", 256, 65536, 85),
-        one("feature", 512, 32768, 85),
-        one("feature", 1024, 16384, 70),
-        one("feature", 4096, 4096, 55),
-        one("feature", 8192, 4096, 55),
-        one("feature", 50257, 1024, 55),  # an embedding, or the head over a vocabulary
-        Case("channel 8 of 512x512x3x3", "channel", [(512, 512, 3, 3)] * 8),
+        one("filter", 4096, 4096, triton=90, cuda=92),
+        one("filter", 16384, 1024, triton=90, cuda=92),
+        one("feature", 256, 65536, triton=85, cuda=90),
+        one("feature", 512, 32768, triton=85, cuda=90),
+        one("feature", 1024, 16384, triton=70, cuda=90),
+        one("feature", 4096, 4096, triton=55, cuda=78),
+        one("feature", 8192, 4096, triton=55, cuda=78),
+        one("feature", 50257, 1024, triton=55, cuda=60),  # an embedding, or the head over a vocabulary
+        Case("channel 8 of 512x512x3x3", "channel", [(512, 512, 3, 3)] * 8, {"cuda": 80}),
         one("tensor", 4096, 4096),
     ]
 
 
 def models() -> list[Case]:
     return [
-        Case("ResNet-50 feature", "feature", resnet50()),
-        Case("transformer of 1.02e9 feature", "feature", transformer()),
+        Case("ResNet-50 feature", "feature", resnet50(), slow=True),
+        Case("WRN-16-10 feature", "feature", wide_resnet()),
+        Case("AlexNet feature", "feature", alexnet()),
+        Case("ViT-L/16 feature", "feature", vision_transformer()),
+        Case("transformer of 1.02e9 feature", "feature", transformer(), slow=True),
     ]
+
+
+def batch_norm(channels: int) -> Shapes:
+    return [(channels,), (channels,)]
 
 
 def resnet50() -> Shapes:
     """The 161 parameters of ResNet-50 (He et al. 2016; 1,000 classes), in registration order."""
-
-    def batch_norm(channels: int) -> Shapes:
-        return [(channels,), (channels,)]
-
     shapes: Shapes = [(64, 3, 7, 7), *batch_norm(64)]
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -64,16 +76,46 @@ def resnet50() -> Shapes:
     return [*shapes, (1000, 2048), (1000,)]
 
 
-def transformer(width: int = 1792, layers: int = 24, vocabulary: int = 50257, context: int = 2048) -> Shapes:
-    """A decoder like GPT-2 (Radford et al. 2019), its head tied: 1,019,137,280 parameters in 292 tensors."""
-    norm: Shapes = [(width,), (width,)]
-    block: Shapes = [
-        *norm,
-        *[(3 * width, width), (3 * width,), (width, width), (width,)],  # attention
-        *norm,
-        *[(4 * width, width), (4 * width,), (width, 4 * width), (width,)],  # feed-forward
+def wide_resnet(blocks: int = 2, widen: int = 10) -> Shapes:
+    """WRN-16-10 (Zagoruyko and Komodakis 2016; CIFAR-10), its blocks with the norms first: 17,116,634."""
+    shapes: Shapes = [(16, 3, 3, 3)]
+    channels = 16
+    for width in (16 * widen, 32 * widen, 64 * widen):
+        for _ in range(blocks):
+            shapes += [*batch_norm(channels), (width, channels, 3, 3)]
+            shapes += [*batch_norm(width), (width, width, 3, 3)]
+            if channels != width:
+                shapes += [(width, channels, 1, 1)]
+            channels = width
+    return [*shapes, *batch_norm(channels), (10, channels), (10,)]
+
+
+def alexnet() -> Shapes:
+    """AlexNet as torchvision has it (Krizhevsky 2014; 1,000 classes): 61,100,840 parameters."""
+    weights: Shapes = [
+        *[(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)],
+        *[(4096, 256 * 6 * 6), (4096, 4096), (1000, 4096)],
     ]
-    return [(vocabulary, width), (context, width), *(block * layers), *norm]
+    return [shape for weight in weights for shape in (weight, weight[:1])]
+
+
+def layers(width: int, count: int) -> Shapes:
+    """``count`` layers of a transformer, each attention and then a feed-forward net, both after a norm."""
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    feed_forward = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(width,), (width,), *attention, (width,), (width,), *feed_forward] * count
+
+
+def transformer(width: int = 1792, depth: int = 24, vocabulary: int = 50257, context: int = 2048) -> Shapes:
+    """A decoder like GPT-2 (Radford et al. 2019), its head tied: 1,019,137,280 parameters in 292 tensors."""
+    return [(vocabulary, width), (context, width), *layers(width, depth), (width,), (width,)]
+
+
+def vision_transformer(width: int = 1024, depth: int = 24, patch: int = 16, side: int = 14) -> Shapes:
+    """ViT-L/16 (Dosovitskiy et al. 2021; images of 224x224, 1,000 classes): 304,326,632 parameters."""
+    positions = side**2 + 1  # and the token of the class
+    embedding: Shapes = [(1, 1, width), (width, 3, patch, patch), (width,), (1, positions, width)]
+    return [*embedding, *layers(width, depth), (width,), (width,), (1000, width), (1000,)]
 
 
 def matrix(rows: int, columns: int) -> Shapes:

@@ -85,12 +85,12 @@ def hash_of(text):
 def pytest_generate_tests(metafunc):
     """`backend`: every executor that can run here; `fused_backend`: all but the reference.
 
-    Triton interpreted is slow; of it the quick tests are those of test_triton.py.
+    Without a GPU, Triton's and CUDA's kernels are slow; of them the quick tests are those in their own files.
     """
     for name, left_out in (("backend", None), ("fused_backend", "reference")):
         if name in metafunc.fixturenames:
             backends = [
-                pytest.param(b, marks=pytest.mark.slow) if INTERPRETED and b == "triton" else b
+                pytest.param(b, marks=pytest.mark.slow) if INTERPRETED and b in ("triton", "cuda") else b
                 for b in available_backends()
                 if b != left_out
             ]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,15 +10,18 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
+from cuda_emulator.build import compiler
 
-from bench import baselines, gpu, lab, readme, table, timing, workloads
+from bench import baselines, gpu, lab, readme, smoke, table, timing, workloads
 from bench.table import Row
 from bench.workloads import Case
-from cges_kernels import reference
+from cges_kernels import available_backends, ops, reference
 
 ROOT = Path(__file__).parent.parent
+EMULATED = ops._cuda is not None and ops._cuda.emulated
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
@@ -83,11 +87,21 @@ def test_cases_are_what_the_targets_are_about():
     assert len({case.name for case in cases}) == len(cases)
     assert all(4 * workloads.elements(case.shapes) >= 2**26 for case in cases)
     percents = {case.name: case.percent for case in cases}
-    assert percents["filter 16384x1024"] == 90 and percents["feature 512x32768"] == 85
-    assert percents["feature 1024x16384"] == 70 and percents["feature 50257x1024"] == 55
-    resnet, transformer = workloads.models()
-    assert workloads.elements(resnet.shapes) == 25_557_032
-    assert workloads.elements(transformer.shapes) == 1_019_137_280 and len(transformer.shapes) == 292
+    assert percents["filter 16384x1024"] == {"triton": 90, "cuda": 92}
+    assert percents["feature 512x32768"] == {"triton": 85, "cuda": 90}
+    assert percents["feature 50257x1024"] == {"triton": 55, "cuda": 60}
+    assert percents["channel 8 of 512x512x3x3"] == {"cuda": 80} and percents["tensor 4096x4096"] == {}
+
+
+def test_models_have_the_parameters_of_their_papers():
+    found = {case.name: (workloads.elements(case.shapes), len(case.shapes)) for case in workloads.models()}
+    assert found == {
+        "ResNet-50 feature": (25_557_032, 161),
+        "WRN-16-10 feature": (17_116_634, 44),
+        "AlexNet feature": (61_100_840, 16),
+        "ViT-L/16 feature": (304_326_632, 296),
+        "transformer of 1.02e9 feature": (1_019_137_280, 292),
+    }
 
 
 def test_bytes_that_must_move():
@@ -97,14 +111,26 @@ def test_bytes_that_must_move():
 
 
 def test_rows_know_their_targets_and_names():
-    case = Case("filter 4x4", "filter", [(4, 4)], 80)
+    case = Case("filter 4x4", "filter", [(4, 4)], {"triton": 80, "cuda": 85})
     model, host = case._replace(name="model"), case._replace(name="host")
-    rows = gpu.rows(CpuLab(), "triton", [case], [model], [(4, 4)], host)
-    assert len({row.name for row in rows}) == len(rows) == 1 + 2 * (1 + 1 + 3)
+    rows = gpu.rows(CpuLab(), ["cuda", "triton"], [case], [model], [(4, 4), (512, 32768)], host)
+    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 6))
+    assert [row.name for row in rows[:3]] == [
+        "cuda: host fp32",
+        "cuda: filter 4x4 fp32",
+        "cuda: filter 4x4 bf16",
+    ]
     targets = {row.name: (row.baseline, row.target) for row in rows}
-    assert targets["triton: filter 4x4 bf16"] == ("copy", pytest.approx(1.25))
-    assert targets["triton: model fp32"] == ("fused_sgd", 1.25)
-    assert targets["triton: exact 4x4, 50% left fp32"] == ("sequential", None)
+    for backend, fp32, bf16, model, exact, host in (
+        ("cuda", 100 / 85, 100 / 80, 1.05, 1.3, 1.0),
+        ("triton", 100 / 80, 100 / 80, 1.25, None, None),
+    ):
+        assert targets[f"{backend}: filter 4x4 fp32"] == ("copy", pytest.approx(fp32))
+        assert targets[f"{backend}: filter 4x4 bf16"] == ("copy", pytest.approx(bf16))
+        assert targets[f"{backend}: model bf16"] == ("fused_sgd", model)
+        assert targets[f"{backend}: exact 512x32768, 50% left bf16"] == ("sequential", exact)
+        assert targets[f"{backend}: exact 4x4, 50% left fp32"] == ("sequential", None)
+        assert targets[f"{backend}: host fp32"] == ("allowed", host)
 
 
 def test_a_copy_is_scaled_to_the_bytes_of_the_row():
@@ -247,7 +273,9 @@ def test_no_row_begins_when_time_is_up():
     assert [result["error"] for result in results] == ["no time was left"] * 5
 
 
-@pytest.mark.parametrize("program", ["gpu", "tune", "smoke"])
+@pytest.mark.parametrize(
+    "program", ["gpu", *(pytest.param(p, marks=pytest.mark.slow) for p in ("tune", "smoke"))]
+)
 def test_without_a_gpu_programs_say_so(program):
     command = [sys.executable, "-m", f"bench.{program}"]
     ended = subprocess.run(command, cwd=ROOT, env=NO_GPU, capture_output=True, text=True, timeout=120)
@@ -264,17 +292,22 @@ def test_make_gpu_says_that_there_is_none(tmp_path):
 
 
 def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
-    python = tmp_path / "python"  # says what it is asked for, and fails the tests
-    python.write_text('#!/bin/sh\necho "asked for $*"\n[ "$2" != pytest ] || exit 3\n')
-    python.chmod(0o755)
-    env = {**NO_GPU, "PY": str(python), "OUT": str(tmp_path / "out"), "COMMIT": "abc"}
-    env["STAGES"] = "build tests smoke bench"
+    for name, fails in (("python", '"$2" = pytest'), ("compute-sanitizer", '"$2" = racecheck')):
+        program = tmp_path / name  # says what it is asked for, and fails at one thing
+        program.write_text(f'#!/bin/sh\necho "asked for $*"\n[ ! {fails} ] || exit 3\n')
+        program.chmod(0o755)
+    out, path = tmp_path / "out", f"{tmp_path}:{os.environ['PATH']}"
+    env = {**NO_GPU, "PY": "python", "PATH": path, "OUT": str(out), "COMMIT": "abc", "BACKEND": "cuda"}
     ended = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert "tests: FAILED with exit status 3\nsmoke: passed\n" in ended.stdout
-    assert ended.stdout.endswith("bench: passed\n")
-    log = (tmp_path / "out" / "gpu-bench.log").read_text()
-    assert log == f"asked for -m bench.gpu --out {tmp_path / 'out'} --commit abc\n"
+    stages = ["build", "tests", "smoke", "memcheck", "racecheck", "synccheck", "initcheck", "bench"]
+    failed = ("tests", "racecheck")
+    said = [f"{s}: {'FAILED with exit status 3' if s in failed else 'passed'}" for s in stages]
+    assert ended.stdout.splitlines()[-len(said) :] == said
+    log = (out / "gpu-bench.log").read_text()
+    assert log == f"asked for -m bench.gpu --out {out} --backend cuda --commit abc\n"
+    log = (out / "gpu-initcheck.log").read_text()
+    assert log == "asked for --tool initcheck --error-exitcode 9 python -m bench.smoke --backend cuda\n"
 
 
 def test_plans_in_python_are_put_back(monkeypatch):
@@ -285,7 +318,6 @@ def test_plans_in_python_are_put_back(monkeypatch):
     assert triton_step._C is before
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_compiled_contender_takes_the_step_of_the_reference():
     shapes = [(6, 4), (5, 2, 3)]
@@ -316,16 +348,26 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     printed = interpreted("gpu", tmp_path)
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     results = {result["row"]: result for result in report["results"]}
-    assert len(results) == len(printed.splitlines()) == 1 + 2 * (3 + 2 + 3)
-    assert not any("error" in result for result in results.values())
-    host = results["triton: 4 tensors, host fp32"]["contenders"]
-    assert {"fused_sgd", "empty", "prox_sgd"} <= set(host)
+    backends = [b for b in gpu.BACKENDS if any(row.startswith(b) for row in results)]
+    assert len(results) == len(printed.splitlines()) == len(backends) * (1 + 2 * (3 + 5 + 3))
+    assert not any("error" in result or "facts_error" in result for result in results.values())
+    for backend in backends:
+        host = results[f"{backend}: 4 tensors, host fp32"]["contenders"]
+        assert {"fused_sgd", "empty", "allowed", "prox_sgd"} <= set(host)
+        exact = results[f"{backend}: exact 16x12, 50% left fp32"]
+        assert 20 < exact["percent_nonzero_exact"] < 80
     model = results["triton: ResNet-50 feature bf16"]
     assert model["compiled_error"] == "ValueError: no compiler" and model["percent_of_copy"] > 0
     assert {"copy", "fused_sgd", "prox_sgd", "eager", "foreach"} == set(model["contenders"])
-    exact = results["triton: exact 16x12, 50% left fp32"]
-    assert 20 < exact["percent_nonzero_exact"] < 80
-    assert "| feature 50257x1024 | a copy | 55% |" in readme.gpu_part([report])
+    assert "eager" not in results["triton: AlexNet feature bf16"]["contenders"]
+    text = readme.gpu_part([report])
+    assert "| feature 50257x1024 | a copy | 55% |" in text
+    if "cuda" in backends:
+        assert results["cuda: feature 50257x1024 bf16"]["paths"] == {"block": 1, "cluster": 0, "ticket": 0}
+        assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
+        assert "| feature 50257x1024 | a copy | 60%/55% |" in text
+        assert "| 4 tensors, host | an empty step and 20 µs | 1.00 |" in text
+        assert "4 tensors, host, fp32: " in text and " ms with empty." in text
 
 
 @pytest.mark.slow
@@ -338,9 +380,33 @@ def test_the_whole_flow_of_bench_tune():
 
 
 @pytest.mark.slow
-def test_the_smoke_test_is_right():
+def test_the_smoke_test_is_right_with_triton():
     pytest.importorskip("triton")
     assert "right with triton" in interpreted("smoke")
+
+
+@pytest.mark.skipif(not EMULATED, reason="its kernels are not emulated here")
+def test_the_smoke_test_is_right_with_cuda(capsys):
+    smoke.main(["cuda"], "cpu")
+    assert "right with cuda" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not EMULATED, reason="its kernels are not emulated here")
+def test_the_smoke_test_takes_every_path_with_and_without_clusters(monkeypatch):
+    device = emulated.Device(ops._cuda.__file__)
+    try:
+        for shared in (228, 164, 100):  # KB of a multiprocessor: H200, A100, consumer GPUs
+            device["shared_memory_per_multiprocessor"] = shared << 10
+            for clusters in (False, True):
+                device["cluster_launch"] = clusters
+                smoke.check_paths(torch.float32, clusters)
+                smoke.check_paths(torch.bfloat16, clusters)
+    finally:
+        device.reset()
+    monkeypatch.setitem(smoke.GROUPS, "feature", [(37, 51)])
+    monkeypatch.setitem(smoke.GROUPS, "filter", [(33, 7)])
+    with pytest.raises(SystemExit, match="expected the paths"):
+        smoke.check_paths(torch.float32, True)
 
 
 def flow_of_gpu(out):
@@ -350,7 +416,8 @@ def flow_of_gpu(out):
     gpu.OTHERS["compiled"] = fails
     cases, models = ([tiny(case) for case in found] for found in (workloads.gpu_cases(), workloads.models()))
     host = Case("4 tensors, host", "feature", [(4, 4)] * 4)
-    rows = gpu.rows(CpuLab(), "triton", cases[-3:], models, [(16, 12)], host)
+    backends = [b for b in gpu.BACKENDS if b in available_backends()]
+    rows = gpu.rows(CpuLab(), backends, cases[-3:], models, [(16, 12)], host)
     assert gpu.run(CpuLab(), rows, gpu.arguments(["--out", out, "--runs", "1"]))
 
 
@@ -365,11 +432,13 @@ def flow_of_tune():
 
 
 def flow_of_smoke():
-    from bench import smoke
-
     del smoke.DTYPES["bf16"]
-    smoke.main("cpu")
+    for shapes in smoke.GROUPS.values():  # the large ones would take minutes
+        shapes[:] = [shape for shape in shapes if math.prod(shape) < 50_000]
+    smoke.main(["triton"], "cpu")
 
 
 if __name__ == "__main__":
+    if compiler():
+        ops._cuda = emulated.load()
     {"gpu": flow_of_gpu, "tune": flow_of_tune, "smoke": flow_of_smoke}[sys.argv[1]](*sys.argv[2:])

@@ -16,9 +16,12 @@ REGISTERS = 128  # two blocks of 256 threads share the 65,536 of a multiprocesso
 DTYPES = {"If": "float32", "Id": "float64", "I13__nv_bfloat16": "bfloat16", "I6__half": "float16"}
 KERNELS = {(name, dtype) for name in ("step_blocks", "step_clusters") for dtype in DTYPES.values()}
 
-pytestmark = pytest.mark.skipif(
-    ops._C is None or not ops._C.cuda, reason="the extension is built without the CUDA executor"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        ops._C is None or not ops._C.cuda, reason="the extension is built without the CUDA executor"
+    ),
+    pytest.mark.xdist_group("cuda_compile"),
+]
 
 
 def kernel_of(mangled):

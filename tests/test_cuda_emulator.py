@@ -9,7 +9,10 @@ import pytest
 import torch
 from cuda_emulator.build import HERE, build, compiler, has_sanitizer
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
+    pytest.mark.xdist_group("cuda_emulator"),
+]
 
 RIGHT = ["sum_blocks", "swap_in_warp", "sum_clusters", "hand_over", "use_all"]
 LAUNCH_FAILURE, INVALID_VALUE, INSUFFICIENT_DRIVER, NOT_SUPPORTED = 719, 1, 35, 801

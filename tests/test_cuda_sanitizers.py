@@ -16,7 +16,7 @@ from cuda_emulator.build import compiler, has_sanitizer, sanitizer_library
 from emulated import build_extension
 
 HERE = Path(__file__).resolve().parent
-ALL_OF_IT = ["test_cuda.py", "test_executors.py", "-k", "cuda and not two_threads"]
+ALL_OF_IT = ["test_cuda.py", "test_executors.py", "-k", "cuda and not longer_than_any_tile"]
 SMALL_CASES = ["test_cuda.py", "-k", "one_small_step"]
 
 pytestmark = [
@@ -43,7 +43,7 @@ def test_clean_under(sanitize, tests):
         "OMP_NUM_THREADS": "1",  # torch's own threads are nothing that TSan knows
     }
     command = ["setarch", "-R"] if sanitize == "thread" and shutil.which("setarch") else []  # TSan's wish
-    command += [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:xdist", "-m", "not gpu and not slow"]
+    command += [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:xdist", "-m", "not gpu"]
     done = subprocess.run([*command, *tests], cwd=HERE, env=environment, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0 and "Sanitizer" not in report and "runtime error" not in report, report[

@@ -30,6 +30,9 @@ FILES = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("demo")
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """(folder, printed text) of one tiny run."""
