@@ -161,6 +161,8 @@ __device__ __forceinline__ void apply_slab(const Slab<T>& slab, int run, int gro
     if (groups > 0 && shared.alive[g] == 0) dead |= 1u << v;
   }
   const bool shrinks = groups > 0 ? h.thresholds.any() : h.thresholds.c != A(0);
+  if (shrinks && dead == 0)  // the usual, without a question per element
+    return store_slab(slab, shared.z, [&](A z, int v) { return apply_shrinkage<T>(z, at[v]); });
   store_slab(slab, shared.z,
              [&](A z, int v) { return dead >> v & 1 ? T(0.0f) : shrunk<T>(z, at[v], shrinks); });
   clear_buffer(slab, dead);

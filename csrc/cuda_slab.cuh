@@ -128,6 +128,9 @@ __device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coeff
   const bool reads_grad = slab.momentum != Momentum::no_grad;
   const bool reads_buf = slab.momentum == Momentum::running;
   const bool writes_buf = keep_buf && slab.momentum >= Momentum::first;
+  const SgdScalars<A> sgd = h.sgd;  // in registers: indexed constants are slow to reach
+  const bool nesterov = h.nesterov, decay = sgd.weight_decay != A(0);
+  const bool freezes_elements = h.freeze == Freeze::element;
   unsigned alive = 0;
   slab.for_each_batch([&]<bool wide>(int first, int end) {
     constexpr int kBatch = Slab<T>::template kBatch<wide>;
@@ -149,8 +152,10 @@ __device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coeff
       for (int v = 0; v < kVector; ++v) {
         const A x = A(w[k].x[v]), g = reads_grad ? A(grad[k].x[v]) : A(0);
         A b = reads_buf ? A(buf[k].x[v]) : A(0);
-        A value = sgd_update(slab.momentum, h.nesterov, h.sgd.weight_decay != A(0), x, g, b, h.sgd);
-        if (h.freeze == Freeze::element && x == A(0)) value = b = A(0);
+        A value = sgd_update(slab.momentum, nesterov, decay, x, g, b, sgd);
+        const bool frozen = freezes_elements && x == A(0);
+        value = frozen ? A(0) : value;
+        b = frozen ? A(0) : b;
         if (x != A(0)) alive |= 1u << v;
         zs[v / Pack<A>::kSize].x[v % Pack<A>::kSize] = value;
         buf[k].x[v] = T(b);

@@ -27,6 +27,7 @@ BLOCK, CLUSTER, TICKET = (16, 12), (150, 20), (900, 20)
 @pytest.fixture
 def device():
     found = emulated.Device(ops._cuda.__file__)
+    ops._why_not_device.cache_clear()
     yield found
     found.reset()
     ops._why_not_device.cache_clear()
