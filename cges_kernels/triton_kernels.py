@@ -77,14 +77,18 @@ def soft_magnitude(z, t):
 
 @triton.jit
 def group_stats(zs, t, PARTS: tl.constexpr):
-    """Sums over a tile's parts and their axis 0 of u = soft(z, t): how many are left, l1, l2 norm squared."""
-    count, l1, l2_squared = t * 0, t * 0, t * 0
-    for p in tl.static_range(PARTS):
+    """Sums over a tile's parts and their axis 0 of u = soft(z, t): how many are left, l1, l2 norm squared.
+
+    The parts are added up where they are, and only then across threads.
+    """
+    u = soft_magnitude(zs[0], t[None, :])
+    count, l1, l2_squared = tl.where(u == 0, 0.0, 1.0).to(u.dtype), u, u * u
+    for p in tl.static_range(1, PARTS):
         u = soft_magnitude(zs[p], t[None, :])
-        count += tl.sum(tl.where(u == 0, 0.0, 1.0).to(u.dtype), axis=0)
-        l1 += tl.sum(u, axis=0)
-        l2_squared += tl.sum(u * u, axis=0)
-    return count, l1, l2_squared
+        count += tl.where(u == 0, 0.0, 1.0).to(u.dtype)
+        l1 += u
+        l2_squared += u * u
+    return tl.sum(count, axis=0), tl.sum(l1, axis=0), tl.sum(l2_squared, axis=0)
 
 
 @triton.jit

@@ -6,7 +6,8 @@ load, so its bits do not either. A step launches at most one kernel per device, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -22,7 +23,7 @@ from .ops import _C
 from .reference import compute_dtype
 from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, MAX_SWEEPS, whole_groups
 from .triton_split import STATE, SUMS, split_groups
-from .triton_tiles import VECTOR_BYTES, Cut, cut, launch_options, working_layout
+from .triton_tiles import TILES, VECTOR_BYTES, Cut, cut, launch_options, working_layout
 
 L2_BYTES = 32 << 20  # where the device does not tell
 FREEZES = {"": 0, "group": FREEZE_GROUP.value, "element": FREEZE_ELEMENT.value}
@@ -177,13 +178,15 @@ class TritonStep:
     def set_hyperparameters(self, row: int, values: Mapping[str, Any]) -> None:
         """``values``: lr, momentum, dampening, weight_decay, nesterov, maximize, a, b, c, exact, freeze."""
         v = values.get
-        self.values[row] = (
+        new = (
             *(v("lr", 0.0), v("momentum", 0.0), 1 - v("dampening", 0.0), v("weight_decay", 0.0)),
             *(-1.0 if v("maximize") else 1.0, float(v("nesterov", False))),
             *(v("a", 0.0), v("b", 0.0), v("c", 0.0)),
             *(float(v("exact", False)), float(FREEZES[v("freeze", "")]), 0.0),
         )
-        self.hyper.clear()
+        if new != self.values[row]:
+            self.values[row] = new
+            self.hyper.clear()
 
     def launch(self, addresses: Tensor) -> None:
         """One step; ``addresses`` is StepPlan's table [n, 4]."""
@@ -213,12 +216,25 @@ class TritonPlan:
         self._plan.run(self._step.launch)
 
 
+KEPT = 8
+_kept: OrderedDict[Hashable, TritonStep] = OrderedDict()  # of prox_, by kind of list; the last used last
+
+
 def prox_(tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], values: Mapping[str, Any]) -> None:
-    """The proximal map of each tensor, in place."""
-    step = TritonStep(tensors, layouts, [0] * len(tensors), 1)
+    """The proximal map of each tensor, in place; tables on the device are kept for the next such list."""
+    devices = dict.fromkeys(w.device for w in tensors)
+    kinds = tuple((w.device, w.dtype) for w in tensors)
+    streams = tuple(map(_stream, devices))
+    key = tuple(layouts), kinds, streams, torch.is_inference_mode_enabled(), tuple(TILES.values())
+    capturing = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+    kept = OrderedDict() if capturing else _kept  # others' addresses would come into the graph's tables
+    step = kept.pop(key, None) or TritonStep(tensors, layouts, [0] * len(tensors), 1)
     step.set_hyperparameters(0, values)
     addresses = [[w.data_ptr(), 0, 0, 0] for w in tensors]
     step.launch(torch.tensor(addresses, dtype=torch.int64, device="cpu").reshape(-1, 4))
+    kept[key] = step  # only now: what is in use, or has failed, serves no other call
+    if len(kept) > KEPT:
+        kept.popitem(last=False)
     for w in tensors:
         torch.autograd.graph.increment_version(w)
 
@@ -226,6 +242,11 @@ def prox_(tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], values: Map
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _stream(device: torch.device) -> Hashable:
+    """What orders the launches on a device."""
+    return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
 
 
 def _l2_bytes(device: torch.device) -> int:

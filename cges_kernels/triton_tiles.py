@@ -38,7 +38,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(128, 128, 32),  # 128 bytes of a row: one full line
         Tile(256, 128, 32),  # two parts: z takes 32 registers a thread
         Tile(512, 256, 16),  # 64 bytes of a row; a neighbour takes the rest of the line at the same time
-        Tile(1024, 256, 16),  # four parts: z takes 64 registers; more would spill
+        Tile(1024, 256, 16),  # four parts: z takes 64 registers, its sums 48; more would spill
         Tile(0, 128, 32),  # chunks
     ),
     ROWS.value: (
@@ -89,12 +89,12 @@ def launch_options(
 ) -> dict[str, Any]:
     """How a kernel is compiled for ``variants``.
 
-    Up to 128 registers two programs share an SM. ptxas is told its limit: left to itself it may stop at 64
-    or 128 and spill the rest.
+    Up to 128 registers two programs share an SM; z of four parts, or 64-bit divisions, take more. ptxas is
+    told its limit: left to itself it may stop at 64 or 128 and spill the rest.
     """
     options: dict[str, Any] = {"VARIANTS": tuple(variants), "num_warps": NUM_WARPS, "enable_fp_fusion": True}
     if nvidia:
-        small = dtype != torch.float64 and not exact and all(v.parts <= 2 for v in variants)
+        small = dtype != torch.float64 and not exact and all(v.parts <= 2 and not v.wide for v in variants)
         options["maxnreg"] = 128 if small else 255
     return options
 

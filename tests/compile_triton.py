@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cges_kernels.reference import compute_dtype
-from cges_kernels.triton_kernels import whole_groups
+from cges_kernels.triton_kernels import GENERAL, whole_groups
 from cges_kernels.triton_split import split_groups
 from cges_kernels.triton_step import STORED
 from cges_kernels.triton_tiles import TILES, VECTOR_BYTES, Variant, launch_options, tile_for
@@ -42,20 +42,22 @@ MATRIX = [
     (90, "float32", 0, 0),
     (90, "float64", 1, 0),
     *((cc, "float32", 1, 0) for cc in (80, 100)),
-    (100, "bfloat16", 1, 1),
+    *((100, "bfloat16", 1, full) for full in (0, 1)),
 ]
 
 
 def variants(dtype, vector):
-    """(kernel, variant) of every launch choice."""
-    vec = VECTOR_BYTES // dtype.itemsize if vector else 1
+    """(kernel, variant) of every launch choice; without ``vector``, general tiles divide 64-bit numbers."""
     found = set()
     for kind, tiles in TILES.items():
+        general = kind == GENERAL.value  # single accesses in any case
+        vec = VECTOR_BYTES // dtype.itemsize if vector and not general else 1
+        wide = general and not vector
         for size in (*(t.longest for t in tiles if t.longest), LONGER_THAN_ANY_TILE):
             longest, red, keep = tile_for(kind, size, dtype, vec)
             name = "whole_groups" if size <= longest else "split_groups"
             if name == "whole_groups" or longest == 0:  # elementwise tensors are never split
-                found.add((name, Variant(kind, max(longest // red, 1), red, keep, vec, False)))
+                found.add((name, Variant(kind, max(longest // red, 1), red, keep, vec, wide)))
     return sorted(found)
 
 

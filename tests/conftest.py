@@ -20,6 +20,11 @@ if INTERPRETED:  # settled before anything imports a kernel
         ops._cuda = emulated.load()
 
 
+def pytest_runtest_setup(item):
+    if INTERPRETED and item.get_closest_marker("gpu"):
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def fresh_random_inputs(request):
     """Every test draws its own numbers, the same in every run."""

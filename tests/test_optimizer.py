@@ -729,7 +729,7 @@ def threads():
 @needs_cpu
 @pytest.mark.filterwarnings("ignore:.*sequential mode zeroes")
 @pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor"])
-@pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
+@pytest.mark.parametrize("prox_mode", ["sequential", pytest.param("exact", marks=pytest.mark.slow)])
 def test_bits_depend_neither_on_the_threads_nor_on_the_run(threads, group_by, prox_mode):
     results = []
     for n in (1, 2, 2):

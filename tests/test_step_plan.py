@@ -64,7 +64,8 @@ def watched(p):
 
 def is_alive(p, watch):
     p.grad = None
-    gc.collect()
+    if watch() is not None:  # then it may be garbage; collecting takes its time
+        gc.collect()
     return watch() is not None
 
 

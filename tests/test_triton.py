@@ -24,7 +24,6 @@ tiles = pytest.importorskip("cges_kernels.triton_tiles")
 BACKEND = "triton"
 pytestmark = pytest.mark.skipif(BACKEND not in available_backends(), reason="no GPU, no interpreter")
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
-needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
 WHOLE, SPLIT = "whole_groups", "split_groups"
 MODES = ("sequential", "exact")
@@ -110,6 +109,63 @@ def test_prox_in_place_is_one_launch_per_dtype_and_path(launches):
     assert sorted(x.name for x in launches) == [SPLIT, WHOLE]
 
 
+@pytest.fixture
+def built(monkeypatch):
+    """The batches whose tables are made, prox_ having kept none so far."""
+    log, make = [], triton_step.Batch._cut
+    monkeypatch.setattr(
+        triton_step.Batch, "_cut", lambda batch, aligned: log.append(batch) or make(batch, aligned)
+    )
+    monkeypatch.setattr(triton_step, "_kept", type(triton_step._kept)())
+    return log
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_prox_in_place_keeps_its_tables_for_lists_alike(built):
+    kinds = [
+        ([(70, 6), (6, 8)], torch.float64, "feature"),
+        ([(70, 6), (6, 8)], torch.float64, "filter"),
+        ([(6, 8), (70, 6)], torch.float64, "feature"),
+        ([(70, 6), (6, 8)], torch.float32, "feature"),
+        ([(0, 3), (5,)], torch.float64, "feature"),
+        ([(0, 3), (5,)], torch.float64, (0,)),
+    ]
+    for penalty in (PENALTY, PENALTY, dict(l1=0.1)):
+        for shapes, dtype, group_by in kinds:
+            options = dict(**penalty, group_by=group_by)
+            tensors = [fresh(shape, dtype) for shape in shapes]
+            expected = [prox(w, **options, backend="reference") for w in tensors]
+            prox_(tensors, **options, backend=BACKEND)
+            for got, right in zip(tensors, expected):
+                torch.testing.assert_close(got, right)
+                assert torch.equal(got == 0, right == 0)
+        assert len(built) == len(kinds)
+
+
+def test_prox_in_place_keeps_few_tables_and_none_that_failed(built, monkeypatch):
+    def call(n):
+        prox_([fresh((n, 2))], **PENALTY, backend=BACKEND)
+
+    for n in (*range(1, triton_step.KEPT + 1), 1, triton_step.KEPT + 1, 1):
+        call(n)
+    assert len(built) == triton_step.KEPT + 1
+    call(2)  # went when the last came
+    assert len(built) == triton_step.KEPT + 2 and len(triton_step._kept) == triton_step.KEPT
+    monkeypatch.setattr(triton_step, "_stream", lambda device: "another")
+    call(2)  # on another stream
+    assert len(built) == triton_step.KEPT + 3
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_step, WHOLE, None)
+        with pytest.raises(TypeError):
+            call(2)
+    call(2)
+    assert len(built) == triton_step.KEPT + 4
+    with torch.inference_mode():  # its tensors are of no use outside
+        call(2)
+    call(2)
+    assert len(built) == triton_step.KEPT + 5
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_parameters_without_gradients_are_left_alone():
     params = parameters(MIXED, torch.float32)
@@ -151,7 +207,6 @@ def test_changed_hyperparameters_change_no_constant(launches, prox_mode):
         assert len(kinds) == len(CHANGES) + 1 and all(kind == kinds[0] for kind in kinds)
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
@@ -432,7 +487,9 @@ def test_offsets_beyond_32_bits_are_wide(monkeypatch, layout, wide):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("group_by", ["feature", "filter", "channel"])
+@pytest.mark.parametrize(
+    "group_by", ["feature", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("filter", "channel"))]
+)
 def test_wide_offsets_give_the_same_bits(monkeypatch, group_by):
     shapes = [(70, 12), (5, 7, 11), (6, 40)]
     expected = steps_of(parameters(shapes, torch.float32), group_by=group_by, **PENALTY)
@@ -503,6 +560,7 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
     assert torch.equal(w, torch.ones(4, 3, device="cpu"))
 
 
+@pytest.mark.slow
 def test_all_else_works_without_triton():
     run_python(
         "import sys, torch\n"
@@ -525,7 +583,6 @@ def test_all_else_works_without_triton():
 # On a GPU
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_with_cpu_as_default_device(prox_mode):
@@ -542,7 +599,6 @@ def test_with_cpu_as_default_device(prox_mode):
             )
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(3, 2**30), (2**20 + 1, 2048), (1, 2**31 + 8)], ids=str)
 def test_more_than_2_31_elements(shape):
