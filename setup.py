@@ -74,7 +74,7 @@ def find_cuda(env):
     found = f"none on PATH, in CUDA_HOME or in {CUDA_FOLDER}"
     for home in filter(None, homes):
         nvcc = os.path.join(home, "bin", "nvcc")
-        if not os.path.exists(nvcc):
+        if not os.path.exists(nvcc) or cuda_runtime(home) is None:
             continue
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         found = ".".join(re.findall(r"release (\d+)\.(\d+)", version)[0])
@@ -86,15 +86,22 @@ def find_cuda(env):
     return None
 
 
+def cuda_runtime(home):
+    """A toolkit's static runtime library: linked in, it needs nothing that torch may not have brought."""
+    folders = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
+    paths = (os.path.join(home, folder, "libcudart_static.a") for folder in folders)
+    return next(filter(os.path.exists, paths), None)
+
+
 def cuda_options(home):
     """What the CUDA executor adds to the extension: sources, nvcc's flags, libraries to link."""
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = home  # torch looks for it only where it was itself built with CUDA
+    # and then wants its own major version, which does not matter here: the kernels include no header of torch
+    cpp_extension._check_cuda_version = lambda *_: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    lib = next(path for path in (f"{home}/lib64", f"{home}/lib") if os.path.isdir(path))
-    # Linked statically, the runtime needs nothing that torch may not have brought.
-    return ["csrc/cuda_step.cu"], NVCC_FLAGS, [f"{lib}/libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+    return ["csrc/cuda_step.cu"], NVCC_FLAGS, [cuda_runtime(home), "-ldl", "-lrt", "-lpthread"]
 
 
 def build_options(env=os.environ):

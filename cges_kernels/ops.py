@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib import metadata, util
 from typing import Any
@@ -67,7 +68,8 @@ def _why_no_cuda() -> str | None:
 def _why_not_device(index: int) -> str | None:
     """Why the CUDA executor cannot run on this GPU: a driver too old, or no kernel built for it."""
     try:
-        _cuda.check_device(index)
+        with nullcontext() if _cuda.emulated else torch.cuda.device(index):
+            _cuda.check_device(index)
     except RuntimeError as error:
         return str(error)
     return None
@@ -221,7 +223,8 @@ def prox_(
     values = {**thresholds._asdict(), "exact": prox_mode == "exact"}
     if executor in ("cpu", "cuda"):
         extension = _extension(executor)
-        extension.prox_(tensors, layouts, extension.Hyperparameters(**values), executor)
+        capturing = any(w.is_cuda for w in tensors) and torch.cuda.is_current_stream_capturing()
+        extension.prox_(tensors, layouts, extension.Hyperparameters(**values), executor, capturing)
     else:
         from . import triton_step
 

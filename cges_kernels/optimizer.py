@@ -55,7 +55,8 @@ class ProxSGD(Optimizer):
             sequential zeroes nearly everything, and a warning says so once.
         freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, momentum included.
         foreach, differentiable: True takes the reference executor.
-        capturable: kept for torch.optim's sake; no effect on a CPU.
+        capturable: kept for torch.optim's sake. After one step another can be captured in a CUDA graph, with
+            lr and coefficients fixed in it.
         fused: None takes a fused executor where one serves, True demands one, False takes the reference.
         backend: "auto", "reference", "cpu", "triton" or "cuda". The only argument that is not a key of the
             param groups, and in no state_dict.

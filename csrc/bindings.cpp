@@ -66,14 +66,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            })
       .def("gather", &StepPlan::gather, py::arg("params"), py::arg("state"))
       .def("run", &StepPlan::run, py::arg("launch") = py::none());
-  m.def("prox_", &prox_, py::arg("tensors"), py::arg("layouts"), py::arg("h"), py::arg("executor"));
+  m.def("prox_", &prox_, py::arg("tensors"), py::arg("layouts"), py::arg("h"), py::arg("executor"),
+        py::arg("capturing") = false);
   m.def("parallel_threads", &parallel_threads);
   m.def("limit_z_bytes", &limit_z_bytes);
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
 #if CGES_CUDA
   m.def("check_device", &cuda::check_device);
-  m.def("limit_shared_bytes", &cuda::limit_shared_bytes);
+  m.def("limit_shared_bytes", [](int64_t bytes) {
+    cuda::limit_shared_bytes(bytes);
+    forget_kept_cuda_plans();
+  });
   m.def("cuda_paths", &cuda_paths);
 #endif
 }

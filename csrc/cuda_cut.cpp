@@ -7,18 +7,22 @@
 namespace cges::cuda {
 namespace {
 
-constexpr int64_t kSlab = 16384;      // elements of a block: enough to amortise it, few enough to share out
-constexpr int64_t kTileBytes = 4096;  // of z of one warp's tile
+constexpr int64_t kSlab = 16384;       // elements of a block: enough to amortise it, few enough to share out
+constexpr int64_t kLeast = 2048;       // where that leaves multiprocessors without work
+constexpr int64_t kLongestRun = 4096;  // a warp's; longer ones are a block's
 constexpr int64_t kSectorBytes = 32;
-constexpr int64_t kMinRowBytes = 64;  // of a panel: at less, half of what the memory delivers is wasted
-constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of panels in chunks
+constexpr int64_t kRowBytes = 128;    // of a panel: narrower ones where no more fits,
+constexpr int64_t kMinRowBytes = 64;  // to half of it: at less, half of what the memory delivers is wasted
+constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of clusters and of panels in chunks
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+int64_t floor_power_of_two(int64_t n) { return n < 2 ? 1 : 2 * floor_power_of_two(n / 2); }
 
-int32_t power_of_two_from(int64_t n) {
-  int32_t p = 1;
-  while (p < n) p *= 2;
-  return p;
+// Lanes of a warp that share a run of n: some 8 elements each, and where runs begin at multiples of a power of
+// two, so many that no more than four of them want the same bank of shared memory.
+int32_t lanes_of_run(int64_t n) {
+  return int32_t(
+      std::max(floor_power_of_two(std::min<int64_t>(n / 8, kWarp)), std::gcd(n, int64_t{kWarp}) / 4));
 }
 
 template <typename A>
@@ -38,169 +42,178 @@ class Cutter {
       add_matrices(L);
   }
 
-  // Chunks wait in panels until all are known: a window holds whole ones.
   Work finish() {
-    const int64_t keeps = device_.l2_bytes / 2 / (3 * size_ * kSlab);
-    size_t longest = 0;
-    for (const auto& panel : panels_) longest = std::max(longest, panel.size());
-    const int64_t limit = std::max<int64_t>(keeps, longest);
-    std::vector<std::vector<Item>> windows;
-    for (const auto& panel : panels_) {
-      if (windows.empty() || int64_t(windows.back().size() + panel.size()) > limit) windows.emplace_back();
-      windows.back().insert(windows.back().end(), panel.begin(), panel.end());
-    }
-    for (const auto& window : windows) work_.window = std::max<int64_t>(work_.window, window.size());
-    Item idle{};
-    idle.tensor = -1;
-    for (auto& window : windows) {
-      window.resize(work_.window, idle);
-      work_.chunks.insert(work_.chunks.end(), window.begin(), window.end());
-    }
-    work_.panels = int32_t(panels_.size());
+    // The longest first: what is left over at the end is then short.
+    std::stable_sort(work_.blocks.begin(), work_.blocks.end(), [](const Item& a, const Item& b) {
+      return int64_t(a.rows) * a.columns > int64_t(b.rows) * b.columns;
+    });
+    add_windows();
     return std::move(work_);
   }
 
  private:
   // n contiguous elements as rows of all of a block's threads.
-  Item span(Item::Cut cut, int64_t begin, int64_t n) const {
-    const int64_t columns = std::max<int64_t>(std::min(n, kThreads * vector_), 1),
-                  rows = ceil_div(n, columns);
-    return {begin,
-            columns,
-            tensor_,
-            cut,
-            int32_t(rows),
-            int32_t(columns),
-            int32_t(n - (rows - 1) * columns),
-            int32_t(columns),
-            power_of_two_from(ceil_div(columns, vector_))};
+  Item span(Item::Cut cut, int64_t begin, int64_t n, int64_t run) const {
+    const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
+    return item(cut, begin, columns, rows, columns, n - (rows - 1) * columns, run);
   }
+  Item span(int64_t begin, int64_t n) const { return span(Item::Cut::slab, begin, n, n); }  // of one group
 
   Item panel(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t run) const {
-    return {begin,
-            pitch,
-            tensor_,
-            Item::Cut::slab,
-            int32_t(rows),
-            int32_t(columns),
-            int32_t(columns),
-            int32_t(std::min(run, columns)),
-            power_of_two_from(ceil_div(columns, vector_))};
+    return item(Item::Cut::slab, begin, pitch, rows, columns, columns, run);
   }
 
-  int64_t shared_bytes(const Item& item) const {
-    return SharedLayout<A>(item.groups()).z + item.rows * round_up(item.columns, vector_) * sizeof(A);
-  }
-  bool fits(const Item& item) const {
-    return item.columns <= kThreads * vector_ && (item.groups() == 1 || item.columns <= kThreads) &&
-           shared_bytes(item) <= device_.shared_bytes;
-  }
-
-  void push(const Item& item, int64_t bytes) {
-    work_.blocks.push_back(item);
-    work_.shared_blocks = std::max(work_.shared_blocks, bytes);
-  }
-  void push(const Item& item) { push(item, shared_bytes(item)); }
-  void push_cluster_part(const Item& item) {
-    work_.clusters.push_back(item);
-    work_.shared_clusters = std::max(work_.shared_clusters, shared_bytes(item));
+  Item item(Item::Cut cut, int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t last_columns,
+            int64_t run) const {
+    Item made{};
+    made.begin = begin;
+    made.pitch = pitch;
+    made.tensor = tensor_;
+    made.cut = cut;
+    made.rows = int32_t(rows);
+    made.columns = int32_t(columns);
+    made.last_columns = int32_t(last_columns);
+    made.run = int32_t(cut == Item::Cut::slab ? std::min(run, columns) : run);
+    made.lanes = int32_t(ceil_div(columns, vector_));
+    made.run_lanes = lanes_of_run(run);
+    return made;
   }
 
+  int64_t row_of_threads() const { return kThreads * vector_; }
+  int64_t shared_bytes(int64_t rows, int64_t columns, int64_t groups) const {
+    return SharedLayout<A>(groups).z + rows * round_up(columns, vector_) * int64_t(sizeof(A));
+  }
+  int64_t shared_bytes(const Item& x) const { return shared_bytes(x.rows, x.columns, x.groups()); }
+
+  bool span_fits(int64_t n) const {
+    return shared_bytes(ceil_div(n, row_of_threads()), row_of_threads(), 1) <= device_.shared_bytes;
+  }
+  bool panel_fits(int64_t rows, int64_t columns, int64_t groups) const {
+    const int64_t most = device_.shared_bytes / int64_t(sizeof(A));
+    return columns <= (groups == 1 ? row_of_threads() : kThreads) && rows <= most / columns &&
+           shared_bytes(rows, columns, groups) <= device_.shared_bytes;
+  }
+  // Elements of a span of at most `wish` that fits a block: whole rows of all threads.
+  int64_t span_size(int64_t wish) const {
+    const int64_t most = (device_.shared_bytes - SharedLayout<A>(1).z) / int64_t(sizeof(A));
+    return std::max(std::min(wish, most) / row_of_threads(), int64_t{1}) * row_of_threads();
+  }
+
+  void push(const Item& x) {
+    work_.blocks.push_back(x);
+    work_.shared_blocks = std::max(work_.shared_blocks, shared_bytes(x));
+  }
+  void push_cluster_part(const Item& x) {
+    work_.clusters.push_back(x);
+    work_.shared_clusters = std::max(work_.shared_clusters, shared_bytes(x));
+  }
   void push_panel(std::vector<Item> chunks) {
-    for (Item& item : chunks) {
-      item.panel = int32_t(panels_.size());
-      item.chunk = int32_t(&item - chunks.data());
-      item.chunks = int32_t(chunks.size());
-      item.slot = work_.scratch_bytes;
-      work_.shared_blocks = std::max(work_.shared_blocks, shared_bytes(item));
+    for (Item& x : chunks) {
+      x.panel = work_.panels;
+      x.chunk = int32_t(&x - chunks.data());
+      x.chunks = int32_t(chunks.size());
+      x.slot = work_.scratch_bytes;
+      work_.shared_blocks = std::max(work_.shared_blocks, shared_bytes(x));
     }
     const int64_t groups = chunks.front().groups();
     work_.scratch_bytes += state_bytes<A>(groups) + round_up(chunks.size() * groups * sizeof(Sums<A>), 16);
-    panels_.push_back(std::move(chunks));
+    work_.chunks.insert(work_.chunks.end(), chunks.begin(), chunks.end());
+    ++work_.panels;
+  }
+
+  // A window holds whole panels, as many as the L2 keeps: half of it, for what has just left is still there.
+  void add_windows() {
+    auto& chunks = work_.chunks;
+    const int64_t keeps = device_.l2_bytes / 2 / (3 * size_);
+    for (size_t begin = 0, end = 0; begin < chunks.size(); begin = end) {
+      int64_t elements = 0;
+      do {
+        const size_t next = end + chunks[end].chunks;
+        int64_t more = 0;
+        for (size_t i = end; i < next; ++i) more += int64_t(chunks[i].rows) * chunks[i].columns;
+        if (end > begin && elements + more > keeps) break;
+        elements += more;
+        end = next;
+      } while (end < chunks.size());
+      for (size_t i = begin; i < end; ++i) {
+        chunks[i].window_begin = int32_t(begin);
+        chunks[i].window_size = int32_t(end - begin);
+      }
+    }
   }
 
   void add_elements(int64_t n) {
-    const int64_t each = std::min(kSlab / 2, span_limit());
-    for (int64_t i = 0; i < n; i += each) push(span(Item::Cut::elements, i, std::min(each, n - i)));
+    const int64_t each = span_size(kSlab / 2);
+    for (int64_t i = 0; i < n; i += each) push(span(Item::Cut::elements, i, std::min(each, n - i), 1));
   }
 
   // Contiguous groups of n elements.
   void add_runs(int64_t groups, int64_t n) {
-    const int64_t tile = std::min<int64_t>(kTileBytes / sizeof(A), device_.shared_bytes / kWarps / sizeof(A));
-    if (n <= tile) return add_tiles(groups, n, tile);
-    for (int64_t g = 0; g < groups; ++g) {
-      const Item whole = span(Item::Cut::slab, g * n, n);
-      const int64_t part = round_up(ceil_div(n, kClusterSize), vector_);
-      if (fits(whole))
-        push(whole);
-      else if (device_.clusters && fits(span(Item::Cut::slab, 0, part)))
-        for (int64_t i = 0; i < kClusterSize; ++i)
-          push_cluster_part(
-              span(Item::Cut::slab, g * n + i * part, std::clamp<int64_t>(n - i * part, 0, part)));
-      else
-        push_panel(chunks_of_run(g * n, n));
+    const int64_t total = groups * n, part = round_up(ceil_div(n, kClusterSize), vector_);
+    const int64_t wish = std::clamp(total / (2 * device_.multiprocessors), kLeast, kSlab);
+    if (n <= std::min(kLongestRun, span_size(kSlab))) {
+      int64_t together = std::max(std::min(span_size(kSlab), std::max(wish, n)) / n, int64_t{1});
+      const int64_t aligned = vector_ / std::gcd(vector_, n);  // so many begin where a wide access may
+      if (together > aligned) together -= together % aligned;
+      for (int64_t i = 0; i < total; i += together * n)
+        push(span(Item::Cut::runs, i, std::min(together * n, total - i), n));
+      return;
     }
-  }
-
-  // As many whole groups to a tile as fit; rows of 16 bytes where that is possible.
-  void add_tiles(int64_t groups, int64_t n, int64_t tile) {
-    int64_t together = tile / n;
-    const int64_t aligned = vector_ / std::gcd(vector_, n);
-    if (together >= aligned) together -= together % aligned;
-    const int64_t columns = together * n, total = groups * n, each = columns * kWarps;
-    // lanes of a group: so many that none idles, and that their addresses fall into different banks
-    const int64_t lanes =
-        std::max<int64_t>(std::gcd(n, int64_t{kWarp}), power_of_two_from(ceil_div(kWarp, together)));
-    for (int64_t i = 0; i < total; i += each) {
-      const int64_t left = std::min(each, total - i), rows = ceil_div(left, columns);
-      push({i, columns, tensor_, Item::Cut::tiles, int32_t(rows), int32_t(columns),
-            int32_t(left - (rows - 1) * columns), int32_t(n), int32_t(lanes)},
-           kWarps * round_up(columns, vector_) * sizeof(A));
+    for (int64_t i = 0; i < total; i += n) {
+      if (span_fits(n))
+        push(span(i, n));
+      else if (device_.clusters && span_fits(part))
+        for (int64_t j = 0; j < kClusterSize * part; j += part)
+          push_cluster_part(span(i + j, std::clamp<int64_t>(n - j, 0, part)));
+      else
+        push_panel(chunks_of_run(i, n));
     }
   }
 
   // At each k1 a matrix of R1 rows and K2*R2 columns, cut into panels of whole groups.
   void add_matrices(const Layout& L) {
-    const int64_t part = ceil_div(L.R1, kClusterSize), wish = std::clamp<int64_t>(kSlab / L.R1, 64, kThreads);
-    int64_t columns = 0;
-    bool cluster = false;
-    for (const int64_t step : panel_steps(L)) {
-      if ((columns = widest(L, L.R1, step, wish)) > 0) break;
-      if ((cluster = device_.clusters && (columns = widest(L, part, step, kPanelColumns)) > 0)) break;
+    const int64_t part = ceil_div(L.R1, kClusterSize);
+    int64_t whole = 0, cluster = 0;
+    // Panels that begin where a wide access may come first, then those that need no cluster.
+    for (const bool aligned : {true, false}) {
+      if (!aligned || L.row_length() % vector_ == 0) {
+        whole = widest(L, L.R1, kThreads, aligned);
+        if (whole == 0 && device_.clusters) cluster = widest(L, part, kPanelColumns, aligned);
+      }
+      if (whole + cluster > 0) break;
     }
-    const bool whole = columns > 0 && !cluster;
-    if (columns == 0) columns = panel_columns(L);
+    const int64_t columns = whole + cluster > 0 ? whole + cluster : panel_columns(L), pitch = L.row_length();
     for (int64_t k1 = 0; k1 < L.K1; ++k1)
-      for (int64_t c = 0; c < L.row_length(); c += columns) {
-        const int64_t width = std::min(columns, L.row_length() - c), pitch = L.row_length();
-        const auto rows_from = [&](int64_t r, int64_t rows) {
-          return panel(L.offset(k1, r, 0) + c, pitch, rows, width, L.R2);
-        };
-        if (whole) {
-          push(rows_from(0, L.R1));
-        } else if (cluster) {
-          for (int64_t i = 0; i < kClusterSize; ++i)
-            push_cluster_part(rows_from(i * part, std::clamp<int64_t>(L.R1 - i * part, 0, part)));
-        } else {
-          push_panel(chunks_of_panel(L, L.offset(k1, 0, 0) + c, width));
-        }
+      for (int64_t c = 0; c < pitch; c += columns) {
+        const int64_t begin = L.offset(k1, 0, 0) + c, width = std::min(columns, pitch - c);
+        if (whole > 0)
+          push(panel(begin, pitch, L.R1, width, L.R2));
+        else if (cluster > 0)
+          for (int64_t r = 0; r < kClusterSize * part; r += part)
+            push_cluster_part(
+                panel(begin + r * pitch, pitch, std::clamp<int64_t>(L.R1 - r, 0, part), width, L.R2));
+        else
+          push_panel(chunks_of_panel(L, begin, width));
       }
   }
 
-  // What a panel's columns are a multiple of, best first: whole groups, in whole sectors of the memory, or in
-  // accesses of 16 bytes, or as they are. Where rows lie at odd addresses nothing is gained by the first two.
-  std::vector<int64_t> panel_steps(const Layout& L) const {
-    if (L.row_length() % vector_ != 0) return {L.R2};
-    return {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_), L.R2};
+  // What a panel's columns are a multiple of, best first: whole groups, in whole sectors of the memory or in
+  // accesses of 16 bytes; or, not `aligned`, as they are.
+  std::vector<int64_t> panel_steps(const Layout& L, bool aligned) const {
+    if (!aligned) return {L.R2};
+    return {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)};
   }
 
-  // The most columns, a multiple of `step` if not all, with which `rows` rows fit a block; 0 where not even
-  // the narrowest panel worth it does.
-  int64_t widest(const Layout& L, int64_t rows, int64_t step, int64_t wish) const {
-    const int64_t narrowest = round_up(kMinRowBytes / size_, step);
-    for (int64_t c = std::max(wish / step * step, narrowest); c >= narrowest; c -= step) {
-      const int64_t width = std::min(c, L.row_length());
-      if (fits(panel(0, L.row_length(), rows, width, L.R2))) return width;
+  // The most columns, up to some kSlab elements, with which `rows` rows fit a block; 0 where not even the narrowest
+  // panel worth it does.
+  int64_t widest(const Layout& L, int64_t rows, int64_t most, bool aligned) const {
+    const int64_t wish = std::clamp(kSlab / rows, kRowBytes / size_, most);
+    for (const int64_t step : panel_steps(L, aligned)) {
+      const int64_t narrowest = round_up(kMinRowBytes / size_, step);
+      for (int64_t c = std::max(wish / step * step, narrowest); c >= narrowest; c -= step) {
+        const int64_t width = std::min(c, L.row_length());
+        if (panel_fits(rows, width, ceil_div(width, L.R2))) return width;
+      }
     }
     return 0;
   }
@@ -210,27 +223,25 @@ class Cutter {
     if (L.R2 > kThreads) return L.R2;
     int64_t columns = std::min<int64_t>(kPanelColumns, kThreads);
     while (columns > kMinPanelColumns && 3 * size_ * L.R1 * columns > device_.l2_bytes / 2) columns /= 2;
-    for (const int64_t step : panel_steps(L))
+    for (const int64_t step : panel_steps(L, true))
       if (step <= columns) return columns / step * step;
-    return L.R2;
+    return std::max(columns / L.R2, int64_t{1}) * L.R2;
   }
 
   std::vector<Item> chunks_of_run(int64_t begin, int64_t n) const {
     std::vector<Item> chunks;
-    const int64_t each = std::min(kSlab, span_limit());
-    for (int64_t i = 0; i < n; i += each)
-      chunks.push_back(span(Item::Cut::slab, begin + i, std::min(each, n - i)));
+    const int64_t each = span_size(kSlab);
+    for (int64_t i = 0; i < n; i += each) chunks.push_back(span(begin + i, std::min(each, n - i)));
     return chunks;
   }
 
   // A panel of several groups, or of one that is wider than a block: then each row in spans of its own.
   std::vector<Item> chunks_of_panel(const Layout& L, int64_t begin, int64_t width) const {
     std::vector<Item> chunks;
-    const int64_t pitch = L.row_length(), most = std::min(width, width == L.R2 ? kThreads * vector_ : width);
-    const int64_t limit =
-        std::min(kSlab, (device_.shared_bytes - SharedLayout<A>(width / std::min(L.R2, width)).z) /
-                            int64_t(sizeof(A)));
-    const int64_t rows = std::max<int64_t>(limit / round_up(most, vector_), 1);
+    const int64_t pitch = L.row_length(), most = std::min(width, width == L.R2 ? row_of_threads() : width);
+    const int64_t room = device_.shared_bytes - SharedLayout<A>(ceil_div(width, L.R2)).z;
+    const int64_t fits = std::min(kSlab, room / int64_t(sizeof(A))) / round_up(most, vector_);
+    const int64_t rows = std::max(fits, int64_t{1});
     for (int64_t r = 0; r < L.R1; r += rows)
       for (int64_t c = 0; c < width; c += most)
         chunks.push_back(
@@ -238,18 +249,10 @@ class Cutter {
     return chunks;
   }
 
-  // Elements of a span that fit a block.
-  int64_t span_limit() const {
-    const int64_t row = kThreads * vector_;
-    const int64_t limit = (device_.shared_bytes - SharedLayout<A>(1).z) / int64_t(sizeof(A));
-    return std::max(limit / row * row, row);
-  }
-
   const Device device_;
   const int64_t size_, vector_;
   int32_t tensor_ = 0;
   Work work_;
-  std::vector<std::vector<Item>> panels_;
 };
 
 template <typename A>

@@ -1,4 +1,4 @@
-// The groups of a slab whose z is in shared memory: sums, solve, apply, for a warp's tile and for a block.
+// The groups of a slab whose z is in shared memory: sums, solve, apply, for contiguous groups and for a panel's.
 #pragma once
 #include <limits>
 
@@ -28,15 +28,15 @@ __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>&
   if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, h.exact, kEpsilon<A>);
 }
 
-// The groups of a warp's tile, `run` adjacent elements each, in the hands of `lanes` lanes from sums to
-// apply.
+// Contiguous groups of `run` elements, whose z becomes w: each in the hands of `lanes` lanes of a warp, from its
+// sums to the apply.
 template <typename T>
-__device__ __forceinline__ void shrink_tile(const Slab<T>& slab, int elements, int run, int lanes,
+__device__ __forceinline__ void shrink_runs(const Slab<T>& slab, int run, int lanes,
                                             const Coefficients<Compute<T>>& h, Compute<T>* z) {
   using A = Compute<T>;
-  const int lane = threadIdx.x % kWarp, groups = elements / run;
-  for (int g0 = 0; g0 < groups; g0 += kWarp / lanes) {
-    const int g = g0 + lane / lanes, begin = g * run + lane % lanes;
+  const int groups = slab.elements() / run, at_once = kThreads / lanes, rank = threadIdx.x % lanes;
+  for (int g0 = 0; g0 < groups; g0 += at_once) {
+    const int g = g0 + threadIdx.x / lanes, begin = g * run + rank;
     const int end = g < groups ? (g + 1) * run : 0;  // idle lanes take part in the shuffles alone
     ShrinkageSolver<A> solver;
     solver.start(h.thresholds);
@@ -47,15 +47,16 @@ __device__ __forceinline__ void shrink_tile(const Slab<T>& slab, int elements, i
     Sums<A> sums;
     do {
       sums = {{}, alive};
+#pragma unroll 4
       for (int i = begin; i < end; i += lanes) group_stats(z[i], solver.at.t, sums.stats);
       for (int apart = lanes / 2; apart > 0; apart /= 2) add_from_lane(sums, apart);
       solve(solver, sums, h);
     } while (__any_sync(kAllLanes, !solver.done));
     const bool dead = sums.alive == A(0), shrinks = h.thresholds.any();
-    for (int i = begin; i < end; i += lanes) {
-      z[i] = dead ? A(0) : A(shrunk<T>(z[i], solver.at, shrinks));
-      if (dead && slab.momentum >= Momentum::first) slab.buf[i] = T(0.0f);
-    }
+#pragma unroll 4
+    for (int i = begin; i < end; i += lanes) z[i] = dead ? A(0) : A(shrunk<T>(z[i], solver.at, shrinks));
+    for (int i = begin; i < end && dead && slab.momentum >= Momentum::first; i += lanes)
+      slab.buf[i] = T(0.0f);
   }
 }
 

@@ -100,6 +100,7 @@ void* CudaPlan::stream_of(Batch& batch) {
 }
 
 void CudaPlan::step(const std::vector<StepRow>& table, const std::vector<Hyperparameters>& hyperparameters) {
+  bool launched = false;
   for (Batch& batch : batches_) {
     std::vector<cuda::TensorArgs> args;
     std::vector<int64_t> phases;
@@ -119,28 +120,43 @@ void CudaPlan::step(const std::vector<StepRow>& table, const std::vector<Hyperpa
     cuda::launch(
         {batch.work, items, clusters, clusters + batch.work.clusters.size(), batch.scratch.mutable_data_ptr(),
          batch.counters.mutable_data_ptr<int32_t>(), args, phases, batch.rows, rows},
-        batch.dtype, batch.description, stream_of(batch));
+        batch.dtype, batch.description, stream_of(batch), launched);
   }
 }
 
-CudaPlan& kept_cuda_plan(const std::vector<StepTensor>& tensors) {
-  struct Kept {
-    std::vector<StepTensor> tensors;
-    std::vector<c10::StreamId> streams;  // two steps of one plan at once would share its scratch
-    CudaPlan plan;
-  };
-  static auto& kept = *new std::list<Kept>;  // never destroyed: at exit the driver may be gone before it
+namespace {
+
+struct Kept {
+  std::vector<StepTensor> tensors;
+  std::vector<c10::StreamId> streams;  // two steps of one plan at once would share its scratch
+  bool pinned;                         // a graph that was captured may come back to its tables
+  CudaPlan plan;
+};
+
+// Never destroyed: at exit the driver may be gone before it.
+std::list<Kept>& kept_plans() {
+  static auto& kept = *new std::list<Kept>;
+  return kept;
+}
+
+}  // namespace
+
+CudaPlan& kept_cuda_plan(const std::vector<StepTensor>& tensors, bool pin) {
+  std::list<Kept>& kept = kept_plans();
   std::vector<c10::StreamId> streams;
   for (const StepTensor& x : tensors) streams.push_back(current_stream(x.device).id());
   const auto found = std::find_if(
       kept.begin(), kept.end(), [&](const Kept& k) { return k.tensors == tensors && k.streams == streams; });
-  if (found != kept.end()) {
+  if (found != kept.end())
     kept.splice(kept.begin(), kept, found);
-  } else {
-    kept.push_front({tensors, streams, CudaPlan(tensors)});
-    if (kept.size() > kKeptPlans) kept.pop_back();
-  }
+  else
+    kept.push_front({tensors, streams, false, CudaPlan(tensors)});
+  kept.front().pinned |= pin;
+  const auto last = std::find_if(kept.rbegin(), kept.rend(), [](const Kept& k) { return !k.pinned; });
+  if (kept.size() > kKeptPlans && last != kept.rend()) kept.erase(std::next(last).base());
   return kept.front().plan;
 }
+
+void forget_kept_cuda_plans() { kept_plans().clear(); }
 
 }  // namespace cges

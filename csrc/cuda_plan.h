@@ -55,8 +55,9 @@ class CudaPlan {
   std::vector<Batch> batches_;
 };
 
-// A plan for these tensors on the current streams, kept from one call to the next: for those who call with
-// the same tensors again and again.
-CudaPlan& kept_cuda_plan(const std::vector<StepTensor>& tensors);
+// A plan for these tensors on the current streams, kept from one call to the next: for those who call with the
+// same tensors again and again. `pin`: for good, as a graph that is being captured will come back to it.
+CudaPlan& kept_cuda_plan(const std::vector<StepTensor>& tensors, bool pin);
+void forget_kept_cuda_plans();
 
 }  // namespace cges

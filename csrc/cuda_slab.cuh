@@ -54,9 +54,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T>& pack, int n) {
   }
 }
 
-// Rows x columns elements of one tensor as one thread of a block, or a warp, sees them: its part is one run
-// of kVector columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so
-// are the bits.
+// Rows x columns elements of one tensor as one thread of a block sees them: its part is one run of kVector columns,
+// in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so are the bits.
 template <typename T>
 struct Slab {
   using A = Compute<T>;
@@ -72,8 +71,7 @@ struct Slab {
   int rows, columns, last_columns;
   int column, row, stride;
 
-  __device__ Slab(const TensorArgs& args, Momentum momentum, const Item& item, int lanes, int rank,
-                  int threads)
+  __device__ Slab(const TensorArgs& args, Momentum momentum, const Item& item)
       : w(static_cast<T*>(args.w) + item.begin),
         grad(args.grad ? static_cast<const T*>(args.grad) + item.begin : nullptr),
         buf(args.buf ? static_cast<T*>(args.buf) + item.begin : nullptr),
@@ -82,15 +80,18 @@ struct Slab {
         rows(item.rows),
         columns(item.columns),
         last_columns(item.last_columns),
-        column(rank % lanes * kVector),
-        row(rank / lanes),
-        stride(threads / lanes) {}
+        column(int(threadIdx.x) % item.lanes * kVector),
+        row(int(threadIdx.x) / item.lanes),
+        stride(kThreads / item.lanes) {
+    if (row >= stride) column = columns;  // left over: idle
+  }
 
   // z lies in shared memory, its rows padded with zeros to whole vectors.
   __device__ int z_pitch() const { return int(round_up(columns, kVector)); }
   __device__ int z_elements() const {
     return rows == 0 ? 0 : (rows - 1) * z_pitch() + int(round_up(last_columns, kVector));
   }
+  __device__ int elements() const { return rows == 0 ? 0 : (rows - 1) * columns + last_columns; }
   __device__ int64_t offset(int r) const { return r * pitch + column; }
   __device__ int length(int r) const {
     return min(kVector, (r == rows - 1 ? last_columns : columns) - column);
@@ -119,16 +120,16 @@ struct Slab {
 };
 
 // z of a slab into shared memory, the new buffer into its place. Bit v of the result: column + v has a weight
-// that is not 0.
-template <typename T>
-__device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coefficients<Compute<T>>& h,
+// that is not 0. `running`: the momentum is, as in all steps but the first.
+template <typename T, bool running>
+__device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Coefficients<Compute<T>>& h,
                                                 bool keep_buf, Compute<T>* z) {
   using A = Compute<T>;
   constexpr int kVector = Slab<T>::kVector;
-  const bool reads_grad = slab.momentum != Momentum::no_grad;
-  const bool reads_buf = slab.momentum == Momentum::running;
-  const bool writes_buf = keep_buf && slab.momentum >= Momentum::first;
-  const SgdScalars<A> sgd = h.sgd;  // in registers: indexed constants are slow to reach
+  const Momentum momentum = running ? Momentum::running : slab.momentum;
+  const bool reads_grad = momentum != Momentum::no_grad;
+  const bool writes_buf = keep_buf && momentum >= Momentum::first;
+  const SgdScalars<A> sgd = h.sgd;
   const bool nesterov = h.nesterov, decay = sgd.weight_decay != A(0);
   const bool freezes_elements = h.freeze == Freeze::element;
   unsigned alive = 0;
@@ -141,7 +142,7 @@ __device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coeff
       if (r >= end) continue;
       w[k] = load<wide>(slab.w + slab.offset(r), slab.length(r));
       if (reads_grad) grad[k] = load<wide>(slab.grad + slab.offset(r), slab.length(r));
-      if (reads_buf) buf[k] = load<wide>(slab.buf + slab.offset(r), slab.length(r));
+      if (running) buf[k] = load<wide>(slab.buf + slab.offset(r), slab.length(r));
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
@@ -151,8 +152,8 @@ __device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coeff
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         const A x = A(w[k].x[v]), g = reads_grad ? A(grad[k].x[v]) : A(0);
-        A b = reads_buf ? A(buf[k].x[v]) : A(0);
-        A value = sgd_update(slab.momentum, nesterov, decay, x, g, b, sgd);
+        A b = running ? A(buf[k].x[v]) : A(0);
+        A value = sgd_update(momentum, nesterov, decay, x, g, b, sgd);
         const bool frozen = freezes_elements && x == A(0);
         value = frozen ? A(0) : value;
         b = frozen ? A(0) : b;
@@ -167,6 +168,13 @@ __device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coeff
     }
   });
   return alive;
+}
+
+template <typename T>
+__device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coefficients<Compute<T>>& h,
+                                                bool keep_buf, Compute<T>* z) {
+  return slab.momentum == Momentum::running ? update_rows<T, true>(slab, h, keep_buf, z)
+                                            : update_rows<T, false>(slab, h, keep_buf, z);
 }
 
 // w = value(z, v) for the element in this thread's column v.

@@ -10,17 +10,15 @@
 // holding whole groups; a block works on one. Two blocks share a multiprocessor, so that one loads while the
 // other reduces, with some 113 KB of z each. A block has 256 threads; each has 16 bytes of three tensors and
 // two rows under way: 2 x 256 x 2 x 3 x 16 = 48 KB per multiprocessor, where about 32 KB saturate the memory.
-//   block    the z of whole groups fits one block. Rows ("filter"): tiles of whole rows, a warp's each and
-//   without
-//            block-wide barriers, up to 1,024 elements; a block per row above. Columns ("feature"): a panel
-//            as wide as fits, 64 bytes of each row at least. "channel": such a panel, adjacent columns added
-//            up. No groups: any run of elements.
-//   cluster  sm_90 on: eight blocks hold the rows of one panel, and read each other's sums (not each other's
-//   z)
+//   block    the z of whole groups fits one block. Rows ("filter") up to 4,096 elements: as many as make 16,384
+//            elements, each in the hands of a warp or some of its lanes; longer ones alone. Columns ("feature"):
+//            panels of some 16,384 elements, 64 bytes of each row at least. "channel": such panels, adjacent columns
+//            added up. No groups: any run of elements.
+//   cluster  sm_90 on: eight blocks hold the rows of one panel, and read each other's sums (not each other's z)
 //            through distributed shared memory, with one cluster barrier per sweep.
 //   ticket   all the rest. Chunks of a panel leave their sums in slots; the last to arrive adds them in index
 //            order and moves the search on; the last stage reads everything again and applies. Panels go in
-//            windows that the L2 keeps, so that what one stage has read the next finds there.
+//            windows: of one, or as many as the L2 keeps, so that what one stage has read the next finds there.
 // Blocks and tickets share one kernel, so a model without cluster work is one launch. Exact mode sweeps over
 // z in shared memory; on the ticket path each sweep is one more stage, and the stages of a search that has
 // ended exit at once.
@@ -52,19 +50,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const bool has_ticket = blockIdx.x < unsigned(table.tickets);
   const Item* item = table.items + (int64_t(blockIdx.x) - table.tickets);
   int stage = 0;
-  if (has_ticket) {
-    const int64_t ticket = take_ticket(table.counters, word), per_window = table.window * (table.stages + 1);
-    const int64_t window = ticket / per_window, rest = ticket % per_window;
-    stage = int(rest / table.window);
-    item = table.chunks + window * table.window + rest % table.window;
+  if (has_ticket) {  // they go window by window; in a window, stage by stage
+    const int ticket = take_ticket(table.counters, word), tickets_each = table.stages + 1;
+    const Item& any = table.chunks[ticket / tickets_each];  // of the window
+    const int rest = ticket - any.window_begin * tickets_each;
+    stage = rest / any.window_size;
+    item = table.chunks + any.window_begin + rest % any.window_size;
   }
   const Item mine = *item;
-  if (table.steps(mine.tensor)) {
-    if (mine.cut == Item::Cut::tiles)
-      run_tiles<T>(table, mine, memory);
-    else
-      run_slab<T, false>(table, mine, stage, memory);
-  }
+  if (table.steps(mine.tensor)) run_item<T, false>(table, mine, stage, memory);
   if (has_ticket) end_ticket(table, word);
 }
 
@@ -75,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   CGES_SHARED(memory);
   const Item item = table.items[blockIdx.x];
   if (!table.steps(item.tensor)) return;
-  run_slab<T, true>(table, item, 0, memory);
+  run_item<T, true>(table, item, 0, memory);
   cg::this_cluster().sync();  // nobody leaves while others read its sums
 #endif
 }
@@ -110,6 +104,7 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 struct Launch {
+  Launch(const Launch&) = delete;  // config points at cluster
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute cluster{};
 
@@ -126,6 +121,26 @@ struct Launch {
   }
 };
 
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, const Device& device) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_bytes));
+}
+
+// Whether the device can hold one cluster with all the shared memory that a block may have: parts of a
+// partitioned GPU, say, may be too small.
+bool clusters_fit(const Device& device) {
+  const Launch launch(kClusterSize, device.shared_bytes, kClusterSize, nullptr);
+  int resident = 0;
+  return cudaSetDevice(device.index) == cudaSuccess &&
+         allow_shared(step_clusters<float>, device) == cudaSuccess &&
+         cudaOccupancyMaxActiveClusters(&resident, step_clusters<float>, &launch.config) == cudaSuccess &&
+         resident > 0;
+}
+
 template <typename A>
 Coefficients<A> to_coefficients(const Hyperparameters& h) {
   return {{A(h.sgd.lr), A(h.sgd.momentum), A(h.sgd.one_minus_dampening), A(h.sgd.weight_decay),
@@ -141,12 +156,12 @@ void fill(StepTable<A>& table, const Step& step) {
   table.chunks = step.chunks;
   table.scratch = static_cast<unsigned char*>(step.scratch);
   table.counters = step.counters;
-  table.window = step.work.window;
   table.panels = step.work.panels;
   table.stages = 1;
   for (size_t i = 0; i < step.hyperparameters.size(); ++i) {
     table.coefficients[i] = to_coefficients<A>(step.hyperparameters[i]);
-    if (step.hyperparameters[i].exact) table.stages = ShrinkageSolver<A>::kMaxSweeps;
+    const Hyperparameters& h = step.hyperparameters[i];
+    if (h.exact && h.thresholds.b != 0) table.stages = ShrinkageSolver<A>::kMaxSweeps;
   }
   table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
   for (size_t i = 0; i < step.tensors.size(); ++i) {
@@ -169,17 +184,22 @@ Device describe_device(int index) {
   check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
   if (driver / 1000 < runtime / 1000)
     throw std::runtime_error("cuda executor: expected a driver for CUDA " + std::to_string(runtime / 1000) +
-                             ", found one for CUDA " + std::to_string(driver / 1000) + "." +
-                             std::to_string(driver % 1000 / 10) +
+                             ", found one for CUDA " + version(driver) +
                              "; update the driver, or use backend='triton'");
+  if (driver < 12010)
+    throw std::runtime_error(
+        "cuda executor: expected a driver for CUDA 12.1 or newer, whose kernels take 32 KB of "
+        "arguments, found one for CUDA " +
+        version(driver) + "; update the driver, or use backend='triton'");
   const int64_t reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock, index);
   const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index) / 2 - reserved;
   const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   Device device;
   device.index = index;
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   device.shared_bytes = std::min({half, most, shared_limit});
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
-  device.clusters = attribute(cudaDevAttrClusterLaunch, index) != 0;
+  device.clusters = attribute(cudaDevAttrClusterLaunch, index) != 0 && clusters_fit(device);
   return device;
 }
 
@@ -187,46 +207,32 @@ void check_launchable(const Work& work, DType dtype, const Device& device) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   with_type(dtype, [&]<typename T>() {
     cudaFuncAttributes found{};
-    const char* const what = "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST";
-    check(cudaFuncGetAttributes(&found, step_blocks<T>), what);
-    check(cudaFuncSetAttribute(step_blocks<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(device.shared_bytes)),
-          "cudaFuncSetAttribute");
-    if (work.clusters.empty()) return;
-    check(cudaFuncSetAttribute(step_clusters<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(device.shared_bytes)),
-          "cudaFuncSetAttribute");
-    const Launch launch(int64_t(work.clusters.size()), work.shared_clusters, kClusterSize, nullptr);
-    int resident = 0;
-    check(cudaOccupancyMaxActiveClusters(&resident, step_clusters<T>, &launch.config), what);
-    if (resident == 0)
-      throw std::runtime_error("cuda executor: expected room for a cluster of 8 blocks, found none");
+    check(cudaFuncGetAttributes(&found, step_blocks<T>),
+          "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
+    check(allow_shared(step_blocks<T>, device), "cudaFuncSetAttribute");
+    if (!work.clusters.empty()) check(allow_shared(step_clusters<T>, device), "cudaFuncSetAttribute");
   });
 }
 
 void check_device(int index) { check_launchable({}, DType::f32, describe_device(index)); }
 
-void launch(const Step& step, DType dtype, const Device& device, void* stream) {
+void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
-  const Work& work = step.work;
-  const auto failed = [](bool first) {
-    return first ? "the launch failed, no parameter has changed"
-                 : "a launch after the first failed, so some parameters have been stepped and others not";
+  const auto run = [&](auto kernel, auto& table, int64_t blocks, int64_t shared, int cluster_size) {
+    if (blocks == 0) return;
+    const Launch with(blocks, shared, cluster_size, stream);
+    check(cudaLaunchKernelEx(&with.config, kernel, table),
+          launched ? "a launch after the first failed, so some parameters have been stepped and others not"
+                   : "the launch failed, no parameter has changed");
+    launched = true;
   };
   with_type(dtype, [&]<typename T>() {
-    static thread_local StepTable<Compute<T>> table;  // 32 KB, and only what is filled in is read
+    static thread_local StepTable<Compute<T>> table;  // 32 KB: not on the stack
     fill(table, step);
-    const int64_t blocks = int64_t(work.blocks.size()) + table.tickets;
-    if (blocks > 0) {
-      table.items = step.blocks;
-      const Launch with(blocks, work.shared_blocks, 1, stream);
-      check(cudaLaunchKernelEx(&with.config, step_blocks<T>, table), failed(true));
-    }
-    if (!work.clusters.empty()) {
-      table.items = step.clusters;
-      const Launch with(int64_t(work.clusters.size()), work.shared_clusters, kClusterSize, stream);
-      check(cudaLaunchKernelEx(&with.config, step_clusters<T>, table), failed(blocks == 0));
-    }
+    table.items = step.blocks;
+    run(step_blocks<T>, table, int64_t(step.work.blocks.size()) + table.tickets, step.work.shared_blocks, 1);
+    table.items = step.clusters;
+    run(step_clusters<T>, table, int64_t(step.work.clusters.size()), step.work.shared_clusters, kClusterSize);
   });
 }
 

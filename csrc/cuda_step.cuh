@@ -1,4 +1,4 @@
-// How one block goes about its item: tiles, a slab alone or in a cluster, a chunk of a panel with a ticket.
+// How one block goes about its item: alone, in a cluster, or with a ticket for a chunk of a panel.
 #pragma once
 #include <cooperative_groups.h>
 
@@ -34,43 +34,17 @@ struct StepTable {
   const Item *items, *chunks;
   unsigned char* scratch;
   int32_t* counters;
-  int64_t window;
   int32_t tickets, stages, panels;
   TensorArgs tensors[kMaxTensors];
   uint16_t rows[kMaxTensors];  // row of coefficients * 8 + phase + 1
   Coefficients<A> coefficients[kMaxRows];
 
-  // Whether the item has work at all: it is not padding, and its tensor has a gradient.
-  __device__ bool steps(int tensor) const { return tensor >= 0 && rows[tensor] % 8 != 0; }
+  // Whether the tensor has a gradient.
+  __device__ bool steps(int tensor) const { return rows[tensor] % 8 != 0; }
   __device__ Momentum momentum(int tensor) const { return Momentum(int(rows[tensor] % 8) - 1); }
   __device__ const Coefficients<A>& of(int tensor) const { return coefficients[rows[tensor] / 8]; }
 };
 static_assert(sizeof(StepTable<float>) <= kArgumentBytes && sizeof(StepTable<double>) <= kArgumentBytes);
-
-// A tile for each warp.
-template <typename T>
-__device__ __forceinline__ void run_tiles(const StepTable<Compute<T>>& table, const Item& item,
-                                          unsigned char* memory) {
-  using A = Compute<T>;
-  const Coefficients<A>& h = table.of(item.tensor);
-  const int tile = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (tile >= item.rows) return;
-  A* const z = reinterpret_cast<A*>(memory) + tile * round_up(item.columns, Pack<T>::kSize);
-  const int elements = tile == item.rows - 1 ? item.last_columns : item.columns;
-  Item part = item;
-  part.begin += tile * item.pitch;
-  part.pitch = part.columns = min(elements, kWarp * Pack<T>::kSize);
-  part.rows = (elements + part.columns - 1) / part.columns;
-  part.last_columns = elements - (part.rows - 1) * part.columns;
-  const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), part, kWarp, lane, kWarp);
-  update_slab(slab, h, true, z);
-  __syncwarp();
-  if (h.need_sums()) shrink_tile(slab, elements, item.run, item.lanes, h, z);
-  __syncwarp();
-  const A c = h.thresholds.c;
-  const bool shrinks = !h.need_sums() && c != A(0);
-  store_slab(slab, z, [&](A x, int) { return shrunk<T>(x, {A(1), c}, shrinks); });
-}
 
 // Searches for each group's s and t with z in shared memory. In a cluster each block holds some of the rows,
 // and all of them add up all blocks' sums, in the same order.
@@ -105,6 +79,7 @@ __device__ __forceinline__ void solve_slab(const Slab<T>& slab, int run, int gro
 
 // Until *counter >= at_least; what was written before it got there is then visible.
 __device__ __forceinline__ int wait_for(int* counter, int at_least) {
+#pragma unroll 1
   for (int64_t spins = 0; spins < kSpinBudget; ++spins) {
     const int seen = atomicAdd(counter, 0);
     if (seen >= at_least) {
@@ -135,19 +110,19 @@ struct Panel {
 // group's search on by one sweep.
 template <typename T>
 __device__ __forceinline__ void sweep_chunk(const StepTable<Compute<T>>& table, const Item& item,
-                                            const Slab<T>& slab, int stage,
+                                            const Coefficients<Compute<T>>& h, const Slab<T>& slab, int stage,
                                             const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
-  const Coefficients<A>& h = table.of(item.tensor);
   const Panel<A> panel(table, item);
   const int groups = item.groups();
   sum_groups(slab, item.run, groups, shared, panel.slots + int64_t(item.chunk) * groups);
   const bool last = tell_all(shared.word, [&] {
+    __threadfence();  // this block's sums are there before it counts as arrived, and the others' before they are read
+    const bool found = atomicAdd(panel.arrived, 1) == item.chunks - 1;
     __threadfence();
-    return atomicAdd(panel.arrived, 1) == item.chunks - 1;
+    return found;
   });
   if (!last) return;
-  __threadfence();
   const int parts = sum_columns(item.chunks, groups, shared.entries, [&](int g) {
     return [=, slot = panel.slots + g](int chunk, Sums<A>& sums) { sums += slot[int64_t(chunk) * groups]; };
   });
@@ -171,9 +146,10 @@ __device__ __forceinline__ void sweep_chunk(const StepTable<Compute<T>>& table, 
 
 // Whether this chunk has anything to do at this stage; if so, its groups' searches go on from where they are.
 template <typename A>
-__device__ __forceinline__ bool resume_chunk(const StepTable<A>& table, const Item& item, int stage,
+__device__ __forceinline__ bool resume_chunk(const StepTable<A>& table, const Item& item,
+                                             const Coefficients<A>& h, int stage,
                                              const SharedArrays<A>& shared) {
-  if (!table.of(item.tensor).need_sums()) return stage == table.stages;
+  if (!h.need_sums()) return stage == table.stages;
   if (stage == 0) return true;
   const Panel<A> panel(table, item);
   const int seen = tell_all(shared.word, [&] { return wait_for(panel.swept, stage); });
@@ -185,30 +161,33 @@ __device__ __forceinline__ bool resume_chunk(const StepTable<A>& table, const It
   return true;
 }
 
-// A slab from update to apply; of a chunk, one stage: 0 to table.stages - 1 are sweeps, then its groups' s
-// and t are known, and the last applies.
+// An item from update to apply; of a chunk, one stage: 0 to table.stages - 1 are sweeps, then its groups' s and t
+// are known, and the last applies.
 template <typename T, bool clustered>
-__device__ __forceinline__ void run_slab(const StepTable<Compute<T>>& table, const Item& item, int stage,
+__device__ __forceinline__ void run_item(const StepTable<Compute<T>>& table, const Item& item, int stage,
                                          unsigned char* memory) {
   using A = Compute<T>;
-  const Coefficients<A>& h = table.of(item.tensor);
+  const Coefficients<A> h = table.of(item.tensor);  // a copy: indexed constants are slow to reach
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
-  const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), item, item.lanes,
-                     int(threadIdx.x), kThreads);
-  const bool is_chunk = item.chunks > 0, applies = !is_chunk || stage == table.stages;
+  const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), item);
+  const bool is_chunk = !clustered && item.chunks > 0, applies = !is_chunk || stage == table.stages;
   start_groups(shared, groups, h);
-  if (is_chunk && !resume_chunk(table, item, stage, shared)) return;
+  if (is_chunk && !resume_chunk(table, item, h, stage, shared)) return;
   const unsigned alive = update_slab(slab, h, applies, shared.z);
   if (groups > 0 && h.freeze == Freeze::group && stage == 0) mark_alive(slab, run, alive, shared.alive);
   __syncthreads();
-  if (!applies) return sweep_chunk(table, item, slab, stage, shared);
-  if (!is_chunk && groups > 0 && h.need_sums()) solve_slab<T, clustered>(slab, run, groups, h, shared);
+  if (!applies) return sweep_chunk(table, item, h, slab, stage, shared);
+  if (h.need_sums() && !clustered && item.cut == Item::Cut::runs) {
+    shrink_runs(slab, run, item.run_lanes, h, shared.z);
+    __syncthreads();
+    return store_slab(slab, shared.z, [](A w, int) { return T(w); });
+  }
+  if (h.need_sums() && groups > 0 && !is_chunk) solve_slab<T, clustered>(slab, run, groups, h, shared);
   apply_slab(slab, run, groups, h, shared);
 }
 
-// Tickets go window by window; in a window, stage by stage.
-__device__ __forceinline__ int64_t take_ticket(int* counters, int* word) {
+__device__ __forceinline__ int take_ticket(int* counters, int* word) {
   return tell_all(word, [&] { return atomicAdd(counters, 1); });
 }
 

@@ -16,7 +16,7 @@
 namespace cges::cuda {
 
 constexpr int kThreads = CGES_THREADS;  // of a block
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kWarp = 32;
 constexpr int kClusterSize = 8;  // blocks that share one slab: the most that every sm_90 takes
 constexpr int kMaxTensors = 1000;
 
@@ -24,25 +24,27 @@ enum class DType { f32, f64, bf16, f16 };
 
 // One block's work: rows x columns elements of one tensor, the columns contiguous.
 //   elements: no groups
-//   tiles:    each row a run of whole groups, one warp's
+//   runs:     contiguous groups, one after the other
 //   slab:     whole groups, or a block's part of a cluster's or a panel's
 struct Item {
-  enum class Cut : int32_t { elements, tiles, slab };
+  enum class Cut : int32_t { elements, runs, slab };
 
-  int64_t begin;   // the first element
-  int64_t pitch;   // elements from one row to the next
-  int32_t tensor;  // -1: nothing to do
+  int64_t begin;  // the first element
+  int64_t pitch;  // elements from one row to the next
+  int32_t tensor;
   Cut cut;
   int32_t rows, columns;
   int32_t last_columns;  // columns of the last row, which may be shorter
   int32_t run;           // adjacent columns of one group
-  int32_t lanes;         // threads side by side in a row; of tiles, in a group
-  // Of a chunk: its panel, its place among the panel's chunks, and where in the scratch the panel's part
-  // begins.
-  int32_t panel = 0, chunk = 0, chunks = 0;
-  int64_t slot = 0;
+  int32_t lanes;         // threads side by side in a row
+  int32_t run_lanes;     // of runs: lanes of a warp that share one
+  // Of a chunk: its panel, its place among the panel's chunks, where in the scratch the panel's part begins, and
+  // the window of chunks that it belongs to.
+  int32_t panel, chunk, chunks;
+  int64_t slot;
+  int32_t window_begin, window_size;
 
-  CGES_FN int32_t groups() const { return cut == Cut::elements ? 0 : columns / run; }
+  CGES_FN int32_t groups() const { return cut == Cut::slab ? columns / run : 0; }
 };
 
 // What one group adds up to.
@@ -88,7 +90,7 @@ struct SharedLayout {
 
 struct Device {
   int index = 0;
-  int multiprocessors = 1;
+  int64_t multiprocessors = 1;
   int64_t shared_bytes = 0;  // that a block may have so that two fit a multiprocessor
   int64_t l2_bytes = 0;
   bool clusters = false;
@@ -103,10 +105,9 @@ struct TensorShape {
 constexpr int kCounters = 2, kPanelCounters = 2;
 
 struct Work {
-  std::vector<Item> blocks;    // one block each
-  std::vector<Item> clusters;  // kClusterSize of them a cluster
-  std::vector<Item> chunks;    // of whole panels, in windows that the L2 keeps, padded with idle items
-  int64_t window = 0;          // items of a window
+  std::vector<Item> blocks;                        // one block each
+  std::vector<Item> clusters;                      // kClusterSize of them a cluster
+  std::vector<Item> chunks;                        // of panels, in windows of whole ones
   int64_t shared_blocks = 0, shared_clusters = 0;  // bytes of shared memory
   int64_t scratch_bytes = 0;
   int32_t panels = 0;
@@ -141,7 +142,8 @@ struct Step {
 Device describe_device(int index);
 void check_device(int index);                                                // that this build runs on it
 void check_launchable(const Work& work, DType dtype, const Device& device);  // before anything is written
-void launch(const Step& step, DType dtype, const Device& device, void* stream);
+// `launched` tells whether an earlier part of this step has been launched, for the error, and becomes true.
+void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched);
 
 // For tests: at most so much shared memory, so that small groups count as large.
 void limit_shared_bytes(int64_t bytes);

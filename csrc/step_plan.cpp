@@ -240,7 +240,7 @@ void StepPlan::run(const py::object& launch) {
 }
 
 void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const Hyperparameters& h, const std::string& executor) {
+           const Hyperparameters& h, const std::string& executor, [[maybe_unused]] bool capturing) {
   check_executor(executor);
   if (executor == "cpu") {
     std::vector<TensorStep> steps;
@@ -258,7 +258,7 @@ void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple
                         std::get<4>(layouts[i]), 0});
       table.push_back({address(tensors[i]), 0, 0, int64_t(Momentum::no_grad)});
     }
-    kept_cuda_plan(shapes).step(table, {h});
+    kept_cuda_plan(shapes, capturing).step(table, {h});
 #endif
   }
   for (const at::Tensor& x : tensors) bump_version(x);

@@ -88,8 +88,8 @@ class StepPlan {
 #endif
 };
 
-// In place, the proximal map of each tensor; layouts[i] belongs to tensors[i].
+// In place, the proximal map of each tensor; layouts[i] belongs to tensors[i]. `capturing`: into a CUDA graph.
 void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const Hyperparameters& h, const std::string& executor);
+           const Hyperparameters& h, const std::string& executor, bool capturing);
 
 }  // namespace cges

@@ -122,6 +122,13 @@ def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
         assert all(x.isfinite().all() for x in trained(shapes, **options))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(2**31, 2), (2**32 + 4, 2), (2**33, 1)])
+def test_no_count_overflows(rows, columns):
+    """Groups beyond 32-bit counts are cut into chunks, as many as it takes for all of their elements."""
+    blocks, clusters, chunks = ops._cuda.cuda_paths([(1, rows, columns, 3, True)], 2, 0)
+    assert blocks == clusters == 0 and chunks * 16384 >= rows * columns * 3
+
+
 # Launches
 
 
@@ -294,6 +301,16 @@ def test_a_launch_that_fails_says_what_it_left(device, failing, said):
     assert not optimizer.state[params[0]]
 
 
+@on_emulator
+def test_a_failure_after_another_dtypes_launch_says_so(device):
+    params = [p for dtype in (torch.float32, torch.bfloat16) for p in parameters([BLOCK], dtype)]
+    optimizer = ProxSGD(params, lr=0.1, backend=BACKEND, **PENALTY)
+    give_grads(params, 0)
+    device["fail_launch"] = 2
+    with pytest.raises(RuntimeError, match="some parameters have been stepped and others not"):
+        optimizer.step()
+
+
 def test_an_extension_without_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(ops, "_cuda", None)
     with pytest.raises(RuntimeError, match="install nvcc"):
@@ -365,15 +382,21 @@ def test_a_captured_step_replays(large, prox_mode):
 
 @pytest.mark.gpu
 def test_two_streams_at_once(large):
-    expected = trained(large, steps=4)
-    results, streams = [], [torch.cuda.Stream(), torch.cuda.Stream()]
+    """Everything is made beforehand, so that nothing orders the two streams' steps."""
+    expected = trained(large, steps=1)
+    sets = [parameters(large) for _ in range(2)]
+    optimizers = [ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, **PENALTY) for params in sets]
+    for params in sets:
+        give_grads(params, 0)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
-    for stream in streams:
+    for stream, optimizer in zip(streams, optimizers):
         with torch.cuda.stream(stream):
-            results.append(trained(large, steps=4))
+            optimizer.step()
     torch.cuda.synchronize()
-    for result in results:
-        assert_same_bits(result, expected)
+    for params, optimizer in zip(sets, optimizers):
+        result = [x for p in params for x in (p, optimizer.state[p]["momentum_buffer"])]
+        assert_same_bits([x.detach() for x in result], expected)
 
 
 @pytest.mark.gpu
