@@ -1,9 +1,10 @@
 // Control of the emulated device, for tests (through ctypes too). Names that can be set and read:
 //
-//   seed               decides the order of blocks and threads; launches with one seed still differ from each
-//   other blocks_in_flight   how many blocks run interleaved (a cluster always runs whole) launches kernels
-//   launched since it was last set to 0 fail_launch        n > 0: the n-th launch from now fails without
-//   having run multiprocessors, shared_memory_per_block (opt-in limit), shared_memory_per_multiprocessor,
+//   seed               decides the order of blocks and threads; launches with one seed still differ
+//   blocks_in_flight   how many blocks run interleaved (a cluster always runs whole)
+//   launches           kernels launched since it was last set to 0
+//   fail_launch        n > 0: the n-th launch from now fails without having run
+//   multiprocessors, shared_memory_per_block (opt-in limit), shared_memory_per_multiprocessor,
 //   reserved_shared_memory, l2_bytes, compute_capability (major), cluster_launch (0: no clusters),
 //   driver_version, runtime_version (12080 is 12.8)
 #pragma once
