@@ -17,16 +17,17 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
 CPP  := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc csrc/*.cu csrc/*.cuh)
-LINTED := $(CPP) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+LINTED := $(CPP) bench/guard.cpp $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 # Stamp files say what is done. The torch stamp carries the requirement in its name,
 # so another TORCH= installs that torch and rebuilds what was compiled against the old one.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
 DEPS_STAMP  := $(VENV)/.deps
 EXT_STAMP   := $(VENV)/.ext
+BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format bench gpu readme-table clean distclean
+.PHONY: help install demo test test-quick lint format bench bench-guard gpu readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -52,8 +53,11 @@ format: $(DEPS_STAMP)  ## apply the formatters
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(LINTED)
 
-bench: install  ## measure against torch's own optimizers
+bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU, in 10 minutes
 	$(PY) -m bench.run $(ARGS)
+
+bench-guard: install  ## count the CPU executor's instructions with valgrind, against budgets
+	$(PY) -m bench.guard
 
 # `make gpu PY=python3` takes that python as it is, with its torch and triton, and installs nothing.
 gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measure on an NVIDIA GPU
@@ -83,6 +87,11 @@ $(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing the dependencies into $(VENV)"
 	$(PIP) "setuptools>=77" wheel
 	CGES_EXT=0 $(PIP) --no-build-isolation -e ".[demo,triton,test,dev]"
+	@touch $@
+
+# Nothing but torchao is in the extra that is not there already; it must bring no other torch.
+$(BENCH_STAMP): $(DEPS_STAMP)
+	$(PIP) --no-deps torchao
 	@touch $@
 
 # Incremental: ninja compiles only what changed. Without a compiler, setup.py says so and goes on,

@@ -6,6 +6,7 @@ enough that hundreds of steps leave the weights what they are.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from cges_kernels import ProxSGD, reference
+from cges_kernels.groups import has_groups, reduced_dims
 
-from .workloads import Shapes
+from .workloads import Shapes, elements
 
 LR, MOMENTUM = 1e-4, 0.9
 COEFFICIENTS = {"group_lasso": 1e-3, "exclusive_lasso": 1e-6}
+OPTIONS = {"lr": LR, "momentum": MOMENTUM, **COEFFICIENTS}
+PAT_GROUPERS = {"feature": "Dim1Grouper", "filter": "Dim0Grouper"}  # from dimension 1 on, both flatten
 
 
 class Contender(NamedTuple):
@@ -49,6 +53,11 @@ def foreach_sgd(shapes: Shapes, **place: Any) -> Contender:
     return torch_sgd(shapes, place, foreach=True)
 
 
+def for_loop_sgd(shapes: Shapes, **place: Any) -> Contender:
+    """torch.optim.SGD(foreach=False): tensor by tensor, without a proximal step."""
+    return torch_sgd(shapes, place, foreach=False)
+
+
 def prox_sgd(
     shapes: Shapes,
     backend: str = "cpu",
@@ -57,7 +66,7 @@ def prox_sgd(
     **options: Any,
 ) -> Contender:
     params = parameters(shapes, dtype, device)
-    options = {"lr": LR, "momentum": MOMENTUM, **COEFFICIENTS, **options}
+    options = {**OPTIONS, **options}
     return Contender(ProxSGD(params, backend=backend, **options).step, params)
 
 
@@ -70,7 +79,7 @@ def compiled(
     shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> Contender:
     """torch.compile of the reference's step, tensor by tensor; a handful of graphs serves all shapes."""
-    options = {"lr": LR, "momentum": MOMENTUM, **COEFFICIENTS, **options}
+    options = {**OPTIONS, **options}
     params = [p.detach() for p in parameters(shapes, dtype, device)]
     grads, bufs = ([torch.randn_like(p) for p in params] for _ in range(2))
 
@@ -90,17 +99,107 @@ def compiled(
     return Contender(step, params)
 
 
-def copy(shapes: Shapes, **_: Any) -> Contender:
+def vectorised(
+    shapes: Shapes,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    group_by: str = "feature",
+    **options: Any,
+) -> Contender:
+    """The step of the reference (sequential mode) as fast as plain PyTorch can: torch._foreach_* over all
+    tensors, everything in place, tensor by tensor only for sums and clamps, of which foreach has none.
+    """
+    of = {"l1": 0.0, **OPTIONS, **options}
+    lr, c = of["lr"], of["lr"] * of["l1"]
+    a, b = lr * of["group_lasso"], lr * of["exclusive_lasso"]
+    params = parameters(shapes, dtype, device)
+    weights, grads, bufs = [p.detach() for p in params], [p.grad for p in params], []
+    grouped = [has_groups(w.dim(), group_by) for w in weights]
+    dims = [reduced_dims(w.dim(), group_by) for w, groups in zip(weights, grouped) if groups]
+
+    def thresholds(u: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if c:
+            torch._foreach_sub_(u, c)
+            torch._foreach_clamp_min_(u, 0.0)
+        t = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
+        torch._foreach_mul_(t, b)
+        torch._foreach_add_(t, c)
+        torch._foreach_mul_(u, u)
+        s = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
+        torch._foreach_rsqrt_(s)  # a zero group: infinity here, so 0 below
+        torch._foreach_mul_(s, -a)
+        torch._foreach_add_(s, 1.0)
+        torch._foreach_clamp_min_(s, 0.0)
+        return s, t
+
+    @torch.no_grad()
+    def step() -> None:
+        if bufs:
+            torch._foreach_mul_(bufs, of["momentum"])
+            torch._foreach_add_(bufs, grads)
+        else:
+            bufs.extend(grad.clone() for grad in grads)
+        torch._foreach_add_(weights, bufs, alpha=-lr)
+        kept = [w for w, groups in zip(weights, grouped) if groups]
+        if kept and (a or b or c):
+            z = [w.to(reference.compute_dtype(dtype)) for w in kept]  # w itself, but for 16-bit types
+            u = torch._foreach_abs(z)
+            s, t = thresholds(u)
+            for x, limit, memory in zip(z, t, u):
+                torch.clamp(x, -limit, limit, out=memory)
+            torch._foreach_sub_(z, u)  # soft(z, t)
+            if a:
+                torch._foreach_mul_(z, s)
+            if z[0] is not kept[0]:
+                torch._foreach_copy_(kept, z)
+        rest = [w for w, groups in zip(weights, grouped) if not groups]
+        if rest and c:
+            torch._foreach_sub_(rest, [w.clamp(-c, c) for w in rest])
+
+    return Contender(step, params)
+
+
+def pat(
+    shapes: Shapes,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    group_by: str = "feature",
+    reg_lambda: float = COEFFICIENTS["group_lasso"],
+) -> Contender:
+    """torchao's prototype ``pat``: group lasso alone, around torch's fused SGD.
+
+    Its threshold of a group of n is reg_lambda * sqrt(n) times the sum of all learning rates so far, and it
+    applies it to weights that no step has shrunk (it keeps them apart). So its first step is ours at
+    group_lasso = reg_lambda * sqrt(n), and the later ones are those of another method: dual averaging. At
+    lr = 0 a group of zeros becomes NaN.
+    """
+    from torchao.prototype.pat.optim import PruneOptimizer
+
+    params = parameters(shapes, dtype, device)
+    grouped = [p for p in params if has_groups(p.dim(), group_by)]
+    rest = [p for p in params if not has_groups(p.dim(), group_by)]
+    kind = {"prox_type": "ProxGroupLasso", "group_type": f"dim.{PAT_GROUPERS[group_by]}"}
+    groups = [{"params": grouped, **kind}, *([{"params": rest}] if rest else [])]
+    inner = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, fused=True)
+    return Contender(PruneOptimizer(inner, reg_lambda=reg_lambda).step, params)
+
+
+def others() -> dict[str, Callable[..., Contender]]:
+    """What a user could pick instead, the slow ones first; torchao's where it is installed."""
+    found = {"pat": pat} if importlib.util.find_spec("torchao") else {}
+    return {**found, "eager": eager, "vectorised": vectorised, "compiled": compiled}
+
+
+def copy(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Contender:
     """A plain copy of as many bytes as a step must move (20 per fp32 element): the speed of light."""
-    sources = parameters(shapes)
-    pairs = [(torch.empty_like(p), p.detach()) for p in sources]
+    source = torch.randn(elements(shapes), device=device).to(dtype)
+    target = torch.empty_like(source)
+    half = source.numel() // 2
 
     def step() -> None:  # one copy reads 4 and writes 4 bytes an element; 2.5 of them make 20
-        for target, source in pairs:
-            target.copy_(source)
-            source.copy_(target)
-            half = source.numel() // 2
-            target.view(-1)[:half].copy_(source.view(-1)[:half])
+        target.copy_(source)
+        source.copy_(target)
+        target[:half].copy_(source[:half])
 
     return Contender(step, [])
 

@@ -17,18 +17,18 @@ import torch
 
 from cges_kernels import ops
 
-from . import baselines, workloads
+from . import baselines, counts, workloads
 from .baselines import Contender
+from .core import exact_against_sequential
 from .lab import DTYPES, Lab, cuda_paths, find
-from .run import exact_against_sequential
-from .table import RESULTS, Measure, Results, Row, line, measure, one_line, write
+from .table import RESULTS, Measure, Results, Row, line, measure, write
 from .timing import Times, take_turns
 from .workloads import Case
 
 BACKENDS = ("cuda", "triton")  # in the order of measuring
 EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # groups of a block, of a cluster of them, of neither
 HOST = 20e-6  # seconds that step() may take beyond an empty one
-OTHERS = {"eager": baselines.eager, "foreach": baselines.foreach_sgd, "compiled": baselines.compiled}
+OTHERS = {"foreach": baselines.foreach_sgd, **baselines.others()}  # the last one goes first
 
 
 class Targets(NamedTuple):
@@ -73,6 +73,7 @@ class Table:
         note = {} if note is None else note
         note |= {"backend": self.backend, "dtype": self.name_of_dtype, "workload": case.name}
         note |= {"elements": workloads.elements(case.shapes), "tensors": len(case.shapes)}
+        note |= {"bytes": workloads.bytes_moved(case.shapes, self.dtype)}
 
         def run() -> list[Times]:
             self.lab.free()
@@ -99,24 +100,22 @@ class Table:
 
     def model(self, case: Case, slow: bool) -> Row:
         """Beside torch's fused SGD and a copy; the ``slow`` ones on their own, in the first run only."""
-        note: dict[str, Any] = {}
+        counted: dict[str, dict[str, int]] = {}
+        note: dict[str, Any] = {"counts": counted}
         others = dict(OTHERS) if slow else {}
 
+        def count(name: str, contender: Contender) -> None:
+            counted[name] = counts.counted(name, contender.step, self.lab.device)
+
         def measure() -> list[Times]:
-            sgd = self.fused_sgd(case).step
-            steps = {"fused_sgd": sgd, "prox_sgd": self.prox_sgd(case).step}
+            sgd, ours = self.fused_sgd(case), self.prox_sgd(case)
+            steps = {"fused_sgd": sgd.step, "prox_sgd": ours.step}
             sets = [self.lab.beside_copy(steps, case.shapes, self.dtype)]
-            while others:
-                del steps  # and with it the tensors of the last contender
-                self.lab.free()
-                name, make = others.popitem()
-                try:
-                    steps = {"fused_sgd": sgd, name: self.lab.contender(make, case.shapes, self.dtype).step}
-                    sets.append(self.lab.turns(steps))
-                except Exception as error:  # torch.compile's, say: no failure of ours
-                    note[f"{name}_error"] = one_line(error)
-                    steps = {}
-            return sets
+            if not counted:
+                count("fused_sgd", sgd), count("prox_sgd", ours)
+            del steps, ours  # and with them the tensors of prox_sgd
+            baseline = {"fused_sgd": sgd.step}
+            return [*sets, *self.lab.one_by_one(others, baseline, case.shapes, self.dtype, note, count)]
 
         return self.row(case, measure, "fused_sgd", target=self.targets.model, note=note)
 

@@ -1,4 +1,4 @@
-"""Measuring on a GPU: its clock, cold caches, launches counted. Tests put a CPU in its place."""
+"""Measuring on a GPU or the CPU: its clock, cold caches, launches. Tests put a tiny one in their place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from cges_kernels import ops
 
 from . import baselines
 from .baselines import Contender
-from .timing import Clock, Step, Times, environment, output, take_turns
+from .table import one_line
+from .timing import Clock, Step, Times, environment, last_cache_bytes, output, take_turns, wall_clock
 from .workloads import Shapes, bytes_moved, elements
 
 COLD = 4  # tensors are stepped over until they amount to so many times the L2
@@ -95,7 +96,7 @@ class Lab:
             "clocks": {"sm": sm, "memory": memory},
             "gpu_l2_bytes": self.l2_bytes,
             "cuda": torch.version.cuda,
-            "triton": triton_version(),
+            "triton": version_of("triton"),
         }
 
     def contender(
@@ -113,11 +114,40 @@ class Lab:
     def turns(self, steps: Mapping[str, Step], before: Step | None = None) -> Times:
         return take_turns(steps, before, self.clock(), self.warm_up, self.seconds)
 
-    def beside_copy(self, steps: Mapping[str, Step], shapes: Shapes, dtype: torch.dtype) -> Times:
+    def beside_copy(
+        self, steps: Mapping[str, Step], shapes: Shapes, dtype: torch.dtype, before: Step | None = None
+    ) -> Times:
         """The steps' times and "copy": what a plain copy in turn with them takes for the same bytes."""
-        times = self.turns({"copy": baselines.plain_copy(self.copy_bytes, self.device).step, **steps})
+        copy = baselines.plain_copy(self.copy_bytes, self.device).step
+        times = self.turns({"copy": copy, **steps}, before)
         scale = bytes_moved(shapes, dtype) / (2 * self.copy_bytes)
         return {**times, "copy": [scale * seconds for seconds in times["copy"]]}
+
+    def one_by_one(
+        self,
+        others: dict[str, Callable[..., Contender]],
+        baseline: Mapping[str, Step],
+        shapes: Shapes,
+        dtype: torch.dtype,
+        note: dict[str, Any],
+        ask: Callable[[str, Contender], None] = lambda name, contender: None,
+    ) -> list[Times]:
+        """Each of ``others`` in turn with the baseline, then asked and gone for good: once in all runs.
+
+        One that fails, torch.compile perhaps, says so in ``note``: it is no failure of ours.
+        """
+        sets = []
+        while others:
+            self.free()
+            name, make = others.popitem()
+            contender = None
+            try:
+                contender = self.contender(make, shapes, dtype)
+                sets.append(self.turns({**baseline, name: contender.step}))
+                ask(name, contender)
+            except Exception as error:
+                note[f"{name}_error"] = one_line(error)
+        return sets
 
     def launches(self, step: Step, steps: int = 4) -> float | None:
         """Kernels per call, as torch's profiler sees them; None where it sees none."""
@@ -135,6 +165,43 @@ class Lab:
         return kernels / steps or None
 
 
+class Cpu(Lab):
+    """The CPU in the place of a GPU, its last cache in that of the L2.
+
+    The copy that takes turns with the steps reads and writes more than that cache holds, and so do the few
+    tensors that rotate; what is small is as cold as it is in training.
+    """
+
+    device, copy_bytes, warm_up, seconds = "cpu", 2**26, 0.0, 0.15
+    MOST_SETS = 16
+
+    def __init__(self) -> None:
+        self.l2_bytes = last_cache_bytes()
+
+    def clock(self) -> Clock:
+        return wall_clock
+
+    def synchronize(self) -> None:
+        pass
+
+    def free(self) -> None:
+        gc.collect()
+
+    def contender(
+        self,
+        make: Callable[..., Contender],
+        shapes: Shapes,
+        dtype: torch.dtype = torch.float32,
+        sets: int | None = None,
+    ) -> Contender:
+        held = 3 * dtype.itemsize * elements(shapes)
+        sets = sets or min(self.l2_bytes // held + 1, self.MOST_SETS)
+        contender = super().contender(make, shapes, dtype, sets)
+        for _ in range(sets if sets > 1 else 0):
+            contender.step()  # makes the momentum buffers, in every set before any time is taken
+        return contender
+
+
 def count_kernels(events: Sequence[Mapping[str, Any]]) -> int:
     """Of a profiler's trace; copies, memsets and annotations are of other categories."""
     return sum(event.get("cat") == "kernel" for event in events)
@@ -147,9 +214,9 @@ def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtyp
     return dict(zip(("block", "cluster", "ticket"), counts))
 
 
-def triton_version() -> str | None:
+def version_of(package: str) -> str | None:
     try:
-        return metadata.version("triton")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .table import NAMES, RESULTS, of_suite
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 BASELINES = {
     "fused_sgd": "torch's fused SGD",
@@ -16,7 +17,13 @@ BASELINES = {
     "copy": "a copy",
     "allowed": "an empty step and 20 µs",
 }
-OTHERS = {"eager": "the eager reference", "compiled": "torch.compile of it", "foreach": "foreach SGD"}
+OTHERS = {
+    "eager": "the eager reference",
+    "compiled": "torch.compile of it",
+    "vectorised": "it in foreach by hand",
+    "pat": "torchao's pat (group lasso)",
+    "foreach": "foreach SGD",
+}
 Report = dict[str, Any]
 
 
@@ -36,6 +43,8 @@ def cpu_table(report: Report) -> str:
         "|---|---:|---|---:|---:|---:|",
     ]
     for result in report["results"]:
+        if "suite" in result:
+            continue
         if "error" in result:
             lines.append(f"| {result['row']} | failed: {result['error']} | | | | |")
             continue
@@ -49,6 +58,53 @@ def cpu_table(report: Report) -> str:
         )
     per_thread = memory["bytes"] / memory["threads"] / 2**20
     return "\n".join([*lines, "", f"Memory that the first steps took: {per_thread:.2f} MiB a thread."])
+
+
+def cpu_models(report: Report) -> str:
+    """Markdown: a line per contender, a column per model; what was counted on the one with most tensors."""
+    results = of_suite(report["results"], "models")
+    if not results:
+        return ""
+    whole = [r for r in results if "eager" in r["contenders"]] or results
+    most = max(whole, key=lambda r: r["tensors"])
+    models = [r["workload"].removesuffix(" feature") for r in results]
+    of = most["workload"].removesuffix(" feature")
+    titles = ["ms per step", *models, f"operations, {of}", f"extra memory, {of}"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for name, text in NAMES.items():
+        found = [r["contenders"].get(name) for r in results]
+        if not any(found):
+            continue
+        cells = ["" if c is None else f"{c['ms']:.3g}" for c in found]
+        known = most["contenders"].get(name, {})
+        ops, extra = known.get("ops", ""), known.get("extra_bytes")
+        cells += [f"{ops}", "" if extra is None else f"{extra / 2**20:.1f} MiB"]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    said = (
+        "Operations are those that torch dispatches in a step (of what is compiled it sees none), extra "
+        "memory the most that a step takes of torch's memory for a time. SGD does no proximal step; foreach "
+        "by hand is the best of plain PyTorch. pat does group lasso alone, and only its first step is a "
+        "proximal step from the current weights. Empty cells were not measured; models of more than "
+        "500 million parameters are left to the GPU."
+    )
+    failed = [
+        f"{r['workload']}: {NAMES[n]} failed ({r[f'{n}_error']})."
+        for r in results
+        for n in NAMES
+        if f"{n}_error" in r
+    ]
+    return "\n".join([*lines, "", " ".join([said, *failed])])
+
+
+def pictures(report: Report, name: str) -> str:
+    """The plots that bench.plots draws of the report."""
+    texts = {
+        "models": "Time of a step on each model, by contender",
+        "grid": "Speed of single tensors, in percent of a copy's, by size, group spec, dtype and mode",
+        "scaling": "Time of a step over elements, tensors, group length and threads",
+    }
+    drawn = [suite for suite in texts if of_suite(report["results"], suite)]
+    return "\n\n".join(f"![{texts[suite]}](bench/results/{name}-{suite}.svg)" for suite in drawn)
 
 
 def gpu_cells(result: Report | None) -> tuple[str, str, str]:
@@ -133,7 +189,9 @@ def with_tables(readme: str, cpu: Report, gpus: list[Report]) -> str:
     """The README's text with its tables made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{cpu_table(cpu)}\n\n{gpu_part(gpus)}\n{END}{after}"
+    parts = [cpu_table(cpu), cpu_models(cpu), pictures(cpu, "cpu"), gpu_part(gpus)]
+    tables = "\n\n".join(part for part in parts if part)
+    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
 def reports() -> tuple[Report, list[Report]]:

@@ -1,186 +1,29 @@
-"""The CPU benchmarks: ``python -m bench.run`` writes bench/results/cpu.json and cpu.csv."""
+"""The CPU benchmarks: ``python -m bench.run`` writes bench/results/cpu.json, cpu.csv and plots."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import sys
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from cges_kernels import ops, prox, step_plan
-
-from . import baselines, workloads
-from .table import Measure, Row, line, measure, write
-from .timing import RUNS, Step, Times, environment, take_turns
+from . import baselines, core, plots, suites, workloads
+from .lab import Cpu, Lab, version_of
+from .table import RESULTS, Results, Row, line, measure, write
+from .timing import RUNS, environment
 
 
-def against_fused_sgd(shapes: workloads.Shapes, **options: Any) -> Measure:
-    """prox_sgd and a copy of the same bytes, then the eager reference, beside torch's fused SGD."""
-
-    def measure() -> list[Times]:
-        sgd = baselines.fused_sgd(shapes).step
-        ours, copy = baselines.prox_sgd(shapes, **options).step, baselines.copy(shapes).step
-        fast = take_turns({"fused_sgd": sgd, "prox_sgd": ours, "copy": copy})
-        return [fast, take_turns({"fused_sgd": sgd, "eager": baselines.eager(shapes, **options).step})]
-
-    return measure
-
-
-def on_threads(count: int, step: Step) -> Callable[[], None]:
-    def run() -> None:
-        torch.set_num_threads(count)
-        step()
-
-    return run
-
-
-def faster_of_one_and_two_threads(shapes: workloads.Shapes) -> Measure:
-    """prox_sgd beside torch's fused SGD on one and on two threads; the faster one is the baseline."""
-
-    def measure() -> list[Times]:
-        sgd, ours = baselines.fused_sgd(shapes).step, baselines.prox_sgd(shapes).step
-        threads = torch.get_num_threads()
-        steps = {
-            "one": on_threads(1, sgd),
-            "two": on_threads(threads, sgd),
-            "prox_sgd": on_threads(threads, ours),
-        }
-        times = take_turns(steps)
-        faster = [min(pair) for pair in zip(times["one"], times["two"])]
-        return [{"prox_sgd": times["prox_sgd"], "fused_sgd": faster}]
-
-    return measure
-
-
-def host_time(shapes: workloads.Shapes) -> Measure:
-    """Everything on one thread and nothing to compute: what a call of step() costs."""
-
-    def measure() -> list[Times]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        makers = {
-            "fused_sgd": baselines.fused_sgd,
-            "prox_sgd": baselines.prox_sgd,
-            "empty": baselines.empty_step,
-        }
-        times = take_turns({name: make(shapes).step for name, make in makers.items()})
-        torch.set_num_threads(threads)
-        return [times]
-
-    return measure
-
-
-def checks_alone(shapes: workloads.Shapes) -> Measure:
-    """What a GPU's step costs before its launch: a StepPlan's gather and run, in C++ and in Python."""
-
-    def stepper(kind: type) -> Step:
-        params = [baselines.parameters(shapes)]
-        layouts = [[ops.layout_tuple(p, "feature", None) for p in params[0]]]
-        plan = kind(params, layouts)
-        plan.set_hyperparameters(0, lr=baselines.LR, momentum=baselines.MOMENTUM)
-        state: dict[Tensor, Any] = {}
-
-        def step() -> None:
-            assert plan.gather(params, state)
-            plan.run(lambda table: None)
-
-        return step
-
-    def measure() -> list[Times]:
-        kinds = {"python": step_plan.StepPlan, "cpp": ops._C.StepPlan}
-        return [take_turns({name: stepper(kind) for name, kind in kinds.items()})]
-
-    return measure
-
-
-@cache
-def coefficients_for(fraction: float, rows: int) -> dict[str, float]:
-    """A mild group lasso and the exclusive lasso that in exact mode leave ``fraction`` of normal weights."""
-    sample = torch.randn(rows, 64)
-    low, high = 1e-6, 1e6
-    for _ in range(40):
-        strength = (low * high) ** 0.5
-        chosen = {"group_lasso": rows**0.5 / 20, "exclusive_lasso": strength / rows}
-        left = (prox(sample, **chosen, prox_mode="exact") != 0).double().mean()
-        low, high = (strength, high) if left > fraction else (low, strength)
-    return {key: value / baselines.LR for key, value in chosen.items()}
-
-
-def exact_against_sequential(
-    make: Callable[..., baselines.Contender],
-    rows: int,
-    fraction: float,
-    note: dict[str, Any],
-    turns: Callable[..., Times] = take_turns,
-    flush: Step = lambda: None,
-) -> Measure:
-    """Both modes at one pair of coefficients, from the same weights in every step; ``flush`` goes before it.
-
-    ``make`` takes prox_mode and coefficients, and its first parameter has groups of ``rows``.
-    """
-
-    def measure() -> list[Times]:
-        chosen = coefficients_for(fraction, rows)
-        steps: dict[str, Step] = {}
-        kept = []
-        for mode in ("sequential", "exact"):
-            contender = make(prox_mode=mode, **chosen)
-            p = contender.params[0].detach()
-            kept.append((p, p.clone()))
-            contender.step()
-            note[f"percent_nonzero_{mode}"] = 100 * (p != 0).double().mean().item()
-            steps[mode] = contender.step
-
-        def reset() -> None:
-            for p, start in kept:
-                p.copy_(start)
-            flush()
-
-        return [turns(steps, before=reset)]
-
-    return measure
-
-
-def rows() -> list[Row]:
-    """The table: each target is the ratio to aim at."""
-
-    def note(shapes: workloads.Shapes) -> dict[str, Any]:
-        return {"elements": workloads.elements(shapes), "tensors": len(shapes)}
-
-    def fused(name: str, target: float, shapes: workloads.Shapes, **options: Any) -> Row:
-        measure = against_fused_sgd(shapes, **options)
-        return Row(name, "fused_sgd", "prox_sgd", target, measure, note(shapes))
-
-    def special(name: str, target: float, shapes: workloads.Shapes, measure: Measure) -> Row:
-        return Row(name, "fused_sgd", "prox_sgd", target, measure, note(shapes))
-
-    def exact(percent: int) -> Row:
-        shapes = workloads.matrix(4096, 4128)
-        found = note(shapes)
-
-        def make(**options: Any) -> baselines.Contender:
-            return baselines.prox_sgd(shapes, **options)
-
-        measure = exact_against_sequential(make, 4096, percent / 100, found)
-        return Row(f"exact 4096x4128, {percent}% left", "sequential", "exact", 1.5, measure, found)
-
-    small, tiny = workloads.small(300, 1024), workloads.small(500, 16)
+def all_rows(lab: Lab, threads: int) -> list[Row]:
+    """Those with targets first: the last rounds are theirs, if time runs out."""
     return [
-        fused("feature 4096x4128", 1.25, workloads.matrix(4096, 4128)),
-        fused("feature 4096x4096", 1.5, workloads.matrix(4096, 4096)),
-        fused("feature 8192x4096", 1.75, workloads.matrix(8192, 4096)),
-        fused("feature 512x4608", 1.3, workloads.matrix(512, 4608)),
-        fused("filter 4096x4096", 1.25, workloads.matrix(4096, 4096), group_by="filter"),
-        fused("ResNet-50 feature", 1.3, workloads.resnet50()),
-        special("300 tensors of 1,024", 1.0, small, faster_of_one_and_two_threads(small)),
-        special("500 tensors of 16, host", 1 / 3, tiny, host_time(tiny)),
-        Row("500 tensors, checks alone", "python", "cpp", None, checks_alone(tiny), note(tiny)),
-        *(exact(percent) for percent in (90, 50, 10)),
+        *core.rows(),
+        *suites.models(lab, workloads.models()),
+        *suites.grid(lab),
+        *suites.scaling(lab, threads),
     ]
 
 
@@ -196,26 +39,45 @@ def peak_extra_memory() -> dict[str, int]:
     return {"threads": torch.get_num_threads(), "bytes": grown}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="run the rows whose names contain this, and write nothing")
-    parser.add_argument("--runs", type=int, default=RUNS, help="separated runs per row (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of both sides (default %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-
+def run(rows: Sequence[Row], options: argparse.Namespace) -> bool:
+    """Measure the rows, write the files, draw; whether all went well."""
     memory = peak_extra_memory()
-    results = measure([row for row in rows() if options.only in row.name], options.runs)
+    gc.freeze()  # what imports made is not looked through before every row
+    found = {**environment(), "torchao": version_of("torchao"), "runs": options.runs}
+
+    def save(results: Results) -> None:
+        if not options.only:  # where time ran out, the row with the fewest runs counts
+            found["runs"] = min((r.get("runs", 0) for r in results if "suite" not in r), default=options.runs)
+            report = {"environment": found, "peak_extra_memory": memory, "results": results}
+            write(report, "cpu", options.out)
+
+    results = measure(rows, options.runs, options.minutes, save)
+    gc.unfreeze()
     print(*map(line, results), sep="\n")
     print(
         f"memory taken by the first steps: {memory['bytes'] / 2**20:.2f} MiB on {memory['threads']} threads"
     )
     if not options.only:
-        found = {**environment(), "runs": options.runs}
-        write({"environment": found, "peak_extra_memory": memory, "results": results}, "cpu")
-    if any("error" in result for result in results):
-        sys.exit(1)
+        plots.draw(results, "cpu", options.out)
+    return not any("error" in result for result in results)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
+    parser.add_argument("--only", default="", help="run the rows whose names contain this, and write nothing")
+    parser.add_argument("--runs", type=int, default=RUNS, help="separated runs per row (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="begin no row later (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of both sides (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows = [row for row in all_rows(Cpu(), options.threads) if options.only in row.name]
+    sys.exit(0 if run(rows, options) else 1)
 
 
 if __name__ == "__main__":

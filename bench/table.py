@@ -17,8 +17,20 @@ from tqdm import tqdm
 from .timing import Times, summarise
 
 RESULTS = Path(__file__).parent / "results"
-NUMBERS = ("ms", "ratio", "ratio_low", "ratio_high")
-FACTS = ("percent_of_copy", "launches")  # columns of the CSV, where a row knows them
+NUMBERS = ("ms", "ms_low", "ms_high", "ratio", "ratio_low", "ratio_high")
+COUNTS = ("percent_of_copy", "gb_per_s", "ops", "extra_bytes")  # of a contender, where they are known
+FACTS = ("target", "launches", "elements", "tensors", "bytes", "suite", "cache")  # of a row, likewise
+NAMES = {  # of contenders, in the order of the bars
+    "copy": "a copy of the same bytes",
+    "fused_sgd": "SGD, fused",
+    "foreach": "SGD, foreach",
+    "for_loop": "SGD, for-loop",
+    "prox_sgd": "ProxSGD",
+    "vectorised": "foreach, by hand",
+    "compiled": "torch.compile",
+    "eager": "reference, eager",
+    "pat": "torchao pat (group lasso)",
+}
 Measure = Callable[[], list[Times]]  # one run: sets of contenders that took turns, the baseline in each
 Results = list[dict[str, Any]]
 
@@ -28,6 +40,8 @@ class Row:
     """One line of the table; the target, if any, is ``contender``'s ratio to ``baseline``.
 
     ``measure`` may add to ``note``; ``facts`` are found out once after all timing, as profilers disturb it.
+    Of the note, "bytes" are those that must move, and "counts" holds what is known of each contender.
+    ``runs`` is the most of separated runs that the row takes part in.
     """
 
     name: str
@@ -37,6 +51,7 @@ class Row:
     measure: Measure
     note: dict[str, Any] = field(default_factory=dict)
     facts: Callable[[], dict[str, Any]] | None = None
+    runs: int | None = None
 
 
 def measure(
@@ -60,9 +75,12 @@ def measure(
     def results() -> Results:
         return [result(row, taken[row.name], errors.get(row.name)) for row in rows]
 
-    with tqdm(total=runs * len(rows), file=sys.stderr) as bar:
-        for _ in range(runs):
-            for row in rows:
+    def due(run: int) -> list[Row]:
+        return [row for row in rows if row.runs is None or run < row.runs]
+
+    with tqdm(total=sum(len(due(run)) for run in range(runs)), file=sys.stderr) as bar:
+        for run in range(runs):
+            for row in due(run):
                 if row.name not in errors and time.monotonic() < deadline:
                     bar.set_description(row.name)
                     times = attempt(row, row.measure, errors, row.name)
@@ -79,6 +97,11 @@ def measure(
     return results()
 
 
+def of_suite(results: Results, suite: str) -> Results:
+    """The rows of a suite that went well."""
+    return [r for r in results if r.get("suite") == suite and "error" not in r]
+
+
 def one_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
@@ -86,16 +109,23 @@ def one_line(error: Exception) -> str:
 
 def result(row: Row, runs: list[list[Times]], error: str | None = None) -> dict[str, Any]:
     """What the files hold of a row: numbers per contender, or why there are none."""
+    note = {key: value for key, value in row.note.items() if key != "counts"}
     head = {"row": row.name, "baseline": row.baseline, "contender": row.contender}
     if error is not None or not runs:
-        return {**head, **row.note, "error": error or "no time was left"}
+        return {**head, **note, "error": error or "no time was left"}
     contenders = summarise(runs, row.baseline)
+    for name, of in contenders.items():
+        if "copy" in contenders:
+            of["percent_of_copy"] = 100 * contenders["copy"]["ms"] / of["ms"]
+        if "bytes" in note:
+            of["gb_per_s"] = note["bytes"] / of["ms"] / 1e6
+        of |= row.note.get("counts", {}).get(name, {})
     best = contenders[row.contender]
     head["target"] = None if row.target is None else round(row.target, 3)
     head["met"] = None if row.target is None else best["ratio"] <= row.target
     if "copy" in contenders:
-        head["percent_of_copy"] = 100 * contenders["copy"]["ms"] / best["ms"]
-    return {**head, **row.note, "runs": len(runs), "contenders": contenders}
+        head["percent_of_copy"] = best["percent_of_copy"]
+    return {**head, **note, "runs": len(runs), "contenders": contenders}
 
 
 def line(result: dict[str, Any]) -> str:
@@ -125,11 +155,17 @@ def write(report: dict[str, Any], name: str, folder: Path = RESULTS) -> None:
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("row", "contender", *NUMBERS, "baseline", "target", *FACTS))
+        writer.writerow(("row", "contender", *NUMBERS, *COUNTS, "baseline", *FACTS))
         for result in report["results"]:
             for name, c in result.get("contenders", {}).items():
-                known: Sequence[Any] = [""] * (1 + len(FACTS))
-                if name == result["contender"]:
-                    known = [result["target"], *(result.get(fact, "") for fact in FACTS)]
-                row = (result["row"], name, *(f"{c[k]:.4f}" for k in NUMBERS), result["baseline"], *known)
-                writer.writerow(row)
+                numbers = [f"{c[k]:.4f}" for k in NUMBERS]
+                counts = [shown(c.get(k)) for k in COUNTS]
+                facts = [shown(result.get(fact)) if name == result["contender"] else "" for fact in FACTS]
+                writer.writerow((result["row"], name, *numbers, *counts, result["baseline"], *facts))
+
+
+def shown(value: Any) -> Any:
+    """A cell: nothing where nothing is known, no more digits than matter."""
+    if value is None:
+        return ""
+    return round(value, 3) if isinstance(value, float) else value

@@ -20,6 +20,7 @@ Clock = Callable[[Step, bool], float]
 RUNS = 5  # separated in time, each with tensors of its own
 SECONDS_PER_RUN = 1.0
 MAX_TURNS = 200
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def wall_clock(step: Step, once: bool = True) -> float:
@@ -75,6 +76,8 @@ def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, flo
     return {
         name: {
             "ms": 1e3 * median(medians[name]),
+            "ms_low": 1e3 * min(medians[name]),
+            "ms_high": 1e3 * max(medians[name]),
             "ratio": median(ratios[name]),
             "ratio_low": min(ratios[name]),
             "ratio_high": max(ratios[name]),
@@ -89,6 +92,12 @@ def output(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def last_cache_bytes() -> int:
+    """Of the largest cache that Linux tells of; 32 MiB where it tells of none."""
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=2**25)
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -109,6 +118,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "l2_bytes": int(output("getconf", "LEVEL2_CACHE_SIZE") or 0),
+        "last_cache_bytes": last_cache_bytes(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

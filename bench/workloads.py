@@ -48,13 +48,30 @@ def gpu_cases() -> list[Case]:
 
 
 def models() -> list[Case]:
+    """Four networks of the CGES paper and thesis, then larger ones; shapes alone, no trained weights."""
     return [
+        Case("MNIST net feature", "feature", mnist_net()),
+        Case("LeNet feature", "feature", lenet()),
         Case("ResNet-50 feature", "feature", resnet50(), slow=True),
         Case("WRN-16-10 feature", "feature", wide_resnet()),
         Case("AlexNet feature", "feature", alexnet()),
         Case("ViT-L/16 feature", "feature", vision_transformer()),
         Case("transformer of 1.02e9 feature", "feature", transformer(), slow=True),
     ]
+
+
+def with_biases(weights: Shapes) -> Shapes:
+    return [shape for weight in weights for shape in (weight, weight[:1])]
+
+
+def mnist_net() -> Shapes:
+    """The thesis's net for MNIST: 3,274,634 parameters."""
+    return with_biases([(32, 1, 5, 5), (64, 32, 5, 5), (1024, 3136), (10, 1024)])
+
+
+def lenet() -> Shapes:
+    """LeNet-5 (LeCun et al. 1998) on the three colours of CIFAR-10: 62,006 parameters."""
+    return with_biases([(6, 3, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)])
 
 
 def batch_norm(channels: int) -> Shapes:
@@ -96,7 +113,7 @@ def alexnet() -> Shapes:
         *[(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)],
         *[(4096, 256 * 6 * 6), (4096, 4096), (1000, 4096)],
     ]
-    return [shape for weight in weights for shape in (weight, weight[:1])]
+    return with_biases(weights)
 
 
 def layers(width: int, count: int) -> Shapes:
@@ -126,6 +143,11 @@ def small(count: int, elements: int) -> Shapes:
     """``count`` square matrices of ``elements`` elements."""
     side = int(elements**0.5)
     return [(side, elements // side)] * count
+
+
+def of_group(group_by: str, rows: int, columns: int) -> Shapes:
+    """About rows x columns elements; 3x3 kernels where groups by channel are to differ from the others."""
+    return [(rows, max(columns // 9, 1), 3, 3)] if group_by == "channel" else matrix(rows, columns)
 
 
 def elements(shapes: Shapes) -> int:

@@ -15,6 +15,7 @@ from bench.workloads import Case
 from cges_kernels import available_backends
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("bench_suites")
 
 
 class Tiny(lab.Cpu):

@@ -270,6 +270,18 @@ def test_prox_keeps_its_plans(device):
         torch.testing.assert_close(tensors, expected)
 
 
+@on_emulator
+def test_kept_plans_are_of_the_present_limits(device):
+    launches = []
+    for limit in (2**31, LIMIT):
+        ops._cuda.limit_shared_bytes(limit)
+        device["launches"] = 0
+        prox_([fresh(BLOCK), fresh(CLUSTER)], backend=BACKEND, **PENALTY)
+        launches.append(device["launches"])
+    ops._cuda.limit_shared_bytes(2**31)
+    assert launches == [1, 2]
+
+
 # Failures
 
 

@@ -1,0 +1,73 @@
+// One step of the CPU executor on one tensor, for callgrind: guard GROUP_BY DTYPE MODE ROWS COLUMNS COUNT.
+// It stands in for the few functions of torch that the executor calls, on one thread, so that nothing but
+// c10 is loaded and every run executes the same instructions.
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu_step.h"
+
+namespace at {
+int get_num_threads() { return 1; }
+int get_thread_num() { return 0; }
+bool in_parallel_region() { return false; }
+void init_num_threads() {}
+namespace internal {
+void set_thread_num(int) {}
+}  // namespace internal
+}  // namespace at
+
+namespace {
+
+template <typename T>
+std::vector<T> normal(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution;
+  std::vector<T> values(n);
+  for (T& value : values) value = T(distribution(generator));
+  return values;
+}
+
+template <typename T>
+void step(const std::string& group_by, bool exact, int64_t rows, int64_t columns, int64_t count) {
+  const cges::Layout layout = group_by == "feature"   ? cges::Layout{1, rows, columns, 1}
+                              : group_by == "filter"  ? cges::Layout{rows, columns, 1, 1}
+                              : group_by == "channel" ? cges::Layout{1, rows, columns / 9, 9}
+                              : group_by == "tensor"  ? cges::Layout{1, rows * columns, 1, 1}
+                                                      : cges::Layout{1, 1, rows * columns, 1};
+  const double n = layout.group_size();
+  cges::Hyperparameters h;
+  h.sgd = {0.1, 0.9, 1.0, 0.0, 1.0};
+  if (group_by != "none") h.thresholds = {0.05 * std::sqrt(n), (exact ? 1.0 : 0.5) / n, 0.0};
+  h.exact = exact;
+  const int64_t elements = layout.numel() * count;
+  std::vector<T> w = normal<T>(elements, 1), grad = normal<T>(elements, 2), buf = normal<T>(elements, 3);
+  std::vector<cges::TensorStep> steps;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = i * layout.numel();
+    steps.push_back({&w[at], &grad[at], &buf[at], false, c10::CppTypeToScalarType<T>::value, layout,
+                     group_by != "none", &h});
+  }
+  cges::cpu_step(steps);
+  double left = 0;
+  for (const T& value : w) left += double(value) != 0;
+  std::printf("%.3f of the weights are left\n", left / elements);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 7) return std::fprintf(stderr, "expected 6 arguments, got %d\n", argc - 1), 2;
+  const bool exact = std::strcmp(argv[3], "exact") == 0;
+  const int64_t rows = std::atoll(argv[4]), columns = std::atoll(argv[5]), count = std::atoll(argv[6]);
+  if (std::strcmp(argv[2], "bf16") == 0)
+    step<c10::BFloat16>(argv[1], exact, rows, columns, count);
+  else
+    step<float>(argv[1], exact, rows, columns, count);
+}

@@ -1,0 +1,121 @@
+"""Pictures of a report's rows, as PNG and SVG: ``python -m bench.plots`` draws those of all reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .table import NAMES, RESULTS, Results, of_suite
+
+UNITS = {
+    "elements": "elements",
+    "tensors": "tensors of 1,024",
+    "group length": "group length",
+    "threads": "threads",
+}
+FORMATS = ("png", "svg")
+
+
+def distinct(results: Results, key: str) -> list[Any]:
+    return list(dict.fromkeys(r[key] for r in results))
+
+
+def series(axes: Axes, points: Iterable[tuple[float, float]], label: str) -> None:
+    axes.plot(*zip(*sorted(points)), marker="o", markersize=3, linewidth=1, label=label)
+
+
+def grid(results: Results) -> Figure:
+    """Percent of a copy's speed over size: a panel per dtype and mode, a line per group spec."""
+    modes, dtypes = distinct(results, "mode"), distinct(results, "dtype")
+    figure = Figure(figsize=(3 * len(dtypes), 3 * len(modes)), layout="constrained")
+    panels = figure.subplots(len(modes), len(dtypes), sharex=True, sharey=True, squeeze=False)
+    for line, mode in zip(panels, modes):
+        for axes, dtype in zip(line, dtypes):
+            for spec in distinct(results, "group_by"):
+                here = [r for r in results if (r["mode"], r["dtype"], r["group_by"]) == (mode, dtype, spec)]
+                best: dict[int, list[float]] = {}  # shapes of one size: their mean
+                for r in here:
+                    best.setdefault(r["rows"] * r["columns"], []).append(r["percent_of_copy"])
+                if best:
+                    series(axes, [(n, sum(p) / len(p)) for n, p in best.items()], spec)
+            axes.set(xscale="log", title=f"{dtype}, {mode}")
+            axes.grid(alpha=0.3)
+    panels[0][0].legend()
+    figure.supxlabel("elements")
+    figure.supylabel("percent of a copy's speed")
+    return figure
+
+
+def models(results: Results) -> Figure:
+    """Milliseconds of a step: a panel per model, a bar per contender."""
+    columns = min(3, len(results))
+    lines = -(-len(results) // columns)
+    figure = Figure(figsize=(4.5 * columns, 2.4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, result in zip(panels, results):
+        known = {name: c for name in NAMES if (c := result["contenders"].get(name))}
+        colors = ["C1" if name == "prox_sgd" else "C0" for name in known]
+        bars = axes.barh([NAMES[name] for name in known], [c["ms"] for c in known.values()], color=colors)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.tick_params(labelsize=7)
+        axes.set_title(result["workload"], fontsize=9)
+    for axes in list(figure.axes)[len(results) :]:
+        axes.remove()
+    figure.supxlabel("ms per step")
+    return figure
+
+
+def scaling(results: Results) -> Figure:
+    """Milliseconds of a step over what grows, a panel each; fused SGD and a copy beside ProxSGD."""
+    along = [a for a in UNITS if any(r["along"] == a for r in results)]
+    figure = Figure(figsize=(3.4 * len(along), 3.2), layout="constrained")
+    for axes, what in zip(figure.subplots(1, len(along), squeeze=False).flat, along):
+        here = [r for r in results if r["along"] == what]
+        specs = distinct(here, "group_by")
+        for spec in specs:
+            rows = [r for r in here if r["group_by"] == spec]
+            for name in ("prox_sgd", "fused_sgd", "copy"):
+                label = NAMES[name] + (f", {spec}" if name == "prox_sgd" and len(specs) > 1 else "")
+                if name == "prox_sgd" or spec == specs[0]:
+                    series(axes, [(r["x"], r["contenders"][name]["ms"]) for r in rows], label)
+        axes.set(xlabel=UNITS[what], xscale="log", yscale="log")
+        if what == "threads":
+            axes.set(xscale="linear", yscale="linear", ylim=(0, None), xticks=[r["x"] for r in here])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel("ms per step")
+    return figure
+
+
+PICTURES: dict[str, Callable[[Results], Figure]] = {"grid": grid, "models": models, "scaling": scaling}
+
+
+def draw(results: Results, name: str, folder: Path = RESULTS) -> list[Path]:
+    """The picture of every suite that has rows; the paths written."""
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "bench", "font.size": 9}):  # equal numbers, equal bytes
+        for suite, picture in PICTURES.items():
+            rows = of_suite(results, suite)
+            for form in FORMATS if rows else ():
+                path = folder / f"{name}-{suite}.{form}"
+                picture(rows).savefig(path, dpi=110, metadata={"Date": None} if form == "svg" else None)
+                written.append(path)
+    return written
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("*.json")):
+        print(*draw(json.loads(path.read_text())["results"], path.stem), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
