@@ -21,6 +21,7 @@ from setuptools import setup
 
 COMPILE_FLAGS = [
     "-O3",
+    "-std=c++20",  # torch 2.11's build would take C++17, later ones take this
     "-fopenmp",  # at compile and at link time: without it at::parallel_for silently runs on one thread
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -123,7 +124,6 @@ def build_options(env=os.environ):
     cuda_sources, nvcc_flags, libraries = cuda_options(cuda_home) if cuda_home else ([], [], [])
 
     # As system headers, torch's and Python's own warnings stay out of sight.
-    # The language standard is left to BuildExtension, which passes the one torch's headers need.
     system_headers = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     extension = CppExtension(
         "cges_kernels._C",
