@@ -89,8 +89,7 @@ class Cutter {
     return shared_bytes(ceil_div(n, row_of_threads()), row_of_threads(), 1) <= device_.shared_bytes;
   }
   bool panel_fits(int64_t rows, int64_t columns, int64_t groups) const {
-    const int64_t most = device_.shared_bytes / int64_t(sizeof(A));
-    return columns <= (groups == 1 ? row_of_threads() : kThreads) && rows <= most / columns &&
+    return columns <= (groups == 1 ? row_of_threads() : kThreads) &&
            shared_bytes(rows, columns, groups) <= device_.shared_bytes;
   }
   // Elements of a span of at most `wish` that fits a block: whole rows of all threads.
@@ -204,8 +203,8 @@ class Cutter {
     return {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)};
   }
 
-  // The most columns, up to some kSlab elements, with which `rows` rows fit a block; 0 where not even the narrowest
-  // panel worth it does.
+  // The most columns, up to some kSlab elements, with which `rows` rows fit a block; 0 where not even the
+  // narrowest panel worth it does.
   int64_t widest(const Layout& L, int64_t rows, int64_t most, bool aligned) const {
     const int64_t wish = std::clamp(kSlab / rows, kRowBytes / size_, most);
     for (const int64_t step : panel_steps(L, aligned)) {

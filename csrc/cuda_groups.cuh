@@ -1,4 +1,4 @@
-// The groups of a slab whose z is in shared memory: sums, solve, apply, for contiguous groups and for a panel's.
+// The groups of a slab whose z is in shared memory: sums, solve, apply; contiguous ones, and those of a panel.
 #pragma once
 #include <limits>
 
@@ -28,8 +28,8 @@ __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>&
   if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, h.exact, kEpsilon<A>);
 }
 
-// Contiguous groups of `run` elements, whose z becomes w: each in the hands of `lanes` lanes of a warp, from its
-// sums to the apply.
+// Contiguous groups of `run` elements, whose z becomes w: each in the hands of `lanes` lanes of a warp, from
+// its sums to the apply.
 template <typename T>
 __device__ __forceinline__ void shrink_runs(const Slab<T>& slab, int run, int lanes,
                                             const Coefficients<Compute<T>>& h, Compute<T>* z) {

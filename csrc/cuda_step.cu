@@ -11,9 +11,9 @@
 // other reduces, with some 113 KB of z each. A block has 256 threads; each has 16 bytes of three tensors and
 // two rows under way: 2 x 256 x 2 x 3 x 16 = 48 KB per multiprocessor, where about 32 KB saturate the memory.
 //   block    the z of whole groups fits one block. Rows ("filter") up to 4,096 elements: as many as make 16,384
-//            elements, each in the hands of a warp or some of its lanes; longer ones alone. Columns ("feature"):
-//            panels of some 16,384 elements, 64 bytes of each row at least. "channel": such panels, adjacent columns
-//            added up. No groups: any run of elements.
+//            elements, each in the hands of a warp or some of its lanes; longer ones alone. Columns
+//            ("feature"): panels of some 16,384 elements, 64 bytes of each row at least. "channel": such
+//            panels, adjacent columns added up. No groups: any run of elements.
 //   cluster  sm_90 on: eight blocks hold the rows of one panel, and read each other's sums (not each other's z)
 //            through distributed shared memory, with one cluster barrier per sweep.
 //   ticket   all the rest. Chunks of a panel leave their sums in slots; the last to arrive adds them in index

@@ -117,7 +117,8 @@ __device__ __forceinline__ void sweep_chunk(const StepTable<Compute<T>>& table, 
   const int groups = item.groups();
   sum_groups(slab, item.run, groups, shared, panel.slots + int64_t(item.chunk) * groups);
   const bool last = tell_all(shared.word, [&] {
-    __threadfence();  // this block's sums are there before it counts as arrived, and the others' before they are read
+    // this block's sums are there before it counts as arrived, and the others' before they are read
+    __threadfence();
     const bool found = atomicAdd(panel.arrived, 1) == item.chunks - 1;
     __threadfence();
     return found;
@@ -161,8 +162,8 @@ __device__ __forceinline__ bool resume_chunk(const StepTable<A>& table, const It
   return true;
 }
 
-// An item from update to apply; of a chunk, one stage: 0 to table.stages - 1 are sweeps, then its groups' s and t
-// are known, and the last applies.
+// An item from update to apply; of a chunk, one stage: 0 to table.stages - 1 are sweeps, then its groups' s
+// and t are known, and the last applies.
 template <typename T, bool clustered>
 __device__ __forceinline__ void run_item(const StepTable<Compute<T>>& table, const Item& item, int stage,
                                          unsigned char* memory) {

@@ -38,8 +38,8 @@ struct Item {
   int32_t run;           // adjacent columns of one group
   int32_t lanes;         // threads side by side in a row
   int32_t run_lanes;     // of runs: lanes of a warp that share one
-  // Of a chunk: its panel, its place among the panel's chunks, where in the scratch the panel's part begins, and
-  // the window of chunks that it belongs to.
+  // Of a chunk: its panel, its place among the panel's chunks, where in the scratch the panel's part begins,
+  // and the window of chunks that it belongs to.
   int32_t panel, chunk, chunks;
   int64_t slot;
   int32_t window_begin, window_size;

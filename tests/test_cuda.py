@@ -100,6 +100,17 @@ def test_a_device_without_clusters(device, shape, group_by, prox_mode, dtype):
 
 
 @on_emulator
+def test_a_device_without_room_for_a_cluster(device):
+    """Such as a part of a partitioned GPU: two multiprocessors, where eight blocks need four."""
+    shape = (2500, 32)
+    assert paths(shape)[1] > 0
+    device["multiprocessors"] = 2
+    assert paths(shape)[1] == 0 and paths(shape)[2] > 0
+    w, grad = fresh(shape), fresh(shape)
+    check_step(BACKEND, w, grad, None, **training(w, "feature", "sequential"))
+
+
+@on_emulator
 def test_less_shared_memory_is_used_where_there_is_less(device):
     """What is chosen fits: a launch that asks for more than the device has would fail."""
     w, grad = fresh((500, 40)), fresh((500, 40))
@@ -286,13 +297,17 @@ def test_kept_plans_are_of_the_present_limits(device):
 
 
 @on_emulator
-def test_a_driver_too_old_is_said_before_anything_is_written(device):
-    device["driver_version"], device["runtime_version"] = 12040, 13000
-    params = parameters([BLOCK])
-    with pytest.raises(
-        RuntimeError, match=r"expected a driver for CUDA 13, found one for CUDA 12\.4; update"
-    ):
-        ProxSGD(params, lr=0.1, backend=BACKEND)
+@pytest.mark.parametrize(
+    ("driver", "runtime", "said"),
+    [
+        (12040, 13000, r"expected a driver for CUDA 13, found one for CUDA 12\.4; update"),
+        (12000, 12080, r"expected a driver for CUDA 12\.1 or newer, .* found one for CUDA 12\.0; update"),
+    ],
+)
+def test_a_driver_too_old_is_said_before_anything_is_written(device, driver, runtime, said):
+    device["driver_version"], device["runtime_version"] = driver, runtime
+    with pytest.raises(RuntimeError, match=said):
+        ProxSGD(parameters([BLOCK]), lr=0.1, backend=BACKEND)
 
 
 @on_emulator
