@@ -41,17 +41,17 @@ class Budget(NamedTuple):
 BUDGETS = [
     Budget("none", "fp32", "sequential", 512, 512, 1, 2.2),
     Budget("none", "bf16", "sequential", 512, 512, 1, 5.9),
-    Budget("feature", "fp32", "sequential", 512, 512, 1, 8.7),
-    Budget("feature", "fp32", "sequential", 4096, 512, 1, 16.2),
-    Budget("feature", "fp32", "sequential", 50000, 64, 1, 8.9),
-    Budget("feature", "bf16", "sequential", 512, 512, 1, 11.9),
-    Budget("feature", "fp32", "exact", 512, 512, 1, 18.0),
-    Budget("feature", "fp32", "sequential", 32, 32, 300, 13.4),
-    Budget("filter", "fp32", "sequential", 512, 512, 1, 8.4),
-    Budget("filter", "fp32", "sequential", 4096, 9, 1, 67.0),
-    Budget("filter", "fp32", "exact", 512, 512, 1, 27.0),
-    Budget("channel", "fp32", "sequential", 512, 576, 1, 11.8),
-    Budget("tensor", "fp32", "sequential", 512, 512, 1, 6.5),
+    Budget("feature", "fp32", "sequential", 512, 512, 1, 7.6),
+    Budget("feature", "fp32", "sequential", 4096, 512, 1, 5.5),
+    Budget("feature", "fp32", "sequential", 50000, 64, 1, 7.1),
+    Budget("feature", "bf16", "sequential", 512, 512, 1, 12.0),
+    Budget("feature", "fp32", "exact", 512, 512, 1, 16.9),
+    Budget("feature", "fp32", "sequential", 32, 32, 300, 13.9),
+    Budget("filter", "fp32", "sequential", 512, 512, 1, 7.2),
+    Budget("filter", "fp32", "sequential", 4096, 9, 1, 50.3),
+    Budget("filter", "fp32", "exact", 512, 512, 1, 20.1),
+    Budget("channel", "fp32", "sequential", 512, 576, 1, 8.7),
+    Budget("tensor", "fp32", "sequential", 512, 512, 1, 4.9),
 ]
 
 

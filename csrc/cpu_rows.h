@@ -10,7 +10,8 @@
 
 namespace cges {
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kSumRows = 32;  // rows summed in the compute type before double takes over
 
 struct RowUpdate {  // which sgd_update
   Momentum momentum;
@@ -28,6 +29,7 @@ struct ColumnSums {
 // Some rows of a tile, and how far ahead of use the same columns of later rows are fetched.
 struct Rows {
   int64_t rows, columns, stride;  // in elements
+  int64_t z_stride;               // of the same rows of z
   int64_t ahead;                  // rows; 0 where the hardware fetches well enough by itself
   int64_t left;                   // rows of the tile from the first of these on
   bool first;                     // nothing has been fetched yet
@@ -38,17 +40,20 @@ template <typename T>
 struct RowOps {
   using A = Compute<T>;
 
-  // z[i] (rows without gaps) and buf_out[i] (rows `out_stride` apart) from w[i], g[i], buf[i]; where
+  // z[i], which may be w[i] itself, and buf_out[i] (rows `out_stride` apart) from w[i], g[i], buf[i]; where
   // `freeze`, what is 0 stays 0, its buffer too.
   void (*sgd_update)(RowUpdate, bool freeze, const Rows&, const T* w, const T* g, const T* buf, T* buf_out,
                      int64_t out_stride, A* z, const SgdScalars<A>&);
-  // sums[j] += the statistics of column j of z [rows, columns] (row stride `columns`) at threshold t[j].
-  void (*column_stats)(int64_t rows, int64_t columns, const A* z, const A* t, ColumnSums sums);
-  // alive[j] = 1 where column j of w [rows, columns] (contiguous) holds anything but 0; else as it was.
-  void (*find_alive)(int64_t rows, int64_t columns, const T* w, A* alive);
+  // sums[j] += the statistics of column j of z [rows, columns] (rows `stride` apart) at threshold t[j].
+  void (*column_stats)(int64_t rows, int64_t columns, int64_t stride, const A* z, const A* t,
+                       ColumnSums sums);
+  // The same of one run of n elements, all at threshold t, to sums[0].
+  void (*run_stats)(int64_t n, const A* z, A t, ColumnSums sums);
+  // alive[j] = 1 where w[j] is anything but 0; else as it was.
+  void (*find_alive)(int64_t n, const T* w, A* alive);
   // x = 0 where alive is 0.
   void (*mask)(int64_t n, const A* alive, T* x);
-  // w = s * soft(z, t) with one (s, t) per column, or one for the run.
+  // w = s * soft(z, t) with one (s, t) per column, or one for the run; z may be w itself.
   void (*apply_columns)(const Rows&, const A* z, const A* s, const A* t, T* w);
   void (*apply_run)(int64_t n, const A* z, Shrinkage<A>, T* w);
   // w = z, where nothing shrinks.

@@ -5,9 +5,11 @@
 //   rows ("filter"):      a run of whole contiguous groups
 //   columns ("feature"):  all R1 rows of a panel of neighbouring columns, cache lines wide
 //   no groups:            a run of elements
-// A group whose z does not fit is cut into pieces: one pass only reads and sums, the pieces' sums are added
-// in index order, and a second pass updates and applies (exact mode reads once more per sweep). How a tensor
-// is cut depends on its shape and the cache size alone, so no bit depends on the threads.
+// A group whose z does not fit is cut into pieces, long runs of memory: one pass updates, sums and leaves z in w,
+// the pieces' sums are added in index order, and a second pass applies (28 bytes per element; exact mode reads z
+// once more per sweep). 16-bit weights cannot hold z: there the first pass only reads and sums, and the second
+// updates again. How a tensor is cut depends on its shape and the cache size alone, so no bit depends on the
+// threads.
 #include "cpu_step.h"
 
 #include <ATen/Parallel.h>
@@ -22,10 +24,11 @@
 namespace cges {
 namespace {
 
-constexpr int64_t kTileElements = 32768;       // enough to amortise a tile, small enough to share out
+constexpr int64_t kTileElements = 65536;       // enough to amortise a tile, small enough to share out
+constexpr int64_t kLeastRowBytes = 256;        // of z: panels of narrower rows lose more than pieces do
 constexpr int64_t kPieceElements = 32768;      // of a group too large for a tile
-constexpr int64_t kPieceRows = 2048;           // at least: a piece leaves one set of sums per column
-constexpr int64_t kPieceColumns = 1024;        // at most, where groups are narrower than kFold
+constexpr int64_t kPieceRows = 512;            // at least: a piece leaves one set of sums per column
+constexpr int64_t kPieceColumns = 8192;        // at most, where groups are narrower than kNarrow
 constexpr int64_t kSmallArrays = 512 << 10;    // bytes of scratch beside z, mostly never touched
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
@@ -64,10 +67,10 @@ void cut(int32_t tensor, const TensorStep& step, std::vector<Tile>& whole, std::
   const Layout L = working_layout(step);
   if (L.numel() == 0) return;
   const int64_t size = c10::elementSize(step.dtype), line = kLine / size;
-  const int64_t capacity = z_bytes / std::max<int64_t>(size, sizeof(float));
-  const int64_t least = std::max(L.R2, std::min(line, L.row_length()));  // columns of the narrowest tile
+  const int64_t z_size = std::max<int64_t>(size, sizeof(float)), capacity = z_bytes / z_size;
+  const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
   if (L.R1 * least > capacity) {
-    const bool narrow = L.R2 < kFold;
+    const bool narrow = L.R2 < kNarrow;
     const int64_t columns = narrow ? kPieceColumns / L.R2 * L.R2 : std::min(L.R2, kPieceElements / 2);
     const int64_t rows = std::max(kPieceElements / columns, narrow ? kPieceRows : 1);
     return cut_grid(tensor, L, 1, rows, columns, pieces);
@@ -136,7 +139,7 @@ void run_whole_tiles(const std::vector<TensorStep>& steps, const std::vector<Til
   });
 }
 
-// Two passes over the pieces of one tensor's groups, and in exact mode one more per further sweep.
+// Two passes over the pieces of one tensor's groups, in exact mode one more per further sweep.
 template <typename T>
 void run_pieces(const TensorStep& step, const std::vector<Tile>& pieces) {
   using Runner = TileRunner<T>;
@@ -154,12 +157,14 @@ void run_pieces(const TensorStep& step, const std::vector<Tile>& pieces) {
   std::vector<typename Runner::Solver> solvers(L.num_groups());
   for (auto& solver : solvers) solver.start(Runner::thresholds_of(step));
 
-  do {
-    pass([&](int64_t i) { runner(i).sum_piece(&solvers[first_group(i)], &sums[slot[i]]); });
-    std::fill(totals.begin(), totals.end(), PieceSums{});
+  for (bool first = true;; first = false) {
+    pass([&](int64_t i) { runner(i).sum_piece(&solvers[first_group(i)], &sums[slot[i]], first); });
+    for (PieceSums& total : totals) total.stats = {0, 0, 0};  // what is alive was seen in the first pass
     for (int64_t i = 0; i < n; ++i)
       for (int64_t k = 0; k < slot[i + 1] - slot[i]; ++k) totals[first_group(i) + k] += sums[slot[i] + k];
-  } while (!Runner::solve(step, L.num_groups(), solvers.data(), [&](int64_t g) { return totals[g].stats; }));
+    if (Runner::solve(step, L.num_groups(), solvers.data(), [&](int64_t g) { return totals[g].stats; }))
+      break;
+  }
   pass([&](int64_t i) { runner(i).apply_piece(&solvers[first_group(i)], &totals[first_group(i)]); });
 }
 

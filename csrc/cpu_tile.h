@@ -13,10 +13,10 @@
 
 namespace cges {
 
-constexpr int64_t kFold = 64;          // a contiguous run of one group is summed as rows of this many columns
-constexpr int64_t kBlockRows = 16;     // rows whose z is still in L1 when their statistics are taken
-constexpr int64_t kSumRows = 32;       // rows summed in the compute type before double takes over
-constexpr int64_t kMaxColumns = 2048;  // of a tile of more than one group
+constexpr int64_t kNarrow = 64;     // groups with shorter runs in each of their rows are summed by columns
+constexpr int64_t kBlockRows = 16;  // rows whose z is still in cache when their statistics are taken
+constexpr int64_t kBlockElements = 32768;  // the same of a piece, whose rows are wide
+constexpr int64_t kMaxColumns = 2048;      // of a tile of more than one group
 
 // How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart.
 // Rows whose distance shares a large factor with the L1's 4 KB ways fall into a few of its sets: those rows
@@ -76,6 +76,7 @@ enum class TileKind { elementwise, whole, piece };
 template <typename T>
 class TileRunner {
   using A = Compute<T>;
+  static constexpr bool kZInPlace = std::is_same_v<T, A>;  // w can hold a large group's z between passes
 
  public:
   using Solver = ShrinkageSolver<A>;
@@ -84,10 +85,10 @@ class TileRunner {
       : step_(step),
         tile_(tile),
         L_(layout),
-        narrow_(layout.R2 < kFold),
+        narrow_(layout.R2 < kNarrow && layout.R1 > 1),
         group0_(tile.c0 / layout.R2),
         groups_((tile.c1 + layout.R2 - 1) / layout.R2 - group0_),
-        fold_(narrow_ ? layout.R2 : kFold),
+        fold_(narrow_ ? layout.R2 : 1),
         thresholds_(thresholds_of(step)),
         scalars_{A(step.h->sgd.lr), A(step.h->sgd.momentum), A(step.h->sgd.one_minus_dampening),
                  A(step.h->sgd.weight_decay), A(step.h->sgd.grad_sign)},
@@ -98,12 +99,17 @@ class TileRunner {
                 step.h->nesterov, step.h->sgd.weight_decay != 0},
         freeze_groups_(step.h->freeze == Freeze::group && step.has_groups),
         aliases_(std::gcd(layout.row_length() * int64_t(sizeof(T)), kL1Way) >= kL1Way / 4),
+        block_rows_(kind == TileKind::piece
+                        ? std::clamp(kBlockElements / tile.columns(), int64_t{1}, kBlockRows)
+                        : kBlockRows),
+        z_stride_(kind == TileKind::piece && kZInPlace ? layout.row_length() : tile.columns()),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0
                         : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1) {
     scratch.reset();
     const bool is_piece = kind == TileKind::piece;
-    z_ = scratch.take<A>(tile.columns() * (is_piece ? std::min(tile.rows(), kBlockRows) : tile.rows()));
+    if (!is_piece || !kZInPlace)
+      z_ = scratch.take<A>(tile.columns() * (is_piece ? std::min(tile.rows(), block_rows_) : tile.rows()));
     if (kind == TileKind::elementwise) return;
     const int64_t n = groups_ * fold_;
     s_ = scratch.take<A>(n);
@@ -113,7 +119,7 @@ class TileRunner {
     sums_ = {step.h->exact ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
              scratch.take<double>(n)};
     if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
-    if (is_piece) unused_buf_ = scratch.take<T>(tile.columns());
+    if (is_piece && !kZInPlace) unused_buf_ = scratch.take<T>(tile.columns());
   }
 
   static Thresholds<A> thresholds_of(const TensorStep& step) {
@@ -135,8 +141,8 @@ class TileRunner {
     begin_sums(solvers_);
     for_each_block([&](int64_t r0, int64_t r1) {
       A* z = z_ + (r0 - tile_.r0) * tile_.columns();
-      update_rows(r0, r1, z, /*keep_buf=*/true);
       find_alive(r0, r1);
+      update_rows(r0, r1, z, /*keep_buf=*/true);
       add_stats(r1 - r0, z);
     });
     while (!solve(step_, groups_, solvers_, [&](int64_t g) { return group_sums(g); })) {
@@ -147,25 +153,24 @@ class TileRunner {
     apply_rows(tile_.r0, tile_.r1, z_, solvers_);
   }
 
-  // A piece of large groups, first pass: its sums at each group's t, nothing written to the tensors.
-  // `solvers` and `out` begin at this tile's first group.
-  void sum_piece(const Solver* solvers, PieceSums* out) {
+  // A piece of large groups: its sums at each group's t. The first pass leaves z in w; where w's type is too
+  // narrow for z, each pass makes z anew and nothing is written. `solvers` and `out` begin at this tile's first
+  // group.
+  void sum_piece(const Solver* solvers, PieceSums* out, bool first) {
     begin_sums(solvers);
     for_each_block([&](int64_t r0, int64_t r1) {
-      update_rows(r0, r1, z_, /*keep_buf=*/false);
-      find_alive(r0, r1);
-      add_stats(r1 - r0, z_);
+      if (first) find_alive(r0, r1);
+      add_stats(r1 - r0, piece_z(r0, r1, first, /*keep_buf=*/kZInPlace));
     });
     for (int64_t g = 0; g < groups_; ++g) out[g] = {group_sums(g), is_alive(g)};
   }
 
-  // Second pass: update again and apply; `alive[g]` says whether the whole group has a weight to keep.
+  // The last pass; `alive[g]` says whether the whole group has a weight to keep.
   void apply_piece(const Solver* solvers, const PieceSums* totals) {
-    for (int64_t j = 0; j < groups_ * fold_; ++j) alive_[j] = A(totals[j / fold_].alive);
+    for (int64_t g = 0; g < groups_; ++g) std::fill_n(alive_ + g * fold_, fold_, A(totals[g].alive));
     spread(solvers);
     for_each_block([&](int64_t r0, int64_t r1) {
-      update_rows(r0, r1, z_, /*keep_buf=*/true);
-      apply_rows(r0, r1, z_, solvers);
+      apply_rows(r0, r1, piece_z(r0, r1, false, /*keep_buf=*/true), solvers);
     });
   }
 
@@ -196,7 +201,7 @@ class TileRunner {
 
   template <typename F>
   void for_each_block(F f) const {
-    for (int64_t r = tile_.r0; r < tile_.r1; r += kBlockRows) f(r, std::min(r + kBlockRows, tile_.r1));
+    for (int64_t r = tile_.r0; r < tile_.r1; r += block_rows_) f(r, std::min(r + block_rows_, tile_.r1));
   }
 
   // Each group's contiguous part of one row of the tile: f(group, begin, end).
@@ -207,20 +212,9 @@ class TileRunner {
         std::min((group0_ + g + 1) * L_.R2, tile_.c1) - tile_.c0);
   }
 
-  // One row of the tile as matrices whose columns are stat columns: f(rows, columns, begin, stat column).
-  // Narrow groups have one stat column per column; of wider ones, rows of kFold columns are added up.
-  template <typename F>
-  void for_each_run(F f) const {
-    if (narrow_) return f(1, tile_.columns(), 0, 0);
-    for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
-      const int64_t full = (end - begin) / kFold, rest = (end - begin) % kFold;
-      if (full > 0) f(full, kFold, begin, g * kFold);
-      if (rest > 0) f(1, rest, end - rest, g * kFold);
-    });
-  }
-
   Rows rows(int64_t r0, int64_t r1) const {
-    return {r1 - r0, tile_.columns(), L_.row_length(), rows_ahead_, tile_.r1 - r0, r0 == tile_.r0, aliases_};
+    return {r1 - r0,     tile_.columns(), L_.row_length(), z_stride_,
+            rows_ahead_, tile_.r1 - r0,   r0 == tile_.r0,  aliases_};
   }
 
   void update_rows(int64_t r0, int64_t r1, A* z, bool keep_buf) {
@@ -228,32 +222,46 @@ class TileRunner {
                     keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z, scalars_);
   }
 
+  // z of some rows of a piece, updated now or, where w has held it since the first pass, then.
+  A* piece_z(int64_t r0, int64_t r1, bool first, bool keep_buf) {
+    if constexpr (kZInPlace) {
+      if (first && step_.grad != nullptr) update_rows(r0, r1, w(r0), keep_buf);
+      return w(r0);
+    } else {
+      update_rows(r0, r1, z_, keep_buf);
+      return z_;
+    }
+  }
+
   void find_alive(int64_t r0, int64_t r1) {
     if (!freeze_groups_) return;
-    for (int64_t r = r0; r < r1; ++r)
-      for_each_run([&](int64_t rows, int64_t columns, int64_t begin, int64_t stat) {
-        ops_.find_alive(rows, columns, w(r) + begin, alive_ + stat);
-      });
+    for (int64_t r = r0; r < r1; ++r) {
+      const T* const row = w(r);
+      if (narrow_)
+        ops_.find_alive(tile_.columns(), row, alive_);
+      else
+        for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
+          if (std::any_of(row + begin, row + end, [](T x) { return x != T(0); })) alive_[g] = A(1);
+        });
+    }
   }
 
   void begin_sums(const Solver* solvers) {
-    const int64_t n = groups_ * fold_;
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
-      if (sum != nullptr) std::fill_n(sum, n, 0.0);
-    for (int64_t j = 0; j < n; ++j) t_[j] = solvers[j / fold_].at.t;
+      if (sum != nullptr) std::fill_n(sum, groups_ * fold_, 0.0);
+    for (int64_t g = 0; g < groups_; ++g) std::fill_n(t_ + g * fold_, fold_, solvers[g].at.t);
   }
 
   void add_stats(int64_t rows, const A* z) {
     if (narrow_) {
       for (int64_t r = 0; r < rows; r += kSumRows)
-        ops_.column_stats(std::min(kSumRows, rows - r), tile_.columns(), z + r * tile_.columns(), t_, sums_);
+        ops_.column_stats(std::min(kSumRows, rows - r), tile_.columns(), z_stride_, z + r * z_stride_, t_,
+                          sums_);
       return;
     }
-    for (int64_t r = 0; r < rows; ++r, z += tile_.columns())
-      for_each_run([&](int64_t run_rows, int64_t columns, int64_t begin, int64_t stat) {
-        for (int64_t i = 0; i < run_rows; i += kSumRows)
-          ops_.column_stats(std::min(kSumRows, run_rows - i), columns, z + begin + i * columns, t_ + stat,
-                            sums_ + stat);
+    for (int64_t r = 0; r < rows; ++r, z += z_stride_)
+      for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
+        ops_.run_stats(end - begin, z + begin, t_[g], sums_ + g);
       });
   }
 
@@ -288,7 +296,7 @@ class TileRunner {
   void apply_rows(int64_t r0, int64_t r1, const A* z, const Solver* solvers) {
     const int64_t n = tile_.columns();
     if (narrow_ && thresholds_.any()) ops_.apply_columns(rows(r0, r1), z, s_, t_, w(r0));
-    for (int64_t r = r0; r < r1; ++r, z += n) {
+    for (int64_t r = r0; r < r1; ++r, z += z_stride_) {
       if (!thresholds_.any())
         ops_.store(n, z, w(r));
       else if (!narrow_)
@@ -317,7 +325,7 @@ class TileRunner {
   const SgdScalars<A> scalars_;
   const RowUpdate update_;
   const bool freeze_groups_, aliases_;
-  const int64_t rows_ahead_;
+  const int64_t block_rows_, z_stride_, rows_ahead_;
   A *z_ = nullptr, *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // the last three by stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;
