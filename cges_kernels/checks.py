@@ -69,6 +69,8 @@ def check_tensor(name: str, w: Any) -> None:
     """A dense real floating-point tensor that holds memory."""
     if not isinstance(w, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(w).__name__}")
+    if torch.compiler.is_compiling():
+        return  # what follows cannot be traced
     if is_lazy(w):
         raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run one batch first")
     if w.layout != torch.strided:

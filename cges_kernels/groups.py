@@ -16,7 +16,7 @@ spec            reduced  one group is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -140,3 +140,15 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def to_text(spec: GroupSpec | Sequence[int] | None) -> str:
+    """A group spec, view or mode as text, for operators whose arguments it is among; see from_text."""
+    if spec is None or isinstance(spec, str):
+        return spec or ""
+    return "".join([f"{int(x)}," for x in spec]) or ","
+
+
+def from_text(text: str) -> Any:
+    """What to_text was given: a name, a tuple of numbers, or None."""
+    return tuple(int(x) for x in text.split(",") if x) if "," in text else text or None

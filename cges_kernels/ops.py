@@ -1,11 +1,11 @@
-"""Functions on tensors (prox, prox_, penalty), and the choice of the executor that serves them."""
+"""The executors: which of them can serve a tensor, and how each is set going."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib import metadata, util
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import reference
-from .checks import check_distinct, check_penalty, check_tensor
+from .checks import check_tensor
 from .groups import GroupSpec, LayoutTuple, canonical_layout, has_groups
+from .plans import ReferencePlan, Spec
 
 try:
     from . import _C
@@ -163,11 +163,18 @@ def _extension(executor: str) -> Any:
     return _cuda if executor == "cuda" else _C
 
 
-def make_plan(executor: str, params: Sequence[list[Tensor]], layouts: Sequence[list[LayoutTuple]]) -> Any:
-    """What steps the parameters of ``executor``; ``params[i]`` is [] where another one serves group i.
+def make_plan(
+    executor: str,
+    params: Sequence[list[Tensor]],
+    layouts: Sequence[Sequence[LayoutTuple]],
+    specs: Sequence[Sequence[Spec]],
+) -> Any:
+    """What steps the parameters of ``executor``, by plans.py's interface.
 
-    It has set_hyperparameters(group, **values), gather(params, state) -> bool and run(); see step_plan.py.
+    ``params[i]`` is [] where another one serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
     """
+    if executor == "reference":
+        return ReferencePlan(params, specs)
     if executor in ("cpu", "cuda"):
         return _extension(executor).StepPlan(params, layouts, executor)
     from .triton_step import TritonPlan  # only here: importing triton takes its time
@@ -175,124 +182,33 @@ def make_plan(executor: str, params: Sequence[list[Tensor]], layouts: Sequence[l
     return TritonPlan(params, layouts)
 
 
-def prox_(
+def is_capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def step_tensors(
+    executor: str,
     tensors: Sequence[Tensor],
-    *,
-    group_lasso: float = 0.0,
-    exclusive_lasso: float = 0.0,
-    l1: float = 0.0,
-    group_by: GroupSpec = "feature",
-    view: Sequence[int] | None = None,
-    prox_mode: str = "sequential",
-    backend: str = "auto",
+    layouts: Sequence[LayoutTuple],
+    rows: Sequence[Sequence[int]],
+    groups: Sequence[int],
+    values: Sequence[Mapping[str, Any]],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """Replace each tensor by its proximal map, all in one pass: for those who keep their own optimizer.
+    """One step without a plan, in one pass, by a fused executor; whoever calls has checked everything.
 
-    The coefficients already contain the step size (pass lr*coefficient). Tensors may have any shapes,
-    but must be dense and distinct; named specs apply group_lasso and exclusive_lasso to tensors of two
-    or more dims only. See :func:`prox` for the formula.
-
-    Raises:
-        ValueError, TypeError: bad coefficients, spec, mode or tensors; nothing is written.
-        RuntimeError: a backend that cannot serve.
-
-    Example:
-        >>> optimizer.step()
-        >>> with torch.no_grad():
-        ...     prox_([layer.weight for layer in layers], group_lasso=lr * 1e-3)
+    Args:
+        rows: of each tensor its address, those of gradient and buffer (0: none), and step_plan.py's phase.
+        groups: of each tensor the index of its hyperparameters in ``values``, which are plans.py's.
     """
-    penalty_options: dict[str, Any] = dict(
-        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
-    )
-    check_penalty({**penalty_options, "prox_mode": prox_mode})
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    names = [f"tensors[{i}]" for i in range(len(tensors))]
-    layouts = named_layouts(names, tensors, group_by, view)
-    for name, w in zip(names, tensors):
-        if torch.is_grad_enabled() and w.requires_grad:
-            raise RuntimeError(
-                f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
-            )
-    check_distinct(names, tensors)
-    thresholds = reference.Thresholds(float(group_lasso), float(exclusive_lasso), float(l1))
-    executor = choose_backend(backend, tensors)
-    if executor == "reference":
-        for w in tensors:
-            w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
-        return
-    values = {**thresholds._asdict(), "exact": prox_mode == "exact"}
+    capturing, scaler = is_capturing(), (grad_scale, found_inf)
     if executor in ("cpu", "cuda"):
         extension = _extension(executor)
-        capturing = any(w.is_cuda for w in tensors) and torch.cuda.is_current_stream_capturing()
-        extension.prox_(tensors, layouts, extension.Hyperparameters(**values), executor, capturing)
+        of_groups = [extension.Hyperparameters(**v) for v in values]
+        extension.step_(tensors, layouts, rows, groups, of_groups, executor, capturing, *scaler)
     else:
         from . import triton_step
 
-        triton_step.prox_(tensors, layouts, values)
-
-
-def prox(
-    w: Tensor,
-    *,
-    group_lasso: float = 0.0,
-    exclusive_lasso: float = 0.0,
-    l1: float = 0.0,
-    group_by: GroupSpec = "feature",
-    view: Sequence[int] | None = None,
-    prox_mode: str = "sequential",
-    backend: str = "auto",
-) -> Tensor:
-    """The proximal map of the combined regulariser at ``w``, a new tensor of the same shape and dtype.
-
-    ``prox_mode="exact"`` gives argmin_x ||x - w||^2 / 2 + Omega(x) with
-
-        Omega(x) = sum_g  group_lasso*||x_g||_2 + (exclusive_lasso/2)*||x_g||_1^2 + l1*||x_g||_1
-
-    and "sequential" applies the l1, the group and the exclusive thresholds one after another (Yoon and
-    Hwang 2017, Eq. 7 then 8), which shrinks more. The coefficients already contain the step size. A
-    ``w`` that requires grad takes the reference, which is differentiable.
-
-    Raises: as :func:`prox_`.
-    """
-    check_tensor("w", w)
-    options: dict[str, Any] = dict(
-        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
-    )
-    if torch.is_grad_enabled() and w.requires_grad:
-        check_penalty({**options, "prox_mode": prox_mode})
-        choose_backend(backend, [w])
-        w = w.clone()
-        named_layouts(["w"], [w], group_by, view)
-        return reference.shrink(
-            w, reference.Thresholds(group_lasso, exclusive_lasso, l1), group_by, view, prox_mode
-        )
-    result = w.detach().clone()
-    prox_([result], **options, prox_mode=prox_mode, backend=backend)
-    return result
-
-
-def penalty(
-    w: Tensor,
-    *,
-    group_lasso: float = 0.0,
-    exclusive_lasso: float = 0.0,
-    l1: float = 0.0,
-    group_by: GroupSpec = "feature",
-    view: Sequence[int] | None = None,
-) -> Tensor:
-    """Omega(w): a 0-d tensor, differentiable; the formula stands at :func:`prox`.
-
-    Named specs apply the group terms to tensors of two or more dims only. Zero groups have gradient 0.
-
-    Raises:
-        ValueError, TypeError: bad coefficients, spec or tensor.
-    """
-    options: dict[str, Any] = dict(
-        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
-    )
-    check_penalty(options)
-    check_tensor("w", w)
-    return reference.omega(w, **options)
-
-
-__all__ = ["available_backends", "penalty", "prox", "prox_"]
+        triton_step.step_(tensors, layouts, rows, groups, values, capturing, *scaler)

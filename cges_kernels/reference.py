@@ -18,7 +18,7 @@ Everything here is differentiable. Maximum and sign are written so that NaN surv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def group_stats(z: Tensor, t: Tensor | float, dims: Sequence[int], with_count: b
     if u.requires_grad:
         l2 = torch.linalg.vector_norm(u, dim=tuple(dims), keepdim=True)  # its gradient at 0 is 0
     else:
-        l2 = u.square_().sum(dims, keepdim=True).sqrt_()  # ten times faster than vector_norm across rows
+        l2 = u.square_().sum(dims, keepdim=True).sqrt()  # ten times faster than vector_norm across rows
     return GroupStats(count, l1, l2)
 
 
@@ -111,14 +111,16 @@ def solve_shrinkage(
     sequential (thesis, Eq. 7 then Eq. 8): s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c).
     exact (the true proximal operator):    t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
     """
-    a, b, c = thresholds
-    stats = group_stats(z, c, dims, with_count=prox_mode == "exact")
-    s = group_scale(stats.l2, a)
-    if b == 0:
-        return s, torch.zeros_like(s) + c
-    if prox_mode == "sequential":
-        return s, c + b * stats.l1
+    stats = group_stats(z, thresholds.c, dims, with_count=prox_mode == "exact")
+    if prox_mode == "sequential" or thresholds.b == 0:
+        return sequential_shrinkage(stats, thresholds)
     return _solve_exact(z, dims, thresholds, stats)
+
+
+def sequential_shrinkage(stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
+    """(s, t) of sequential mode from the sums of soft(z, c); exact mode's too where b = 0."""
+    a, b, c = thresholds
+    return group_scale(stats.l2, a), c + b * stats.l1 if b != 0 else torch.zeros_like(stats.l1) + c
 
 
 def _newton(t: Tensor, stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,29 +136,48 @@ def _newton(t: Tensor, stats: GroupStats, thresholds: Thresholds) -> tuple[Tenso
     return s, excess, t - excess / slope.detach()
 
 
+class Search(NamedTuple):
+    """The exact solver between two sweeps: (s, t) so far, the bracket of t, and which groups are done."""
+
+    s: Tensor
+    t: Tensor
+    low: Tensor
+    high: Tensor
+    done: Tensor
+
+
+def start_search(stats: GroupStats, thresholds: Thresholds) -> Search:
+    """The search at t = c, where ``stats`` are; the root lies between that and the sequential t."""
+    s, high = sequential_shrinkage(stats, thresholds)
+    low = torch.zeros_like(high) + thresholds.c
+    return Search(s, low, low, high, torch.zeros_like(low, dtype=torch.bool))
+
+
+def sweep(search: Search, stats: GroupStats, thresholds: Thresholds) -> Search:
+    """One Newton step from the sums at search.t, or a bisection where that leaves the shrinking bracket."""
+    s, t, low, high, done = search
+    tolerance = 4 * torch.finfo(t.dtype).eps
+    s_here, excess, step = _newton(t, stats, thresholds)
+    low, high = torch.where(excess < 0, t, low), torch.where(excess > 0, t, high)
+    converged = ~((step - t).abs() > tolerance * step.abs())  # NaN counts as converged, and stays
+    outside = ~converged & ((step <= low) | (step >= high))
+    step = torch.where(outside, low + (high - low) / 2, step)
+    converged = ~((step - t).abs() > tolerance * step.abs())
+    return Search(torch.where(done, s, s_here), torch.where(done, t, step), low, high, done | converged)
+
+
 def _solve_exact(
     z: Tensor, dims: Sequence[int], thresholds: Thresholds, stats: GroupStats
 ) -> tuple[Tensor, Tensor]:
     """Newton on the rising function t - c - b*s(t)*||u(t)||_1 from t = c, kept inside a shrinking bracket."""
-    c = thresholds.c
-    tolerance = 4 * torch.finfo(z.dtype).eps
     with torch.no_grad():
-        t = torch.zeros_like(stats.l1) + c
-        low, high = t, t + thresholds.b * stats.l1
-        done = torch.zeros_like(t, dtype=torch.bool)
-        s = group_scale(stats.l2, thresholds.a)
+        search = start_search(stats, thresholds)
         for _ in range(MAX_SWEEPS):
-            s_here, excess, step = _newton(t, stats, thresholds)
-            low, high = torch.where(excess < 0, t, low), torch.where(excess > 0, t, high)
-            converged = ~((step - t).abs() > tolerance * step.abs())  # NaN counts as converged, and stays
-            outside = ~converged & ((step <= low) | (step >= high))
-            step = torch.where(outside, low + (high - low) / 2, step)
-            converged = ~((step - t).abs() > tolerance * step.abs())
-            s, t = torch.where(done, s, s_here), torch.where(done, t, step)
-            done = done | converged
-            if bool(done.all()):
+            search = sweep(search, stats, thresholds)
+            if not torch.compiler.is_compiling() and bool(search.done.all()):
                 break
-            stats = group_stats(z, t, dims, with_count=True)
+            stats = group_stats(z, search.t, dims, with_count=True)
+    s, t = search.s, search.t
     if torch.is_grad_enabled() and z.requires_grad:  # one more step carries the implicit derivative
         t = _newton(t, group_stats(z, t, dims, with_count=True), thresholds)[2]
         s = group_scale(group_stats(z, t, dims).l2, thresholds.a)
@@ -209,6 +230,35 @@ def frozen_mask(
     return dead.expand(v.shape).reshape(w.shape)
 
 
+def frozen_update(frozen: Tensor | None, z: Tensor, buf: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What sgd_update gives, with zeros where the mask ``frozen`` (None: nowhere) is set."""
+    if frozen is None:
+        return z, buf
+    return torch.where(frozen, 0.0, z), None if buf is None else torch.where(frozen, 0.0, buf)
+
+
+def proximal_step(
+    w: Tensor,
+    grad: Tensor,
+    buf: Tensor | None,
+    thresholds: Thresholds,
+    *,
+    lr: float | Tensor,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+    prox_mode: str = "sequential",
+    freeze_zeros: str | None = None,
+    **sgd: float | bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One step for one tensor, given its thresholds: (new w, new momentum buffer), nothing in place.
+
+    ``sgd`` holds momentum, dampening, weight_decay, nesterov, maximize.
+    """
+    frozen = frozen_mask(w, freeze_zeros, group_by, view)
+    z, buf = frozen_update(frozen, *sgd_update(w, grad, buf, lr=lr, **sgd))
+    return shrink(z, thresholds, group_by, view, prox_mode), buf
+
+
 def step(
     w: Tensor,
     grad: Tensor,
@@ -218,29 +268,19 @@ def step(
     group_lasso: float = 0.0,
     exclusive_lasso: float = 0.0,
     l1: float = 0.0,
-    group_by: GroupSpec = "feature",
-    view: Sequence[int] | None = None,
-    prox_mode: str = "sequential",
-    freeze_zeros: str | None = None,
     accumulate: torch.dtype | None = None,
-    **sgd: float | bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step for one tensor: (new w, new momentum buffer), nothing in place.
+    """proximal_step, whose options it takes, with thresholds lr * coefficient.
 
     ``accumulate`` computes everything in that dtype and returns it (float64 is the truth that executors
     are tested against); None takes SGD's part in w's own dtype, exactly as torch.optim.SGD does.
-    ``sgd`` holds momentum, dampening, weight_decay, nesterov, maximize.
     """
     if accumulate is not None:
         w, grad, buf = (None if x is None else x.to(accumulate) for x in (w, grad, buf))
-    frozen = frozen_mask(w, freeze_zeros, group_by, view)
-    z, buf = sgd_update(w, grad, buf, lr=lr, **sgd)
-    if frozen is not None:
-        z = torch.where(frozen, 0.0, z)
-        buf = None if buf is None else torch.where(frozen, 0.0, buf)
     step_size = lr if isinstance(lr, Tensor) and lr.requires_grad else float(lr)
     thresholds = Thresholds(*(step_size * x for x in (group_lasso, exclusive_lasso, l1)))
-    return shrink(z, thresholds, group_by, view, prox_mode), buf
+    return proximal_step(w, grad, buf, thresholds, lr=lr, **options)
 
 
 def omega(

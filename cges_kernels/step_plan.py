@@ -103,11 +103,19 @@ class StepPlan:
             return NO_MOMENTUM, grad, None
         return (FIRST, grad, new_like(p)) if buf is None else (RUNNING, grad, in_memory_order_of(p, buf))
 
-    def run(self, launch: Callable[[Tensor], Any]) -> None:
+    def run(
+        self,
+        launch: Callable[[Tensor], Any],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """launch(table), a row (addresses of w, gradient, buffer; phase) per parameter; then keep buffers."""
         if self._gathered is None:
             raise RuntimeError("StepPlan.run: expected a gather that succeeded before it, got none")
         (state, table, kept), self._gathered = self._gathered, None
+        new = found_inf is not None and any(phase == FIRST for *_, phase in table)
+        if new and found_inf is not None and found_inf.item() != 0:
+            return
         launch(torch.tensor(table, dtype=torch.int64, device="cpu").reshape(len(table), 4))
         for slot, (grad, buf) in zip(self._slots, kept):
             if grad is None:

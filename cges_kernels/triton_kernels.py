@@ -11,7 +11,9 @@ further launch.
 Numbers come from tables in device memory, so that a new learning rate or pointer compiles nothing:
 `tensors` int64 [n, 4]: addresses of w, gradient and momentum buffer, and the phase (shrinkage.h's Momentum);
 `shapes` int64 [n, 5]: R1, K2, R2, number of groups, row of `hyper`;
-`hyper` [param groups, 12] of the compute dtype, in the order in which load_sgd and its neighbours read them;
+`hyper` [param groups, HYPER] of the compute dtype, in the order in which load_sgd and its neighbours read
+them, then four int64 addresses of floats that take the place of lr, a, b and c (0: none), see load_number;
+`grad_scale` divides gradients; where `found_inf` is not 0 nothing changes;
 `items` int64 [programs, 4]: variant (an index into VARIANTS, or -1), tensor, first group, first entry of it;
 those of split_groups go on with [4]: panel, chunk, chunks of the panel, first slot of the panel's scratch.
 
@@ -36,6 +38,8 @@ RUNNING = tl.constexpr(3)
 FREEZE_GROUP = tl.constexpr(1)
 FREEZE_ELEMENT = tl.constexpr(2)
 
+HYPER = tl.constexpr(20)  # entries of a row of `hyper`, room for four addresses among them
+NUMBERS = tl.constexpr(12)  # of them before the addresses
 MAX_SWEEPS = tl.constexpr(24)
 SLOT_BLOCK = tl.constexpr(2048)  # partial sums added at once
 
@@ -137,20 +141,33 @@ def apply_shrinkage(z, s, t, STORED: tl.constexpr):
 
 @triton.jit
 def hyper_row(hyper, shape):
-    return hyper + tl.load(shape + 4) * 12
+    return hyper + tl.load(shape + 4) * HYPER
 
 
 @triton.jit
-def load_sgd(row):
+def load_number(row, column: tl.constexpr, source: tl.constexpr):
+    """A number of the row, or the float at the row's address ``source``, if there is one."""
+    value = tl.load(row + column)
+    address = tl.load((row + NUMBERS).to(tl.pointer_type(tl.int64)) + source)
+    there = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
+    return tl.where(address != 0, there.to(value.dtype), value)
+
+
+@triton.jit
+def load_sgd(row, grad_scale):
     """The scalars of sgd_update."""
-    lr, momentum, one_minus_dampening = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    return lr, momentum, one_minus_dampening, tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    lr, momentum, one_minus_dampening = load_number(row, 0, 0), tl.load(row + 1), tl.load(row + 2)
+    grad_sign = tl.load(row + 4)
+    grad_sign = divide(grad_sign, tl.load(grad_scale).to(grad_sign.dtype))
+    return lr, momentum, one_minus_dampening, tl.load(row + 3), grad_sign, tl.load(row + 5)
 
 
 @triton.jit
 def load_thresholds(row):
-    """(a, b, c, whether exact)."""
-    return tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
+    """(a, b, c, whether exact); where an address is among them they are to be multiplied by lr."""
+    a, b, c = load_number(row, 6, 1), load_number(row, 7, 2), load_number(row, 8, 3)
+    lr = tl.where(tl.load(row + 11) != 0, load_number(row, 0, 0), 1.0)
+    return lr * a, lr * b, lr * c, tl.load(row + 9)
 
 
 @triton.jit
@@ -249,7 +266,7 @@ def store_weights(tensor, base, offsets, mask, z, s, t, shrinks, STORED: tl.cons
 
 @triton.jit
 def whole_tile(
-    item, tensor, shape, hyper,
+    item, tensor, shape, hyper, grad_scale,
     KIND: tl.constexpr, PARTS: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
     FREEZE: tl.constexpr,
@@ -268,7 +285,7 @@ def whole_tile(
     zs = ()
     for p in tl.static_range(PARTS):
         base, offsets, mask = tile_offsets(shape, g0, p * RED, KIND, RED, KEEP, VEC, WIDE)
-        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row), STORED, COMPUTE, VEC)
+        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row, grad_scale), STORED, COMPUTE, VEC)
         if FREEZE:
             dead = frozen(w, alive, load_freeze(row))
             z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
@@ -298,13 +315,15 @@ def whole_tile(
         store_weights(tensor, base, offsets, mask, zs[p], s, t, shrinks, STORED, VEC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def whole_groups(
-    items, tensors, shapes, hyper,
+    items, tensors, shapes, hyper, grad_scale, found_inf,
     VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
     EXACT: tl.constexpr, FREEZE: tl.constexpr,
 ):  # fmt: skip
     """One program per item: a tile of whole groups of one tensor."""
+    if tl.load(found_inf) != 0:
+        return
     item = items + tl.program_id(0).to(tl.int64) * 4
     variant, index = tl.load(item), tl.load(item + 1)
     tensor, shape = tensors + index * 4, shapes + index * 5
@@ -312,7 +331,7 @@ def whole_groups(
         for i in tl.static_range(len(VARIANTS)):
             if variant == i:
                 whole_tile(
-                    item, tensor, shape, hyper,
+                    item, tensor, shape, hyper, grad_scale,
                     VARIANTS[i][0], VARIANTS[i][1], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4],
                     VARIANTS[i][5], STORED, COMPUTE, EPS, EXACT, FREEZE,
                 )  # fmt: skip

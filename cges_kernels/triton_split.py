@@ -95,7 +95,7 @@ def move_search_on(
 
 @triton.jit
 def split_tile(
-    item, sweep, tensor, shape, hyper, scratch, counters,
+    item, sweep, tensor, shape, hyper, grad_scale, scratch, counters,
     KIND: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, FREEZE: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def split_tile(
         base, offsets, mask = tile_offsets(
             shape, tl.load(item + 2), tl.load(item + 3), KIND, RED, KEEP, VEC, WIDE
         )
-        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row), STORED, COMPUTE, VEC)
+        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row, grad_scale), STORED, COMPUTE, VEC)
         s, t = tl.zeros([KEEP], COMPUTE) + 1, tl.zeros([KEEP], COMPUTE) + c
         alive = tl.zeros([KEEP], COMPUTE) + 1
         if needs_sums & (applies | (sweep > 0)):
@@ -150,7 +150,7 @@ def split_tile(
 
 @triton.jit
 def split_groups(
-    items, tensors, shapes, hyper, scratch, counters, per_window, tickets,
+    items, tensors, shapes, hyper, grad_scale, found_inf, scratch, counters, per_window, tickets,
     VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
     EXACT: tl.constexpr, FREEZE: tl.constexpr,
 ):  # fmt: skip
@@ -159,6 +159,8 @@ def split_groups(
     A window holds whole panels, as many as the L2 keeps, so that what one pass has read the next finds there.
     """
     STAGES: tl.constexpr = (ALL_SWEEPS if EXACT else 1) + 1
+    if tl.load(found_inf) != 0:  # all programs see the same, so no ticket is taken
+        return
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     if ticket == tickets - 1:
         tl.store(counters, 0)  # all are taken: ready for the next step
@@ -170,7 +172,7 @@ def split_groups(
         for i in tl.static_range(len(VARIANTS)):
             if variant == i:
                 split_tile(
-                    item, rest // per_window, tensor, shape, hyper, scratch, counters,
+                    item, rest // per_window, tensor, shape, hyper, grad_scale, scratch, counters,
                     VARIANTS[i][0], VARIANTS[i][2], VARIANTS[i][3], VARIANTS[i][4], VARIANTS[i][5],
                     STORED, COMPUTE, EPS, EXACT, FREEZE,
                 )  # fmt: skip

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from . import step_plan
 from .groups import Layout, LayoutTuple
-from .ops import _C
+from .ops import _C, is_capturing
 from .reference import compute_dtype
-from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, MAX_SWEEPS, whole_groups
+from .triton_kernels import FREEZE_ELEMENT, FREEZE_GROUP, HYPER, MAX_SWEEPS, NUMBERS, whole_groups
 from .triton_split import STATE, SUMS, split_groups
 from .triton_tiles import TILES, VECTOR_BYTES, Cut, cut, launch_options, working_layout
 
@@ -50,17 +50,24 @@ class Batch:
         shapes = [[x.R1, x.K2, x.R2, x.num_groups, row] for x, row in zip(self.layouts, rows)]
         self.shapes = torch.tensor(shapes, dtype=torch.int64, device=self.device)
         self.grouped = grouped
+        self.one, self.zero = (
+            torch.full((1,), x, dtype=torch.float32, device=self.device) for x in (1.0, 0.0)
+        )
         self.addresses = np.zeros(0)  # the table as last uploaded
         self.aligned = np.zeros(0)
+        self.captured = False  # a graph may have put its own addresses into the table since
 
-    def launch(self, addresses: np.ndarray, hyper: Tensor, exact: bool, freeze: bool) -> None:
-        """One step. ``addresses`` [n, 4] as StepPlan gives them, ``hyper`` as the kernels take it."""
-        if not np.array_equal(addresses, self.addresses):
-            aligned = (addresses[:, :3] % VECTOR_BYTES == 0).all(axis=1)
-            if not np.array_equal(aligned, self.aligned):
-                self._cut(aligned)
-            self.addresses = addresses.copy()
-            self.tensors.copy_(torch.from_numpy(self.addresses))
+    def launch(
+        self,
+        addresses: np.ndarray,
+        hyper: Tensor,
+        exact: bool,
+        freeze: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step. ``addresses`` [n, 4] as StepPlan gives them, the rest as the kernels take it."""
+        self._take(addresses)
         compute = compute_dtype(self.dtype)
         constants = {
             "STORED": STORED[self.dtype],
@@ -69,6 +76,8 @@ class Batch:
             "EXACT": exact,
             "FREEZE": freeze,
         }
+        grad_scale = self.one if grad_scale is None else grad_scale.detach().to(self.one)
+        found_inf = self.zero if found_inf is None else found_inf.detach().to(self.zero)
         nvidia = self.device.type == "cuda" and torch.version.hip is None
         with _on(self.device):
             if len(self.whole):
@@ -77,6 +86,8 @@ class Batch:
                     self.tensors,
                     self.shapes,
                     hyper,
+                    grad_scale,
+                    found_inf,
                     **constants,
                     **launch_options(self.whole_variants, self.dtype, exact, nvidia),
                 )
@@ -87,6 +98,8 @@ class Batch:
                     self.tensors,
                     self.shapes,
                     hyper,
+                    grad_scale,
+                    found_inf,
                     self.scratch,
                     self.counters,
                     len(self.split) // self.windows,
@@ -94,6 +107,28 @@ class Batch:
                     **constants,
                     **launch_options(self.split_variants, self.dtype, exact, nvidia),
                 )
+
+    def _take(self, addresses: np.ndarray) -> None:
+        """Bring the table of addresses up to date; within a graph, at each replay."""
+        capturing = is_capturing()
+        if np.array_equal(addresses, self.addresses) and not (capturing or self.captured):
+            return
+        aligned = (addresses[:, :3] % VECTOR_BYTES == 0).all(axis=1)
+        if not np.array_equal(aligned, self.aligned):
+            if capturing:
+                raise RuntimeError(
+                    "backend='triton': expected tensors aligned as in the step before the capture of this one"
+                )
+            self._cut(aligned)
+        self.addresses = addresses.copy()
+        table = torch.from_numpy(self.addresses)
+        if capturing:
+            if self.captured:
+                raise RuntimeError(
+                    "backend='triton': expected one captured graph per optimizer, got a second"
+                )
+            table, self.captured = self.pinned.copy_(table), True
+        self.tensors.copy_(table, non_blocking=capturing)
 
     def _cut(self, aligned: np.ndarray) -> None:
         """Cut every tensor and put the tables on the device."""
@@ -103,6 +138,8 @@ class Batch:
             for layout, grouped, a in zip(self.layouts, self.grouped, aligned)
         ]
         self.tensors = torch.empty((len(cuts), 4), dtype=torch.int64, device=self.device)
+        on_gpu = self.device.type == "cuda"  # what a graph copies from lives as long as the table
+        self.pinned = torch.empty(self.tensors.shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self.whole_variants = sorted({c.variant for c in cuts if c.whole})
         number = {v: i for i, v in enumerate(self.whole_variants)}
         rows = [
@@ -164,7 +201,8 @@ class TritonStep:
         self, tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], rows: Sequence[int], num_rows: int
     ):
         """``rows[i]`` is the index of tensor i's hyperparameters, of ``num_rows``."""
-        self.values: list[tuple[float, ...]] = [(0.0,) * 12] * num_rows
+        self.values: list[tuple[float, ...]] = [(0.0,) * NUMBERS.value] * num_rows
+        self.sources: list[Sequence[int]] = [(0, 0, 0, 0)] * num_rows
         places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, w in enumerate(tensors):
             if w.numel() > 0:
@@ -174,6 +212,7 @@ class TritonStep:
             of = [(tensors[i], Layout(*layouts[i][:4]), layouts[i][4], rows[i]) for i in indices]
             self.batches.append((np.array(indices), Batch(*map(list, zip(*of)))))  # type: ignore[arg-type]
         self.hyper: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.in_graphs: list[Tensor] = []  # tables that captured graphs come back to
 
     def set_hyperparameters(self, row: int, values: Mapping[str, Any]) -> None:
         """``values``: lr, momentum, dampening, weight_decay, nesterov, maximize, a, b, c, exact, freeze."""
@@ -182,21 +221,33 @@ class TritonStep:
             *(v("lr", 0.0), v("momentum", 0.0), 1 - v("dampening", 0.0), v("weight_decay", 0.0)),
             *(-1.0 if v("maximize") else 1.0, float(v("nesterov", False))),
             *(v("a", 0.0), v("b", 0.0), v("c", 0.0)),
-            *(float(v("exact", False)), float(FREEZES[v("freeze", "")]), 0.0),
+            *(float(v("exact", False)), float(FREEZES[v("freeze", "")]), float(any(v("device", ())))),
         )
-        if new != self.values[row]:
-            self.values[row] = new
+        sources = tuple(v("device", (0, 0, 0, 0)))
+        if (new, sources) != (self.values[row], self.sources[row]):
+            self.values[row], self.sources[row] = new, sources
             self.hyper.clear()
 
-    def launch(self, addresses: Tensor) -> None:
+    def launch(
+        self, addresses: Tensor, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         """One step; ``addresses`` is StepPlan's table [n, 4]."""
         table = addresses.numpy()
         exact, freeze = any(row[9] for row in self.values), any(row[10] for row in self.values)
         for indices, batch in self.batches:
             key = batch.device, compute_dtype(batch.dtype)
             if key not in self.hyper:
-                self.hyper[key] = torch.tensor(self.values, dtype=key[1], device=batch.device)
-            batch.launch(table[indices], self.hyper[key], exact, freeze)
+                self.hyper[key] = self._hyper_table(key[1]).to(batch.device)
+            if is_capturing():
+                self.in_graphs.append(self.hyper[key])
+            batch.launch(table[indices], self.hyper[key], exact, freeze, grad_scale, found_inf)
+
+    def _hyper_table(self, dtype: torch.dtype) -> Tensor:
+        table = np.zeros((len(self.values), HYPER.value), str(dtype).removeprefix("torch."))
+        table[:, : NUMBERS.value] = self.values
+        addresses = table[:, NUMBERS.value :].view(np.int64)
+        addresses[:, :4] = self.sources
+        return torch.from_numpy(table)
 
 
 class TritonPlan:
@@ -212,31 +263,46 @@ class TritonPlan:
         self._plan.set_hyperparameters(group, **values)
         self._step.set_hyperparameters(group, values)
 
-    def run(self) -> None:
-        self._plan.run(self._step.launch)
+    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        self._plan.run(lambda table: self._step.launch(table, grad_scale, found_inf), grad_scale, found_inf)
 
 
 KEPT = 8
-_kept: OrderedDict[Hashable, TritonStep] = OrderedDict()  # of prox_, by kind of list; the last used last
+_kept: OrderedDict[Hashable, TritonStep] = OrderedDict()  # of step_, by kind of list; the last used last
 
 
-def prox_(tensors: Sequence[Tensor], layouts: Sequence[LayoutTuple], values: Mapping[str, Any]) -> None:
-    """The proximal map of each tensor, in place; tables on the device are kept for the next such list."""
+def step_(
+    tensors: Sequence[Tensor],
+    layouts: Sequence[LayoutTuple],
+    rows: Sequence[Sequence[int]],
+    groups: Sequence[int],
+    values: Sequence[Mapping[str, Any]],
+    capturing: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One step by StepPlan's ``rows``; tables on the device are kept for the next such list."""
     devices = dict.fromkeys(w.device for w in tensors)
     kinds = tuple((w.device, w.dtype) for w in tensors)
     streams = tuple(map(_stream, devices))
-    key = tuple(layouts), kinds, streams, torch.is_inference_mode_enabled(), tuple(TILES.values())
-    capturing = any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+    key = (
+        tuple(layouts),
+        kinds,
+        tuple(groups),
+        len(values),
+        streams,
+        torch.is_inference_mode_enabled(),
+        tuple(TILES.values()),
+    )
     kept = OrderedDict() if capturing else _kept  # others' addresses would come into the graph's tables
-    step = kept.pop(key, None) or TritonStep(tensors, layouts, [0] * len(tensors), 1)
-    step.set_hyperparameters(0, values)
-    addresses = [[w.data_ptr(), 0, 0, 0] for w in tensors]
-    step.launch(torch.tensor(addresses, dtype=torch.int64, device="cpu").reshape(-1, 4))
+    step = kept.pop(key, None) or TritonStep(tensors, layouts, groups, len(values))
+    for i, of_group in enumerate(values):
+        step.set_hyperparameters(i, of_group)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4)
+    step.launch(table, grad_scale, found_inf)
     kept[key] = step  # only now: what is in use, or has failed, serves no other call
     if len(kept) > KEPT:
         kept.popitem(last=False)
-    for w in tensors:
-        torch.autograd.graph.increment_version(w)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 // The Python module cges_kernels._C.
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <atomic>
 
 #include "step_plan.h"
@@ -15,7 +16,8 @@ using namespace cges;
 
 Hyperparameters make_hyperparameters(double lr, double momentum, double dampening, double weight_decay,
                                      bool nesterov, bool maximize, double a, double b, double c, bool exact,
-                                     const std::string& freeze) {
+                                     const std::string& freeze, const std::array<int64_t, 4>& device) {
+  const auto at = [&](int i) { return reinterpret_cast<const float*>(device[i]); };
   TORCH_CHECK_VALUE(freeze.empty() || freeze == "group" || freeze == "element",
                     "freeze: expected '', 'group' or 'element', got '", freeze, "'");
   return {{lr, momentum, 1 - dampening, weight_decay, maximize ? -1.0 : 1.0},
@@ -24,7 +26,8 @@ Hyperparameters make_hyperparameters(double lr, double momentum, double dampenin
           exact,
           freeze == "group"     ? Freeze::group
           : freeze == "element" ? Freeze::element
-                                : Freeze::none};
+                                : Freeze::none,
+          {at(0), at(1), at(2), at(3)}};
 }
 
 // How many threads a parallel region of this build really runs on: 1 would mean that OpenMP was not linked.
@@ -54,7 +57,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init(&make_hyperparameters), py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0,
            py::arg("dampening") = 0.0, py::arg("weight_decay") = 0.0, py::arg("nesterov") = false,
            py::arg("maximize") = false, py::arg("a") = 0.0, py::arg("b") = 0.0, py::arg("c") = 0.0,
-           py::arg("exact") = false, py::arg("freeze") = "");
+           py::arg("exact") = false, py::arg("freeze") = "", py::arg("device") = std::array<int64_t, 4>{});
   py::class_<StepPlan>(m, "StepPlan", py::module_local())
       .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&,
                     const std::string&>(),
@@ -65,9 +68,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              plan.set_hyperparameters(group, h.cast<const Hyperparameters&>());
            })
       .def("gather", &StepPlan::gather, py::arg("params"), py::arg("state"))
-      .def("run", &StepPlan::run, py::arg("launch") = py::none());
-  m.def("prox_", &prox_, py::arg("tensors"), py::arg("layouts"), py::arg("h"), py::arg("executor"),
-        py::arg("capturing") = false);
+      .def("run", &StepPlan::run, py::arg("launch") = py::none(), py::arg("grad_scale") = py::none(),
+           py::arg("found_inf") = py::none());
+  m.def("step_", &step_, py::arg("tensors"), py::arg("layouts"), py::arg("rows"), py::arg("groups"),
+        py::arg("hyperparameters"), py::arg("executor"), py::arg("capturing") = false,
+        py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none());
   m.def("parallel_threads", &parallel_threads);
   m.def("limit_z_bytes", &limit_z_bytes);
   m.attr("cuda") = bool(CGES_CUDA);

@@ -40,8 +40,8 @@ template <typename T>
 struct RowOps {
   using A = Compute<T>;
 
-  // z[i], which may be w[i] itself, and buf_out[i] (rows `out_stride` apart) from w[i], g[i], buf[i]; where
-  // `freeze`, what is 0 stays 0, its buffer too.
+  // z[i], which may be w[i] itself unless `freeze`, and buf_out[i] (rows `out_stride` apart) from w[i], g[i],
+  // buf[i]; where `freeze`, what is 0 stays 0, its buffer too.
   void (*sgd_update)(RowUpdate, bool freeze, const Rows&, const T* w, const T* g, const T* buf, T* buf_out,
                      int64_t out_stride, A* z, const SgdScalars<A>&);
   // sums[j] += the statistics of column j of z [rows, columns] (rows `stride` apart) at threshold t[j].

@@ -5,11 +5,11 @@
 //   rows ("filter"):      a run of whole contiguous groups
 //   columns ("feature"):  all R1 rows of a panel of neighbouring columns, cache lines wide
 //   no groups:            a run of elements
-// A group whose z does not fit is cut into pieces, long runs of memory: one pass updates, sums and leaves z in w,
-// the pieces' sums are added in index order, and a second pass applies (28 bytes per element; exact mode reads z
-// once more per sweep). 16-bit weights cannot hold z: there the first pass only reads and sums, and the second
-// updates again. How a tensor is cut depends on its shape and the cache size alone, so no bit depends on the
-// threads.
+// A group whose z does not fit is cut into pieces, long runs of memory: one pass updates, sums and leaves z
+// in w, the pieces' sums are added in index order, and a second pass applies (28 bytes per element; exact mode
+// reads z once more per sweep). Weights of 16 bits cannot hold z, nor can those whose zeros are frozen one by
+// one: there the first pass only reads and sums, and the second updates again. How a tensor is cut depends on
+// its shape and the cache size alone, so no bit depends on the threads.
 #include "cpu_step.h"
 
 #include <ATen/Parallel.h>

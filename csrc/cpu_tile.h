@@ -76,7 +76,6 @@ enum class TileKind { elementwise, whole, piece };
 template <typename T>
 class TileRunner {
   using A = Compute<T>;
-  static constexpr bool kZInPlace = std::is_same_v<T, A>;  // w can hold a large group's z between passes
 
  public:
   using Solver = ShrinkageSolver<A>;
@@ -102,13 +101,14 @@ class TileRunner {
         block_rows_(kind == TileKind::piece
                         ? std::clamp(kBlockElements / tile.columns(), int64_t{1}, kBlockRows)
                         : kBlockRows),
-        z_stride_(kind == TileKind::piece && kZInPlace ? layout.row_length() : tile.columns()),
+        z_in_w_(kind == TileKind::piece && std::is_same_v<T, A> && step.h->freeze != Freeze::element),
+        z_stride_(z_in_w_ ? layout.row_length() : tile.columns()),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0
                         : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1) {
     scratch.reset();
     const bool is_piece = kind == TileKind::piece;
-    if (!is_piece || !kZInPlace)
+    if (!z_in_w_)
       z_ = scratch.take<A>(tile.columns() * (is_piece ? std::min(tile.rows(), block_rows_) : tile.rows()));
     if (kind == TileKind::elementwise) return;
     const int64_t n = groups_ * fold_;
@@ -119,7 +119,7 @@ class TileRunner {
     sums_ = {step.h->exact ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
              scratch.take<double>(n)};
     if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
-    if (is_piece && !kZInPlace) unused_buf_ = scratch.take<T>(tile.columns());
+    if (is_piece && !z_in_w_) unused_buf_ = scratch.take<T>(tile.columns());
   }
 
   static Thresholds<A> thresholds_of(const TensorStep& step) {
@@ -154,13 +154,13 @@ class TileRunner {
   }
 
   // A piece of large groups: its sums at each group's t. The first pass leaves z in w; where w's type is too
-  // narrow for z, each pass makes z anew and nothing is written. `solvers` and `out` begin at this tile's first
-  // group.
+  // narrow for z, or its zeros are still needed, each pass makes z anew and nothing is written. `solvers` and
+  // `out` begin at this tile's first group.
   void sum_piece(const Solver* solvers, PieceSums* out, bool first) {
     begin_sums(solvers);
     for_each_block([&](int64_t r0, int64_t r1) {
       if (first) find_alive(r0, r1);
-      add_stats(r1 - r0, piece_z(r0, r1, first, /*keep_buf=*/kZInPlace));
+      add_stats(r1 - r0, piece_z(r0, r1, first, /*keep_buf=*/z_in_w_));
     });
     for (int64_t g = 0; g < groups_; ++g) out[g] = {group_sums(g), is_alive(g)};
   }
@@ -224,13 +224,14 @@ class TileRunner {
 
   // z of some rows of a piece, updated now or, where w has held it since the first pass, then.
   A* piece_z(int64_t r0, int64_t r1, bool first, bool keep_buf) {
-    if constexpr (kZInPlace) {
-      if (first && step_.grad != nullptr) update_rows(r0, r1, w(r0), keep_buf);
-      return w(r0);
-    } else {
-      update_rows(r0, r1, z_, keep_buf);
-      return z_;
+    if constexpr (std::is_same_v<T, A>) {
+      if (z_in_w_) {
+        if (first && step_.grad != nullptr) update_rows(r0, r1, w(r0), keep_buf);
+        return w(r0);
+      }
     }
+    update_rows(r0, r1, z_, keep_buf);
+    return z_;
   }
 
   void find_alive(int64_t r0, int64_t r1) {
@@ -325,7 +326,9 @@ class TileRunner {
   const SgdScalars<A> scalars_;
   const RowUpdate update_;
   const bool freeze_groups_, aliases_;
-  const int64_t block_rows_, z_stride_, rows_ahead_;
+  const int64_t block_rows_;
+  const bool z_in_w_;  // where a piece leaves z between passes
+  const int64_t z_stride_, rows_ahead_;
   A *z_ = nullptr, *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // the last three by stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;

@@ -99,7 +99,8 @@ void* CudaPlan::stream_of(Batch& batch) {
   return stream.native_handle();
 }
 
-void CudaPlan::step(const std::vector<StepRow>& table, const std::vector<Hyperparameters>& hyperparameters) {
+void CudaPlan::step(const std::vector<StepRow>& table, const std::vector<Hyperparameters>& hyperparameters,
+                    const ScalerTensors& scaler) {
   bool launched = false;
   for (Batch& batch : batches_) {
     std::vector<cuda::TensorArgs> args;
@@ -117,9 +118,10 @@ void CudaPlan::step(const std::vector<StepRow>& table, const std::vector<Hyperpa
     const auto* const items = static_cast<const cuda::Item*>(batch.items.const_data_ptr());
     const cuda::Item* const clusters = items + batch.work.blocks.size();
     const c10::DeviceGuard guard(batch.device);
+    const ScalerTensors here = scaler.on(batch.device);
     cuda::launch(
         {batch.work, items, clusters, clusters + batch.work.clusters.size(), batch.scratch.mutable_data_ptr(),
-         batch.counters.mutable_data_ptr<int32_t>(), args, phases, batch.rows, rows},
+         batch.counters.mutable_data_ptr<int32_t>(), args, phases, batch.rows, rows, here.addresses()},
         batch.dtype, batch.description, stream_of(batch), launched);
   }
 }

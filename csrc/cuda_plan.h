@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda_step.h"
+#include "loss_scale.h"
 
 namespace cges {
 
@@ -32,7 +33,8 @@ class CudaPlan {
 
   // One launch per device, dtype and path, on the current streams. table[i] belongs to tensors[i]. No host
   // sync and no allocation, so a step can be captured in a graph.
-  void step(const std::vector<StepRow>& table, const std::vector<Hyperparameters>& hyperparameters);
+  void step(const std::vector<StepRow>& table, const std::vector<Hyperparameters>& hyperparameters,
+            const ScalerTensors& scaler);
 
  private:
   // Tensors of one device and dtype that fit the arguments of one launch.

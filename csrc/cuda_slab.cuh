@@ -17,7 +17,19 @@ struct Coefficients {
   Thresholds<A> thresholds;
   bool nesterov, exact;
   Freeze freeze;
+  DeviceScalars device;
 
+  // With all that lies in device memory read, and gradients divided by `grad_scale`, if there is one.
+  __device__ Coefficients resolved(const float* grad_scale) const {
+    Coefficients h = *this;
+    if (grad_scale != nullptr) h.sgd.grad_sign /= A(*grad_scale);
+    if (!device.any()) return h;
+    if (device.lr != nullptr) h.sgd.lr = A(*device.lr);
+    h.thresholds.a = h.sgd.lr * (device.a != nullptr ? A(*device.a) : thresholds.a);
+    h.thresholds.b = h.sgd.lr * (device.b != nullptr ? A(*device.b) : thresholds.b);
+    h.thresholds.c = h.sgd.lr * (device.c != nullptr ? A(*device.c) : thresholds.c);
+    return h;
+  }
   __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
 };
 

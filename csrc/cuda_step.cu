@@ -46,6 +46,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     step_blocks(const __grid_constant__ StepTable<Compute<T>> table) {
   CGES_SHARED(memory);
+  if (table.overflowed()) return;
   int* const word = reinterpret_cast<int*>(memory);
   const bool has_ticket = blockIdx.x < unsigned(table.tickets);
   const Item* item = table.items + (int64_t(blockIdx.x) - table.tickets);
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #if CGES_CLUSTERS
   CGES_SHARED(memory);
   const Item item = table.items[blockIdx.x];
-  if (!table.steps(item.tensor)) return;
+  if (table.overflowed() || !table.steps(item.tensor)) return;
   run_item<T, true>(table, item, 0, memory);
   cg::this_cluster().sync();  // nobody leaves while others read its sums
 #endif
@@ -148,7 +149,8 @@ Coefficients<A> to_coefficients(const Hyperparameters& h) {
           {A(h.thresholds.a), A(h.thresholds.b), A(h.thresholds.c)},
           h.nesterov,
           h.exact,
-          h.freeze};
+          h.freeze,
+          h.device};
 }
 
 template <typename A>
@@ -157,11 +159,13 @@ void fill(StepTable<A>& table, const Step& step) {
   table.scratch = static_cast<unsigned char*>(step.scratch);
   table.counters = step.counters;
   table.panels = step.work.panels;
+  table.loss_scale = step.loss_scale;
   table.stages = 1;
   for (size_t i = 0; i < step.hyperparameters.size(); ++i) {
     table.coefficients[i] = to_coefficients<A>(step.hyperparameters[i]);
     const Hyperparameters& h = step.hyperparameters[i];
-    if (h.exact && h.thresholds.b != 0) table.stages = ShrinkageSolver<A>::kMaxSweeps;
+    if (h.exact && (h.thresholds.b != 0 || h.device.b != nullptr))
+      table.stages = ShrinkageSolver<A>::kMaxSweeps;
   }
   table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
   for (size_t i = 0; i < step.tensors.size(); ++i) {

@@ -29,16 +29,21 @@ constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer
 template <typename A>
 struct StepTable {
   static constexpr int kMaxRows =
-      int((kArgumentBytes - 64 - kMaxTensors * (sizeof(TensorArgs) + 2)) / sizeof(Coefficients<A>));
+      int((kArgumentBytes - 80 - kMaxTensors * (sizeof(TensorArgs) + 2)) / sizeof(Coefficients<A>));
 
   const Item *items, *chunks;
   unsigned char* scratch;
   int32_t* counters;
   int32_t tickets, stages, panels;
+  LossScale loss_scale;
   TensorArgs tensors[kMaxTensors];
   uint16_t rows[kMaxTensors];  // row of coefficients * 8 + phase + 1
   Coefficients<A> coefficients[kMaxRows];
 
+  // Whether nothing is to change at all; the same for all blocks.
+  __device__ bool overflowed() const {
+    return loss_scale.found_inf != nullptr && *loss_scale.found_inf != 0.0f;
+  }
   // Whether the tensor has a gradient.
   __device__ bool steps(int tensor) const { return rows[tensor] % 8 != 0; }
   __device__ Momentum momentum(int tensor) const { return Momentum(int(rows[tensor] % 8) - 1); }
@@ -168,7 +173,8 @@ template <typename T, bool clustered>
 __device__ __forceinline__ void run_item(const StepTable<Compute<T>>& table, const Item& item, int stage,
                                          unsigned char* memory) {
   using A = Compute<T>;
-  const Coefficients<A> h = table.of(item.tensor);  // a copy: indexed constants are slow to reach
+  // a copy: indexed constants are slow to reach
+  const Coefficients<A> h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
   const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), item);

@@ -136,6 +136,7 @@ struct Step {
   const std::vector<int64_t>& phases;  // a Momentum, or -1: no gradient, left alone
   const std::vector<int32_t>& rows;    // of `hyperparameters`
   const std::vector<Hyperparameters>& hyperparameters;
+  LossScale loss_scale;
 };
 
 // What follows throws std::runtime_error where the driver or the device cannot.

@@ -44,6 +44,37 @@ void bump_version(const at::Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 
+bool overflowed(const std::optional<at::Tensor>& found_inf) {
+  return found_inf && found_inf->item<double>() != 0;
+}
+
+// What the CPU executor knows of a tensor beside its StepRow.
+struct CpuTensor {
+  c10::ScalarType dtype;
+  Layout layout;
+  bool has_groups;
+  int64_t group;
+};
+
+template <typename TensorAt>
+void cpu_run(const std::vector<StepRow>& table, std::vector<Hyperparameters> hyperparameters,
+             const std::optional<at::Tensor>& grad_scale, TensorAt tensor_at) {
+  if (grad_scale)
+    for (Hyperparameters& h : hyperparameters) h.sgd.grad_sign /= grad_scale->item<double>();
+  std::vector<TensorStep> steps;
+  steps.reserve(table.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    const StepRow& row = table[i];
+    if (row.phase < 0) continue;
+    const CpuTensor x = tensor_at(i);
+    steps.push_back({reinterpret_cast<void*>(row.w), reinterpret_cast<const void*>(row.grad),
+                     reinterpret_cast<void*>(row.buf), row.phase == int64_t(Momentum::first), x.dtype,
+                     x.layout, x.has_groups, &hyperparameters.at(x.group)});
+  }
+  py::gil_scoped_release no_gil;
+  cpu_step(steps);
+}
+
 }  // namespace
 
 StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts,
@@ -199,35 +230,28 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
   return true;
 }
 
-void StepPlan::cpu_run(const std::vector<StepRow>& table) const {
-  std::vector<TensorStep> steps;
-  steps.reserve(table.size());
-  for (size_t i = 0; i < table.size(); ++i) {
-    const StepRow& row = table[i];
-    const Slot& slot = slots_[i];
-    if (row.phase < 0) continue;
-    steps.push_back({reinterpret_cast<void*>(row.w), reinterpret_cast<const void*>(row.grad),
-                     reinterpret_cast<void*>(row.buf), row.phase == int64_t(Momentum::first), slot.dtype,
-                     slot.layout, slot.has_groups, &hyperparameters_[slot.group]});
-  }
-  py::gil_scoped_release no_gil;
-  cpu_step(steps);
-}
-
-void StepPlan::run(const py::object& launch) {
+void StepPlan::run(const py::object& launch, const std::optional<at::Tensor>& grad_scale,
+                   const std::optional<at::Tensor>& found_inf) {
   TORCH_CHECK(gathered_, "StepPlan.run: expected a gather that succeeded before it, got none");
   const Gathered all = *std::exchange(gathered_, std::nullopt);  // let go at the end, thrown or not
-  if (launch.is_none()) {
-#if CGES_CUDA
-    if (cuda_)
-      cuda_->step(all.table, hyperparameters_);
-    else
-#endif
-      cpu_run(all.table);
-  } else {
+  if (found_inf && std::any_of(all.table.begin(), all.table.end(),
+                               [](const StepRow& x) { return x.phase == int64_t(Momentum::first); }))
+    if (overflowed(found_inf)) return;
+  if (!launch.is_none()) {
     const at::Tensor table = at::empty({int64_t(all.table.size()), 4}, at::kLong);
     std::memcpy(table.data_ptr(), all.table.data(), all.table.size() * sizeof(StepRow));
     launch(table);
+#if CGES_CUDA
+  } else if (cuda_) {
+    cuda_->step(all.table, hyperparameters_,
+                {grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())});
+#endif
+  } else {
+    if (overflowed(found_inf)) return;
+    cpu_run(all.table, hyperparameters_, grad_scale, [&](size_t i) {
+      const Slot& slot = slots_[i];
+      return CpuTensor{slot.dtype, slot.layout, slot.has_groups, slot.group};
+    });
   }
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (!all.grads[i].defined()) continue;
@@ -239,29 +263,30 @@ void StepPlan::run(const py::object& launch) {
   }
 }
 
-void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const Hyperparameters& h, const std::string& executor, [[maybe_unused]] bool capturing) {
+void step_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
+           const std::vector<RowTuple>& rows, const std::vector<int64_t>& groups,
+           const std::vector<Hyperparameters>& hyperparameters, const std::string& executor,
+           [[maybe_unused]] bool capturing, const std::optional<at::Tensor>& grad_scale,
+           const std::optional<at::Tensor>& found_inf) {
   check_executor(executor);
+  std::vector<StepRow> table;
+  for (const auto& [w, grad, buf, phase] : rows) table.push_back({w, grad, buf, phase});
   if (executor == "cpu") {
-    std::vector<TensorStep> steps;
-    for (size_t i = 0; i < tensors.size(); ++i)
-      steps.push_back({tensors[i].data_ptr(), nullptr, nullptr, false, tensors[i].scalar_type(),
-                       to_layout(layouts.at(i)), std::get<4>(layouts[i]), &h});
-    py::gil_scoped_release no_gil;
-    cpu_step(steps);
-  } else {
-#if CGES_CUDA
-    std::vector<StepTensor> shapes;
-    std::vector<StepRow> table;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      shapes.push_back({tensors[i].device(), tensors[i].scalar_type(), to_layout(layouts.at(i)),
-                        std::get<4>(layouts[i]), 0});
-      table.push_back({address(tensors[i]), 0, 0, int64_t(Momentum::no_grad)});
-    }
-    kept_cuda_plan(shapes, capturing).step(table, {h});
-#endif
+    if (overflowed(found_inf)) return;
+    cpu_run(table, hyperparameters, grad_scale, [&](size_t i) {
+      return CpuTensor{tensors.at(i).scalar_type(), to_layout(layouts.at(i)), std::get<4>(layouts[i]),
+                       groups.at(i)};
+    });
+    return;
   }
-  for (const at::Tensor& x : tensors) bump_version(x);
+#if CGES_CUDA
+  std::vector<StepTensor> shapes;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    shapes.push_back({tensors[i].device(), tensors[i].scalar_type(), to_layout(layouts.at(i)),
+                      std::get<4>(layouts[i]), groups.at(i)});
+  kept_cuda_plan(shapes, capturing)
+      .step(table, hyperparameters, {grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())});
+#endif
 }
 
 }  // namespace cges

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu_step.h"
+#include "loss_scale.h"
 #if CGES_CUDA
 #include "cuda_plan.h"
 #endif
@@ -26,6 +27,7 @@ namespace py = pybind11;
 
 // (K1, R1, K2, R2, has_groups), as groups.py works it out.
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+using RowTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // a StepRow
 
 class StepPlan {
  public:
@@ -44,8 +46,11 @@ class StepPlan {
 
   // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table).
   // `table` is an int64 tensor on the CPU with one StepRow per parameter. Then new buffers go into `state`,
-  // as torch.optim.SGD keeps them, and versions move on; if it throws, neither.
-  void run(const py::object& launch);
+  // as torch.optim.SGD keeps them, and versions move on; if it throws, neither. `grad_scale` and `found_inf`
+  // are a gradient scaler's; a `launch` of one's own sees to them itself. Where buffers are new, found_inf is
+  // looked at here, so that a step that overflowed leaves no state at all.
+  void run(const py::object& launch, const std::optional<at::Tensor>& grad_scale,
+           const std::optional<at::Tensor>& found_inf);
 
  private:
   struct Slot {
@@ -74,7 +79,6 @@ class StepPlan {
   int64_t settle(const Slot& slot, const char* what, at::Tensor& x) const;
   [[noreturn]] void refuse(const Slot& slot, const char* what, py::handle x) const;
   void check_distinct(const std::vector<at::Tensor>& bufs) const;
-  void cpu_run(const std::vector<StepRow>& table) const;
   void keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const;
   std::string name(const Slot& slot) const;
 
@@ -88,8 +92,11 @@ class StepPlan {
 #endif
 };
 
-// In place, the proximal map of each tensor; layouts[i] belongs to tensors[i]. `capturing`: into a CUDA graph.
-void prox_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const Hyperparameters& h, const std::string& executor, bool capturing);
+// One step of tensors[i], of layouts[i], by rows[i], with the hyperparameters of group groups[i]: for those
+// who keep no plan and have checked everything. `capturing`: into a CUDA graph.
+void step_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
+           const std::vector<RowTuple>& rows, const std::vector<int64_t>& groups,
+           const std::vector<Hyperparameters>& hyperparameters, const std::string& executor, bool capturing,
+           const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
 
 }  // namespace cges

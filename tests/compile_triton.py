@@ -77,7 +77,7 @@ def compiled(job):
     }
     number = "*fp64" if compute == torch.float64 else "*fp32"
     pointers = {"items": "*i64", "tensors": "*i64", "shapes": "*i64", "hyper": number, "scratch": number}
-    pointers["counters"] = "*i32"
+    pointers.update(counters="*i32", grad_scale="*fp32", found_inf="*fp32")
     types = {**pointers, "per_window": "i32", "tickets": "i32", **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
     source = ASTSource(

@@ -35,8 +35,8 @@ def fresh_random_inputs(request):
 def default_device(request):
     """Tensors are made where the test's backend serves them."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    backend = params.get("backend") or params.get("fused_backend") or getattr(request.module, "BACKEND", None)
-    device = device_of(backend)
+    backend = next((params[name] for name in LEFT_OUT if name in params), None)
+    device = device_of(backend or getattr(request.module, "BACKEND", None))
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield
 
@@ -87,16 +87,17 @@ def hash_of(text):
     return sum(ord(c) * 31**i for i, c in enumerate(text)) % 2**31
 
 
-def pytest_generate_tests(metafunc):
-    """`backend`: every executor that can run here; `fused_backend`: all but the reference.
+# Parameters of tests that stand for every executor that can run here, and which they leave out.
+LEFT_OUT = {"backend": (), "fused_backend": ("reference",), "kernel_backend": ("reference", "cpu")}
 
-    Without a GPU, Triton's and CUDA's kernels are slow; of them the quick tests are those in their own files.
-    """
-    for name, left_out in (("backend", None), ("fused_backend", "reference")):
+
+def pytest_generate_tests(metafunc):
+    """Without a GPU, Triton's and CUDA's kernels are slow; of them the quick tests are in their own files."""
+    for name, left_out in LEFT_OUT.items():
         if name in metafunc.fixturenames:
             backends = [
                 pytest.param(b, marks=pytest.mark.slow) if INTERPRETED and b in ("triton", "cuda") else b
                 for b in available_backends()
-                if b != left_out
+                if b not in left_out
             ]
             metafunc.parametrize(name, backends)

@@ -442,7 +442,7 @@ def test_step_writes_neither_fused_nor_reference_groups_when_one_is_faulty(fault
     optimizer = ProxSGD(groups, **OPTIONS)
     give_grads(params, 0)
     optimizer.step()
-    assert optimizer._executors == ["cpu", "reference"]
+    assert optimizer._planner.executors == ["cpu", "reference"]
     sparse_grad(params[faulty])
     with rejected(optimizer, RuntimeError, "expected a dense gradient"):
         optimizer.step()

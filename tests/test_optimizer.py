@@ -600,7 +600,7 @@ def test_options_select_the_executor(options, executor):
     if options.get("differentiable"):
         params = optimizer.param_groups[0]["params"] = [p.detach() for p in params]
     train(optimizer, params, range(1))
-    assert optimizer._executors == [executor]
+    assert optimizer._planner.executors == [executor]
 
 
 @needs_cpu
@@ -618,7 +618,7 @@ def test_param_groups_select_the_executor_each_and_may_change_their_mind():
         optimizer.param_groups[1].update(changed)
         train(optimizer, params, steps)
         train(reference, other, steps)
-        assert optimizer._executors == executors
+        assert optimizer._planner.executors == executors
     assert_as_near_as("cpu", [p.detach() for p in params], [p.detach() for p in other])
 
 
@@ -626,7 +626,7 @@ def test_param_group_without_parameters_has_an_executor_that_is_there():
     params = parameters()
     optimizer = ProxSGD([{"params": []}, {"params": params}])
     train(optimizer, params, range(1))
-    assert set(optimizer._executors) <= set(available_backends())
+    assert set(optimizer._planner.executors) <= set(available_backends())
 
 
 def test_bfloat16_and_float64_beside_float32_in_one_optimizer(backend):
@@ -814,11 +814,25 @@ def test_a_replaced_parameter_may_need_another_executor():
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert set(optimizer._executors) == {"cpu"}
+    assert set(optimizer._planner.executors) == {"cpu"}
     plain = params[0].detach().clone()
     wrapped = nn.Parameter(TwoTensor(plain.clone(), plain.clone()))
     wrapped.grad = TwoTensor(torch.ones(6, 5), torch.ones(6, 5))
     optimizer.param_groups[0]["params"][0] = wrapped
     optimizer.step()
-    assert optimizer._executors == ["reference", "cpu"]
+    assert optimizer._planner.executors == ["reference", "cpu"]
     torch.testing.assert_close(wrapped.a.detach(), prox(plain - 0.1, l1=0.001))
+
+
+def test_a_learning_rate_that_requires_grad_is_read_at_each_step():
+    p, lr = torch.ones(3), torch.tensor(0.5, requires_grad=True)
+    for differentiable in (False, True):
+        x = p.clone()
+        optimizer = ProxSGD([x], lr=lr, backend="reference", differentiable=differentiable)
+        for rate in (0.5, 0.25, 0.0):
+            with torch.no_grad():
+                lr.fill_(rate)
+            x.grad = torch.ones(3)
+            before = x.detach().clone()
+            optimizer.step()
+            assert torch.equal(before - x.detach(), torch.full((3,), rate))

@@ -260,7 +260,7 @@ def test_a_copy_trains_on_by_itself(backend, duplicate, steps_before):
     twins = [p for group in twin.param_groups for p in group["params"]]
     assert not {id(p) for p in twins} & {id(p) for p in params}
     train(twin, twins, range(3, 6))
-    assert twin._executors == [backend] * 2
+    assert twin._planner.executors == [backend] * 2
     assert_same_bits(before, everything(optimizer))
     train(optimizer, params, range(3, 6))
     assert_same_bits(everything(optimizer), everything(twin))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from cges_kernels import ProxSGD, optimizer, step_plan
+from cges_kernels import ProxSGD, planner, step_plan
 from cges_kernels.ops import _C, layout_tuple
 
 PLANS = {"python": step_plan.StepPlan} | ({"c++": _C.StepPlan} if _C else {})
@@ -467,7 +467,7 @@ def test_a_plan_refuses_hyperparameters_of_a_group_it_has_not(Plan):
 class Recorder(step_plan.StepPlan):
     """The plan of an executor that only says what it was asked to do."""
 
-    def __init__(self, executor, params, layouts, log):
+    def __init__(self, executor, params, layouts, specs, log):
         super().__init__(params, layouts)
         self.executor, self.log = executor, log
         log.append((executor, "made"))
@@ -476,7 +476,7 @@ class Recorder(step_plan.StepPlan):
         super().set_hyperparameters(group, **values)
         self.log.append((self.executor, "values", group, values["lr"]))
 
-    def run(self):
+    def run(self, grad_scale=None, found_inf=None):
         super().run(lambda table: self.log.append((self.executor, "runs", table[:, 0].tolist())))
 
 
@@ -484,9 +484,9 @@ class Recorder(step_plan.StepPlan):
 def log(monkeypatch):
     """What the plans of two executors are asked to do: "flat" serves groups of biases, "deep" the rest."""
     log = []
-    monkeypatch.setattr(optimizer, "make_plan", lambda *args: Recorder(*args, log))
+    monkeypatch.setattr(planner, "make_plan", lambda *args: Recorder(*args, log))
     monkeypatch.setattr(
-        optimizer, "choose_backend", lambda backend, params, fused: "flat" if params[0].dim() < 2 else "deep"
+        planner, "choose_backend", lambda backend, params, fused: "flat" if params[0].dim() < 2 else "deep"
     )
     return log
 
@@ -505,7 +505,7 @@ def runs_of(params):
 def test_each_executor_has_a_plan_of_its_own_groups(log):
     optimizer, params = two_executors()
     optimizer.step()
-    assert optimizer._executors == ["deep", "flat"] * 2
+    assert optimizer._planner.executors == ["deep", "flat"] * 2
     assert log == [
         *(("deep", "made"), ("flat", "made")),
         *(("deep" if i % 2 == 0 else "flat", "values", i, i + 1.0) for i in range(4)),

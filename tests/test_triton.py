@@ -253,7 +253,7 @@ def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
             assert torch.equal(got == 0, expected == 0)
     assert len(launches) == 2 * len(TOGGLES)
-    batches = [batch for _, batch in pair[0]._plans[BACKEND]._step.batches]
+    batches = [batch for _, batch in pair[0]._planner.plans[BACKEND]._step.batches]
     assert len(batches) == 1 and not batches[0].counters.any()
 
 

@@ -1,0 +1,138 @@
+"""Functions on tensors: the proximal map, in place over a list or of one tensor, and the penalty itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import reference
+from .checks import check_distinct, check_penalty, check_tensor
+from .groups import GroupSpec, to_text
+from .ops import choose_backend, named_layouts, step_tensors
+from .step_plan import NO_GRAD
+
+
+def prox_(
+    tensors: Sequence[Tensor],
+    *,
+    group_lasso: float = 0.0,
+    exclusive_lasso: float = 0.0,
+    l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+    prox_mode: str = "sequential",
+    backend: str = "auto",
+) -> None:
+    """Replace each tensor by its proximal map, all in one pass: for those who keep their own optimizer.
+
+    The coefficients already contain the step size (pass lr*coefficient). Tensors may have any shapes,
+    but must be dense and distinct; named specs apply group_lasso and exclusive_lasso to tensors of two
+    or more dims only. See :func:`prox` for the formula.
+
+    Raises:
+        ValueError, TypeError: bad coefficients, spec, mode or tensors; nothing is written.
+        RuntimeError: a backend that cannot serve.
+
+    Example:
+        >>> optimizer.step()
+        >>> with torch.no_grad():
+        ...     prox_([layer.weight for layer in layers], group_lasso=lr * 1e-3)
+    """
+    penalty_options: dict[str, Any] = dict(
+        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
+    )
+    check_penalty({**penalty_options, "prox_mode": prox_mode})
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if torch.compiler.is_compiling():  # the operator comes back here when it runs
+        coefficients = float(group_lasso), float(exclusive_lasso), float(l1)
+        spec = to_text(group_by), None if view is None else list(view)
+        return torch.ops.cges_kernels.prox_(tensors, *coefficients, *spec, prox_mode, backend)
+    names = [f"tensors[{i}]" for i in range(len(tensors))]
+    layouts = named_layouts(names, tensors, group_by, view)
+    for name, w in zip(names, tensors):
+        if torch.is_grad_enabled() and w.requires_grad:
+            raise RuntimeError(
+                f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
+            )
+    check_distinct(names, tensors)
+    thresholds = reference.Thresholds(float(group_lasso), float(exclusive_lasso), float(l1))
+    executor = choose_backend(backend, tensors)
+    if executor == "reference":
+        for w in tensors:
+            w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
+        return
+    values = {**thresholds._asdict(), "exact": prox_mode == "exact"}
+    rows = [(w.data_ptr(), 0, 0, NO_GRAD) for w in tensors]
+    step_tensors(executor, tensors, layouts, rows, [0] * len(tensors), [values])
+    increment_version(tensors)
+
+
+def prox(
+    w: Tensor,
+    *,
+    group_lasso: float = 0.0,
+    exclusive_lasso: float = 0.0,
+    l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+    prox_mode: str = "sequential",
+    backend: str = "auto",
+) -> Tensor:
+    """The proximal map of the combined regulariser at ``w``, a new tensor of the same shape and dtype.
+
+    ``prox_mode="exact"`` gives argmin_x ||x - w||^2 / 2 + Omega(x) with
+
+        Omega(x) = sum_g  group_lasso*||x_g||_2 + (exclusive_lasso/2)*||x_g||_1^2 + l1*||x_g||_1
+
+    and "sequential" applies the l1, the group and the exclusive thresholds one after another (Yoon and
+    Hwang 2017, Eq. 7 then 8), which shrinks more. The coefficients already contain the step size. A
+    ``w`` that requires grad takes the reference, which is differentiable.
+
+    Raises: as :func:`prox_`.
+    """
+    check_tensor("w", w)
+    options: dict[str, Any] = dict(
+        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
+    )
+    if torch.is_grad_enabled() and w.requires_grad:
+        check_penalty({**options, "prox_mode": prox_mode})
+        choose_backend(backend, [w])
+        w = w.clone()
+        named_layouts(["w"], [w], group_by, view)
+        return reference.shrink(
+            w, reference.Thresholds(group_lasso, exclusive_lasso, l1), group_by, view, prox_mode
+        )
+    result = w.detach().clone()
+    prox_([result], **options, prox_mode=prox_mode, backend=backend)
+    return result
+
+
+def penalty(
+    w: Tensor,
+    *,
+    group_lasso: float = 0.0,
+    exclusive_lasso: float = 0.0,
+    l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+) -> Tensor:
+    """Omega(w): a 0-d tensor, differentiable; the formula stands at :func:`prox`.
+
+    Named specs apply the group terms to tensors of two or more dims only. Zero groups have gradient 0.
+
+    Raises:
+        ValueError, TypeError: bad coefficients, spec or tensor.
+    """
+    options: dict[str, Any] = dict(
+        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
+    )
+    check_penalty(options)
+    check_tensor("w", w)
+    return reference.omega(w, **options)
+
+
+__all__ = ["penalty", "prox", "prox_"]
