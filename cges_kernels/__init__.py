@@ -1,10 +1,17 @@
 """Structured-sparse training at the cost of plain SGD: fused proximal SGD for PyTorch."""
 
+from .compact import compact
 from .explain import explain
-from .ops import available_backends, penalty, prox, prox_
+from .figures import plot_filters, plot_weights
+from .functional import penalty, prox, prox_
+from .history import SparsityHistory
+from .ops import available_backends
 from .optimizer import ProxSGD
-from .recipes import CoefficientWarmup, cges_param_groups, exclusivity_schedule, sparsity_param_groups
+from .prune import density_schedule, prune_to_density
+from .recipes import cges_param_groups, exclusivity_schedule, sparsity_param_groups
 from .report import sparsity_report
+from .saving import load_compacted, save_compacted
+from .schedules import CoefficientWarmup, CubicRamp, TargetDensity
 
 __all__ = [
     "ProxSGD",
@@ -13,9 +20,19 @@ __all__ = [
     "penalty",
     "explain",
     "sparsity_report",
+    "SparsityHistory",
+    "plot_weights",
+    "plot_filters",
     "available_backends",
+    "prune_to_density",
+    "density_schedule",
+    "compact",
+    "save_compacted",
+    "load_compacted",
     "sparsity_param_groups",
     "cges_param_groups",
     "exclusivity_schedule",
     "CoefficientWarmup",
+    "CubicRamp",
+    "TargetDensity",
 ]

@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .checks import COEFFICIENTS
 from .groups import GroupSpec, Layout, canonical_layout, check_spec
+from .schedules import CoefficientWarmup as CoefficientWarmup
 
 Coefficient: TypeAlias = float | Sequence[float]
 Include: TypeAlias = Callable[[str, nn.Parameter], bool] | Collection[str]
@@ -237,63 +237,3 @@ def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any)
     mu = exclusivity_schedule(len(regularised_weights(model, same.get("include"))), m)
     alpha, beta = [lam * (1 - x) for x in mu], [lam * x for x in mu]
     return sparsity_param_groups(model, group_lasso=alpha, exclusive_lasso=beta, **same)
-
-
-class CoefficientWarmup:
-    """Raises group_lasso, exclusive_lasso and l1 of every param group linearly from 0 to their full values.
-
-    Used like a learning-rate scheduler, and beside one: build it, then call ``step()`` after each
-    ``optimizer.step()``. Optimizer step k = 0, 1, ... runs with initial * min(k / steps, 1); ``steps=0`` is
-    full strength at once. The full values are kept in the param groups as ``initial_group_lasso`` and so
-    on, hence in the optimizer's state_dict. A coefficient that is a tensor is changed in place.
-
-    Args:
-        optimizer: one whose param groups have the three coefficients, such as ``ProxSGD``.
-        steps: number of optimizer steps to full strength, >= 0.
-        last_epoch: index of the last step taken, -1 at the start; a resumed index needs ``initial_*`` keys.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, last_epoch: int = -1) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise ValueError(f"steps: expected an int >= 0, got {steps!r}")
-        needed = [*COEFFICIENTS] + [f"initial_{key}" for key in COEFFICIENTS if last_epoch != -1]
-        for i, group in enumerate(optimizer.param_groups):
-            if missing := [key for key in needed if key not in group]:
-                raise ValueError(
-                    f"optimizer with last_epoch={last_epoch}: expected param groups with {needed}, "
-                    f"got {type(optimizer).__name__} without {missing} in param_groups[{i}]"
-                )
-        self.optimizer, self.steps, self.last_epoch = optimizer, steps, last_epoch
-        self._full: dict[tuple[int, str], Any] = {}  # for a loaded state_dict that has no initial_*
-        self.step()
-
-    def step(self) -> None:
-        """Move on by one optimizer step."""
-        self.last_epoch += 1
-        self._apply()
-
-    @torch.no_grad()
-    def _apply(self) -> None:
-        factor = min(self.last_epoch / self.steps, 1.0) if self.steps else 1.0
-        for i, group in enumerate(self.optimizer.param_groups):
-            for key in COEFFICIENTS:
-                now = group[key]
-                known = self._full.setdefault((i, key), now.clone() if isinstance(now, Tensor) else now)
-                full = self._full[i, key] = group.setdefault(f"initial_{key}", known)
-                if isinstance(now, Tensor):
-                    now.copy_(full * factor)
-                else:
-                    group[key] = full * factor
-
-    def get_last_coefficients(self) -> list[dict[str, float]]:
-        """The three coefficients in force, per param group, as plain numbers."""
-        return [{key: float(group[key]) for key in COEFFICIENTS} for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, int]:
-        """``steps`` and ``last_epoch``; the full values are in the optimizer's state_dict."""
-        return {"steps": self.steps, "last_epoch": self.last_epoch}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue from ``state_dict`` and set the coefficients to match."""
-        self.steps, self.last_epoch = state_dict["steps"], state_dict["last_epoch"]
-        self._apply()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .explain import Table
-from .groups import GroupSpec, has_groups, reduced_dims, viewed
+from .groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
 from .recipes import LayerWeight, regularised_weights
 
 
@@ -36,6 +36,7 @@ class LayerReport:
     dead_outputs: int  # output units whose every weight is zero; their output is their bias
     inputs: int
     dead_inputs: int  # input units or channels that no weight reads
+    by_spec: dict[str, tuple[int, int]]  # (dead groups, groups) under each named spec
     flops: float | None = None  # dense
     flops_nonzero: float | None = None  # dense * nonzero / weights, as the thesis counts
     flops_compacted: float | None = None  # of this layer without its dead outputs and dead inputs
@@ -47,6 +48,9 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """The fields and ``percent_nonzero``; no FLOPs where they are unknown."""
         fields = {**asdict(self), "percent_nonzero": self.percent_nonzero}
+        fields["by_spec"] = {
+            key: {"dead": dead, "groups": groups} for key, (dead, groups) in self.by_spec.items()
+        }
         return {key: value for key, value in fields.items() if value is not None}
 
     def cells(self) -> list[str]:
@@ -74,8 +78,13 @@ class SparsityReport:
     @property
     def total(self) -> LayerReport:
         """The sum of the layers; ``other_flops`` is part of each of the three FLOPs."""
-        columns = list(LayerReport.__dataclass_fields__)[2:]
-        counts = {key: sum(getattr(r, key) for r in self.layers) for key in columns if "flops" not in key}
+        columns = [key for key in LayerReport.__dataclass_fields__ if key not in ("name", "shape", "by_spec")]
+        counts: dict[str, Any] = {
+            key: sum(getattr(r, key) for r in self.layers) for key in columns if "flops" not in key
+        }
+        counts["by_spec"] = {
+            spec: tuple(map(sum, zip(*(r.by_spec[spec] for r in self.layers)))) for spec in NAMED_SPECS
+        }
         if self.other_flops is not None:
             for key in ("flops", "flops_nonzero", "flops_compacted"):
                 counts[key] = sum(getattr(r, key) for r in self.layers) + self.other_flops
@@ -86,6 +95,14 @@ class SparsityReport:
         layers = [layer.to_dict() for layer in self.layers]
         other = {} if self.other_flops is None else {"other_flops": self.other_flops}
         return {"group_by": self.group_by, "layers": layers, "total": self.total.to_dict(), **other}
+
+    def by_spec(self) -> Table:
+        """A printable table of the dead groups under each named spec, as dead/all."""
+        cells = (
+            (r.name, *(f"{r.by_spec[spec][0]:,}/{r.by_spec[spec][1]:,}" for spec in NAMED_SPECS))
+            for r in (*self.layers, self.total)
+        )
+        return Table(("dead groups", *NAMED_SPECS), tuple(cells))
 
     def __str__(self) -> str:
         header = ["layer", "shape", "weights", "nonzero", "dead groups", "dead outputs", "dead inputs"]
@@ -119,7 +136,7 @@ def sparsity_report(
         ValueError: no layer to report, a lazy parameter, or a layer that ``group_by`` does not fit.
     """
     layers = regularised_weights(model, frozen=True)
-    measured: list[dict[str, float]] = [_count(layer, group_by) for layer in layers]
+    measured: list[dict[str, Any]] = [_count(layer, group_by) for layer in layers]
     other = None
     if example_input is not None:
         args = example_input if isinstance(example_input, tuple) else (example_input,)
@@ -133,16 +150,24 @@ def sparsity_report(
 
 
 @torch.no_grad()
-def _count(layer: LayerWeight, group_by: GroupSpec) -> dict[str, float]:
-    """The counts of a LayerReport."""
-    layer.layout(group_by)  # raises, with the layer's name, where the spec does not fit
+def _alive(layer: LayerWeight, group_by: GroupSpec) -> Tensor:
+    """Per group, whether any weight of it is nonzero."""
     spec, view = layer.group_spec(group_by)
     alive = viewed(layer.param, view) != 0
     dims = reduced_dims(alive.dim(), spec) if has_groups(alive.dim(), spec) else ()
+    return alive.any(dim=dims) if dims else alive
+
+
+@torch.no_grad()
+def _count(layer: LayerWeight, group_by: GroupSpec) -> dict[str, Any]:
+    """The counts of a LayerReport."""
+    layer.layout(group_by)  # raises, with the layer's name, where the spec does not fit
     w = layer.blocked() != 0  # [blocks, out, in, taps]
-    parts = {"groups": alive.any(dim=dims) if dims else alive}
+    parts = {"groups": _alive(layer, group_by)}
     parts |= {"outputs": w.any(dim=3).any(dim=2), "inputs": w.any(dim=3).any(dim=1)}
-    counts: dict[str, float] = {"weights": w.numel(), "nonzero": int(w.sum())}
+    counts: dict[str, Any] = {"weights": w.numel(), "nonzero": int(w.sum())}
+    named = {spec: _alive(layer, spec) for spec in NAMED_SPECS}
+    counts["by_spec"] = {spec: (x.numel() - int(x.sum()), x.numel()) for spec, x in named.items()}
     for name, x in parts.items():
         counts |= {name: x.numel(), f"dead_{name}": x.numel() - int(x.sum())}
     return counts
@@ -203,7 +228,7 @@ def _measure_flops(model: nn.Module, args: tuple[Any, ...], weights: Sequence[Te
     """Dense FLOPs of one forward pass: one number per weight, then those of every other operation."""
     devices = {x.device for x in (*weights, *tree_leaves(args)) if isinstance(x, Tensor) and x.is_cuda}
     with (
-        _evaluating(model),
+        evaluating(model),
         _unfused_operations(),
         torch.no_grad(),
         torch.random.fork_rng(devices=list(devices)),
@@ -214,7 +239,7 @@ def _measure_flops(model: nn.Module, args: tuple[Any, ...], weights: Sequence[Te
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, then each as it was."""
     training = {module: module.training for module in model.modules()}
     try:

@@ -53,6 +53,12 @@ def test_counts_of_a_matrix_by_hand():
         "dead_outputs": 1,
         "inputs": 4,
         "dead_inputs": 1,
+        "by_spec": {
+            "feature": {"dead": 1, "groups": 4},
+            "filter": {"dead": 1, "groups": 3},
+            "channel": {"dead": 1, "groups": 4},
+            "tensor": {"dead": 0, "groups": 1},
+        },
     }
 
 
@@ -271,6 +277,25 @@ total                  6   50.00%          1/4           1/3          1/4  6,000
 def test_table():
     model = nn.Sequential(alive_linear([[1.0, 0], [0, 0]]), nn.ReLU(), alive_linear([[1.0, 1]]))
     assert str(sparsity_report(model, torch.ones(500, 2))) == TABLE
+
+
+BY_SPEC = """\
+dead groups  feature  filter  channel  tensor
+0.weight         5/8     1/3      1/2     0/1
+1.weight         2/2     2/2      2/2     1/1
+total           7/10     3/5      3/4     1/2"""
+
+
+def test_dead_groups_under_every_spec():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Conv1d(2, 2, 1, groups=2))
+    with torch.no_grad():
+        model[0].weight.fill_(1)[2] = 0  # an output
+        model[0].weight[:, 1] = 0  # an input channel: 4 features
+        model[0].weight[:, 0, 0, 1] = 0  # one more
+        model[1].weight.zero_()
+    report = sparsity_report(model)
+    assert str(report.by_spec()) == BY_SPEC
+    assert report.total.by_spec == {"feature": (7, 10), "filter": (3, 5), "channel": (3, 4), "tensor": (1, 2)}
 
 
 def test_dict_is_plain():

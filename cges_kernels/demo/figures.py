@@ -11,12 +11,13 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..ops import prox
-from .results import AXES, Row, as_csv, summarise, table_csv
+from .. import prox
+from ..figures import plot_filters, plot_weights
+from ..files import as_csv
+from .results import AXES, Row, summarise, table_csv
 from .training import METHODS, Run
 
 # Okabe and Ito's palette: told apart with any colour vision, and by marker in grey.
@@ -39,10 +40,9 @@ RC = {
     "savefig.dpi": 150,
 }
 SHOWN = 30.0  # percent of weights nonzero at which the methods' weights are shown, or as near as they come
-ZERO = "#d9d9d9"  # exact zeros in the weight figures
 
 
-def _percent_axis(axis: Any, low: float) -> None:
+def percent_axis(axis: Any, low: float) -> None:
     """A log axis from ``low`` to 100 with plain numbers at 1, 2, 5, 10, ..."""
     axis.axes.set_xscale("log")
     axis.axes.set_xlim(low, 115)
@@ -60,7 +60,7 @@ def accuracy(runs: Sequence[Run]) -> tuple[Figure, str]:
         for method, (colour, marker) in STYLES.items():
             _curve(panel, [row for row in rows if row.method == method], x, colour, marker)
         positive = [row.values[x].mean for row in rows if row.values[x].mean > 0]
-        _percent_axis(panel.xaxis, max(0.5, 0.8 * min(positive)))
+        percent_axis(panel.xaxis, max(0.5, 0.8 * min(positive)))
         panel.set_xlabel(label)
     best = max(row.values["accuracy"].mean for row in rows)
     worst = min(row.values["accuracy"].mean for row in rows)
@@ -99,50 +99,21 @@ def _title(run: Run, nonzero: float) -> str:
     return f"{label}, λ = {run.lam:g}.  {nonzeros}.  Accuracy {run.accuracy:.1f}%"
 
 
-def _heat(panel: Axes, weights: np.ndarray, limit: float) -> Any:
-    """A diverging heat map with the exact zeros in grey."""
-    colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad=ZERO)
-    panel.grid(False)
-    panel.spines[:].set_visible(False)
-    masked = np.ma.masked_equal(weights, 0)
-    return panel.imshow(
-        masked, cmap=colours, norm=TwoSlopeNorm(0, -limit, limit), aspect="auto", interpolation="nearest"
-    )
-
-
 def last_layer(runs: Sequence[Run]) -> tuple[Figure, str]:
     """The last layer's weights of each method (thesis, Figure 5)."""
     shown = shown_runs(runs)
-    figure = Figure(figsize=(10, 1.75 * len(shown) + 0.6), layout="constrained")
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    limit = float(np.quantile(np.abs([run.last for run in shown.values()]), 0.99)) or 1.0
-    for panel, run in zip(panels, shown.values()):
-        image = _heat(panel, run.last, limit)
-        panel.set_title(_title(run, run.last_nonzero), fontsize=9.5, loc="left")
+    weights = {_title(run, run.last_nonzero): run.last for run in shown.values()}
+    figure = plot_weights(weights, xlabel="feature (unit of the layer below)", ylabel="class")
+    for panel in figure.axes[: len(shown)]:
         panel.set_yticks([0, 3, 6, 9])
-        panel.set_ylabel("class")
-    panels[-1].set_xlabel("feature (unit of the layer below)")
-    figure.colorbar(image, ax=list(panels), label="weight (grey: exactly zero)", extend="both", shrink=0.5)
     return figure, _weights_csv(shown, "last", ("class", "feature"))
 
 
 def first_layer(runs: Sequence[Run]) -> tuple[Figure, str]:
     """The first layer's filters of each method (thesis, Figure 6)."""
     shown = shown_runs(runs)
-    figure = Figure(figsize=(11, 0.95 * len(shown) + 0.3), layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    limit = float(np.quantile(np.abs([run.first for run in shown.values()]), 0.99)) or 1.0
-    for panel, run in zip(panels, shown.values()):
-        tiles = np.pad(run.first[:, 0], ((0, 0), (0, 0), (0, 1)))  # a column between two filters
-        image = _heat(panel, np.hstack(list(tiles)), limit)
-        for i in range(1, len(tiles) + 1):
-            end = i * tiles.shape[2] - 0.5
-            panel.axvspan(end - 1, end, facecolor="white", edgecolor="none")
-        panel.set_aspect("equal")
-        panel.set_axis_off()
-        panel.set_title(_title(run, 100 * float(np.mean(run.first != 0))), fontsize=9.5, loc="left")
-    figure.colorbar(image, ax=list(panels), label="weight (grey: exactly zero)", extend="both", shrink=0.8)
-    return figure, _weights_csv(shown, "first", ("filter", "channel", "row", "column"))
+    filters = {_title(run, 100 * float(np.mean(run.first != 0))): run.first for run in shown.values()}
+    return plot_filters(filters), _weights_csv(shown, "first", ("filter", "channel", "row", "column"))
 
 
 def _weights_csv(shown: dict[str, Run], name: str, axes: Sequence[str]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ..files import as_csv
 from .training import MEASURES, METHODS, Run
 
 AXES = {
@@ -91,15 +90,6 @@ def table(rows: Sequence[Row]) -> str:
         cells.append([METHODS[row.method].label, f"{row.lam:g}", *values])
     gaps = [i + 1 for i in range(1, len(rows)) if rows[i].method != rows[i - 1].method]
     return f"{aligned(cells, gaps)}\n{LEGEND}"
-
-
-def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """CSV text; floats with six significant digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
-    return text.getvalue()
 
 
 def table_csv(rows: Sequence[Row]) -> str:

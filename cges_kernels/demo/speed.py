@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..files import as_csv
 from ..ops import choose_backend
 from ..optimizer import ProxSGD
 from ..recipes import cges_param_groups
-from .results import aligned, as_csv
+from .results import aligned
 from .training import MOMENTUM, LeNet
 
 SECONDS = 0.02  # that one timing of one optimizer should last

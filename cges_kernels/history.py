@@ -1,0 +1,86 @@
+"""How sparsity grows in training: a table in a CSV file, and TensorBoard's curves."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from .files import as_csv, write_text
+from .report import SparsityReport
+
+MEASURES = ("percent_nonzero", "dead_groups", "dead_outputs", "dead_inputs", "flops_compacted")
+
+
+class SparsityHistory:
+    """Collects :func:`sparsity_report` over training, as CSV, in TensorBoard, or both.
+
+    The CSV has one row per step and layer, and one named "total". It is written whole at each call and
+    replaces the old one only then. A file that is there already is continued: adding step s drops what it
+    holds from step s on, so a run that resumes from a checkpoint leaves no gap and no double, and a run that
+    begins anew leaves nothing of an older one.
+
+    Args:
+        path: the CSV file, or None.
+        tensorboard: a ``torch.utils.tensorboard.SummaryWriter``, a folder to open one in, or None.
+
+    Raises:
+        ImportError: a folder is given and tensorboard is not installed.
+        ValueError: the file at ``path`` is not such a table; it is left as it is.
+
+    Example:
+        >>> history = SparsityHistory("sparsity.csv", tensorboard="runs/first")
+        >>> for epoch in range(epochs):
+        ...     loss = train(model, optimizer)
+        ...     history.add(epoch, sparsity_report(model), loss=loss)
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, tensorboard: Any = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if self.path is not None and self.path.exists():
+            self.rows = _read(self.path)
+        self.writer = (
+            _open_writer(tensorboard) if isinstance(tensorboard, (str, os.PathLike)) else tensorboard
+        )
+
+    def add(self, step: int, report: SparsityReport, **values: float) -> None:
+        """Take in the state after ``step`` steps or epochs; ``values``, such as a loss, go with the total."""
+        kept = [row for row in self.rows if row["step"] < step]
+        for layer in (*report.layers, report.total):
+            cells = {key: x for key, x in layer.to_dict().items() if not isinstance(x, (dict, tuple))}
+            kept.append({"step": step, "layer": cells.pop("name"), **cells})
+            if self.writer is not None:
+                for key in MEASURES:
+                    if key in cells:
+                        self.writer.add_scalar(f"{key}/{layer.name}", cells[key], step)
+        kept[-1] |= values
+        self.rows = kept
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+            self.writer.flush()
+        if self.path is not None:
+            header = list(dict.fromkeys(key for row in kept for key in row))
+            write_text(self.path, as_csv(header, ([row.get(key, "") for key in header] for row in kept)))
+
+
+def _open_writer(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            f"tensorboard={str(folder)!r} needs it installed: pip install tensorboard"
+        ) from error
+    return SummaryWriter(folder)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier history, step as a number and the rest as text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [{**row, "step": int(row["step"]), "layer": row["layer"]} for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a sparsity history, with columns step and layer") from error

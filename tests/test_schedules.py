@@ -1,0 +1,340 @@
+"""Schedules of the coefficients: the values in force, resuming, the density reached, what they refuse."""
+
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cges_kernels import CubicRamp, ProxSGD, TargetDensity, cges_param_groups, sparsity_report
+from cges_kernels.demo.data import load_digits
+from cges_kernels.demo.training import LeNet
+from cges_kernels.recipes import CoefficientWarmup, sparsity_param_groups
+
+COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def warmed(steps=4):
+    model = mlp()
+    groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
+    optimizer = ProxSGD(groups, lr=0.1, l1=0.1)
+    return model, optimizer, CoefficientWarmup(optimizer, steps)
+
+
+def test_warmup_values():
+    _, optimizer, warmup = warmed()
+    seen = []
+    for _ in range(7):
+        seen.append([group["group_lasso"] for group in optimizer.param_groups])
+        optimizer.step()
+        warmup.step()
+    wanted = [[0.4 * k, 0.8 * k, 0.0] for k in (0, 0.25, 0.5, 0.75, 1, 1, 1)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(wanted))
+    assert warmup.get_last_coefficients()[:2] == [
+        {"group_lasso": 0.4, "exclusive_lasso": 0.2, "l1": 0.1},
+        {"group_lasso": 0.8, "exclusive_lasso": 0.2, "l1": 0.1},
+    ]
+
+
+def test_warmup_of_no_steps_is_full_at_once():
+    _, _, warmup = warmed(steps=0)
+    assert warmup.get_last_coefficients()[0]["group_lasso"] == 0.4
+
+
+def test_warmup_beside_a_learning_rate_scheduler():
+    _, optimizer, warmup = warmed()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+        warmup.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025] * 3
+    assert [group["group_lasso"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.4, 0.0])
+
+
+def test_warmup_resumes_from_its_state():
+    _, optimizer, warmup = warmed()
+    warmup.step()
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "warmup": warmup.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    for build_first in (True, False):
+        model = mlp()
+        groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
+        other = ProxSGD(groups, lr=0.1, l1=0.1)
+        resumed = CoefficientWarmup(other, 9) if build_first else None
+        other.load_state_dict(saved["optimizer"])
+        resumed = resumed or CoefficientWarmup(other, 9)
+        resumed.load_state_dict(saved["warmup"])
+        assert resumed.get_last_coefficients()[0]["group_lasso"] == pytest.approx(0.1)
+        resumed.step()
+        assert resumed.get_last_coefficients()[1]["group_lasso"] == pytest.approx(0.4)
+
+
+def test_warmup_resumes_from_last_epoch_as_schedulers_do():
+    _, optimizer, _ = warmed()
+    warmup = CoefficientWarmup(optimizer, 4, last_epoch=1)
+    assert warmup.last_epoch == 2
+    assert optimizer.param_groups[0]["group_lasso"] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"last_epoch=1: expected .* without .*initial_group_lasso"):
+        CoefficientWarmup(ProxSGD(mlp().parameters()), 4, last_epoch=1)
+
+
+def test_warmup_outlives_a_checkpoint_that_knows_no_coefficients():
+    _, optimizer, warmup = warmed()
+    plain = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=0.1)
+    optimizer.load_state_dict(plain.state_dict())
+    warmup.step()
+    assert [group["group_lasso"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.2, 0.0])
+
+
+def test_warmup_takes_in_a_later_param_group():
+    _, optimizer, warmup = warmed()
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))], "group_lasso": 0.6})
+    warmup.step()
+    assert optimizer.param_groups[-1]["group_lasso"] == pytest.approx(0.15)
+
+
+def test_warmup_changes_tensor_coefficients_in_place():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.SGD([{"params": [parameter], **{key: torch.tensor(0.8) for key in COEFFICIENTS}}])
+    tensor = optimizer.param_groups[0]["group_lasso"]
+    warmup = CoefficientWarmup(optimizer, 4)
+    assert tensor.item() == 0
+    warmup.step()
+    assert tensor.item() == pytest.approx(0.2)
+    assert optimizer.param_groups[0]["group_lasso"] is tensor
+    assert optimizer.param_groups[0]["initial_group_lasso"].item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True])
+def test_warmup_refuses_steps(steps):
+    with pytest.raises(ValueError, match="steps: expected an int >= 0, got"):
+        warmed(steps=steps)
+
+
+def test_warmup_refuses_an_optimizer_without_coefficients():
+    with pytest.raises(
+        ValueError, match=r"expected .* got SGD without \['group_lasso', 'exclusive_lasso', 'l1'\]"
+    ):
+        CoefficientWarmup(torch.optim.SGD(mlp().parameters()), 4)
+
+
+def test_the_first_step_of_a_warmup_step_is_plain_sgd():
+    model, optimizer, _ = warmed()
+    before = model[0].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), before - 0.1)
+
+
+# The cubic ramp
+
+
+def test_cubic_values():
+    _, optimizer, _ = warmed(steps=0)
+    ramp = CubicRamp(optimizer, steps=4, begin=2)
+    seen = []
+    for _ in range(9):
+        seen.append([group["group_lasso"] for group in optimizer.param_groups])
+        optimizer.step()
+        ramp.step()
+    factors = [0, 0, 0, 1 - 0.75**3, 1 - 0.5**3, 1 - 0.25**3, 1, 1, 1]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor([[0.4 * x, 0.8 * x, 0.0] for x in factors]))
+
+
+def test_cubic_resumes_from_its_state():
+    _, optimizer, _ = warmed(steps=0)
+    ramp = CubicRamp(optimizer, steps=4)
+    ramp.step()
+    saved = ramp.state_dict()
+    assert saved == {"steps": 4, "begin": 0, "last_epoch": 1}
+    _, other, _ = warmed(steps=0)
+    resumed = CubicRamp(other, steps=9, begin=3)
+    resumed.load_state_dict(saved)
+    assert resumed.get_last_coefficients() == ramp.get_last_coefficients()
+    resumed.step()
+    assert other.param_groups[0]["group_lasso"] == pytest.approx(0.4 * (1 - 0.5**3))
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 1.5}, {"steps": 3, "begin": -1}])
+def test_cubic_refuses(options):
+    with pytest.raises(ValueError, match=r"(steps|begin): expected an int >= [01], got"):
+        CubicRamp(warmed()[1], **options)
+
+
+# The density
+
+
+def digits():
+    pytest.importorskip("sklearn")
+    x, y = map(torch.from_numpy, load_digits())
+    return x[:400], y[:400]
+
+
+def controlled(density, lam=0.01, epochs=50, momentum=0.9, **options):
+    """A LeNet trained on 400 digits under control, 13 steps an epoch: (model, optimizer, control)."""
+    x, y = digits()
+    model = LeNet(8)
+    groups = cges_param_groups(model, lam, scale="size")
+    optimizer = ProxSGD(groups, lr=0.05, momentum=momentum)
+    steps = 13 * epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    control = TargetDensity(optimizer, density, steps // 2, **options)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+            control.step()
+    return model, optimizer, control
+
+
+@pytest.mark.parametrize(
+    "density, lam",
+    [
+        *((0.1, 0.01), (0.3, 0.01), (0.6, 0.01)),
+        *(pytest.param(0.3, lam, marks=pytest.mark.slow) for lam in (0.1, 1e-4)),
+    ],
+)
+def test_the_density_is_reached_within_a_point(density, lam):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, optimizer, control = controlled(density, lam)
+    percent = sparsity_report(model).total.percent_nonzero
+    assert abs(percent - 100 * density) <= 1
+    assert control.measure() == pytest.approx(percent / 100)
+    x, y = digits()
+    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
+    assert all(group["freeze_zeros"] == "element" for group in optimizer.param_groups[:-1])
+    assert optimizer.param_groups[-1]["freeze_zeros"] is None
+
+
+def test_without_landing_the_coefficients_stay():
+    _, optimizer, control = controlled(0.3, epochs=25, freeze=False)
+    assert abs(control.measure() - 0.3) < 0.15
+    assert optimizer.param_groups[0]["group_lasso"] > 0
+    assert all(group["freeze_zeros"] is None for group in optimizer.param_groups)
+
+
+def few_steps(model, optimizer, control, count):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        for p in model.parameters():
+            p.grad = 0.1 * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        control.step()
+
+
+def small_control(**options):
+    model = mlp()
+    groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
+    optimizer = ProxSGD(groups, lr=0.1, momentum=0.9)
+    return model, optimizer, TargetDensity(optimizer, 0.5, **{"steps": 20, **options})
+
+
+def test_ratios_stay_and_the_factor_climbs():
+    model, optimizer, control = small_control()
+    seen = []
+    for _ in range(10):
+        seen.append([group["group_lasso"] for group in optimizer.param_groups])
+        few_steps(model, optimizer, control, 1)
+    first, second, rest = map(list, zip(*seen))
+    assert first == sorted(first) and first[-1] > first[0] == pytest.approx(0.004)
+    assert second == pytest.approx([2 * x for x in first]) and rest == [0] * 10
+
+
+@pytest.mark.filterwarnings("ignore:density")
+@pytest.mark.parametrize("at", [7, 30])
+def test_control_resumes_where_it_was(at):
+    model, optimizer, control = small_control()
+    few_steps(model, optimizer, control, at)
+    file = io.BytesIO()
+    torch.save([x.state_dict() for x in (model, optimizer, control)], file)
+    file.seek(0)
+    other = small_control()
+    for x, state in zip(other, torch.load(file, weights_only=True)):
+        x.load_state_dict(state)
+    few_steps(model, optimizer, control, 15)
+    few_steps(*other, 15)
+    assert other[2].state_dict() == control.state_dict()
+    assert other[2].get_last_coefficients() == control.get_last_coefficients()
+    for a, b in zip(model.parameters(), other[0].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_landing_is_gentle():
+    _, optimizer, control = small_control()
+    seen = []
+    for density in (0.7, 0.52, 0.504, 0.4):
+        state = control.state_dict() | {"landing": True, "frozen": True, "factor": 1.0, "density": density}
+        control.load_state_dict(state)
+        seen.append(optimizer.param_groups[0]["group_lasso"])
+    assert seen == pytest.approx([0.4, 0.4 * 0.2, 0, 0])
+
+
+def test_only_weights_under_a_penalty_count():
+    model, _, control = small_control()
+    assert control.measure() == 1
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[0].weight[0] = 0  # 3 of 12 + 8
+    assert control.measure() == 17 / 20
+
+
+@pytest.mark.parametrize("density", [0, -0.5, 1.1, float("nan"), "half"])
+def test_a_density_that_is_none_is_refused(density):
+    with pytest.raises(ValueError, match=r"density: expected a fraction of nonzero weights in \(0, 1\], got"):
+        TargetDensity(warmed()[1], density, 10)
+
+
+def test_control_refuses_an_optimizer_without_a_penalty():
+    with pytest.raises(ValueError, match=r"ProxSGD: expected a param group with .* > 0 .* density of 0.5"):
+        TargetDensity(ProxSGD(mlp().parameters(), lr=0.1), 0.5, 10)
+    with pytest.raises(ValueError, match=r"got SGD without \['group_lasso'"):
+        TargetDensity(torch.optim.SGD(mlp().parameters(), lr=0.1), 0.5, 10)
+    keys = dict.fromkeys(COEFFICIENTS, 0.1)
+    with pytest.raises(ValueError, match=r"freeze=True: expected .* freeze_zeros, got SGD"):
+        TargetDensity(torch.optim.SGD([{"params": mlp().parameters(), **keys}]), 0.5, 10)
+
+
+def test_a_density_out_of_reach_is_told_once():
+    model, optimizer, control = small_control(steps=5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with pytest.warns(UserWarning) as told:
+        few_steps(model, optimizer, control, 400)
+    (warning,) = told
+    assert (
+        "density 0.5: not reached; 100.0% of the weights are nonzero with the coefficients at 1e+06"
+        in str(warning.message)
+    )
+
+
+def test_weights_that_are_gone_are_told():
+    model, optimizer, control = small_control(steps=5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with torch.no_grad():
+        model[0].weight.zero_()
+    with pytest.warns(UserWarning, match=r"density 0.5: not reached; 40.0% .*zeros do not come back"):
+        few_steps(model, optimizer, control, 400)
+
+
+def test_control_fills_tensor_coefficients_in_place():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    group = {"params": [parameter], **{key: torch.tensor(0.8) for key in COEFFICIENTS}, "freeze_zeros": None}
+    optimizer = torch.optim.SGD([group])
+    tensor = optimizer.param_groups[0]["group_lasso"]
+    TargetDensity(optimizer, 0.5, 10)
+    assert optimizer.param_groups[0]["group_lasso"] is tensor and tensor.item() == pytest.approx(0.008)
