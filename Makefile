@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The exact torch to build and test against; several requirements may be given,
 # for example: make TORCH="torch==2.11.0 triton==3.6.0" test
 TORCH  ?= torch==2.13.0
-# Extra arguments for demo, bench, test and test-quick: make demo ARGS="--help"
+# Extra arguments for demo, bench, accuracy, test and test-quick: make demo ARGS="--help"
 ARGS   ?=
 # Where `make gpu` leaves results and logs, and which of its stages it runs (all, if empty)
 OUT    ?= bench/results
@@ -27,7 +27,7 @@ EXT_STAMP   := $(VENV)/.ext
 BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format bench bench-guard gpu readme-table clean distclean
+.PHONY: help install demo test test-quick lint format bench bench-guard accuracy gpu readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,6 +55,9 @@ format: $(DEPS_STAMP)  ## apply the formatters
 
 bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU, in 10 minutes
 	$(PY) -m bench.run $(ARGS)
+
+accuracy: install  ## train the thesis's experiments, in 10 minutes; docs/claims.md has what came out
+	$(PY) -m bench.accuracy all $(ARGS)
 
 bench-guard: install  ## count the CPU executor's instructions with valgrind, against budgets
 	$(PY) -m bench.guard
@@ -86,7 +89,7 @@ $(TORCH_STAMP): | $(PY)
 $(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing the dependencies into $(VENV)"
 	$(PIP) "setuptools>=77" wheel
-	CGES_EXT=0 $(PIP) --no-build-isolation -e ".[demo,triton,test,dev]"
+	CGES_EXT=0 $(PIP) --no-build-isolation -e ".[demo,prune,triton,test,trainers,dev]"
 	@touch $@
 
 # Nothing but torchao is in the extra that is not there already; it must bring no other torch.

@@ -12,7 +12,8 @@ from cges_kernels import ProxSGD, cges_param_groups, prox, sparsity_param_groups
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-USE, EQUIVALENT, AUTHORS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+USE, EQUIVALENT, AUTHORS = BLOCKS[:3]
 
 
 class Net(nn.Module):
@@ -56,6 +57,39 @@ def test_the_authors_configuration():
             assert ours[key] == pytest.approx(theirs[key], rel=1e-12)
     assert scope["groups"][3]["group_lasso"] == pytest.approx(6e-5 * 0.2 / 144)
     assert scope["groups"][3]["exclusive_lasso"] == pytest.approx(6e-5 * 0.8 * 144)
+
+
+def section(title):
+    """The code blocks under a heading."""
+    text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
+    for module in ("torch_pruning", "matplotlib"):
+        pytest.importorskip(module)
+    small, rounds = section("From dense to small")
+    monkeypatch.chdir(tmp_path)
+    data = [(torch.randn(5, 1, 8, 8), torch.randint(3, (5,))) for _ in range(20)]
+    scope = {"Net": Net, "model": Net(), "data": data, "loss_fn": nn.CrossEntropyLoss(), "epochs": 10}
+    exec("from cges_kernels import *", scope)
+    exec(small, scope)
+    assert abs(scope["control"].measure() - 0.1) <= 0.01
+    assert "parameters" in capsys.readouterr().out
+    assert scope["result"].parameters[1] < scope["result"].parameters[0]
+    x = data[0][0]
+    torch.testing.assert_close(scope["small"](x), scope["model"](x))
+    assert {path.name for path in tmp_path.iterdir()} == {"sparsity.csv", "last_layer.png", "small.pt"}
+
+    def train(model, optimizer):
+        for x, y in data:
+            optimizer.zero_grad()
+            scope["loss_fn"](model(x), y).backward()
+            optimizer.step()
+
+    scope |= {"model": Net(), "train": train}
+    exec(rounds, scope)
+    assert scope["sparsity_report"](scope["model"]).total.percent_nonzero <= 10.1
 
 
 def test_tables_are_those_of_the_results():
