@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -23,12 +24,25 @@ from .workloads import Shapes, elements
 LR, MOMENTUM = 1e-4, 0.9
 COEFFICIENTS = {"group_lasso": 1e-3, "exclusive_lasso": 1e-6}
 OPTIONS = {"lr": LR, "momentum": MOMENTUM, **COEFFICIENTS}
+Made = tuple[Callable[[], Any], list[Tensor]]  # a step and its parameters
 PAT_GROUPERS = {"feature": "Dim1Grouper", "filter": "Dim0Grouper"}  # from dimension 1 on, both flatten
 
 
 class Contender(NamedTuple):
     step: Callable[[], Any]
     params: list[Tensor]
+    idle: Callable[[], Callable[[], Any]]  # makes the same step with next to nothing to compute
+
+
+def with_idle(make: Callable[..., Made]) -> Callable[..., Contender]:
+    """``make`` as a maker of contenders; each one's idle twin has a tensor of one element for each of its."""
+
+    @wraps(make)
+    def contender(shapes: Shapes, *place: Any, **options: Any) -> Contender:
+        ones: Shapes = [(1,) * len(shape) for shape in shapes]
+        return Contender(*make(shapes, *place, **options), lambda: make(ones, *place, **options)[0])
+
+    return contender
 
 
 def parameters(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
@@ -38,46 +52,50 @@ def parameters(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str =
     return params
 
 
-def torch_sgd(shapes: Shapes, place: dict[str, Any], **options: Any) -> Contender:
+def torch_sgd(shapes: Shapes, place: dict[str, Any], **options: Any) -> Made:
     params = parameters(shapes, **place)
-    return Contender(torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, **options).step, params)
+    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, **options).step, params
 
 
-def fused_sgd(shapes: Shapes, **place: Any) -> Contender:
+@with_idle
+def fused_sgd(shapes: Shapes, **place: Any) -> Made:
     """torch.optim.SGD(fused=True): no proximal step at all; what an optimizer costs at the least."""
     return torch_sgd(shapes, place, fused=True)
 
 
-def foreach_sgd(shapes: Shapes, **place: Any) -> Contender:
+@with_idle
+def foreach_sgd(shapes: Shapes, **place: Any) -> Made:
     """torch.optim.SGD(foreach=True), torch's default on a GPU; no proximal step either."""
     return torch_sgd(shapes, place, foreach=True)
 
 
-def for_loop_sgd(shapes: Shapes, **place: Any) -> Contender:
+@with_idle
+def for_loop_sgd(shapes: Shapes, **place: Any) -> Made:
     """torch.optim.SGD(foreach=False): tensor by tensor, without a proximal step."""
     return torch_sgd(shapes, place, foreach=False)
 
 
+@with_idle
 def prox_sgd(
     shapes: Shapes,
     backend: str = "cpu",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     **options: Any,
-) -> Contender:
+) -> Made:
     params = parameters(shapes, dtype, device)
     options = {**OPTIONS, **options}
-    return Contender(ProxSGD(params, backend=backend, **options).step, params)
+    return ProxSGD(params, backend=backend, **options).step, params
 
 
-def eager(shapes: Shapes, **options: Any) -> Contender:
+@with_idle
+def eager(shapes: Shapes, **options: Any) -> Made:
     """The reference executor: the same step written as well as plain PyTorch allows, tensor by tensor."""
-    return prox_sgd(shapes, backend="reference", **options)
+    return prox_sgd(shapes, backend="reference", **options)[:2]
 
 
-def compiled(
-    shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
-) -> Contender:
+@with_idle
+def compiled(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Made:
     """torch.compile of the reference's step, tensor by tensor; a handful of graphs serves all shapes."""
     options = {**OPTIONS, **options}
     params = [p.detach() for p in parameters(shapes, dtype, device)]
@@ -96,16 +114,17 @@ def compiled(
         for tensors in zip(params, grads, bufs):
             one(*tensors)
 
-    return Contender(step, params)
+    return step, params
 
 
+@with_idle
 def vectorised(
     shapes: Shapes,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     group_by: str = "feature",
     **options: Any,
-) -> Contender:
+) -> Made:
     """The step of the reference (sequential mode) as fast as plain PyTorch can: torch._foreach_* over all
     tensors, everything in place, tensor by tensor only for sums and clamps, of which foreach has none.
     """
@@ -156,16 +175,17 @@ def vectorised(
         if rest and c:
             torch._foreach_sub_(rest, [w.clamp(-c, c) for w in rest])
 
-    return Contender(step, params)
+    return step, params
 
 
+@with_idle
 def pat(
     shapes: Shapes,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     group_by: str = "feature",
     reg_lambda: float = COEFFICIENTS["group_lasso"],
-) -> Contender:
+) -> Made:
     """torchao's prototype ``pat``: group lasso alone, around torch's fused SGD.
 
     Its threshold of a group of n is reg_lambda * sqrt(n) times the sum of all learning rates so far, and it
@@ -181,7 +201,7 @@ def pat(
     kind = {"prox_type": "ProxGroupLasso", "group_type": f"dim.{PAT_GROUPERS[group_by]}"}
     groups = [{"params": grouped, **kind}, *([{"params": rest}] if rest else [])]
     inner = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, fused=True)
-    return Contender(PruneOptimizer(inner, reg_lambda=reg_lambda).step, params)
+    return PruneOptimizer(inner, reg_lambda=reg_lambda).step, params
 
 
 def others() -> dict[str, Callable[..., Contender]]:
@@ -190,7 +210,8 @@ def others() -> dict[str, Callable[..., Contender]]:
     return {**found, "eager": eager, "vectorised": vectorised, "compiled": compiled}
 
 
-def copy(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Contender:
+@with_idle
+def copy(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Made:
     """A plain copy of as many bytes as a step must move (20 per fp32 element): the speed of light."""
     source = torch.randn(elements(shapes), device=device).to(dtype)
     target = torch.empty_like(source)
@@ -201,17 +222,18 @@ def copy(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu"
         source.copy_(target)
         target[:half].copy_(source[:half])
 
-    return Contender(step, [])
+    return step, []
 
 
 def plain_copy(size: int, device: str) -> Contender:
     """One copy of ``size`` bytes, which moves twice as many."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    return Contender(lambda: target.copy_(source), [])
+    return Contender(lambda: target.copy_(source), [], lambda: plain_copy(4, device).step)
 
 
-def empty_step(shapes: Shapes, **place: Any) -> Contender:
+@with_idle
+def empty_step(shapes: Shapes, **place: Any) -> Made:
     """An optimizer that does nothing: torch's own overhead around every step()."""
 
     class Empty(torch.optim.Optimizer):
@@ -222,14 +244,15 @@ def empty_step(shapes: Shapes, **place: Any) -> Contender:
             pass
 
     params = parameters(shapes, **place)
-    return Contender(Empty(params).step, params)
+    return Empty(params).step, params
 
 
 def rotating(make: Callable[[], Contender], sets: int) -> Contender:
     """``sets`` contenders of one kind that step in turn, so that none finds its tensors in a cache."""
     contenders = [make() for _ in range(sets)]
     turns = cycle(contenders)
-    return Contender(lambda: next(turns).step(), [p for c in contenders for p in c.params])
+    params = [p for c in contenders for p in c.params]
+    return Contender(lambda: next(turns).step(), params, contenders[0].idle)
 
 
 @contextmanager

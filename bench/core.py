@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,18 +12,27 @@ from torch import Tensor
 from cges_kernels import ops, prox, step_plan
 
 from . import baselines, workloads
+from .baselines import Contender
+from .counts import count_once
 from .table import Measure, Row
 from .timing import Step, Times, last_cache_bytes, take_turns
+from .workloads import Shapes
 
 
-def against_fused_sgd(shapes: workloads.Shapes, **options: Any) -> Measure:
+def in_turns(contenders: Mapping[str, Contender], note: dict[str, Any], before: Step | None = None) -> Times:
+    """Seconds of each call; what is counted of each contender goes into ``note`` once."""
+    times = take_turns({name: contender.step for name, contender in contenders.items()}, before)
+    count_once(note, contenders)
+    return times
+
+
+def against_fused_sgd(shapes: Shapes, note: dict[str, Any], **options: Any) -> Measure:
     """prox_sgd and a copy of the same bytes, then the eager reference, beside torch's fused SGD."""
 
     def measure() -> list[Times]:
-        sgd = baselines.fused_sgd(shapes).step
-        ours, copy = baselines.prox_sgd(shapes, **options).step, baselines.copy(shapes).step
-        fast = take_turns({"fused_sgd": sgd, "prox_sgd": ours, "copy": copy})
-        return [fast, take_turns({"fused_sgd": sgd, "eager": baselines.eager(shapes, **options).step})]
+        sgd, ours = baselines.fused_sgd(shapes), baselines.prox_sgd(shapes, **options)
+        fast = in_turns({"fused_sgd": sgd, "prox_sgd": ours, "copy": baselines.copy(shapes)}, note)
+        return [fast, in_turns({"fused_sgd": sgd, "eager": baselines.eager(shapes, **options)}, note)]
 
     return measure
 
@@ -36,25 +45,23 @@ def on_threads(count: int, step: Step) -> Callable[[], None]:
     return run
 
 
-def faster_of_one_and_two_threads(shapes: workloads.Shapes) -> Measure:
+def faster_of_one_and_two_threads(shapes: Shapes, note: dict[str, Any]) -> Measure:
     """prox_sgd beside torch's fused SGD on one and on two threads; the faster one is the baseline."""
 
     def measure() -> list[Times]:
-        sgd, ours = baselines.fused_sgd(shapes).step, baselines.prox_sgd(shapes).step
         threads = torch.get_num_threads()
-        steps = {
-            "one": on_threads(1, sgd),
-            "two": on_threads(threads, sgd),
-            "prox_sgd": on_threads(threads, ours),
-        }
-        times = take_turns(steps)
-        faster = [min(pair) for pair in zip(times["one"], times["two"])]
-        return [{"prox_sgd": times["prox_sgd"], "fused_sgd": faster}]
+        makers = {"fused_sgd": baselines.fused_sgd, "prox_sgd": baselines.prox_sgd, "copy": baselines.copy}
+        contenders = {name: make(shapes) for name, make in makers.items()}
+        steps = {name: on_threads(threads, contender.step) for name, contender in contenders.items()}
+        times = take_turns({"one": on_threads(1, contenders["fused_sgd"].step), **steps})
+        count_once(note, contenders)
+        faster = [min(pair) for pair in zip(times.pop("one"), times["fused_sgd"])]
+        return [{**times, "fused_sgd": faster}]
 
     return measure
 
 
-def host_time(shapes: workloads.Shapes) -> Measure:
+def host_time(shapes: Shapes, note: dict[str, Any]) -> Measure:
     """Everything on one thread and nothing to compute: what a call of step() costs."""
 
     def measure() -> list[Times]:
@@ -64,33 +71,39 @@ def host_time(shapes: workloads.Shapes) -> Measure:
             "fused_sgd": baselines.fused_sgd,
             "prox_sgd": baselines.prox_sgd,
             "empty": baselines.empty_step,
+            "copy": baselines.copy,
         }
-        times = take_turns({name: make(shapes).step for name, make in makers.items()})
+        times = in_turns({name: make(shapes) for name, make in makers.items()}, note)
         torch.set_num_threads(threads)
         return [times]
 
     return measure
 
 
-def checks_alone(shapes: workloads.Shapes) -> Measure:
-    """What a GPU's step costs before its launch: a StepPlan's gather and run, in C++ and in Python."""
+@baselines.with_idle
+def checks(shapes: Shapes, kind: type) -> baselines.Made:
+    """A StepPlan's gather and run, without a launch."""
+    params = baselines.parameters(shapes)
+    layouts = [ops.layout_tuple(p, "feature", None) for p in params]
+    plan = kind([params], [layouts])
+    plan.set_hyperparameters(0, lr=baselines.LR, momentum=baselines.MOMENTUM)
+    state: dict[Tensor, Any] = {}
 
-    def stepper(kind: type) -> Step:
-        params = [baselines.parameters(shapes)]
-        layouts = [[ops.layout_tuple(p, "feature", None) for p in params[0]]]
-        plan = kind(params, layouts)
-        plan.set_hyperparameters(0, lr=baselines.LR, momentum=baselines.MOMENTUM)
-        state: dict[Tensor, Any] = {}
+    def step() -> None:
+        assert plan.gather([params], state)
+        plan.run(lambda table: None)
 
-        def step() -> None:
-            assert plan.gather(params, state)
-            plan.run(lambda table: None)
+    return step, params
 
-        return step
+
+def checks_alone(shapes: Shapes, note: dict[str, Any]) -> Measure:
+    """What a GPU's step costs before its launch, in C++ and in Python."""
 
     def measure() -> list[Times]:
         kinds = {"python": step_plan.StepPlan, "cpp": ops._C.StepPlan}
-        return [take_turns({name: stepper(kind) for name, kind in kinds.items()})]
+        contenders = {name: checks(shapes, kind) for name, kind in kinds.items()}
+        whole = {"fused_sgd": baselines.fused_sgd(shapes), "copy": baselines.copy(shapes)}
+        return [in_turns({**contenders, **whole}, note)]
 
     return measure
 
@@ -109,21 +122,22 @@ def coefficients_for(fraction: float, rows: int) -> dict[str, float]:
 
 
 def exact_against_sequential(
-    make: Callable[..., baselines.Contender],
+    make: Callable[..., Contender],
     rows: int,
     fraction: float,
     note: dict[str, Any],
-    turns: Callable[..., Times] = take_turns,
+    turns: Callable[[Mapping[str, Contender], Step], Times],
     flush: Step = lambda: None,
 ) -> Measure:
     """Both modes at one pair of coefficients, from the same weights in every step; ``flush`` goes before it.
 
-    ``make`` takes prox_mode and coefficients, and its first parameter has groups of ``rows``.
+    ``make`` takes prox_mode and coefficients, and its first parameter has groups of ``rows``; ``turns`` times
+    what it is given, and torch's fused SGD and a copy with it.
     """
 
     def measure() -> list[Times]:
         chosen = coefficients_for(fraction, rows)
-        steps: dict[str, Step] = {}
+        contenders: dict[str, Contender] = {}
         kept = []
         for mode in ("sequential", "exact"):
             contender = make(prox_mode=mode, **chosen)
@@ -131,14 +145,14 @@ def exact_against_sequential(
             kept.append((p, p.clone()))
             contender.step()
             note[f"percent_nonzero_{mode}"] = 100 * (p != 0).double().mean().item()
-            steps[mode] = contender.step
+            contenders[mode] = contender
 
         def reset() -> None:
             for p, start in kept:
                 p.copy_(start)
             flush()
 
-        return [turns(steps, before=reset)]
+        return [turns(contenders, reset)]
 
     return measure
 
@@ -146,43 +160,41 @@ def exact_against_sequential(
 def rows() -> list[Row]:
     """The table: each target is the ratio to aim at."""
 
-    def note(shapes: workloads.Shapes) -> dict[str, Any]:
-        moved = workloads.bytes_moved(shapes, torch.float32)
-        cache = "cold" if moved > last_cache_bytes() else "warm"  # the same tensors in every step
-        return {
-            "elements": workloads.elements(shapes),
-            "tensors": len(shapes),
-            "bytes": moved,
-            "cache": cache,
-        }
+    def row(
+        name: str,
+        shapes: Shapes,
+        target: float | None,
+        measure: Callable[..., Measure] = against_fused_sgd,
+        baseline: str = "fused_sgd",
+        contender: str = "prox_sgd",
+        **options: Any,
+    ) -> Row:
+        warm = workloads.bytes_moved(shapes, torch.float32) <= last_cache_bytes()
+        note = workloads.facts("core", shapes, "warm" if warm else "cold")  # the same tensors in every step
+        return Row(name, baseline, contender, target, measure(shapes, note, **options), note)
 
-    def fused(name: str, target: float, shapes: workloads.Shapes, **options: Any) -> Row:
-        measure = against_fused_sgd(shapes, **options)
-        return Row(name, "fused_sgd", "prox_sgd", target, measure, note(shapes))
+    def exact(shapes: Shapes, note: dict[str, Any], percent: int) -> Measure:
+        def turns(contenders: Mapping[str, Contender], before: Step) -> Times:
+            others = {"fused_sgd": baselines.fused_sgd(shapes), "copy": baselines.copy(shapes)}
+            return in_turns({**contenders, **others}, note, before)
 
-    def special(name: str, target: float, shapes: workloads.Shapes, measure: Measure) -> Row:
-        return Row(name, "fused_sgd", "prox_sgd", target, measure, note(shapes))
+        make = partial(baselines.prox_sgd, shapes)
+        return exact_against_sequential(make, shapes[0][0], percent / 100, note, turns)
 
-    def exact(percent: int) -> Row:
-        shapes = workloads.matrix(4096, 4128)
-        found = note(shapes)
-
-        def make(**options: Any) -> baselines.Contender:
-            return baselines.prox_sgd(shapes, **options)
-
-        measure = exact_against_sequential(make, 4096, percent / 100, found)
-        return Row(f"exact 4096x4128, {percent}% left", "sequential", "exact", 1.5, measure, found)
-
+    matrix, uneven = workloads.matrix(4096, 4096), workloads.matrix(4096, 4128)
     small, tiny = workloads.small(300, 1024), workloads.small(500, 16)
     return [
-        fused("feature 4096x4128", 1.25, workloads.matrix(4096, 4128)),
-        fused("feature 4096x4096", 1.5, workloads.matrix(4096, 4096)),
-        fused("feature 8192x4096", 1.75, workloads.matrix(8192, 4096)),
-        fused("feature 512x4608", 1.3, workloads.matrix(512, 4608)),
-        fused("filter 4096x4096", 1.25, workloads.matrix(4096, 4096), group_by="filter"),
-        fused("ResNet-50 feature", 1.3, workloads.resnet50()),
-        special("300 tensors of 1,024", 1.0, small, faster_of_one_and_two_threads(small)),
-        special("500 tensors of 16, host", 1 / 3, tiny, host_time(tiny)),
-        Row("500 tensors, checks alone", "python", "cpp", None, checks_alone(tiny), note(tiny)),
-        *(exact(percent) for percent in (90, 50, 10)),
+        row("feature 4096x4128", uneven, 1.25),
+        row("feature 4096x4096", matrix, 1.5),
+        row("feature 8192x4096", workloads.matrix(8192, 4096), 1.75),
+        row("feature 512x4608", workloads.matrix(512, 4608), 1.3),
+        row("filter 4096x4096", matrix, 1.25, group_by="filter"),
+        row("ResNet-50 feature", workloads.resnet50(), 1.3),
+        row("300 tensors of 1,024", small, 1.0, faster_of_one_and_two_threads),
+        row("500 tensors of 16, host", tiny, 1 / 3, host_time),
+        row("500 tensors, checks alone", tiny, None, checks_alone, "python", "cpp"),
+        *(
+            row(f"exact 4096x4128, {left}% left", uneven, 1.5, exact, "sequential", "exact", percent=left)
+            for left in (90, 50, 10)
+        ),
     ]

@@ -1,4 +1,4 @@
-"""The GPU benchmarks: ``python -m bench.gpu`` writes bench/results/gpu-<name>.json and .csv.
+"""The GPU benchmarks: ``python -m bench.gpu`` writes bench/results/gpu-<name>.json, .csv and plots.
 
 Times are the GPU's own, with the host running ahead and the L2 cold; the row named "host" is the CPU's time.
 A copy's speed is that of a plain copy on the same GPU, in turn with each row.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +17,19 @@ import torch
 
 from cges_kernels import ops
 
-from . import baselines, counts, workloads
+from . import baselines, suites, workloads
 from .baselines import Contender
 from .core import exact_against_sequential
+from .counts import count_once
 from .lab import DTYPES, Lab, cuda_paths, find
-from .table import RESULTS, Measure, Results, Row, line, measure, write
-from .timing import Times, take_turns
+from .table import RESULTS, Results, Row, measure, tell, write
+from .timing import Step, Times, take_turns
 from .workloads import Case
 
 BACKENDS = ("cuda", "triton")  # in the order of measuring
 EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # groups of a block, of a cluster of them, of neither
+SIDES = (512, 2048, 8192)  # of the grid
+LARGEST = 2**26  # elements, where cost is followed over elements
 HOST = 20e-6  # seconds that step() may take beyond an empty one
 OTHERS = {"foreach": baselines.foreach_sgd, **baselines.others()}  # the last one goes first
 
@@ -62,22 +65,21 @@ class Table:
     def row(
         self,
         case: Case,
-        measure: Measure,
+        measure: Callable[[dict[str, Any]], list[Times]],
         baseline: str,
         contender: str = "prox_sgd",
         target: float | None = None,
-        note: dict[str, Any] | None = None,
+        suite: str = "core",
         **options: Any,
     ) -> Row:
         """``measure`` as a row, with what is known of it; launches are those of ProxSGD with ``options``."""
-        note = {} if note is None else note
-        note |= {"backend": self.backend, "dtype": self.name_of_dtype, "workload": case.name}
-        note |= {"elements": workloads.elements(case.shapes), "tensors": len(case.shapes)}
-        note |= {"bytes": workloads.bytes_moved(case.shapes, self.dtype)}
+        cache = self.lab.cache(case.shapes, self.dtype)
+        where = {"dtype": self.name_of_dtype, "backend": self.backend, "workload": case.name}
+        note = workloads.facts(suite, case.shapes, cache, **where)
 
         def run() -> list[Times]:
             self.lab.free()
-            return measure()
+            return measure(note)
 
         def facts() -> dict[str, Any]:
             self.lab.free()
@@ -92,63 +94,67 @@ class Table:
     def weight(self, case: Case) -> Row:
         """Beside a copy of the bytes that must move, and torch's fused SGD."""
 
-        def measure() -> list[Times]:
-            steps = {"prox_sgd": self.prox_sgd(case).step, "fused_sgd": self.fused_sgd(case).step}
-            return [self.lab.beside_copy(steps, case.shapes, self.dtype)]
+        def measure(note: dict[str, Any]) -> list[Times]:
+            contenders = {"prox_sgd": self.prox_sgd(case), "fused_sgd": self.fused_sgd(case)}
+            return [self.lab.beside_copy(contenders, case.shapes, self.dtype, note)]
 
         return self.row(case, measure, "copy", target=case.target(self.backend, self.dtype))
 
     def model(self, case: Case, slow: bool) -> Row:
         """Beside torch's fused SGD and a copy; the ``slow`` ones on their own, in the first run only."""
-        counted: dict[str, dict[str, int]] = {}
-        note: dict[str, Any] = {"counts": counted}
         others = dict(OTHERS) if slow else {}
 
-        def count(name: str, contender: Contender) -> None:
-            counted[name] = counts.counted(name, contender.step, self.lab.device)
-
-        def measure() -> list[Times]:
+        def measure(note: dict[str, Any]) -> list[Times]:
             sgd, ours = self.fused_sgd(case), self.prox_sgd(case)
-            steps = {"fused_sgd": sgd.step, "prox_sgd": ours.step}
-            sets = [self.lab.beside_copy(steps, case.shapes, self.dtype)]
-            if not counted:
-                count("fused_sgd", sgd), count("prox_sgd", ours)
-            del steps, ours  # and with them the tensors of prox_sgd
-            baseline = {"fused_sgd": sgd.step}
-            return [*sets, *self.lab.one_by_one(others, baseline, case.shapes, self.dtype, note, count)]
+            contenders = {"fused_sgd": sgd, "prox_sgd": ours}
+            sets = [self.lab.beside_copy(contenders, case.shapes, self.dtype, note)]
+            del contenders, ours  # and with them the tensors of prox_sgd
+            return [*sets, *self.lab.one_by_one(others, {"fused_sgd": sgd}, case.shapes, self.dtype, note)]
 
-        return self.row(case, measure, "fused_sgd", target=self.targets.model, note=note)
+        return self.row(case, measure, "fused_sgd", target=self.targets.model, suite="models")
 
     def exact(self, rows: int, columns: int, percent: int) -> Row:
         """Beside sequential mode at the same coefficients, each step from the same weights and a cold L2."""
         case = Case(f"exact {rows}x{columns}, {percent}% left", "feature", workloads.matrix(rows, columns))
-        note: dict[str, Any] = {}
 
-        def measure() -> list[Times]:
+        def measure(note: dict[str, Any]) -> list[Times]:
+            def turns(contenders: Mapping[str, Contender], before: Step) -> Times:
+                everyone = {**contenders, "fused_sgd": self.fused_sgd(case)}
+                return self.lab.beside_copy(everyone, case.shapes, self.dtype, note, before)
+
             flush = baselines.plain_copy(self.lab.copy_bytes, self.lab.device).step
             make = partial(self.prox_sgd, case, sets=1)
-            return exact_against_sequential(make, rows, percent / 100, note, self.lab.turns, flush)()
+            return exact_against_sequential(make, rows, percent / 100, note, turns, flush)()
 
         target = self.targets.exact.get((rows, columns))
-        return self.row(case, measure, "sequential", "exact", target, note, prox_mode="exact")
+        return self.row(case, measure, "sequential", "exact", target, prox_mode="exact")
 
     def host(self, case: Case) -> Row:
-        """The CPU's time for a step() that has next to nothing to compute; nobody waits for the GPU."""
+        """The CPU's time for a step() that has next to nothing to compute; nobody waits for the GPU.
 
-        def measure() -> list[Times]:
+        The copy's is the GPU's time for the bytes that the step must move.
+        """
+
+        def measure(note: dict[str, Any]) -> list[Times]:
+            note["cache"] = "warm"
             place = {"dtype": self.dtype, "device": self.lab.device}
             ours = partial(baselines.prox_sgd, case.shapes, backend=self.backend, **place)
-            steps = {
-                "fused_sgd": baselines.fused_sgd(case.shapes, **place).step,
-                "empty": baselines.empty_step(case.shapes, **place).step,
-                "prox_sgd": ours().step,
+            contenders = {
+                "fused_sgd": baselines.fused_sgd(case.shapes, **place),
+                "empty": baselines.empty_step(case.shapes, **place),
+                "prox_sgd": ours(),
             }
             if self.backend == "triton" and ops._C is not None:
                 with baselines.plans_in_python():
-                    steps["python_plan"] = ours().step
-                    steps["python_plan"]()  # builds its plan
+                    contenders["python_plan"] = ours()
+                    contenders["python_plan"].step()  # builds its plan
+                    count_once(note, {"python_plan": contenders["python_plan"]}, self.lab.device)
+            steps = {name: contender.step for name, contender in contenders.items()}
             times = take_turns(steps, before=self.lab.synchronize, seconds=self.lab.seconds)
-            return [{**times, "allowed": [seconds + HOST for seconds in times["empty"]]}]
+            count_once(note, contenders, self.lab.device)
+            allowed = [seconds + HOST for seconds in times["empty"]]
+            copy = self.lab.beside_copy({}, case.shapes, self.dtype, note)
+            return [{**times, "allowed": allowed, **copy}]
 
         return self.row(case, measure, "allowed", target=self.targets.host)
 
@@ -175,6 +181,21 @@ def rows(
     return found
 
 
+def pictured(
+    lab: Lab,
+    backends: Sequence[str],
+    sides: Sequence[int] = SIDES,
+    largest: int = LARGEST,
+    huge: tuple[int, int] = suites.HUGE,
+) -> list[Row]:
+    """What the plots show beyond the models, in the first run only."""
+    found = []
+    for backend in backends:
+        found += suites.grid(lab, sides, 1, backend, DTYPES, oblong=())
+        found += suites.scaling(lab, 0, largest, huge, 1, backend)
+    return found
+
+
 def run(lab: Lab, table: Sequence[Row], options: argparse.Namespace) -> bool:
     """Measure the rows and write the files; whether all went well."""
     found = lab.environment(options.commit)
@@ -185,8 +206,19 @@ def run(lab: Lab, table: Sequence[Row], options: argparse.Namespace) -> bool:
             write(report, f"gpu-{lab.name()}", options.out)
 
     results = measure(table, options.runs, options.minutes, save)
-    print(*map(line, results), sep="\n")
-    return not any("error" in result for result in results)
+    good = tell(results)
+    if not options.only:
+        draw(results, f"gpu-{lab.name()}", options.out)
+    return good
+
+
+def draw(results: Results, name: str, folder: Path) -> None:
+    try:
+        from . import plots
+    except ImportError as error:  # a GPU machine's python is taken as it is
+        print(f"bench.gpu: no plots here ({error}); bench.plots draws them from the files", file=sys.stderr)
+    else:
+        plots.draw(results, name, folder)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -213,7 +245,8 @@ def main() -> None:
     torch.manual_seed(0)
     tiny = Case("500 tensors of 16, host", "feature", workloads.small(500, 16))
     inputs = workloads.gpu_cases(), workloads.models(), EXACT, tiny
-    table = [row for row in rows(lab, backends, *inputs) if options.only in row.name]
+    everything = [*rows(lab, backends, *inputs), *pictured(lab, backends)]
+    table = [row for row in everything if options.only in row.name]
     sys.exit(0 if run(lab, table, options) else 1)
 
 

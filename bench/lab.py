@@ -18,11 +18,11 @@ from cges_kernels import ops
 
 from . import baselines
 from .baselines import Contender
+from .counts import count_once
 from .table import one_line
 from .timing import Clock, Step, Times, environment, last_cache_bytes, output, take_turns, wall_clock
 from .workloads import Shapes, bytes_moved, elements
 
-COLD = 4  # tensors are stepped over until they amount to so many times the L2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUMBERED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the CUDA executor knows them
 
@@ -63,6 +63,8 @@ class Lab:
     device = "cuda"
     copy_bytes = 2**28
     warm_up, seconds = 0.05, 0.4  # per set of contenders and run
+    cold = 4  # tensors are stepped over until they amount to so many times the L2,
+    most_sets = 256  # or to so many sets
 
     def __init__(self) -> None:
         found = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
@@ -99,6 +101,15 @@ class Lab:
             "triton": version_of("triton"),
         }
 
+    def sets(self, shapes: Shapes, dtype: torch.dtype) -> int:
+        """Of tensors, over which a contender's steps go in turn: as many as keep the L2 cold, if it can."""
+        return min(self.cold * self.l2_bytes // held_bytes(shapes, dtype) + 1, self.most_sets)
+
+    def cache(self, shapes: Shapes, dtype: torch.dtype) -> str:
+        """Whether the L2 is "cold", or so small are the tensors that it holds all of them: "warm"."""
+        held = self.sets(shapes, dtype) * held_bytes(shapes, dtype)
+        return "cold" if held > self.l2_bytes else "warm"
+
     def contender(
         self,
         make: Callable[..., Contender],
@@ -106,33 +117,45 @@ class Lab:
         dtype: torch.dtype = torch.float32,
         sets: int | None = None,
     ) -> Contender:
-        """``make`` on this device; unless ``sets`` says otherwise, so many in turn that the L2 stays cold."""
-        held = 3 * dtype.itemsize * elements(shapes)  # weights, gradients and buffers
-        sets = sets or COLD * self.l2_bytes // held + 1
-        return baselines.rotating(lambda: make(shapes, dtype=dtype, device=self.device), sets)
+        """``make`` on this device, on so many sets of tensors in turn, each with its momentum buffers."""
+        sets = sets or self.sets(shapes, dtype)
+        contender = baselines.rotating(lambda: make(shapes, dtype=dtype, device=self.device), sets)
+        for _ in range(sets if sets > 1 else 0):
+            contender.step()
+        return contender
 
-    def turns(self, steps: Mapping[str, Step], before: Step | None = None) -> Times:
+    def turns(self, contenders: Mapping[str, Contender], before: Step | None = None) -> Times:
+        steps = {name: contender.step for name, contender in contenders.items()}
         return take_turns(steps, before, self.clock(), self.warm_up, self.seconds)
 
     def beside_copy(
-        self, steps: Mapping[str, Step], shapes: Shapes, dtype: torch.dtype, before: Step | None = None
+        self,
+        contenders: Mapping[str, Contender],
+        shapes: Shapes,
+        dtype: torch.dtype,
+        note: dict[str, Any] | None = None,
+        before: Step | None = None,
     ) -> Times:
-        """The steps' times and "copy": what a plain copy in turn with them takes for the same bytes."""
-        copy = baselines.plain_copy(self.copy_bytes, self.device).step
-        times = self.turns({"copy": copy, **steps}, before)
+        """The contenders' times and "copy": what a plain copy in turn with them takes for the same bytes.
+
+        What is counted of each goes into ``note``, if there is one, once.
+        """
+        everyone = {"copy": baselines.plain_copy(self.copy_bytes, self.device), **contenders}
+        times = self.turns(everyone, before)
+        if note is not None:
+            count_once(note, everyone, self.device)
         scale = bytes_moved(shapes, dtype) / (2 * self.copy_bytes)
         return {**times, "copy": [scale * seconds for seconds in times["copy"]]}
 
     def one_by_one(
         self,
         others: dict[str, Callable[..., Contender]],
-        baseline: Mapping[str, Step],
+        baseline: Mapping[str, Contender],
         shapes: Shapes,
         dtype: torch.dtype,
         note: dict[str, Any],
-        ask: Callable[[str, Contender], None] = lambda name, contender: None,
     ) -> list[Times]:
-        """Each of ``others`` in turn with the baseline, then asked and gone for good: once in all runs.
+        """Each of ``others`` in turn with the baseline, then counted and gone for good: once in all runs.
 
         One that fails, torch.compile perhaps, says so in ``note``: it is no failure of ours.
         """
@@ -143,8 +166,9 @@ class Lab:
             contender = None
             try:
                 contender = self.contender(make, shapes, dtype)
-                sets.append(self.turns({**baseline, name: contender.step}))
-                ask(name, contender)
+                times = self.turns({**baseline, name: contender})
+                count_once(note, {name: contender}, self.device)
+                sets.append(times)
             except Exception as error:
                 note[f"{name}_error"] = one_line(error)
         return sets
@@ -173,7 +197,7 @@ class Cpu(Lab):
     """
 
     device, copy_bytes, warm_up, seconds = "cpu", 2**26, 0.0, 0.15
-    MOST_SETS = 16
+    cold, most_sets = 1, 16
 
     def __init__(self) -> None:
         self.l2_bytes = last_cache_bytes()
@@ -187,19 +211,10 @@ class Cpu(Lab):
     def free(self) -> None:
         gc.collect()
 
-    def contender(
-        self,
-        make: Callable[..., Contender],
-        shapes: Shapes,
-        dtype: torch.dtype = torch.float32,
-        sets: int | None = None,
-    ) -> Contender:
-        held = 3 * dtype.itemsize * elements(shapes)
-        sets = sets or min(self.l2_bytes // held + 1, self.MOST_SETS)
-        contender = super().contender(make, shapes, dtype, sets)
-        for _ in range(sets if sets > 1 else 0):
-            contender.step()  # makes the momentum buffers, in every set before any time is taken
-        return contender
+
+def held_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
+    """Of weights, gradients and momentum buffers."""
+    return 3 * dtype.itemsize * elements(shapes)
 
 
 def count_kernels(events: Sequence[Mapping[str, Any]]) -> int:

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .table import NAMES, RESULTS, Results, of_suite
+from .table import NAMES, RESULTS, Results, pictured
 
 UNITS = {
     "elements": "elements",
@@ -52,22 +52,34 @@ def grid(results: Results) -> Figure:
     return figure
 
 
+def bars(results: Results) -> dict[str, dict[str, float]]:
+    """Milliseconds by model and by contender; what was measured beside several backends counts once."""
+    dtypes, backends = ({r.get(key) for r in results} for key in ("dtype", "backend"))
+    found: dict[str, dict[str, float]] = {}
+    for name, text in NAMES.items():
+        for r in (r for r in results if name in r["contenders"]):
+            title = r["workload"] + (f" {r['dtype']}" if len(dtypes) > 1 else "")
+            label = text + (f", {r['backend']}" if name == "prox_sgd" and len(backends) > 1 else "")
+            found.setdefault(title, {}).setdefault(label, r["contenders"][name]["ms"])
+    return found
+
+
 def models(results: Results) -> Figure:
     """Milliseconds of a step: a panel per model, a bar per contender."""
-    columns = min(3, len(results))
-    lines = -(-len(results) // columns)
+    found = bars(results)
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
     figure = Figure(figsize=(4.5 * columns, 2.4 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    for axes, result in zip(panels, results):
-        known = {name: c for name in NAMES if (c := result["contenders"].get(name))}
-        colors = ["C1" if name == "prox_sgd" else "C0" for name in known]
-        bars = axes.barh([NAMES[name] for name in known], [c["ms"] for c in known.values()], color=colors)
-        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+    for axes, (title, known) in zip(panels, found.items()):
+        colors = ["C1" if label.startswith(NAMES["prox_sgd"]) else "C0" for label in known]
+        drawn = axes.barh(list(known), list(known.values()), color=colors)
+        axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.tick_params(labelsize=7)
-        axes.set_title(result["workload"], fontsize=9)
-    for axes in list(figure.axes)[len(results) :]:
+        axes.set_title(title, fontsize=9)
+    for axes in list(figure.axes)[len(found) :]:
         axes.remove()
     figure.supxlabel("ms per step")
     return figure
@@ -99,15 +111,15 @@ PICTURES: dict[str, Callable[[Results], Figure]] = {"grid": grid, "models": mode
 
 
 def draw(results: Results, name: str, folder: Path = RESULTS) -> list[Path]:
-    """The picture of every suite that has rows; the paths written."""
+    """The pictures of all suites that have rows; the paths written."""
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "bench", "font.size": 9}):  # equal numbers, equal bytes
-        for suite, picture in PICTURES.items():
-            rows = of_suite(results, suite)
-            for form in FORMATS if rows else ():
-                path = folder / f"{name}-{suite}.{form}"
-                picture(rows).savefig(path, dpi=110, metadata={"Date": None} if form == "svg" else None)
+        for file, (suite, rows) in pictured(results, name).items():
+            for form in FORMATS:
+                path = folder / f"{file}.{form}"
+                figure = PICTURES[suite](rows)
+                figure.savefig(path, dpi=110, metadata={"Date": None} if form == "svg" else None)
                 written.append(path)
     return written
 

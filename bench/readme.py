@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .table import NAMES, RESULTS, of_suite
+from .table import NAMES, RESULTS, Results, measured, of_suite, pictured
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -24,6 +25,12 @@ OTHERS = {
     "pat": "torchao's pat (group lasso)",
     "foreach": "foreach SGD",
 }
+COUNTED: dict[str, tuple[str, Callable[[float], str]]] = {  # columns' titles and how cells are written
+    "ops": ("operations", str),
+    "extra_bytes": ("extra memory", lambda bytes: f"{bytes / 2**20:.1f} MiB"),
+    "host_us": ("host time", lambda us: f"{us / 1e3:.3g} ms"),
+}
+HOST = ", host time what it costs on one thread with one element in the place of each tensor"
 Report = dict[str, Any]
 
 
@@ -42,9 +49,7 @@ def cpu_table(report: Report) -> str:
         "| workload | ms per step | ratio to | ratio [lowest, highest run] | target | eager reference |",
         "|---|---:|---|---:|---:|---:|",
     ]
-    for result in report["results"]:
-        if "suite" in result:
-            continue
+    for result in of_suite(report["results"], "core"):
         if "error" in result:
             lines.append(f"| {result['row']} | failed: {result['error']} | | | | |")
             continue
@@ -62,14 +67,15 @@ def cpu_table(report: Report) -> str:
 
 def cpu_models(report: Report) -> str:
     """Markdown: a line per contender, a column per model; what was counted on the one with most tensors."""
-    results = of_suite(report["results"], "models")
+    results = measured(report["results"], "models")
     if not results:
         return ""
     whole = [r for r in results if "eager" in r["contenders"]] or results
     most = max(whole, key=lambda r: r["tensors"])
     models = [r["workload"].removesuffix(" feature") for r in results]
     of = most["workload"].removesuffix(" feature")
-    titles = ["ms per step", *models, f"operations, {of}", f"extra memory, {of}"]
+    counted = [key for key in COUNTED if any(key in c for c in most["contenders"].values())]
+    titles = ["ms per step", *models, *(f"{COUNTED[key][0]}, {of}" for key in counted)]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for name, text in NAMES.items():
         found = [r["contenders"].get(name) for r in results]
@@ -77,12 +83,13 @@ def cpu_models(report: Report) -> str:
             continue
         cells = ["" if c is None else f"{c['ms']:.3g}" for c in found]
         known = most["contenders"].get(name, {})
-        ops, extra = known.get("ops", ""), known.get("extra_bytes")
-        cells += [f"{ops}", "" if extra is None else f"{extra / 2**20:.1f} MiB"]
+        cells += [COUNTED[key][1](known[key]) if key in known else "" for key in counted]
         lines.append(f"| {text} | {' | '.join(cells)} |")
     said = (
         "Operations are those that torch dispatches in a step (of what is compiled it sees none), extra "
-        "memory the most that a step takes of torch's memory for a time. SGD does no proximal step; foreach "
+        "memory the most that a step takes of torch's memory for a time"
+        + (HOST if "host_us" in counted else "")
+        + ". SGD does no proximal step; foreach "
         "by hand is the best of plain PyTorch. pat does group lasso alone, and only its first step is a "
         "proximal step from the current weights. Empty cells were not measured; models of more than "
         "500 million parameters are left to the GPU."
@@ -96,15 +103,15 @@ def cpu_models(report: Report) -> str:
     return "\n".join([*lines, "", " ".join([said, *failed])])
 
 
-def pictures(report: Report, name: str) -> str:
-    """The plots that bench.plots draws of the report."""
+def pictures(results: Results, name: str) -> str:
+    """The plots that bench.plots draws of these results."""
     texts = {
         "models": "Time of a step on each model, by contender",
         "grid": "Speed of single tensors, in percent of a copy's, by size, group spec, dtype and mode",
         "scaling": "Time of a step over elements, tensors, group length and threads",
     }
-    drawn = [suite for suite in texts if of_suite(report["results"], suite)]
-    return "\n\n".join(f"![{texts[suite]}](bench/results/{name}-{suite}.svg)" for suite in drawn)
+    drawn = pictured(results, name).items()
+    return "\n\n".join(f"![{texts[suite]}](bench/results/{file}.svg)" for file, (suite, _) in drawn)
 
 
 def gpu_cells(result: Report | None) -> tuple[str, str, str]:
@@ -118,7 +125,7 @@ def gpu_cells(result: Report | None) -> tuple[str, str, str]:
     if result["baseline"] == "copy":
         low, high = 100 / best["ratio_high"], 100 / best["ratio_low"]
         said = f"{100 / best['ratio']:.0f}% [{low:.0f}, {high:.0f}]"
-    elif "percent_of_copy" in result:
+    elif "percent_of_copy" in result and result["baseline"] != "allowed":
         said += f", {result['percent_of_copy']:.0f}%"
     missed = " (missed)" if result["met"] is False else ""
     launches = result.get("launches")
@@ -135,7 +142,7 @@ def gpu_target(result: Report) -> str:
 def gpu_table(report: Report, backend: str) -> str:
     """Markdown: one line per workload, the dtypes side by side; then what the slow contenders took."""
     results: dict[str, dict[str, Report]] = {}
-    for result in report["results"]:
+    for result in of_suite(report["results"], "core", "models"):
         if result["backend"] == backend:
             results.setdefault(result["workload"], {})[result["dtype"]] = result
     lines = [
@@ -182,14 +189,15 @@ def gpu_part(reports: list[Report]) -> str:
         )
         backends = dict.fromkeys(result["backend"] for result in report["results"])
         parts += [gpu_table(report, backend) for backend in backends]
-    return "\n\n".join(parts) or "GPU: not yet measured."
+        parts += [pictures(report["results"], report["name"])]
+    return "\n\n".join(part for part in parts if part) or "GPU: not yet measured."
 
 
 def with_tables(readme: str, cpu: Report, gpus: list[Report]) -> str:
     """The README's text with its tables made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    parts = [cpu_table(cpu), cpu_models(cpu), pictures(cpu, "cpu"), gpu_part(gpus)]
+    parts = [cpu_table(cpu), cpu_models(cpu), pictures(cpu["results"], "cpu"), gpu_part(gpus)]
     tables = "\n\n".join(part for part in parts if part)
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
@@ -197,7 +205,8 @@ def with_tables(readme: str, cpu: Report, gpus: list[Report]) -> str:
 def reports() -> tuple[Report, list[Report]]:
     """What was measured last on the CPU, and on each GPU."""
     gpus = sorted(RESULTS.glob("gpu-*.json"))
-    return json.loads((RESULTS / "cpu.json").read_text()), [json.loads(p.read_text()) for p in gpus]
+    named = [{"name": path.stem, **json.loads(path.read_text())} for path in gpus]
+    return json.loads((RESULTS / "cpu.json").read_text()), named
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from . import baselines, core, plots, suites, workloads
 from .lab import Cpu, Lab, version_of
-from .table import RESULTS, Results, Row, line, measure, write
+from .table import RESULTS, Results, Row, measure, of_suite, tell, write
 from .timing import RUNS, environment
 
 
@@ -29,7 +29,7 @@ def all_rows(lab: Lab, threads: int) -> list[Row]:
 
 def peak_extra_memory() -> dict[str, int]:
     """Bytes by which a process grows in its first steps, beyond parameters, gradients and buffers."""
-    step, params = baselines.prox_sgd(workloads.matrix(4096, 4128))
+    step, params, _ = baselines.prox_sgd(workloads.matrix(4096, 4128))
     for p in params:
         step.__self__.state[p]["momentum_buffer"] = torch.randn_like(p)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -47,19 +47,19 @@ def run(rows: Sequence[Row], options: argparse.Namespace) -> bool:
 
     def save(results: Results) -> None:
         if not options.only:  # where time ran out, the row with the fewest runs counts
-            found["runs"] = min((r.get("runs", 0) for r in results if "suite" not in r), default=options.runs)
+            found["runs"] = min((r.get("runs", 0) for r in of_suite(results, "core")), default=options.runs)
             report = {"environment": found, "peak_extra_memory": memory, "results": results}
             write(report, "cpu", options.out)
 
     results = measure(rows, options.runs, options.minutes, save)
     gc.unfreeze()
-    print(*map(line, results), sep="\n")
+    good = tell(results)
     print(
         f"memory taken by the first steps: {memory['bytes'] / 2**20:.2f} MiB on {memory['threads']} threads"
     )
     if not options.only:
         plots.draw(results, "cpu", options.out)
-    return not any("error" in result for result in results)
+    return good
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,9 +17,16 @@ from tqdm import tqdm
 from .timing import Times, summarise
 
 RESULTS = Path(__file__).parent / "results"
-NUMBERS = ("ms", "ms_low", "ms_high", "ratio", "ratio_low", "ratio_high")
-COUNTS = ("percent_of_copy", "gb_per_s", "ops", "extra_bytes")  # of a contender, where they are known
-FACTS = ("target", "launches", "elements", "tensors", "bytes", "suite", "cache")  # of a row, likewise
+# What the files tell of every contender: its times, its ratio to the row's baseline, to torch's fused SGD and
+# to a copy of the same bytes, which are in every run; its speed, counting only the bytes that must move; and
+# what bench.counts finds.
+NUMBERS = ("ms", "ms_low", "ms_high", "ratio", "ratio_low", "ratio_high", "to_fused_sgd", "to_copy")
+COUNTS = ("percent_of_copy", "gb_per_s", "ops", "host_us", "extra_bytes")
+FACTS = ("suite", "backend", "dtype", "elements", "tensors", "bytes", "cache", "runs")  # of every row
+OURS = ("target", "launches")  # of the contender that the row is about, where there are any
+# What there is not to know: a compiled step's operations pass by the dispatcher, "allowed" is but a time.
+UNKNOWN = {"compiled": {"ops"}, "allowed": {"ops", "host_us", "extra_bytes"}}
+MOVE_NOTHING = ("empty", "allowed", "python", "cpp")  # contenders that never touch the tensors' elements
 NAMES = {  # of contenders, in the order of the bars
     "copy": "a copy of the same bytes",
     "fused_sgd": "SGD, fused",
@@ -97,9 +104,28 @@ def measure(
     return results()
 
 
-def of_suite(results: Results, suite: str) -> Results:
+def of_suite(results: Results, *suites: str) -> Results:
+    """The rows of these suites that went well or not; those that name none have targets: they are "core"."""
+    return [r for r in results if r.get("suite", "core") in suites]
+
+
+def measured(results: Results, suite: str) -> Results:
     """The rows of a suite that went well."""
-    return [r for r in results if r.get("suite") == suite and "error" not in r]
+    return [r for r in of_suite(results, suite) if "error" not in r]
+
+
+def pictured(results: Results, name: str) -> dict[str, tuple[str, Results]]:
+    """The plots of a report of that name, by file: the suite and its rows.
+
+    On a GPU each backend has plots of its own but for the models, where they stand beside one another.
+    """
+    found: dict[str, tuple[str, Results]] = {}
+    for suite in ("models", "grid", "scaling"):
+        for result in measured(results, suite):
+            backend = result.get("backend", "cpu")
+            stem = name if suite == "models" or backend == name else f"{name}-{backend}"
+            found.setdefault(f"{stem}-{suite}", (suite, []))[1].append(result)
+    return found
 
 
 def one_line(error: Exception) -> str:
@@ -115,10 +141,11 @@ def result(row: Row, runs: list[list[Times]], error: str | None = None) -> dict[
         return {**head, **note, "error": error or "no time was left"}
     contenders = summarise(runs, row.baseline)
     for name, of in contenders.items():
+        moves = 0 if name in MOVE_NOTHING else 1
         if "copy" in contenders:
-            of["percent_of_copy"] = 100 * contenders["copy"]["ms"] / of["ms"]
+            of["percent_of_copy"] = moves * 100 * contenders["copy"]["ms"] / of["ms"]
         if "bytes" in note:
-            of["gb_per_s"] = note["bytes"] / of["ms"] / 1e6
+            of["gb_per_s"] = moves * note["bytes"] / of["ms"] / 1e6
         of |= row.note.get("counts", {}).get(name, {})
     best = contenders[row.contender]
     head["target"] = None if row.target is None else round(row.target, 3)
@@ -149,23 +176,54 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
+def holes(results: Results) -> list[str]:
+    """A line for every row that was measured and lacks a number."""
+    found = []
+    for result in (r for r in results if "error" not in r):
+        lacking = [key for key in FACTS if result.get(key) is None]
+        for name, of in result["contenders"].items():
+            keys = (key for key in (*NUMBERS, *COUNTS) if key not in UNKNOWN.get(name, ()))
+            lacking += [f"{key} of {name}" for key in keys if of.get(key) is None]
+        if lacking:
+            found.append(f"{result['row']:34s} lacks {', '.join(lacking)}")
+    return found
+
+
+def tell(results: Results) -> bool:
+    """Print the results; whether all went well and no number lacks."""
+    lacking = holes(results)
+    print(*map(line, results), *lacking, sep="\n")
+    return not lacking and not any("error" in result for result in results)
+
+
 def write(report: dict[str, Any], name: str, folder: Path = RESULTS) -> None:
     """One set of files per kind of machine; the last run replaces the one before."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("row", "contender", *NUMBERS, *COUNTS, "baseline", *FACTS))
+        others = {key: value for key, value in report.items() if key not in ("environment", "results")}
+        for key, value in (report["environment"] | others).items():
+            file.write(f"# {key}: {value}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("row", "contender", *NUMBERS, *COUNTS, "baseline", *FACTS, *OURS))
         for result in report["results"]:
             for name, c in result.get("contenders", {}).items():
-                numbers = [f"{c[k]:.4f}" for k in NUMBERS]
-                counts = [shown(c.get(k)) for k in COUNTS]
-                facts = [shown(result.get(fact)) if name == result["contender"] else "" for fact in FACTS]
-                writer.writerow((result["row"], name, *numbers, *counts, result["baseline"], *facts))
+                numbers = [shown(c.get(key)) for key in (*NUMBERS, *COUNTS)]
+                ours = [shown(result.get(key)) if name == result["contender"] else "" for key in OURS]
+                facts = [shown(result.get(key)) for key in FACTS]
+                writer.writerow((result["row"], name, *numbers, result["baseline"], *facts, *ours))
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """What ``write`` wrote: the environment, and a dict for each row and contender."""
+    lines = path.read_text().splitlines()
+    head = [line for line in lines if line.startswith("# ")]
+    environment = dict(line.removeprefix("# ").split(": ", 1) for line in head)
+    return environment, list(csv.DictReader(line for line in lines if line not in head))
 
 
 def shown(value: Any) -> Any:
     """A cell: nothing where nothing is known, no more digits than matter."""
     if value is None:
         return ""
-    return round(value, 3) if isinstance(value, float) else value
+    return f"{value:.5g}" if isinstance(value, float) else value

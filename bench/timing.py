@@ -63,26 +63,30 @@ def take_turns(
 
 
 def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, float]]:
-    """Per contender: the median over runs of its median time (ms), and of its ratio to ``baseline``.
+    """Per contender: the median over runs of its median time (ms), and of its ratios.
 
-    A run is a list of sets of contenders that took turns; each set holds the baseline.
+    Those are to ``baseline``, to torch's fused SGD and to a copy. A run is a list of sets of contenders that
+    took turns; a ratio is turn by turn to the one in its own set, or else in the first of the run with one.
     """
-    medians: dict[str, list[float]] = {}
-    ratios: dict[str, list[float]] = {}
-    for times in (times for run in runs for times in run):
-        for name, values in times.items():
-            medians.setdefault(name, []).append(median(values))
-            ratios.setdefault(name, []).append(median(t / b for t, b in zip(values, times[baseline])))
+    found: dict[str, dict[str, list[float]]] = {}
+    references = {"ratio": baseline, "to_fused_sgd": "fused_sgd", "to_copy": "copy"}
+    for run in runs:
+        for times in run:
+            for name, values in times.items():
+                of = found.setdefault(name, {"ms": []})
+                of["ms"].append(1e3 * median(values))
+                for key, reference in references.items():
+                    beside = next((t[reference] for t in (times, *run) if reference in t), None)
+                    if beside is not None:
+                        ratio = median(t / b for t, b in zip(values, beside))
+                        of.setdefault(key, []).append(ratio)
     return {
         name: {
-            "ms": 1e3 * median(medians[name]),
-            "ms_low": 1e3 * min(medians[name]),
-            "ms_high": 1e3 * max(medians[name]),
-            "ratio": median(ratios[name]),
-            "ratio_low": min(ratios[name]),
-            "ratio_high": max(ratios[name]),
+            **{key: median(values) for key, values in of.items()},
+            **{f"{key}_low": min(of[key]) for key in ("ms", "ratio")},
+            **{f"{key}_high": max(of[key]) for key in ("ms", "ratio")},
         }
-        for name in medians
+        for name, of in found.items()
     }
 
 

@@ -84,8 +84,8 @@ def using(trial: Trial) -> Iterator[None]:
 def percent_of_copy(lab: Lab, case: Case, dtype: str) -> float:
     lab.free()
     make = partial(baselines.prox_sgd, backend="triton", group_by=case.group_by)
-    step = lab.contender(make, case.shapes, DTYPES[dtype]).step
-    times = lab.beside_copy({"prox_sgd": step}, case.shapes, DTYPES[dtype])
+    contender = lab.contender(make, case.shapes, DTYPES[dtype])
+    times = lab.beside_copy({"prox_sgd": contender}, case.shapes, DTYPES[dtype])
     return 100 * median(times["copy"]) / median(times["prox_sgd"])
 
 

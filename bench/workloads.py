@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 Shapes = list[tuple[int, ...]]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BF16_POINTS = {"triton": 0, "cuda": 5}  # by which a target of 16-bit weights, in percent, lies lower
 
 
@@ -163,3 +164,12 @@ def elements(shapes: Shapes) -> int:
 def bytes_moved(shapes: Shapes, dtype: torch.dtype, momentum: bool = True) -> int:
     """What a step must move: w and gradient in, w out; with momentum the buffer in and out as well."""
     return (5 if momentum else 3) * dtype.itemsize * elements(shapes)
+
+
+def facts(
+    suite: str, shapes: Shapes, cache: str, dtype: str = "fp32", backend: str = "cpu", **more: Any
+) -> dict[str, Any]:
+    """What the files say of a row beside its numbers; ``cache``: whether steps find their tensors in one."""
+    sizes = {"elements": elements(shapes), "tensors": len(shapes)}
+    sizes["bytes"] = bytes_moved(shapes, DTYPES[dtype])
+    return {"suite": suite, "backend": backend, "dtype": dtype, **sizes, "cache": cache, **more}

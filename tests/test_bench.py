@@ -1,6 +1,5 @@
 """The GPU benchmarks without a GPU: rows, clock, files and README; the whole flow with Triton interpreted."""
 
-import csv
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import pytest
 import torch
 from cuda_emulator.build import compiler
 
-from bench import baselines, gpu, lab, readme, smoke, table, timing, workloads
+from bench import baselines, gpu, lab, plots, readme, smoke, suites, table, timing, workloads
 from bench.table import Row
 from bench.workloads import Case
 from cges_kernels import available_backends, ops, reference
@@ -28,7 +27,7 @@ NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 class CpuLab(lab.Lab):
     """A CPU in the place of the GPU, with an L2 small enough that tensors rotate."""
 
-    device, copy_bytes, warm_up, seconds, l2_bytes = "cpu", 2**12, 0.0, 0.0, 1024
+    device, copy_bytes, warm_up, seconds, l2_bytes, most_sets = "cpu", 2**12, 0.0, 0.0, 1024, 8
 
     def __init__(self):
         pass
@@ -138,7 +137,8 @@ def test_rows_know_their_targets_and_names():
 def test_a_copy_is_scaled_to_the_bytes_of_the_row():
     here = CpuLab()
     here.clock = lambda: lambda step, once: 1.0  # every call takes a second
-    times = here.beside_copy({"prox_sgd": lambda: None}, [(2**12,)], torch.float32)
+    nothing = baselines.Contender(lambda: None, [], lambda: lambda: None)
+    times = here.beside_copy({"prox_sgd": nothing}, [(2**12,)], torch.float32)
     assert set(times["prox_sgd"]) == {1.0} and set(times["copy"]) == {20 * 2**12 / 2**13}
 
 
@@ -147,13 +147,16 @@ def test_tensors_rotate_until_the_cache_is_cold():
 
     def make(shapes, dtype, device):
         made.append((shapes, dtype, device))
-        return baselines.Contender(partial(int, len(made)), [])
+        return baselines.Contender(partial(int, len(made)), [], lambda: None)
 
     step = CpuLab().contender(make, [(10, 10)], torch.bfloat16).step
     sets = 4 * 1024 // (3 * 2 * 100) + 1
     assert made == [([(10, 10)], torch.bfloat16, "cpu")] * sets
     assert [step() for _ in range(sets + 1)] == [*range(1, sets + 1), 1]
     assert sets * 3 * 2 * 100 > 2 * CpuLab.l2_bytes
+    assert CpuLab().cache([(10, 10)], torch.bfloat16) == "cold"
+    assert CpuLab().sets([(2, 2)], torch.bfloat16) == CpuLab.most_sets
+    assert CpuLab().cache([(2, 2)], torch.bfloat16) == "warm"
 
 
 def test_turns_warm_up_then_alternate():
@@ -240,14 +243,14 @@ def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
     assert all(table.line(result).startswith(result["row"]) for result in results)
 
     env = CpuLab().environment("abc") | {"gpu": "NVIDIA X", "runs": 2}
-    report = {"environment": env, "results": results}
-    table.write(report, "gpu-x", tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "gpu-x.json").read_text()) == report
-    with open(tmp_path / "new" / "gpu-x.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    report = {"name": "gpu-x", "environment": env, "results": results}
+    table.write({"environment": env, "results": results}, "gpu-x", tmp_path / "new")
+    assert {"name": "gpu-x", **json.loads((tmp_path / "new" / "gpu-x.json").read_text())} == report
+    environment, lines = table.read_csv(tmp_path / "new" / "gpu-x.csv")
+    assert environment == {key: str(value) for key, value in env.items()}
     assert len(lines) == 2 + 2 + 5 + 2
-    assert lines[1]["percent_of_copy"] == "80.0" and lines[1]["target"] == "1.111"
-    assert lines[0]["target"] == "" and lines[3]["launches"] == "2.0"
+    assert lines[1]["percent_of_copy"] == "80" and lines[1]["target"] == "1.111"
+    assert lines[0]["target"] == "" and lines[3]["launches"] == "2"
 
     text = readme.gpu_part([report])
     assert "NVIDIA X" in text and "| a | a copy | 90% | 1.250 | 80% [80, 80] (missed) |" in text
@@ -324,7 +327,7 @@ def test_plans_in_python_are_put_back(monkeypatch):
 def test_the_compiled_contender_takes_the_step_of_the_reference():
     shapes = [(6, 4), (5, 2, 3)]
     torch.manual_seed(1)
-    step, params = baselines.compiled(shapes)
+    step, params, _ = baselines.compiled(shapes)
     step()
     torch.manual_seed(1)
     again = [p.detach() for p in baselines.parameters(shapes)]
@@ -351,8 +354,14 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     results = {result["row"]: result for result in report["results"]}
     backends = [b for b in gpu.BACKENDS if any(row.startswith(b) for row in results)]
-    assert len(results) == len(printed.splitlines()) == len(backends) * (1 + 2 * (3 + 7 + 3))
+    assert len(results) == len(printed.splitlines())
+    core = table.of_suite(report["results"], "core", "models")
+    assert len(core) == len(backends) * (1 + 2 * (3 + 7 + 3))
     assert not any("error" in result or "facts_error" in result for result in results.values())
+    assert table.holes(report["results"]) == []
+    stems = ["models", *(f"{backend}-{suite}" for backend in backends for suite in ("grid", "scaling"))]
+    pictures = {f"gpu-cpu-{stem}.{form}" for stem in stems for form in plots.FORMATS}
+    assert pictures == {path.name for path in tmp_path.iterdir()} - {"gpu-cpu.json", "gpu-cpu.csv"}
     for backend in backends:
         host = results[f"{backend}: 4 tensors, host fp32"]["contenders"]
         assert {"fused_sgd", "empty", "allowed", "prox_sgd"} <= set(host)
@@ -363,8 +372,9 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     everyone = {"copy", "fused_sgd", "prox_sgd", "foreach", *baselines.others()}
     assert everyone - {"compiled"} == set(model["contenders"])
     assert "eager" not in results["triton: AlexNet feature bf16"]["contenders"]
-    text = readme.gpu_part([report])
+    text = readme.gpu_part([{"name": "gpu-cpu", **report}])
     assert "| feature 50257x1024 | a copy | 55% |" in text
+    assert "](bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
     if "cuda" in backends:
         assert results["cuda: feature 50257x1024 bf16"]["paths"] == {"block": 1, "cluster": 0, "ticket": 0}
         assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
@@ -421,6 +431,9 @@ def flow_of_gpu(out):
     host = Case("4 tensors, host", "feature", [(4, 4)] * 4)
     backends = [b for b in gpu.BACKENDS if b in available_backends()]
     rows = gpu.rows(CpuLab(), backends, cases[-3:], models, [(16, 12)], host)
+    suites.SPECS, small = ("feature", "filter"), workloads.small
+    workloads.small = lambda count, elements: small(min(count, 4), min(elements, 16))
+    rows += gpu.pictured(CpuLab(), backends, (18,), 2**10, (8, 6))
     assert gpu.run(CpuLab(), rows, gpu.arguments(["--out", out, "--runs", "1"]))
 
 
