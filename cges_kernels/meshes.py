@@ -51,8 +51,9 @@ class Pack:
 class Packs:
     """All packs of a model: one where its meshes are slices of one, as FSDP's with tensor parallelism are.
 
-    Meshes whose cuts do not fit have packs, and thus collectives, of their own, also where they share some
-    process group: meshes of other ranks, or in another order, and dims flattened that are not neighbours.
+    Tensors whose cuts do not fit have packs, and thus collectives, of their own, also where they share some
+    process group: on meshes of other ranks or in another order, on dims that overlap without being the same
+    (one of them flattened, say), and on flattened dims that are no neighbours.
     """
 
     def __init__(self) -> None:

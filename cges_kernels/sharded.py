@@ -89,10 +89,14 @@ class _Slot:
 class ShardedPlan:
     """Param groups that hold DTensors, plain tensors among them too; the interface is plans.py's.
 
-    Every rank must call run as often as the others, with the same hyperparameters. Then every rank enters
-    every collective, whatever its gradients hold or lack: one all_reduce per step, mesh and mesh dim that
-    groups cross (exact mode: one per round, at most crossing.MAX_ROUNDS = 16, where the unsharded solver
-    may take reference.MAX_SWEEPS), and none where no group does, or no norm is asked for.
+    Every rank must call run as often as the others, with the same parameters and hyperparameters. Then every
+    rank enters every collective, whatever its gradients hold or lack. For all meshes that are slices of one,
+    a step takes one all_reduce per mesh dim that groups cross, or over which such a tensor is replicated: so
+    do replicas stay equal to the bit. (Exact mode: one per round, at most crossing.MAX_ROUNDS = 16, where the
+    unsharded solver may take reference.MAX_SWEEPS.) It takes a second one over a dim that some groups cross
+    and over which another tensor is replicated whose groups cross a dim that comes later; none where no group
+    crosses shards, or no norm is asked for. Other meshes take theirs one after the other, also where they
+    share a process group; see meshes.Packs.
 
     Args:
         params: the parameters of each param group; [] where another plan serves it.
@@ -170,7 +174,8 @@ class ShardedPlan:
 
         Where ``found_inf`` (0-d) is not 0 nothing changes, state included. It should be the same on all
         ranks, as torch.amp.GradScaler makes it for DTensors; where groups cross, one rank's is every rank's,
-        and the host reads it. Returns what ``found_inf`` was agreed to be (None where it is), for plans that
+        and the host reads it; meshes that are no slices of one agree in turn, so that the last may know
+        more than the first. Returns what ``found_inf`` was agreed to be (None where it is), for plans that
         step other parameters of the same optimizer.
         """
         if self._gathered is None:

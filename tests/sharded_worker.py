@@ -1,16 +1,19 @@
 """The cases of test_sharded.py, as torchrun runs them: every rank goes through all of its world's cases.
 
-    torchrun --nproc_per_node N tests/sharded_worker.py DIRECTORY [CASE ...]
+    torchrun --nproc_per_node N tests/sharded_worker.py DIRECTORY DEVICE BACKEND [CASE ...]
 
+DEVICE is cpu or cuda, of which ranks take one each as far as they go round, BACKEND torch.distributed's.
 Each rank writes rank<r>.json there: by case, what went wrong, or null.
 """
 
 import gc
 import json
+import os
 import sys
 import traceback
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import timedelta
 from functools import cache, partial
 from itertools import product
@@ -29,19 +32,19 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from cges_kernels import ProxSGD, available_backends, reference
+from cges_kernels import ProxSGD, available_backends, reference, sharded
 from cges_kernels.crossing import MAX_ROUNDS, CrossingTensor
+from cges_kernels.meshes import Packs
 from cges_kernels.reference import PROX_MODES
 
 HANGS_AFTER = timedelta(seconds=45)
 R, S = Replicate(), Shard
-DTYPES = (torch.float32, torch.float64)
-if "cpu" in available_backends():  # the reference takes SGD's part in 16 bits, and is no measure of itself
-    DTYPES += (torch.bfloat16,)
+DEVICE = "cpu"  # or what main is told
 SPECS = ("feature", "filter", "channel", "tensor", (-1,))
 # Uneven shards, and with fewer rows than ranks empty ones; a tap per rank, a single row, a bias.
 SHAPES = ((7, 5, 3, 3), (3, 8), (16, 12), (1, 6, 2), (5,))
 PLACED = {
+    1: {"rows": ((1,), [S(0)])},
     2: {
         "rows": ((2,), [S(0)]),
         "columns": ((2,), [S(1)]),
@@ -60,7 +63,18 @@ PLACED = {
 }
 STRONG = dict(lr=0.1, momentum=0.9, weight_decay=0.01, group_lasso=12.0, exclusive_lasso=0.1, l1=0.5)
 QUICK = ("rows-feature",)  # of the matrix
-CASES: dict[int, dict[str, Callable[[], None]]] = {2: {}, 4: {}}
+CASES: dict[int, dict[str, Callable[[], None]]] = {1: {}, 2: {}, 4: {}}
+# On GPUs. The last is not for gloo, whose only sure collective there is all_reduce.
+ON_GPUS = {
+    1: ("rows-feature", "sums-over-one-rank", "a-model-under-fully-shard"),
+    2: (
+        "rows-feature",
+        "rows-filter",
+        "frozen-zeros",
+        "options-of-sgd-and-freezing",
+        "a-model-under-fully-shard",
+    ),
+}
 
 
 def case(*worlds):
@@ -72,9 +86,15 @@ def case(*worlds):
     return add
 
 
+def dtypes():
+    fused = "cpu" in available_backends() if DEVICE == "cpu" else len(available_backends()) > 1
+    # The reference takes SGD's part in 16 bits, and is no measure of itself.
+    return (torch.float32, torch.float64, *[torch.bfloat16] * fused)
+
+
 @cache
 def mesh_of(*shape):
-    return init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)]))
+    return init_device_mesh(DEVICE, shape, mesh_dim_names=tuple("abc"[: len(shape)]))
 
 
 def placed(x, mesh, placements):
@@ -89,6 +109,8 @@ def local(x):
 
 
 def whole(x):
+    if isinstance(x, DTensor) and DEVICE == "cuda" and dist.get_backend() == "gloo":
+        return all_whole([x])[0]  # it may lack the gather of CUDA tensors
     return x.full_tensor().clone() if isinstance(x, DTensor) else x.clone()
 
 
@@ -161,7 +183,9 @@ def check_steps(params, steps=2, checker=0, **options):
             if buf is not None:
                 buffer_rows.append((buf + 0.0, truth_buf, same_buf, torch.zeros_like(truth_buf)))
         for columns in (zip(*table) for table in (rows, buffer_rows) if table):
-            assert_right(*(torch.cat([x.flatten() for x in column]) for column in columns), params[0].dtype)
+            assert_right(
+                *(torch.cat([x.flatten().cpu() for x in column]) for column in columns), params[0].dtype
+            )
 
     together(check if dist.get_rank() == checker % dist.get_world_size() else lambda: None)
     return sum(int((w == 0).sum()) for *_, w, _ in seen)
@@ -189,7 +213,7 @@ def matrix(mesh_shape, placements, spec):
     probe = torch.arange(40.0).view(5, 4, 2)
     assert torch.equal(whole(placed(probe, mesh, placements)), probe)  # else the checks check nothing
     zeros = 0
-    for i, (dtype, prox_mode) in enumerate(product(DTYPES, PROX_MODES)):
+    for i, (dtype, prox_mode) in enumerate(product(dtypes(), PROX_MODES)):
         params = parameters(mesh, placements, dtype)
         zeros += check_steps(params, checker=i, group_by=spec, prox_mode=prox_mode, **STRONG)
     assert zeros > 0
@@ -323,16 +347,85 @@ def one_all_reduce_per_mesh_and_dim():
     for parts, expected in (
         ([(square, [S(0), S(1)])], [2 * 4]),  # columns of this rank's half
         ([(square, [S(0), S(1)]), (square, [S(1), S(0)])], [2 * 4, 2 * 4]),
-        ([(square, [S(0), S(0)]), (square, [R, S(0)])], [2 * 8, 2 * 16]),
+        ([(square, [R, S(0)])], [2 * 8, 2 * 8]),  # the second for the copies
+        ([(square, [S(0), R])], [2 * 8, 2 * 8]),
+        ([(square, [S(0), S(0)]), (square, [S(0), R])], [2 * 16, 2 * 16]),
+        ([(square, [S(0), S(1)]), (square["a"], [S(0)]), (square["b"], [S(0)])], [2 * 12, 2 * 8]),
+        ([(square["b"], [S(0)]), (square, [S(0), S(1)]), (square["a"], [S(0)])], [2 * 8, 2 * 12]),
         ([(flat, [S(0)]), (square, [S(0), S(1)]), (flat, [S(0)])], [2 * 16, 2 * 4]),
+        ([(square, [S(0), S(0)]), (square, [R, S(0)])], [2 * 8, 2 * 16, 2 * 8 - 1]),  # see below
     ):
         params = [parameters(mesh, placements, shapes=[shape])[0] for mesh, placements in parts]
         optimizer = ProxSGD(params, **STRONG)
         with counted() as sizes:
             optimizer.step()
+        # The last of these sums one tensor over a dim, before another that is to be copied over it.
         assert [n - 1 for n in sizes] == expected, sizes
-        check_steps(params, **STRONG)
-        check_steps(params, prox_mode="exact", **STRONG)
+        on_all = [p for p in params if p.device_mesh.size() == 4]
+        check_steps(on_all, **STRONG)
+        check_steps(on_all, prox_mode="exact", **STRONG)
+
+
+@case(4)
+def packs_of_meshes():
+    """One for slices of one mesh, however made; others where two dims of meshes could not be told apart."""
+    square, packs = mesh_of(2, 2), Packs()
+    together = packs.join(square, (0, 1), ())
+    assert together[1:] == ((0, 1), ()) and together[0].groups == [square.get_group(m) for m in range(2)]
+    again = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("a", "b"))
+    for mesh, crossed, copied, expected in (
+        (square["a"], (0,), (), ((0,), ())),
+        (square["b"], (0,), (), ((1,), ())),
+        (square, (1,), (0,), ((1,), (0,))),
+        (again, (1, 0), (), ((1, 0), ())),
+    ):
+        assert packs.join(mesh, crossed, copied) == (together[0], *expected)
+    others = (
+        mesh_of(4),
+        square._flatten(),
+        DeviceMesh(DEVICE, [[0, 1], [3, 2]]),  # rank 0 could take its second dim for the square's
+        DeviceMesh(DEVICE, [[0, 2], [1, 3]]),
+    )
+    assert [packs.join(mesh, (0,), ())[0] is together[0] for mesh in others] == [False] * 4
+    assert len(packs.all) == 4  # the flat mesh and the flattened one are one
+
+    for prox_mode in PROX_MODES:
+        placements = [([S(0)], [S(0), S(1)])[mesh.ndim - 1] for mesh in (square, *others)]
+        params = [parameters(mesh, on, shapes=[(8, 6)])[0] for mesh, on in zip((square, *others), placements)]
+        check_steps(params, prox_mode=prox_mode, **STRONG)
+
+
+@case(4)
+def replicas_stay_equal_whatever_the_order_of_sums():
+    """Also where collectives do not give the same bits in all process groups, as if added up otherwise."""
+    all_reduce, mesh = dist.all_reduce, mesh_of(2, 2)
+
+    def inexact(tensor, *args, group, **kwargs):
+        all_reduce(tensor, *args, group=group, **kwargs)
+        tensor.mul_(1 + 1e-5 * min(dist.get_process_group_ranks(group)))
+
+    for placements, same in (([R, S(0)], [(0, 2), (1, 3)]), ([S(0), R], [(0, 1), (2, 3)])):
+        for prox_mode in PROX_MODES:
+            params = parameters(mesh, placements)
+            optimizer = ProxSGD(params, prox_mode=prox_mode, **STRONG)
+            for _ in range(2):
+                give_gradients(params)
+                with mock.patch.object(dist, "all_reduce", inexact):
+                    optimizer.step()
+            ranks = gathered([local(p).cpu() for p in params])
+            for one, other in same:
+                assert all(map(torch.equal, ranks[one], ranks[other]))
+
+
+@case(1)
+def sums_over_one_rank():
+    """As if groups crossed shards, so that the sums do travel."""
+    mesh = mesh_of(1)
+    with mock.patch.object(sharded, "crossed_mesh_dims", lambda *args: (0,) * bool(args[-1])):
+        for prox_mode in PROX_MODES:
+            with counted() as sizes:
+                check_steps(parameters(mesh, [S(0)]), prox_mode=prox_mode, **STRONG)
+            assert sum(n > 1 for n in sizes) >= 2
 
 
 @case(4)
@@ -350,15 +443,12 @@ def exact_mode_where_some_ranks_could_stop_earlier():
         optimizer = ProxSGD(params, lr=1.0, group_lasso=1e-3, exclusive_lasso=3.0, prox_mode="exact")
         with counted() as sizes:
             optimizer.step()
-        if where != [
-            S(0),
-            S(1),
-        ]:  # else no group crosses the mesh's second dim, and nothing is to be agreed on
+        if where != [S(0), S(1)]:  # else no group crosses the mesh's second dim: nothing is to be agreed on
             rounds.append(len(sizes))
         for p, w in zip(params, weights):
             expected = reference.shrink(w, reference.Thresholds(1e-3, 3.0, 0.0), prox_mode="exact")
             torch.testing.assert_close(whole(p.detach()), expected, rtol=1e-5, atol=1e-6)
-    assert gathered(rounds) == [rounds] * 4 and 4 < min(rounds) <= max(rounds) <= 2 * MAX_ROUNDS
+    assert gathered(rounds) == [rounds] * 4 and 4 < min(rounds) <= max(rounds) <= 3 * MAX_ROUNDS
 
 
 @case(2)
@@ -466,6 +556,30 @@ def grad_scaler_of_torch():
             scaler.update(16.0)
 
 
+@case(2)
+def the_agreed_overflow_is_returned():
+    """For other plans of the same optimizer; where nothing travels it is this rank's."""
+    mesh, run, results = mesh_of(2), sharded.ShardedPlan.run, []
+    told = float(dist.get_rank() == 1)
+
+    def spy(*args, **kwargs):
+        results.append(run(*args, **kwargs))
+        return results[-1]
+
+    for spec, agreed in (("feature", 1.0), ("filter", told)):
+        optimizer = ProxSGD(parameters(mesh, [S(0)], shapes=[(8, 6)]), group_by=spec, **STRONG)
+        for flag, expected in ((torch.tensor(told), agreed), (torch.tensor(0.0), 0.0), (None, None)):
+            if flag is not None:
+                optimizer.found_inf = flag
+            else:
+                del optimizer.found_inf
+            with mock.patch.object(sharded.ShardedPlan, "run", spy):
+                optimizer.step()
+            got = results.pop()
+            assert (got is None) == (flag is None) and (got is None or bool(got) == bool(expected))
+            assert got is None or (got.shape, got.dtype, got.device) == (flag.shape, flag.dtype, flag.device)
+
+
 def conv_net():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -474,7 +588,7 @@ def conv_net():
     )
 
 
-@case(2, 4)
+@case(1, 2, 4)
 def a_model_under_fully_shard():
     """Trained beside an unsharded copy that takes its gradients; uneven, and the last with empty shards."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -524,6 +638,32 @@ def a_model_under_fully_shard_and_tensor_parallel():
     for p, q in zip(model.parameters(), copy.parameters()):
         torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-5, atol=1e-6)
     assert (whole(model[0].weight.detach()) == 0).any()
+
+
+@case(4)
+def a_layer_that_is_not_tensor_parallel_travels_with_the_others():
+    mesh, columns = mesh_of(2, 2), ColwiseParallel(output_layouts=R)
+    for prox_mode in PROX_MODES:
+        torch.manual_seed(1)
+        layers = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)
+        model, copy = (deepcopy(nn.Sequential(*layers)) for _ in range(2))
+        parallelize_module(model, mesh["b"], {"0": columns, "4": columns})
+        fully_shard(model, mesh=mesh["a"])
+        assert [model[i].weight.device_mesh.ndim for i in (0, 2, 4)] == [2, 1, 2]
+        options = dict(lr=0.05, momentum=0.9, group_lasso=0.5, exclusive_lasso=0.1, prox_mode=prox_mode)
+        optimizer, unsharded = ProxSGD(model.parameters(), **options), ProxSGD(copy.parameters(), **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).square().mean().backward()
+            for p, q in zip(model.parameters(), copy.parameters()):
+                q.grad = whole(p.grad)
+            with counted() as sizes:
+                optimizer.step()
+            assert len(sizes) == 2 if prox_mode == "sequential" else len(sizes) <= 2 * MAX_ROUNDS
+            assert len(sizes) % 2 == 0
+            unsharded.step()
+        for p, q in zip(model.parameters(), copy.parameters()):
+            torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=1e-5, atol=1e-6)
 
 
 @case(2)
@@ -644,7 +784,7 @@ def meshes_of_one_rank_and_of_others():
     p.grad = DTensor.from_local(local(p.grad), mesh, [S(0), Partial()])
     ProxSGD([p], **STRONG).step()
     torch.testing.assert_close(whole(p.detach()), reference.step(w, grad, **STRONG)[0], rtol=1e-5, atol=1e-6)
-    half = DeviceMesh("cpu", [0, 1])
+    half = DeviceMesh(DEVICE, [0, 1])
     q = nn.Parameter(DTensor.from_local(torch.ones(2, 3), half, [S(0)]))
     q.grad = torch.ones_like(q)
     if dist.get_rank() < 2:
@@ -732,8 +872,14 @@ def distributed_checkpoints():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def main(directory, *names):
-    dist.init_process_group("gloo", timeout=HANGS_AFTER)
+def main(directory, device, backend, *names):
+    global DEVICE
+    DEVICE = device
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.init()  # else a mesh would set one by LOCAL_RANK alone
+        torch.set_default_device("cuda")
+    dist.init_process_group(backend, timeout=HANGS_AFTER)
     torch.set_num_threads(1)
     results, file = {}, Path(directory) / f"rank{dist.get_rank()}.json"
     cases = CASES[dist.get_world_size()]

@@ -185,17 +185,17 @@ def test_unscale_then_clip(fused_backend, fused):
         assert_same(bits(ours), bits(plain))
 
 
-def test_only_fused_true_says_that_it_unscales():
+def test_only_fused_true_says_that_it_unscales(fused_backend):
     params = parameters()
     flags = {
         fused: hasattr(ProxSGD(params, backend=backend, fused=fused), "_step_supports_amp_scaling")
-        for fused, backend in ((True, "cpu"), (None, "auto"), (False, "reference"))
+        for fused, backend in ((True, fused_backend), (None, fused_backend), (False, "reference"))
     }
     assert flags == {True: True, None: False, False: False}
 
 
-def test_the_flag_outlives_copies_and_files():
-    optimizer = ProxSGD(parameters(), fused=True, backend="cpu")
+def test_the_flag_outlives_copies_and_files(fused_backend):
+    optimizer = ProxSGD(parameters(), fused=True, backend=fused_backend)
     file = io.BytesIO()
     torch.save(optimizer, file)
     file.seek(0)

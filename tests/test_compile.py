@@ -13,7 +13,10 @@ from cges_kernels.planner import SCALARS
 SHAPES = [(9, 7), (20,), (5, 3, 2, 2)]
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
 PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.05, l1=0.1)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Dynamo, on profiler records
+pytestmark = [
+    pytest.mark.slow,  # Dynamo takes seconds for each
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # its own, on profiler records
+]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,6 @@ def test_a_compiled_step_has_the_bits_of_a_plain_one(backend, prox_mode, momentu
     assert any((p == 0).any() for p in params)
 
 
-@pytest.mark.slow
 def test_inductor_compiles_it():
     params, twins, ours, plain = pair_of_optimizers("auto")
     step = torch.compile(ours.step, fullgraph=True)
