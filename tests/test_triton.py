@@ -331,7 +331,7 @@ def test_several_windows_give_the_same_bits_as_one(launches, monkeypatch, prox_m
         monkeypatch.setattr(triton_step, "_l2_bytes", lambda device, size=l2_bytes: size)
         results.append(steps_of(parameters(MIXED, torch.float32), prox_mode=prox_mode, **PENALTY))
     assert_same_bits(*results)
-    one, several = ({len(x.args[0]) // x.args[6] for x in launches[i:] if x.name == SPLIT} for i in (0, 4))
+    one, several = ({len(x.args[0]) // x.args[8] for x in launches[i:] if x.name == SPLIT} for i in (0, 4))
     assert one == {1, *several} and min(several) >= 3
 
 
