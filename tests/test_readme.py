@@ -65,6 +65,7 @@ def section(title):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
     for module in ("torch_pruning", "matplotlib"):
         pytest.importorskip(module)

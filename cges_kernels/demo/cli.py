@@ -24,13 +24,13 @@ SETTINGS = {"digits": Settings(), "mnist": Settings(epochs=5, batch=128)}
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
-def _device(text: str) -> str:
+def device(text: str) -> str:
     try:
         torch.zeros(1, device=text).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -39,7 +39,7 @@ def _device(text: str) -> str:
     return text
 
 
-def _cores() -> int:
+def cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -55,14 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     epochs = ", ".join(f"{settings.epochs} for {name}" for name, settings in SETTINGS.items())
-    whole = dict(type=_at_least_one, metavar="N")
+    whole = dict(type=at_least_one, metavar="N")
     add = parser.add_argument
     add("--data", choices=LOADERS, default="digits", help="mnist is downloaded from openml.org")
-    add("--device", type=_device, default="cpu", help="to train on: cpu, cuda, cuda:1, ...")
+    add("--device", type=device, default="cpu", help="to train on: cpu, cuda, cuda:1, ...")
     add("--seeds", default=3, help="repetitions; five are the folds of one shuffle", **whole)
     add("--lambdas", default=5, help="strengths per method", **whole)
     add("--epochs", default=argparse.SUPPRESS, help=f"over the training fold (default: {epochs})", **whole)
-    add("--workers", default=_cores(), help="processes of one thread each", **whole)
+    add("--workers", default=cores(), help="processes of one thread each", **whole)
     add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="where figures and CSV go")
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -26,21 +26,25 @@ WARMUP = 0.3  # of the steps; without it the strong coefficients end in chance
 
 
 class LeNet(nn.Module):
-    """Two convolutions and two fully connected layers, no padding; images above 16x16 are pooled."""
+    """Two convolutions and two fully connected layers, no padding; images above 16x16 are pooled.
 
-    def __init__(self, size: int) -> None:
+    ``norm``: with batch norm behind the convolutions.
+    """
+
+    def __init__(self, size: int, channels: int = 1, classes: int = 10, norm: bool = False) -> None:
         super().__init__()
         self.pool = 2 if size > 16 else 1
         side = ((size - 4) // self.pool - 2) // self.pool
-        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.conv1 = nn.Conv2d(channels, 20, 5)
         self.conv2 = nn.Conv2d(20, 40, 3)
+        self.norm1, self.norm2 = (nn.BatchNorm2d(n) if norm else nn.Identity() for n in (20, 40))
         self.fc1 = nn.Linear(40 * side * side, 100)
-        self.fc2 = nn.Linear(100, 10)
+        self.fc2 = nn.Linear(100, classes)
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv in (self.conv1, self.conv2):
-            x = F.relu(conv(x))
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            x = F.relu(norm(conv(x)))
             x = F.max_pool2d(x, self.pool) if self.pool > 1 else x
         return self.fc2(self.dropout(F.relu(self.fc1(x.flatten(1)))))
 
@@ -64,7 +68,7 @@ def _by_size(penalty: str, **options: Any) -> Callable[[nn.Module, float], list[
 
 
 # The ranges go from nearly dense to where accuracy suffers, at momentum 0.9, where the penalty in force is
-# ten times lambda. Scaling by size divides the exclusive penalty by the group size, so ES alone needs a
+# a tenth of lambda. Scaling by size divides the exclusive penalty by the group size, so ES alone needs a
 # lambda some fifty times the others' to zero as much. CGES has m = 0: mu rises from 0 in the first layer to
 # 1 in the last.
 METHODS = {
@@ -153,6 +157,44 @@ def compacted(model: LeNet) -> LeNet:
     return model
 
 
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedulers: Sequence[Any],
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    batch: int,
+    seed: int,
+    penalty: Callable[[], Tensor] | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> None:
+    """The training loop: every scheduler steps after every optimizer step, ``seed`` orders the images.
+
+    ``penalty`` is added to the loss; ``after_epoch`` is called with 1, 2, ... epochs.
+    """
+    shuffle = torch.Generator().manual_seed(seed)
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for rows in torch.randperm(len(x), generator=shuffle).to(x.device).split(batch):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            (loss if penalty is None else loss + penalty()).backward()
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+        if after_epoch is not None:
+            after_epoch(epoch)
+
+
+@torch.no_grad()
+def percent_correct(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Of the images, in eval mode."""
+    model.eval()
+    correct = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000)))
+    return 100 * correct / len(y)
+
+
 def train(job: Job, images: Images, settings: Settings) -> Run:
     """Train on one fold, test on the rest, and count the zeros."""
     torch.manual_seed(job.seed)
@@ -166,29 +208,20 @@ def train(job: Job, images: Images, settings: Settings) -> Run:
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         CoefficientWarmup(optimizer, round(WARMUP * steps)),
     ]
-    shuffle = torch.Generator().manual_seed(job.seed)
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(train_rows), generator=shuffle).to(device)
-        for rows in train_rows[order].split(settings.batch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-            for scheduler in schedulers:
-                scheduler.step()
+    fit(model, optimizer, schedulers, x[train_rows], y[train_rows], settings.epochs, settings.batch, job.seed)
     return _evaluate(job, model, x[test_rows], y[test_rows])
 
 
 @torch.no_grad()
 def _evaluate(job: Job, model: LeNet, x: Tensor, y: Tensor) -> Run:
-    model.eval()
-    correct = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000)))
+    accuracy = percent_correct(model, x, y)
     total = sparsity_report(model, x[:1]).total
     compact = sparsity_report(compacted(model), x[:1]).total
     first, last = model.conv1.weight, model.fc2.weight
     classes = (last != 0).sum(0)
     return Run(
         *job,
-        accuracy=100 * correct / len(y),
+        accuracy=accuracy,
         nonzero=total.percent_nonzero,
         flops_nonzero=100 * total.flops_nonzero / total.flops,
         flops_compacted=100 * compact.flops_compacted / total.flops,
@@ -202,19 +235,26 @@ def _evaluate(job: Job, model: LeNet, x: Tensor, y: Tensor) -> Run:
 
 
 def train_all(jobs: list[Job], images: Images, settings: Settings, workers: int) -> Iterator[Run]:
-    """The runs in the order they finish, from ``workers`` processes of one thread each.
+    """The runs in the order they finish, from ``workers`` processes."""
+    return in_workers(train, jobs, (images, settings), settings.device, workers)
+
+
+def in_workers(
+    work: Callable[..., Any], jobs: Sequence[Any], shared: tuple[Any, ...], device: str, workers: int
+) -> Iterator[Any]:
+    """``work(job, *shared)`` of every job, as they finish, from ``workers`` processes of one thread each.
 
     One worker is this process itself. The results do not depend on the number of workers.
     """
     if workers == 1:
         threads = torch.get_num_threads()
-        _start_worker(images, settings)
+        _start_worker(work, shared, device)
         try:
             yield from map(_work, jobs)
         finally:
             torch.set_num_threads(threads)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (images, settings))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (work, shared, device))
     try:
         for future in as_completed([pool.submit(_work, job) for job in jobs]):
             yield future.result()
@@ -222,17 +262,18 @@ def train_all(jobs: list[Job], images: Images, settings: Settings, workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-_shared: tuple[Images, Settings]
+_task: tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def _start_worker(images: Images, settings: Settings) -> None:
-    global _shared
-    _shared = images, settings
+def _start_worker(work: Callable[..., Any], shared: tuple[Any, ...], device: str) -> None:
+    global _task
+    _task = work, shared
     torch.set_num_threads(1)
-    if settings.device != "cpu":  # the same command gives the same table there too
+    if device != "cpu":  # the same command gives the same table there too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
-def _work(job: Job) -> Run:
-    return train(job, *_shared)
+def _work(job: Any) -> Any:
+    work, shared = _task
+    return work(job, *shared)
