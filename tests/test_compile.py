@@ -282,3 +282,28 @@ def test_param_groups_without_gradients_do_not_share_tables(fused_backend):
         p.grad = torch.ones_like(p)
         torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")()
         assert torch.equal(p.detach(), torch.full_like(p, 0.9)) and idle.sum() == 5
+
+
+@pytest.mark.gpu
+def test_cudagraphs_of_inductor_leave_the_step_outside(kernel_backend):
+    """A graph's replays would come back to tables that the operator does not keep."""
+    params, twins, ours, plain = pair_of_optimizers(kernel_backend)
+    step = torch.compile(ours.step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        give_grads(params, twins)
+        step()
+        plain.step()
+        assert_same(params, twins, ours, plain)
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_is_not_captured(kernel_backend):
+    params, twins, ours, _ = pair_of_optimizers(kernel_backend)
+    step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        give_grads(params, twins)
+        step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=r"expected optimizer\.step itself in a graph"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step()
