@@ -56,7 +56,7 @@ format: $(DEPS_STAMP)  ## apply the formatters
 bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU, in 10 minutes
 	$(PY) -m bench.run $(ARGS)
 
-accuracy: install  ## train the thesis's experiments, in 10 minutes; docs/claims.md has what came out
+accuracy: install  ## train the thesis's experiments, in some minutes; docs/claims.md has what came out
 	$(PY) -m bench.accuracy all $(ARGS)
 
 bench-guard: install  ## count the CPU executor's instructions with valgrind, against budgets
