@@ -14,7 +14,7 @@ from .checks import COEFFICIENTS, check_companion, check_param_group
 from .groups import GroupSpec
 from .library import compiled_step
 from .ops import check_backend, is_capturing
-from .planner import Planner, is_sharded, param_names
+from .planner import SGD_OPTIONS, Planner, is_sharded, param_names
 
 # torch's own; before 2.13 it knew CUDA alone
 _capture_health_check: Callable[[Optimizer], None] = (
@@ -223,6 +223,9 @@ class ProxSGD(Optimizer):
             raise RuntimeError(
                 "torch.compile: expected plain tensors and differentiable=False in a step, got others"
             )
+        for key in SGD_OPTIONS:
+            if isinstance(group[key], Tensor):
+                raise TypeError(f"torch.compile: expected a number as {key}, got a tensor")
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)

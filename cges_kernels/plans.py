@@ -46,7 +46,6 @@ class ReferencePlan:
     def set_hyperparameters(
         self, group: int, *, a: Any, b: Any, c: Any, exact: bool, freeze: str, **sgd: Any
     ) -> None:
-        sgd.pop("device", None)
         self._values[group] = dict(
             thresholds=reference.Thresholds(a, b, c),
             prox_mode="exact" if exact else "sequential",

@@ -235,6 +235,14 @@ def test_backward_through_a_stepped_parameter_raises(backend, compiled):
         loss.backward()
 
 
+def test_the_operator_itself_moves_versions_on(backend):
+    args = sample_step(backend)
+    written = [*args[0], *args[2]]
+    before = [x._version for x in written]
+    torch.ops.cges_kernels.step_(*args)
+    assert all(x._version > version for x, version in zip(written, before))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -260,6 +268,15 @@ def test_a_differentiable_step_is_not_compiled():
     params, twins, ours, _ = pair_of_optimizers("auto", differentiable=True)
     give_grads(params, twins)
     with pytest.raises(Exception, match="differentiable=False in a step"):
+        torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
+
+
+@pytest.mark.parametrize("key", ["momentum", "weight_decay"])
+def test_tensors_that_no_kernel_reads_are_not_compiled(key):
+    """They would have to be numbers in the graph."""
+    params, twins, ours, _ = pair_of_optimizers("auto", **{key: torch.tensor(0.5)})
+    give_grads(params, twins)
+    with pytest.raises(Exception, match=f"expected a number as {key}, got a tensor"):
         torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
 
 
