@@ -5,6 +5,7 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "hyperparameters.h"
 

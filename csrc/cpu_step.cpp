@@ -6,10 +6,13 @@
 //   columns ("feature"):  all R1 rows of a panel of neighbouring columns, cache lines wide
 //   no groups:            a run of elements
 // A group whose z does not fit is cut into pieces, long runs of memory: one pass updates, sums and leaves z
-// in w, the pieces' sums are added in index order, and a second pass applies (28 bytes per element; exact mode
-// reads z once more per sweep). Weights of 16 bits cannot hold z, nor can those whose zeros are frozen one by
-// one: there the first pass only reads and sums, and the second updates again. How a tensor is cut depends on
-// its shape and the cache size alone, so no bit depends on the threads.
+// in w, the pieces' sums are added in index order, and a second pass applies (28 bytes per element, less what
+// the caches still hold; exact mode reads z once more per sweep). Columns whose rows lie a multiple of 4 KB
+// apart go this way too, where rows are not too long. Weights of 16 bits cannot hold z, nor can those whose
+// zeros are frozen one by one: there the first pass only reads and sums, and the second updates again.
+//
+// Which columns share a tile depends on the shape, the cache size and where in a line pair the tensor begins;
+// which rows' sums are added first, and so every bit of the result, on the shape and the cache size alone.
 #include "cpu_step.h"
 
 #include <ATen/Parallel.h>
@@ -24,12 +27,17 @@
 namespace cges {
 namespace {
 
-constexpr int64_t kTileElements = 65536;       // enough to amortise a tile, small enough to share out
-constexpr int64_t kLeastRowBytes = 256;        // of z: panels of narrower rows lose more than pieces do
-constexpr int64_t kPieceElements = 32768;      // of a group too large for a tile
-constexpr int64_t kPieceRows = 512;            // at least: a piece leaves one set of sums per column
-constexpr int64_t kPieceColumns = 8192;        // at most, where groups are narrower than kNarrow
-constexpr int64_t kSmallArrays = 512 << 10;    // bytes of scratch beside z, mostly never touched
+constexpr int64_t kTileElements = 131072;    // enough to amortise a tile, small enough to share out
+constexpr int64_t kLeastRowBytes = 256;      // of z: panels of narrower rows lose more than pieces do
+constexpr int64_t kLinePair = 2 * kLine;     // fetched together, so panels shall not share one
+constexpr int64_t kPieceElements = 32768;    // of a group too large for a tile, at least
+constexpr int64_t kPieces = 16;              // so many threads find work; but where groups are narrower than
+constexpr int64_t kLeastPieceRows = 128;     // kNarrow, a piece leaves one set of sums per column, and has
+constexpr int64_t kMostPieceRows = 512;      // rows enough for those to weigh little
+constexpr int64_t kPieceColumns = 8192;      // of such a piece, at most
+constexpr int64_t kWholeRowBytes = 16384;    // at most, for pieces to be preferred to panels
+constexpr int64_t kGroupsPerThread = 1024;   // at least: whose pieces' sums one thread adds up
+constexpr int64_t kSmallArrays = 512 << 10;  // bytes of scratch beside z, mostly never touched
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
 int64_t l2_bytes() {
@@ -53,14 +61,27 @@ Layout working_layout(const TensorStep& step) {
 }
 
 // Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `rows` by
-// `columns`.
-void cut_grid(int32_t tensor, const Layout& L, int64_t span, int64_t rows, int64_t columns,
+// `columns`, the first of them `skip` columns narrower.
+void cut_grid(int32_t tensor, const Layout& L, int64_t span, int64_t rows, int64_t columns, int64_t skip,
               std::vector<Tile>& tiles) {
   for (int64_t k1 = 0; k1 < L.K1; k1 += span)
     for (int64_t r = 0; r < L.R1; r += rows)
-      for (int64_t c = 0; c < L.row_length(); c += columns)
-        tiles.push_back({tensor, k1, std::min(k1 + span, L.K1), r, std::min(r + rows, L.R1), c,
-                         std::min(c + columns, L.row_length())});
+      for (int64_t c = -skip; c < L.row_length(); c += columns)
+        tiles.push_back({tensor, k1, std::min(k1 + span, L.K1), r, std::min(r + rows, L.R1),
+                         std::max(c, int64_t{0}), std::min(c + columns, L.row_length())});
+}
+
+// How many columns before the first of each row its line pair begins; 0 where rows or groups differ in that.
+int64_t columns_into_pair(const TensorStep& step, const Layout& L, int64_t size) {
+  const bool every_row = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
+  return every_row ? int64_t(reinterpret_cast<uintptr_t>(step.w) % kLinePair) / size : 0;
+}
+
+// Rows that alias share few sets of each cache, and a panel's rows are too short for the processor to see
+// them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
+bool better_in_pieces(const TensorStep& step, const Layout& L, int64_t size) {
+  return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && L.R2 < kNarrow &&
+         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !step.h->exact;
 }
 
 void cut(int32_t tensor, const TensorStep& step, std::vector<Tile>& whole, std::vector<Tile>& pieces) {
@@ -68,19 +89,20 @@ void cut(int32_t tensor, const TensorStep& step, std::vector<Tile>& whole, std::
   if (L.numel() == 0) return;
   const int64_t size = c10::elementSize(step.dtype), line = kLine / size;
   const int64_t z_size = std::max<int64_t>(size, sizeof(float)), capacity = z_bytes / z_size;
+  const bool narrow = L.R2 < kNarrow;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
-  if (L.R1 * least > capacity) {
-    const bool narrow = L.R2 < kNarrow;
+  if (L.R1 * least > capacity || better_in_pieces(step, L, size)) {
     const int64_t columns = narrow ? kPieceColumns / L.R2 * L.R2 : std::min(L.R2, kPieceElements / 2);
-    const int64_t rows = std::max(kPieceElements / columns, narrow ? kPieceRows : 1);
-    return cut_grid(tensor, L, 1, rows, columns, pieces);
+    const int64_t rows = narrow ? std::clamp(L.R1 / kPieces, kLeastPieceRows, kMostPieceRows) : 1;
+    return cut_grid(tensor, L, 1, std::max(rows, kPieceElements / columns), columns, 0, pieces);
   }
   int64_t columns = std::clamp(kTileElements / L.R1, 4 * line, kMaxColumns);
   columns = std::max(std::min(columns, capacity / L.R1), least);
   const int64_t aligned = std::lcm(L.R2, line);  // whole groups, and whole cache lines where possible
   columns -= columns % (aligned <= columns ? aligned : L.R2);
   const int64_t width = std::min(columns, L.row_length());
-  cut_grid(tensor, L, std::max(kTileElements / (L.R1 * width), int64_t{1}), L.R1, columns, whole);
+  const int64_t skip = width < L.row_length() ? columns_into_pair(step, L, size) % columns : 0;
+  cut_grid(tensor, L, std::max(kTileElements / (L.R1 * width), int64_t{1}), L.R1, columns, skip, whole);
 }
 
 Scratch& thread_scratch() {
@@ -88,15 +110,24 @@ Scratch& thread_scratch() {
   return *scratch;
 }
 
-// f(i) for all i < n, shared out in runs of neighbours as the threads ask for more.
+enum class Order { forward, backward };
+
+// f(i) for all i < n. Each thread has a share of neighbours, the same one in every call, which its caches may
+// still hold and which meets another thread's lines at its two ends only; done with it, it helps the others.
 template <typename F>
-void parallel_for_each(int64_t n, int64_t elements, F f) {
+void parallel_for_each(int64_t n, int64_t elements, Order order, F f) {
+  struct alignas(kLine) Share {
+    std::atomic<int64_t> taken{0};
+  };
   const int64_t threads = std::min({int64_t{at::get_num_threads()}, n, elements / kElementsPerThread + 1});
-  const int64_t run = std::clamp<int64_t>(n / (threads * 16), 1, 16);
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(run, std::memory_order_relaxed)) < n;)
-      for (int64_t end = std::min(i + run, n); i < end; ++i) f(i);
+  std::vector<Share> shares(threads);
+  const auto work = [&](int64_t thread, int64_t) {
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t owner = (thread + k) % threads;
+      const int64_t begin = n * owner / threads, end = n * (owner + 1) / threads;
+      for (int64_t i; (i = shares[owner].taken.fetch_add(1, std::memory_order_relaxed)) < end - begin;)
+        f(order == Order::forward ? begin + i : end - 1 - i);
+    }
   };
   if (threads <= 1 || at::in_parallel_region())
     work(0, 1);
@@ -126,7 +157,7 @@ int64_t elements_of(const std::vector<Tile>& tiles) {
 }
 
 void run_whole_tiles(const std::vector<TensorStep>& steps, const std::vector<Tile>& tiles) {
-  parallel_for_each(tiles.size(), elements_of(tiles), [&](int64_t i) {
+  parallel_for_each(tiles.size(), elements_of(tiles), Order::forward, [&](int64_t i) {
     const TensorStep& step = steps[tiles[i].tensor];
     const bool grouped = needs_groups(step);
     with_type(step.dtype, [&]<typename T>() {
@@ -149,7 +180,7 @@ void run_pieces(const TensorStep& step, const std::vector<Tile>& pieces) {
     return Runner(step, L, pieces[i], TileKind::piece, thread_scratch());
   };
   const auto first_group = [&](int64_t i) { return pieces[i].k1 * L.K2 + pieces[i].c0 / L.R2; };
-  const auto pass = [&](auto f) { parallel_for_each(n, elements_of(pieces), f); };
+  const auto pass = [&](Order order, auto f) { parallel_for_each(n, elements_of(pieces), order, f); };
 
   std::vector<int64_t> slot(n + 1, 0);  // where each piece's sums begin
   for (int64_t i = 0; i < n; ++i) slot[i + 1] = slot[i] + runner(i).groups();
@@ -158,14 +189,25 @@ void run_pieces(const TensorStep& step, const std::vector<Tile>& pieces) {
   for (auto& solver : solvers) solver.start(Runner::thresholds_of(step));
 
   for (bool first = true;; first = false) {
-    pass([&](int64_t i) { runner(i).sum_piece(&solvers[first_group(i)], &sums[slot[i]], first); });
-    for (PieceSums& total : totals) total.stats = {0, 0, 0};  // what is alive was seen in the first pass
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < slot[i + 1] - slot[i]; ++k) totals[first_group(i) + k] += sums[slot[i] + k];
-    if (Runner::solve(step, L.num_groups(), solvers.data(), [&](int64_t g) { return totals[g].stats; }))
-      break;
+    pass(Order::forward,
+         [&](int64_t i) { runner(i).sum_piece(&solvers[first_group(i)], &sums[slot[i]], first); });
+    std::atomic<bool> done{true};
+    at::parallel_for(0, L.num_groups(), kGroupsPerThread, [&](int64_t g0, int64_t g1) {
+      for (int64_t g = g0; g < g1; ++g)
+        totals[g].stats = {0, 0, 0};  // what is alive was seen in the first pass
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t first_g = first_group(i), end_g = first_g + slot[i + 1] - slot[i];
+        for (int64_t g = std::max(g0, first_g); g < std::min(g1, end_g); ++g)
+          totals[g] += sums[slot[i] + g - first_g];
+      }
+      if (!Runner::solve(step, g1 - g0, &solvers[g0], [&](int64_t g) { return totals[g0 + g].stats; }))
+        done = false;
+    });
+    if (done) break;
   }
-  pass([&](int64_t i) { runner(i).apply_piece(&solvers[first_group(i)], &totals[first_group(i)]); });
+  // Backward: what the last sweep ended with is still in the cache.
+  pass(Order::backward,
+       [&](int64_t i) { runner(i).apply_piece(&solvers[first_group(i)], &totals[first_group(i)]); });
 }
 
 }  // namespace

@@ -7,7 +7,6 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <numeric>
 
 #include "cpu_step.h"
 
@@ -19,9 +18,14 @@ constexpr int64_t kBlockElements = 32768;  // the same of a piece, whose rows ar
 constexpr int64_t kMaxColumns = 2048;      // of a tile of more than one group
 
 // How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart.
-// Rows whose distance shares a large factor with the L1's 4 KB ways fall into a few of its sets: those rows
-// are fetched into the L2, and earlier.
+// Rows a multiple of the L1's 4 KB ways apart fall into the same few of its sets: those rows are fetched into
+// the L2, and earlier.
 constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144, kL1Way = 4096;
+
+// Whether rows lie so.
+inline bool rows_alias(const Layout& layout, int64_t element_size) {
+  return layout.row_length() * element_size % kL1Way == 0;
+}
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
 // Small matrices share a tile: it goes on with the same rows and columns at the k1 up to k1_end.
@@ -32,6 +36,11 @@ struct Tile {
   int64_t rows() const { return r1 - r0; }
   int64_t columns() const { return c1 - c0; }
 };
+
+// Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.
+inline bool holds_z(const TensorStep& step) {
+  return (step.dtype == c10::kFloat || step.dtype == c10::kDouble) && step.h->freeze != Freeze::element;
+}
 
 // What the pieces of a large group add up to.
 struct PieceSums {
@@ -97,11 +106,11 @@ class TileRunner {
                                       : Momentum::running,
                 step.h->nesterov, step.h->sgd.weight_decay != 0},
         freeze_groups_(step.h->freeze == Freeze::group && step.has_groups),
-        aliases_(std::gcd(layout.row_length() * int64_t(sizeof(T)), kL1Way) >= kL1Way / 4),
+        aliases_(rows_alias(layout, sizeof(T))),
         block_rows_(kind == TileKind::piece
                         ? std::clamp(kBlockElements / tile.columns(), int64_t{1}, kBlockRows)
                         : kBlockRows),
-        z_in_w_(kind == TileKind::piece && std::is_same_v<T, A> && step.h->freeze != Freeze::element),
+        z_in_w_(kind == TileKind::piece && holds_z(step)),
         z_stride_(z_in_w_ ? layout.row_length() : tile.columns()),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0

@@ -257,18 +257,6 @@ def test_many_tensors_at_once(fused_backend):
     assert all(torch.equal(tensors[i], w) for i, w in alone.items())
 
 
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", [(500, 600), (17000, 33), (40, 9, 5, 5)], ids=str)
-def test_same_bits_whatever_the_threads(shape, group_by, threads):
-    w = fresh(shape)
-    results = []
-    for count in (1, 2, 3):
-        threads(count)
-        results.append(prox(w, backend="cpu", **coefficients(w, group_by), prox_mode="exact"))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    assert 0 < results[0].count_nonzero() < w.numel()
-
-
 def test_two_threads_really_run(threads):
     threads(2)
     assert _C.parallel_threads() == 2
