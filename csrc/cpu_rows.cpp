@@ -1,5 +1,7 @@
 #include "cpu_rows.h"
 
+#include <utility>
+
 // The bodies for plain x86-64 (or any other processor), AVX2 and AVX-512: what a wheel may ship.
 namespace cges::baseline {
 #include "cpu_rows.inc"

@@ -5,7 +5,6 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
-#include <utility>
 
 #include "hyperparameters.h"
 

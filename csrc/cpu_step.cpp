@@ -1,4 +1,5 @@
-// The CPU executor: one parallel region over a flat list of tiles.
+// The CPU executor: one parallel region over a flat list of tiles, and one per pass for each tensor that goes
+// in pieces, see below.
 //
 // The step is bound by memory (20 bytes per fp32 element with momentum), so a tile is cut such that its z
 // stays in this core's L2 between the reduction and the apply: whole groups, as many neighbours as fit.
@@ -11,8 +12,8 @@
 // apart go this way too, where rows are not too long. Weights of 16 bits cannot hold z, nor can those whose
 // zeros are frozen one by one: there the first pass only reads and sums, and the second updates again.
 //
-// Which columns share a tile depends on the shape, the cache size and where in a line pair the tensor begins;
-// which rows' sums are added first, and so every bit of the result, on the shape and the cache size alone.
+// Which columns share a tile depends on where in a line pair the tensor begins too; what is summed in which
+// order, and so every bit of the result, on its shape, type and hyperparameters and the cache size alone.
 #include "cpu_step.h"
 
 #include <ATen/Parallel.h>
@@ -27,17 +28,20 @@
 namespace cges {
 namespace {
 
-constexpr int64_t kTileElements = 131072;    // enough to amortise a tile, small enough to share out
-constexpr int64_t kLeastRowBytes = 256;      // of z: panels of narrower rows lose more than pieces do
-constexpr int64_t kLinePair = 2 * kLine;     // fetched together, so panels shall not share one
-constexpr int64_t kPieceElements = 32768;    // of a group too large for a tile, at least
-constexpr int64_t kPieces = 16;              // so many threads find work; but where groups are narrower than
-constexpr int64_t kLeastPieceRows = 128;     // kNarrow, a piece leaves one set of sums per column, and has
-constexpr int64_t kMostPieceRows = 512;      // rows enough for those to weigh little
-constexpr int64_t kPieceColumns = 8192;      // of such a piece, at most
-constexpr int64_t kWholeRowBytes = 16384;    // at most, for pieces to be preferred to panels
-constexpr int64_t kGroupsPerThread = 1024;   // at least: whose pieces' sums one thread adds up
-constexpr int64_t kSmallArrays = 512 << 10;  // bytes of scratch beside z, mostly never touched
+constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
+constexpr int64_t kTiles = 4;              // but a tensor has so many to share out, unless they get too small
+constexpr int64_t kLeastRowBytes = 256;    // of z: panels of narrower rows lose more than pieces do
+constexpr int64_t kLinePair = 2 * kLine;   // fetched together, so panels shall not share one
+// Pieces of large groups. Where groups are narrower than kNarrow, each piece leaves one set of sums per
+// column: it has rows enough for those to weigh little.
+constexpr int64_t kPieceElements = 32768;      // at least
+constexpr int64_t kPieces = 16;                // where their rows are between
+constexpr int64_t kLeastPieceRows = 128;       // this
+constexpr int64_t kMostPieceRows = 512;        // and this
+constexpr int64_t kPieceColumns = 8192;        // at most
+constexpr int64_t kWholeRowBytes = 16384;      // at most, for pieces to be preferred to panels
+constexpr int64_t kGroupsPerThread = 1024;     // at least, whose pieces one thread adds up
+constexpr int64_t kSmallArrays = 512 << 10;    // bytes of scratch beside z, mostly never touched
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
 int64_t l2_bytes() {
@@ -71,38 +75,48 @@ void cut_grid(int32_t tensor, const Layout& L, int64_t span, int64_t rows, int64
                          std::max(c, int64_t{0}), std::min(c + columns, L.row_length())});
 }
 
-// How many columns before the first of each row its line pair begins; 0 where rows or groups differ in that.
+// How far into a line pair each row begins, in columns; 0 where that differs from row to row.
 int64_t columns_into_pair(const TensorStep& step, const Layout& L, int64_t size) {
-  const bool every_row = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
-  return every_row ? int64_t(reinterpret_cast<uintptr_t>(step.w) % kLinePair) / size : 0;
+  const bool rows_agree = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
+  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(step.w) % kLinePair) / size : 0;
 }
 
 // Rows that alias share few sets of each cache, and a panel's rows are too short for the processor to see
 // them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
 bool better_in_pieces(const TensorStep& step, const Layout& L, int64_t size) {
   return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && L.R2 < kNarrow &&
-         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !step.h->exact;
+         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !step.h->exact && step.h->thresholds.need_norms();
+}
+
+// n in the fewest parts of at most `most`, as even as can be: the size of one.
+int64_t even_part(int64_t n, int64_t most) {
+  const int64_t parts = (n + most - 1) / most;
+  return (n + parts - 1) / parts;
 }
 
 void cut(int32_t tensor, const TensorStep& step, std::vector<Tile>& whole, std::vector<Tile>& pieces) {
   const Layout L = working_layout(step);
   if (L.numel() == 0) return;
-  const int64_t size = c10::elementSize(step.dtype), line = kLine / size;
+  const int64_t size = c10::elementSize(step.dtype);
   const int64_t z_size = std::max<int64_t>(size, sizeof(float)), capacity = z_bytes / z_size;
   const bool narrow = L.R2 < kNarrow;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
   if (L.R1 * least > capacity || better_in_pieces(step, L, size)) {
-    const int64_t columns = narrow ? kPieceColumns / L.R2 * L.R2 : std::min(L.R2, kPieceElements / 2);
+    const int64_t columns =
+        narrow ? std::min(kPieceColumns / L.R2 * L.R2, L.row_length()) : std::min(L.R2, kPieceElements / 2);
     const int64_t rows = narrow ? std::clamp(L.R1 / kPieces, kLeastPieceRows, kMostPieceRows) : 1;
-    return cut_grid(tensor, L, 1, std::max(rows, kPieceElements / columns), columns, 0, pieces);
+    const int64_t most = std::max(rows, kPieceElements / columns);
+    return cut_grid(tensor, L, 1, even_part(L.R1, most), columns, 0, pieces);
   }
-  int64_t columns = std::clamp(kTileElements / L.R1, 4 * line, kMaxColumns);
+  const int64_t elements = std::clamp(L.numel() / kTiles, kElementsPerThread, kTileElements);
+  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, kMaxColumns);
   columns = std::max(std::min(columns, capacity / L.R1), least);
-  const int64_t aligned = std::lcm(L.R2, line);  // whole groups, and whole cache lines where possible
+  // Whole groups, and whole line pairs where possible.
+  const int64_t aligned = std::lcm(L.R2, (L.R2 == 1 ? kLinePair : kLine) / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
   const int64_t width = std::min(columns, L.row_length());
-  const int64_t skip = width < L.row_length() ? columns_into_pair(step, L, size) % columns : 0;
-  cut_grid(tensor, L, std::max(kTileElements / (L.R1 * width), int64_t{1}), L.R1, columns, skip, whole);
+  const int64_t skip = width < L.row_length() ? columns_into_pair(step, L, size) : 0;
+  cut_grid(tensor, L, std::max(elements / (L.R1 * width), int64_t{1}), L.R1, columns, skip, whole);
 }
 
 Scratch& thread_scratch() {
@@ -113,26 +127,28 @@ Scratch& thread_scratch() {
 enum class Order { forward, backward };
 
 // f(i) for all i < n. Each thread has a share of neighbours, the same one in every call, which its caches may
-// still hold and which meets another thread's lines at its two ends only; done with it, it helps the others.
+// still hold and which meets another thread's lines at its two ends only. It goes through them in that order;
+// done with it, it helps the others from their other ends, and so even does all the work if it is alone.
 template <typename F>
 void parallel_for_each(int64_t n, int64_t elements, Order order, F f) {
   struct alignas(kLine) Share {
-    std::atomic<int64_t> taken{0};
+    std::atomic<int64_t> taken{0}, by_owner{0}, by_helpers{0};
   };
   const int64_t threads = std::min({int64_t{at::get_num_threads()}, n, elements / kElementsPerThread + 1});
   std::vector<Share> shares(threads);
-  const auto work = [&](int64_t thread, int64_t) {
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     for (int64_t k = 0; k < threads; ++k) {
       const int64_t owner = (thread + k) % threads;
       const int64_t begin = n * owner / threads, end = n * (owner + 1) / threads;
-      for (int64_t i; (i = shares[owner].taken.fetch_add(1, std::memory_order_relaxed)) < end - begin;)
-        f(order == Order::forward ? begin + i : end - 1 - i);
+      Share& share = shares[owner];
+      const bool upward = (order == Order::forward) == (k == 0);
+      std::atomic<int64_t>& done = k == 0 ? share.by_owner : share.by_helpers;
+      while (share.taken.fetch_add(1, std::memory_order_relaxed) < end - begin) {
+        const int64_t i = done.fetch_add(1, std::memory_order_relaxed);
+        f(upward ? begin + i : end - 1 - i);
+      }
     }
-  };
-  if (threads <= 1 || at::in_parallel_region())
-    work(0, 1);
-  else
-    at::parallel_for(0, threads, 1, work);
+  });
 }
 
 template <typename F>
@@ -184,7 +200,8 @@ void run_pieces(const TensorStep& step, const std::vector<Tile>& pieces) {
 
   std::vector<int64_t> slot(n + 1, 0);  // where each piece's sums begin
   for (int64_t i = 0; i < n; ++i) slot[i + 1] = slot[i] + runner(i).groups();
-  std::vector<PieceSums> sums(slot[n]), totals(L.num_groups());
+  const auto sums = std::make_unique_for_overwrite<PieceSums[]>(slot[n]);
+  std::vector<PieceSums> totals(L.num_groups());
   std::vector<typename Runner::Solver> solvers(L.num_groups());
   for (auto& solver : solvers) solver.start(Runner::thresholds_of(step));
 

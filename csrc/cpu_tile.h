@@ -22,7 +22,7 @@ constexpr int64_t kMaxColumns = 2048;      // of a tile of more than one group
 // the L2, and earlier.
 constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144, kL1Way = 4096;
 
-// Whether rows lie so.
+// Whether rows lie a multiple of 4 KB apart.
 inline bool rows_alias(const Layout& layout, int64_t element_size) {
   return layout.row_length() * element_size % kL1Way == 0;
 }
@@ -44,8 +44,8 @@ inline bool holds_z(const TensorStep& step) {
 
 // What the pieces of a large group add up to.
 struct PieceSums {
-  GroupStats<double> stats{0, 0, 0};
-  bool alive = false;
+  GroupStats<double> stats;
+  bool alive;
 
   void operator+=(const PieceSums& other) {
     stats.count += other.stats.count;
@@ -178,9 +178,10 @@ class TileRunner {
   void apply_piece(const Solver* solvers, const PieceSums* totals) {
     for (int64_t g = 0; g < groups_; ++g) std::fill_n(alive_ + g * fold_, fold_, A(totals[g].alive));
     spread(solvers);
-    for_each_block([&](int64_t r0, int64_t r1) {
+    const auto apply = [&](int64_t r0, int64_t r1) {
       apply_rows(r0, r1, piece_z(r0, r1, false, /*keep_buf=*/true), solvers);
-    });
+    };
+    z_in_w_ ? apply(tile_.r0, tile_.r1) : for_each_block(apply);
   }
 
   // Feeds each open search its group's sums; true when all are done.
@@ -308,7 +309,7 @@ class TileRunner {
     if (narrow_ && thresholds_.any()) ops_.apply_columns(rows(r0, r1), z, s_, t_, w(r0));
     for (int64_t r = r0; r < r1; ++r, z += z_stride_) {
       if (!thresholds_.any())
-        ops_.store(n, z, w(r));
+        z_in_w_ ? void() : ops_.store(n, z, w(r));
       else if (!narrow_)
         for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
           ops_.apply_run(end - begin, z + begin, solvers[g].at, w(r) + begin);

@@ -1,4 +1,4 @@
-"""How the CPU executor cuts tensors into tiles: every way is right, and no bit of the result tells of it."""
+"""How the CPU executor cuts tensors into tiles: all ways are right, and bits tell of no thread or address."""
 
 import pytest
 import torch
@@ -7,37 +7,60 @@ from test_executors import MODES, coefficients, inputs, training
 
 from cges_kernels import prox
 
-PAGES = [  # rows a multiple of 4 KB apart, which are streamed: [rows, columns] of float32
-    (513, 1024),
-    (2100, 1024),
-    (600, 128, 2, 4),
-]
-PANELS = (2000, 160)  # three panels, their rows whole pairs of cache lines
-CUTS = [(500, 600), (17000, 33), (40, 9, 5, 5), PANELS, *PAGES]
+# Columns of rows a multiple of 4 KB apart (in float32), which are streamed from 512 rows on.
+PAGES = [(511, 1024), (513, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
+PANELS = (2000, 160)  # three panels, whose rows are whole pairs of cache lines
+CUTS = [(500, 600), (17000, 33), (400, 90, 5, 5), PANELS, *PAGES]
+LINE_PAIR = 128
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", ["feature", "channel", (0,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", PAGES, ids=str)
-def test_rows_pages_apart(shape, dtype, group_by, prox_mode):
+def test_rows_pages_apart(shape, dtype, prox_mode):
     rows, columns, *kernel = shape
     w, grad, buf = inputs((rows, columns * 4 // dtype.itemsize, *kernel), dtype)
-    for held in (buf, None):
-        check_step("cpu", w, grad, held, **training(w, group_by, prox_mode))
+    for group_by in ["feature", "channel"][: 1 + bool(kernel)]:
+        for held in (buf, None):
+            check_step("cpu", w, grad, held, **training(w, group_by, prox_mode))
 
 
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("view", [(3, 600, 1024), (2, 513, 2048)], ids=str)
+def test_many_matrices_of_rows_pages_apart(view, prox_mode):
+    w, grad, buf = inputs(view, torch.float32)
+    check_step("cpu", w, grad, buf, **training(w, (1,), prox_mode))
+
+
+@pytest.mark.usefixtures("tiles")
+def test_rows_longer_than_a_piece():
+    w, grad, buf = inputs((140, 9000), torch.float32)
+    check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(nesterov=True, weight_decay=0.1), dict(dampening=0.5, maximize=True)]
+)
+def test_update_rules_of_rows_pages_apart(options):
+    w, grad, buf = inputs((520, 1024), torch.float32)
+    check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"), **options)
+
+
+@pytest.mark.parametrize("penalty", [True, False])
+@pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("freeze_zeros", ["group", "element"])
 @pytest.mark.parametrize("shape", PAGES, ids=str)
-def test_frozen_rows_pages_apart(shape, freeze_zeros):
+def test_frozen_rows_pages_apart(shape, freeze_zeros, prox_mode, penalty):
     w, grad, buf = inputs(shape, torch.float32)
     w[torch.rand(shape) < 0.3] = 0.0
     w[:, 1::2] = 0.0
-    got, got_buf = check_step(
-        "cpu", w, grad, buf, freeze_zeros=freeze_zeros, **training(w, "feature", "sequential")
-    )
-    assert not got[:, 1::2].any() and not got_buf[:, 1::2].any() and got[:, ::2].any()
+    options = training(w, "feature", prox_mode)
+    if not penalty:
+        options |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0)
+    for held in (buf, None):
+        got, got_buf = check_step("cpu", w, grad, held, freeze_zeros=freeze_zeros, **options)
+        assert not got[:, 1::2].any() and not got_buf[:, 1::2].any() and got[:, ::2].any()
 
 
 @pytest.mark.parametrize("shape", PAGES, ids=str)
@@ -46,6 +69,16 @@ def test_prox_alone_of_rows_pages_apart(shape):
     options = coefficients(w, "feature")
     expected, _ = check_step("cpu", w, torch.zeros_like(w), None, lr=1.0, **options)
     assert torch.equal(prox(w, backend="cpu", **options), expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_and_inf_of_rows_pages_apart(poison):
+    w = fresh((520, 1024))
+    w[300, 11] = poison
+    got, expected = (prox(w, **coefficients(w, "feature"), backend=name) for name in ("cpu", "reference"))
+    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+    assert not got[:, 11].isfinite().all()
+    assert got[:, :11].isfinite().all() and got[:, 12:].isfinite().all()
 
 
 @pytest.mark.parametrize("prox_mode", MODES)
@@ -69,16 +102,17 @@ def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
     """Panels begin where pairs of cache lines do: at other columns, if the tensor begins elsewhere."""
     w, grad, buf = inputs(shape, dtype)
     options = training(w, "feature", prox_mode)
+    pair = LINE_PAIR // dtype.itemsize
 
     def placed(offset):  # so many elements behind the beginning of a pair
         def place(x):
-            memory = torch.empty(x.numel() + 96, dtype=dtype)
-            begin = -(memory.data_ptr() // dtype.itemsize) % 32 + offset
+            memory = torch.empty(x.numel() + 2 * pair, dtype=dtype)
+            begin = -(memory.data_ptr() // dtype.itemsize) % pair + offset
             return memory[begin:][: x.numel()].view(x.shape).copy_(x)
 
         return place
 
     first, first_buf = check_step("cpu", w, grad, buf, **options)
-    for offset in (0, 1, 16, 17, 31):
+    for offset in (0, 1, pair // 2, pair // 2 + 1, pair - 1):
         got, got_buf = one_step("cpu", w, grad, buf, placed(offset), **options)
         assert torch.equal(got, first) and torch.equal(got_buf, first_buf)
