@@ -14,6 +14,7 @@ CUTS = [(500, 600), (17000, 33), (400, 90, 5, 5), PANELS, *PAGES]
 LINE_PAIR = 128
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -47,6 +48,7 @@ def test_update_rules_of_rows_pages_apart(options):
     check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [True, False])
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("freeze_zeros", ["group", "element"])
@@ -95,6 +97,7 @@ def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
     assert 0 < results[0][0].count_nonzero() < w.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", CUTS, ids=str)

@@ -78,6 +78,7 @@ def test_seeds_give_orders(library, name, blocks_in_flight):
     assert results == run_all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks_in_flight", [1, 4])
 @pytest.mark.parametrize("name", ["sum_blocks", "swap_in_warp", "sum_clusters", "hand_over"])
 def test_thread_sanitizer_sees_missing_synchronisation(planted, name, blocks_in_flight):
