@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 DRIVER = ROOT / "build" / "guard" / "driver"
-OBJECTS = ("cpu_step.o", "cpu_rows.o")  # as `make install` compiled them
+OBJECTS = ("cpu_step.o", "cpu_cut.o", "cpu_rows.o")  # as `make install` compiled them
 COUNT = "--tool=callgrind --callgrind-out-file=/dev/null --toggle-collect=cges::cpu_step(*".split()
 
 

@@ -61,8 +61,8 @@ def cpu_table(report: Report) -> str:
             f"| {result['row']} | {best['ms']:.3f} | {BASELINES[result['baseline']]} | {spread(best)} "
             f"| {target}{missed} | {'' if eager is None else format(eager['ratio'], '.1f')} |"
         )
-    per_thread = memory["bytes"] / memory["threads"] / 2**20
-    return "\n".join([*lines, "", f"Memory that the first steps took: {per_thread:.2f} MiB a thread."])
+    taken = ", ".join(f"{size / 2**20:.2f} ({name})" for name, size in memory.items())
+    return "\n".join([*lines, "", f"MiB of memory a thread that the first steps took, by feature: {taken}."])
 
 
 def cpu_models(report: Report) -> str:

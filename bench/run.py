@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import baselines, core, plots, suites, workloads
+from . import core, plots, suites, workloads
 from .lab import Cpu, Lab, version_of
+from .memory import peak_extra_memory
 from .table import RESULTS, Results, Row, measure, of_suite, tell, write
 from .timing import RUNS, environment
 
@@ -27,21 +27,9 @@ def all_rows(lab: Lab, threads: int) -> list[Row]:
     ]
 
 
-def peak_extra_memory() -> dict[str, int]:
-    """Bytes by which a process grows in its first steps, beyond parameters, gradients and buffers."""
-    step, params, _ = baselines.prox_sgd(workloads.matrix(4096, 4128))
-    for p in params:
-        step.__self__.state[p]["momentum_buffer"] = torch.randn_like(p)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        step()
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return {"threads": torch.get_num_threads(), "bytes": grown}
-
-
 def run(rows: Sequence[Row], options: argparse.Namespace) -> bool:
     """Measure the rows, write the files, draw; whether all went well."""
-    memory = peak_extra_memory()
+    memory = {} if options.only else peak_extra_memory(options.threads)
     gc.freeze()  # what imports made is not looked through before every row
     found = {**environment(), "torchao": version_of("torchao"), "runs": options.runs}
 
@@ -54,9 +42,8 @@ def run(rows: Sequence[Row], options: argparse.Namespace) -> bool:
     results = measure(rows, options.runs, options.minutes, save)
     gc.unfreeze()
     good = tell(results)
-    print(
-        f"memory taken by the first steps: {memory['bytes'] / 2**20:.2f} MiB on {memory['threads']} threads"
-    )
+    for name, taken in memory.items():
+        print(f"memory taken by the first steps, {name}: {taken / 2**20:.2f} MiB a thread")
     if not options.only:
         plots.draw(results, "cpu", options.out)
     return good

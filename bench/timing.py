@@ -104,6 +104,11 @@ def last_cache_bytes() -> int:
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=2**25)
 
 
+def l2_bytes() -> int:
+    """Of each core's own; 0 where nobody tells."""
+    return int(output("getconf", "LEVEL2_CACHE_SIZE") or 0)
+
+
 def environment(commit: str | None = None) -> dict[str, Any]:
     """What a reader needs to judge the numbers; ``commit`` names the sources where git cannot."""
     cpu = platform.processor() or "unknown"
@@ -121,7 +126,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "l2_bytes": int(output("getconf", "LEVEL2_CACHE_SIZE") or 0),
+        "l2_bytes": l2_bytes(),
         "last_cache_bytes": last_cache_bytes(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -114,13 +114,19 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
     scale = group_scale(l2, a)
     settled = tl.where(b == 0, c, c + b * l1)  # sequential mode's t
     finished = done == done
-    if EXACT:  # Newton on the rising function t - c - b*s*||u||_1, inside a shrinking bracket
+    if (
+        EXACT
+    ):  # Newton's and Halley's steps to the root of excess, inside a shrinking bracket; see shrinkage.h
         high = tl.where(sweep == 0, settled, high)
         excess = t - c - b * scale * l1
         ratio = divide(l1, l2)
         bend = tl.where(a == 0, 0.0, divide(a * ratio * ratio, l2))
         slope = 1.0 + tl.where(scale == 0, 0.0, b * (count * scale + bend))
-        step = t - divide(excess, slope)
+        part = divide(-excess, l1)
+        part = tl.where(part < b * scale, part, b * scale)
+        many = tl.maximum(count - 4, 0.0)
+        bent = slope - divide(0.4 * part * b * scale * many * many, slope)
+        step = t - divide(excess, tl.where(excess < 0, bent, slope))
         low = tl.where(~done & (excess < 0), t, low)
         high = tl.where(~done & (excess > 0), t, high)
         moves = tl.abs(step - t) > 4 * EPS * tl.abs(step)  # false for NaN, which stays

@@ -18,13 +18,15 @@ struct RowUpdate {  // which sgd_update
   bool nesterov, decay;
 };
 
-// Running sums of many columns, kept in double so that a long group loses nothing to the order of its sums.
-struct ColumnSums {
-  double *count, *l1, *l2_squared;  // count is null where it is not needed
-  ColumnSums operator+(int64_t columns) const {
-    return {count == nullptr ? nullptr : count + columns, l1 + columns, l2_squared + columns};
-  }
+// The sums of many columns or groups; count is null where it is not needed.
+template <typename S>
+struct Sums {
+  S *count, *l1, *l2_squared;
+  Sums operator+(int64_t i) const { return {count == nullptr ? nullptr : count + i, l1 + i, l2_squared + i}; }
 };
+
+// Running ones are in double, so that a long group loses nothing to the order of its sums.
+using ColumnSums = Sums<double>;
 
 // Some rows of a tile, and how far ahead of use the same columns of later rows are fetched.
 struct Rows {

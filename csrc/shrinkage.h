@@ -95,6 +95,7 @@ CGES_FN T group_scale(T l2, T a) {
 template <typename T>
 struct ShrinkageSolver {
   static constexpr int kMaxSweeps = 24;
+  static constexpr T kFew = 4;
   Shrinkage<T> at;
   T low, high;  // bracket of the root
   int sweeps;
@@ -122,12 +123,20 @@ struct ShrinkageSolver {
   }
 
  private:
-  // excess(t) = t - c - b*s*||u||_1 rises through the root with slope 1 + b*(k*s + a*||u||_1^2/||u||_2^3).
+  // excess(t) = t - c - b*s*||u||_1 rises through the root with slope 1 + b*(k*s + a*||u||_1^2/||u||_2^3), ever
+  // more slowly. From the left Newton's steps are short, so there it is Halley's: as k elements fall below t one
+  // by one, ||u||_1 bends by k^2/||u||_1 if |z| is spread exponentially, by half of that if evenly; we take 0.8.
+  // Of a few elements each makes a corner of its own; there Newton's steps are the better ones.
   CGES_FN void newton_step(const GroupStats<T>& sums, T l2, const Thresholds<T>& h, T epsilon) {
     const T t = at.t, ratio = sums.l1 / l2;
     const T excess = t - h.c - h.b * at.s * sums.l1;
     const T bend = h.a != T(0) ? h.a * ratio * ratio / l2 : T(0);
-    const T slope = at.s == T(0) ? T(1) : T(1) + h.b * (sums.count * at.s + bend);
+    T slope = at.s == T(0) ? T(1) : T(1) + h.b * (sums.count * at.s + bend);
+    if (excess < T(0)) {
+      const T most = h.b * at.s, part = -excess / sums.l1;  // at most that; NaN where both are infinite
+      const T many = sums.count > kFew ? sums.count - kFew : T(0);
+      slope -= T(0.4) * (part < most ? part : most) * most * many * many / slope;
+    }
     T next = t - excess / slope;
     if (excess < T(0)) low = t;
     if (excess > T(0)) high = t;

@@ -42,7 +42,7 @@ def report(tmp_path_factory):
         patch.setattr(suites.baselines, "others", lambda: {**others, "compiled": no_compiler})
         patch.setattr(suites, "DTYPES", {name: suites.DTYPES[name] for name in ("fp32", "bf16")})
         patch.setattr(suites, "SPECS", ("feature", "filter"))
-        patch.setattr(run, "peak_extra_memory", lambda: {"threads": 2, "bytes": 2**21})
+        patch.setattr(run, "peak_extra_memory", lambda threads: {"2x3": 2**20})
         patch.setattr(core, "take_turns", partial(timing.take_turns, seconds=0.0))
         small = workloads.small
         patch.setattr(workloads, "resnet50", lambda: [(6, 3, 2, 2), (6,)])

@@ -5,13 +5,40 @@ import torch
 from right import SPECS, check_step, fresh, one_step
 from test_executors import MODES, coefficients, inputs, training
 
-from cges_kernels import prox
+from bench.memory import Case, peak_extra_memory
+from bench.timing import l2_bytes
+from cges_kernels import ops, prox
 
 # Columns of rows a multiple of 4 KB apart (in float32), which are streamed from 512 rows on.
 PAGES = [(511, 1024), (513, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
 PANELS = (2000, 160)  # three panels, whose rows are whole pairs of cache lines
 CUTS = [(500, 600), (17000, 33), (400, 90, 5, 5), PANELS, *PAGES]
 LINE_PAIR = 128
+IN_PART = (420, 160)  # panels of 64 columns, whose z is larger than the fixture's limit, but not twice
+
+
+@pytest.fixture
+def small_scratch():
+    """Room for the z of 256 rows of a panel."""
+    if ops._C is None:
+        pytest.skip("the CPU executor is not built")
+    ops._C.limit_z_bytes(2**16)
+    yield
+    ops._C.limit_z_bytes(2**31)
+
+
+@pytest.mark.usefixtures("small_scratch", "poisoned_memory")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", [None, "group", "element"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_z_in_scratch_in_part(dtype, freeze_zeros, prox_mode):
+    """The rest of it is in w, or made anew in every sweep."""
+    w, grad, buf = inputs(IN_PART, dtype)
+    w[:, 1::2] = 0.0
+    for held in (buf, None):
+        options = training(w, "feature", prox_mode)
+        got, _ = check_step("cpu", w, grad, held, freeze_zeros=freeze_zeros, **options)
+        assert got[:, 1::2].any() == (freeze_zeros is None) and got[:, ::2].any()
 
 
 @pytest.mark.slow
@@ -89,7 +116,7 @@ def test_nan_and_inf_of_rows_pages_apart(poison):
 def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
     w, grad, buf = inputs(shape, torch.float32)
     results = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 9):
         threads(count)
         results.append(one_step("cpu", w, grad, buf, **training(w, group_by, prox_mode)))
     for got, got_buf in results[1:]:
@@ -97,11 +124,7 @@ def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
     assert 0 < results[0][0].count_nonzero() < w.numel()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", CUTS, ids=str)
-def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
+def check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
     """Panels begin where pairs of cache lines do: at other columns, if the tensor begins elsewhere."""
     w, grad, buf = inputs(shape, dtype)
     options = training(w, "feature", prox_mode)
@@ -119,3 +142,31 @@ def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
     for offset in (0, 1, pair // 2, pair // 2 + 1, pair - 1):
         got, got_buf = one_step("cpu", w, grad, buf, placed(offset), **options)
         assert torch.equal(got, first) and torch.equal(got_buf, first_buf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", CUTS, ids=str)
+def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
+    check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode)
+
+
+@pytest.mark.usefixtures("small_scratch")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, prox_mode):
+    check_bits_wherever_the_tensor_begins(IN_PART, dtype, prox_mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("shape", [(4096, 1056), (20_000, 1024)], ids=str)
+def test_scratch_is_at_most_the_l2_a_thread(shape, prox_mode, dtype):
+    if ops._C is None or not l2_bytes():
+        pytest.skip("the CPU executor is not built, or nobody tells of the L2")
+    case = Case(*shape, prox_mode, dtype)
+    for threads in (1, 2):
+        (taken,) = peak_extra_memory(threads, (case,)).values()
+        assert taken <= max(l2_bytes(), 640 << 10) + (64 << 10)  # for all that is not scratch

@@ -1,0 +1,77 @@
+"""Memory that ProxSGD's first steps on the CPU take, beyond parameters, gradients and buffers (Linux)."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import baselines
+from .timing import Step
+from .workloads import matrix
+
+
+class Case(NamedTuple):
+    """A matrix grouped by feature: ``rows`` to a group."""
+
+    rows: int
+    columns: int
+    prox_mode: str = "sequential"
+    dtype: str = "float32"
+
+    def name(self) -> str:
+        others = [x for x, usual in zip(self[2:], self._field_defaults.values(), strict=True) if x != usual]
+        return " ".join([f"{self.rows:,}x{self.columns:,}", *others])
+
+
+CASES = (
+    Case(4096, 4128),
+    Case(4096, 4096),
+    Case(8192, 4096),
+    Case(50_000, 1024),
+    Case(4096, 4128, "exact"),
+    Case(4096, 4128, dtype="bfloat16"),
+)
+
+
+def peak() -> int:
+    """Bytes that this process has held at most since ``forget_peak``."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def growth(case: Case, threads: int) -> int:
+    """By how many bytes three steps raise a process's peak, its threads and code being there already."""
+    torch.set_num_threads(threads)
+
+    def made(rows: int, columns: int, **options: float) -> Step:
+        dtype, mode = getattr(torch, case.dtype), case.prox_mode
+        step, params, _ = baselines.prox_sgd(matrix(rows, columns), dtype=dtype, prox_mode=mode, **options)
+        for p in params:
+            step.__self__.state[p]["momentum_buffer"] = torch.randn_like(p)
+        return step
+
+    made(300, 300, group_lasso=0.0, exclusive_lasso=0.0)()
+    made(8, 8)()
+    step = made(case.rows, case.columns)
+    forget_peak()
+    before = peak()
+    for _ in range(3):
+        step()
+    return peak() - before
+
+
+def peak_extra_memory(threads: int, cases: tuple[Case, ...] = CASES) -> dict[str, int]:
+    """Each case's growth in bytes a thread, in a process of its own, for a peak only ever rises."""
+    found = {}
+    for case in cases:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found[case.name()] = pool.submit(growth, case, threads).result() // threads
+    return found

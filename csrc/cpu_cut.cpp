@@ -1,0 +1,129 @@
+#include "cpu_cut.h"
+
+#include <ATen/Parallel.h>
+#include <unistd.h>
+
+#include <numeric>
+
+namespace cges {
+namespace {
+
+constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
+constexpr int64_t kLeastElements = 32768;  // of a tile, where a tensor has so many
+constexpr int64_t kTiles = 4;              // but it has so many to share out, unless they get too small
+constexpr int64_t kMaxColumns = 2048;      // of a tile of more than one group
+constexpr int64_t kLeastRowBytes = 256;    // of z: panels of narrower rows lose more than pieces do
+constexpr int64_t kWholeRowBytes = 16384;  // at most, for pieces to be preferred to panels
+
+// Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each leaves
+// sums of all these groups.
+constexpr int64_t kPieceElements = 32768;  // at least
+constexpr int64_t kLeastPieceRows = 128;   // for the sums to weigh little
+constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of a batch
+
+int64_t z_limit = l2_bytes();
+
+int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
+
+// The size of the fewest parts of at most `most` each, as even as can be.
+int64_t even_part(int64_t n, int64_t most) { return parts_of(n, parts_of(n, most)); }
+
+int64_t size_of_z(const TensorStep& step) {
+  return std::max<int64_t>(c10::elementSize(step.dtype), sizeof(float));
+}
+
+// Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `columns`,
+// the first of them `skip` columns narrower.
+void cut_whole(int32_t tensor, const Layout& L, int64_t span, int64_t columns, int64_t skip,
+               std::vector<Tile>& tiles) {
+  for (int64_t k1 = 0; k1 < L.K1; k1 += span)
+    for (int64_t c = -skip; c < L.row_length(); c += columns)
+      tiles.push_back({tensor, k1, std::min(k1 + span, L.K1), 0, L.R1, std::max(c, int64_t{0}),
+                       std::min(c + columns, L.row_length())});
+}
+
+// How far into a line pair each row begins, in columns; 0 where that differs from row to row.
+int64_t columns_into_pair(const TensorStep& step, const Layout& L, int64_t size) {
+  const bool rows_agree = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
+  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(step.w) % kLinePair) / size : 0;
+}
+
+// Rows that alias share few sets of each cache, and a panel's rows are too short for the processor to see
+// them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
+bool better_in_pieces(const TensorStep& step, const Layout& L, int64_t size) {
+  return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && summed_by_columns(L) &&
+         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !step.h->exact && step.h->thresholds.need_norms();
+}
+
+// Neighbouring groups that are summed by columns share pieces, every other group has its own.
+void cut_into_pieces(int32_t tensor, const TensorStep& step, const Layout& L, std::vector<Batch>& batches) {
+  const bool by_columns = summed_by_columns(L);
+  const int64_t width = by_columns ? even_part(L.K2, kPieceColumns / L.R2) * L.R2 : L.R2;
+  const int64_t sums_kept = kSumsBytes / ((step.h->exact ? 3 : 2) * size_of_z(step));
+  int64_t rows = std::max(kPieceElements / width, int64_t{1});
+  if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1 * (width / L.R2), sums_kept)});
+  rows = even_part(L.R1, rows);
+  const int64_t row_parts = parts_of(L.R1, rows);
+  // Where these are fewer than the threads, the columns are shared out too: that changes no sum.
+  const int64_t shares = parts_of(at::get_num_threads(), L.K1 * row_parts);
+  const int64_t columns =
+      by_columns ? parts_of(width / L.R2, shares) * L.R2 : std::min(width, kPieceElements);
+  const int64_t parts = by_columns ? row_parts : row_parts * parts_of(width, columns);
+  for (int64_t k1 = 0; k1 < L.K1; ++k1)
+    for (int64_t left = 0; left < L.row_length(); left += width) {
+      const int64_t right = std::min(left + width, L.row_length()), groups = (right - left) / L.R2;
+      if ((k1 == 0 && left == 0) || parts * (batches.back().groups + groups) > sums_kept)
+        batches.push_back({parts});
+      Batch& batch = batches.back();
+      int64_t part = 0;
+      for (int64_t r = 0; r < L.R1; r += rows, part += by_columns)
+        for (int64_t c = left; c < right; c += columns, part += !by_columns) {
+          const Tile tile{tensor, k1, k1 + 1, r, std::min(r + rows, L.R1), c, std::min(c + columns, right)};
+          batch.pieces.push_back({tile, part, batch.groups + (c - left) / L.R2});
+        }
+      batch.groups += groups;
+    }
+}
+
+void cut(int32_t tensor, const TensorStep& step, Cut& out) {
+  const Layout L = working_layout(step);
+  if (L.numel() == 0) return;
+  const int64_t size = c10::elementSize(step.dtype), z_size = size_of_z(step);
+  const bool by_columns = summed_by_columns(L), divisible = by_columns || L.R2 >= kNarrow;
+  // Of z. A panel may be in the next cache in part, and a run of memory in scratch leaves room for the rest.
+  const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(step) ? z_limit : z_limit / 2) / z_size;
+  const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
+  if (divisible && (L.R1 * least > capacity || better_in_pieces(step, L, size)))
+    return cut_into_pieces(tensor, step, L, out.batches);
+  const int64_t elements = std::clamp(L.numel() / kTiles, kLeastElements, kTileElements);
+  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, kMaxColumns);
+  columns = std::max(std::min(columns, z_limit / z_size / L.R1), least);
+  // Whole groups, and whole line pairs where possible.
+  const int64_t aligned = std::lcm(L.R2, (L.R2 == 1 ? kLinePair : kLine) / size);
+  columns -= columns % (aligned <= columns ? aligned : L.R2);
+  const int64_t width = std::min(columns, L.row_length());
+  const int64_t skip = width < L.row_length() ? columns_into_pair(step, L, size) : 0;
+  cut_whole(tensor, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, skip, out.whole);
+}
+
+}  // namespace
+
+int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  return std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 << 10, 2 << 20);
+#else
+  return 1 << 20;
+#endif
+}
+
+int64_t z_bytes() { return z_limit; }
+
+void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
+
+Cut cut(const std::vector<TensorStep>& steps) {
+  Cut out;
+  for (size_t i = 0; i < steps.size(); ++i) cut(int32_t(i), steps[i], out);
+  return out;
+}
+
+}  // namespace cges
