@@ -114,9 +114,7 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
     scale = group_scale(l2, a)
     settled = tl.where(b == 0, c, c + b * l1)  # sequential mode's t
     finished = done == done
-    if (
-        EXACT
-    ):  # Newton's and Halley's steps to the root of excess, inside a shrinking bracket; see shrinkage.h
+    if EXACT:  # Newton's and Halley's steps to the root of excess, in a shrinking bracket; see shrinkage.h
         high = tl.where(sweep == 0, settled, high)
         excess = t - c - b * scale * l1
         ratio = divide(l1, l2)

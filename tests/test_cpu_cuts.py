@@ -84,12 +84,14 @@ def test_frozen_rows_pages_apart(shape, freeze_zeros, prox_mode, penalty):
     w, grad, buf = inputs(shape, torch.float32)
     w[torch.rand(shape) < 0.3] = 0.0
     w[:, 1::2] = 0.0
+    w[:-1, 2], w[-1, 2] = 0.0, 1.0  # alive by its last row alone, in another piece than the first
     options = training(w, "feature", prox_mode)
     if not penalty:
         options |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0)
     for held in (buf, None):
         got, got_buf = check_step("cpu", w, grad, held, freeze_zeros=freeze_zeros, **options)
-        assert not got[:, 1::2].any() and not got_buf[:, 1::2].any() and got[:, ::2].any()
+        assert not got[:, 1::2].any() and not got_buf[:, 1::2].any() and got[:, 4::2].any()
+        assert penalty or got[:, 2].any()
 
 
 @pytest.mark.parametrize("shape", PAGES, ids=str)
@@ -100,14 +102,17 @@ def test_prox_alone_of_rows_pages_apart(shape):
     assert torch.equal(prox(w, backend="cpu", **options), expected)
 
 
+@pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_nan_and_inf_of_rows_pages_apart(poison):
+def test_nan_and_inf_of_rows_pages_apart(poison, prox_mode):
     w = fresh((520, 1024))
     w[300, 11] = poison
-    got, expected = (prox(w, **coefficients(w, "feature"), backend=name) for name in ("cpu", "reference"))
-    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
-    assert not got[:, 11].isfinite().all()
-    assert got[:, :11].isfinite().all() and got[:, 12:].isfinite().all()
+    options = coefficients(w, "feature") | {"prox_mode": prox_mode}
+    for without in ({}, {"group_lasso": 0.0}):
+        got, expected = (prox(w, **options | without, backend=name) for name in ("cpu", "reference"))
+        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+        assert not got[:, 11].isfinite().all()
+        assert got[:, :11].isfinite().all() and got[:, 12:].isfinite().all()
 
 
 @pytest.mark.parametrize("prox_mode", MODES)
@@ -124,10 +129,10 @@ def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
     assert 0 < results[0][0].count_nonzero() < w.numel()
 
 
-def check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
+def check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode, **more):
     """Panels begin where pairs of cache lines do: at other columns, if the tensor begins elsewhere."""
     w, grad, buf = inputs(shape, dtype)
-    options = training(w, "feature", prox_mode)
+    options = training(w, "feature", prox_mode) | more
     pair = LINE_PAIR // dtype.itemsize
 
     def placed(offset):  # so many elements behind the beginning of a pair
@@ -154,9 +159,10 @@ def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
 
 @pytest.mark.usefixtures("small_scratch")
 @pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", [None, "element"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, prox_mode):
-    check_bits_wherever_the_tensor_begins(IN_PART, dtype, prox_mode)
+def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, freeze_zeros, prox_mode):
+    check_bits_wherever_the_tensor_begins(IN_PART, dtype, prox_mode, freeze_zeros=freeze_zeros)
 
 
 @pytest.mark.slow
