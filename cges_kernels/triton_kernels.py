@@ -123,7 +123,7 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
         part = divide(-excess, l1)
         part = tl.where(part < b * scale, part, b * scale)
         many = tl.maximum(count - 4, 0.0)
-        bent = slope - divide(0.4 * part * b * scale * many * many, slope)
+        bent = slope - 0.4 * (part * many) * divide(b * scale * many, slope)
         step = t - divide(excess, tl.where(excess < 0, bent, slope))
         low = tl.where(~done & (excess < 0), t, low)
         high = tl.where(~done & (excess > 0), t, high)

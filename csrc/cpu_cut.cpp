@@ -11,12 +11,12 @@ namespace {
 constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
 constexpr int64_t kLeastElements = 32768;  // of a tile, where a tensor has so many
 constexpr int64_t kTiles = 4;              // but it has so many to share out, unless they get too small
-constexpr int64_t kMaxColumns = 2048;      // of a tile of more than one group
+constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of more than one group
 constexpr int64_t kLeastRowBytes = 256;    // of z: panels of narrower rows lose more than pieces do
 constexpr int64_t kWholeRowBytes = 16384;  // at most, for pieces to be preferred to panels
 
-// Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each leaves
-// sums of all these groups.
+// Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each
+// leaves sums of all these groups.
 constexpr int64_t kPieceElements = 32768;  // at least
 constexpr int64_t kLeastPieceRows = 128;   // for the sums to weigh little
 constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of a batch
@@ -52,20 +52,23 @@ int64_t columns_into_pair(const TensorStep& step, const Layout& L, int64_t size)
 // them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
 bool better_in_pieces(const TensorStep& step, const Layout& L, int64_t size) {
   return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && summed_by_columns(L) &&
-         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !step.h->exact && step.h->thresholds.need_norms();
+         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !sweeps(step) && step.h->thresholds.need_norms();
 }
 
 // Neighbouring groups that are summed by columns share pieces, every other group has its own.
 void cut_into_pieces(int32_t tensor, const TensorStep& step, const Layout& L, std::vector<Batch>& batches) {
   const bool by_columns = summed_by_columns(L);
-  const int64_t width = by_columns ? even_part(L.K2, kPieceColumns / L.R2) * L.R2 : L.R2;
-  const int64_t sums_kept = kSumsBytes / ((step.h->exact ? 3 : 2) * size_of_z(step));
+  const int64_t z_size = size_of_z(step);
+  const int64_t width = by_columns ? even_part(L.K2, kPieceRowBytes / z_size / L.R2) * L.R2 : L.R2;
+  const int64_t sums_kept = kSumsBytes / ((sweeps(step) ? 3 : 2) * z_size);
   int64_t rows = std::max(kPieceElements / width, int64_t{1});
-  if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1 * (width / L.R2), sums_kept)});
+  if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1, sums_kept / (width / L.R2))});
   rows = even_part(L.R1, rows);
-  const int64_t row_parts = parts_of(L.R1, rows);
-  // Where these are fewer than the threads, the columns are shared out too: that changes no sum.
-  const int64_t shares = parts_of(at::get_num_threads(), L.K1 * row_parts);
+  // Where a batch has fewer of these parts than there are threads, the columns are shared out too: that
+  // changes no sum.
+  const int64_t row_parts = parts_of(L.R1, rows), chunks = L.K1 * parts_of(L.row_length(), width);
+  const int64_t at_once = std::clamp(sums_kept / (row_parts * (width / L.R2)), int64_t{1}, chunks);
+  const int64_t shares = parts_of(at::get_num_threads(), row_parts * at_once);
   const int64_t columns =
       by_columns ? parts_of(width / L.R2, shares) * L.R2 : std::min(width, kPieceElements);
   const int64_t parts = by_columns ? row_parts : row_parts * parts_of(width, columns);
@@ -90,13 +93,14 @@ void cut(int32_t tensor, const TensorStep& step, Cut& out) {
   if (L.numel() == 0) return;
   const int64_t size = c10::elementSize(step.dtype), z_size = size_of_z(step);
   const bool by_columns = summed_by_columns(L), divisible = by_columns || L.R2 >= kNarrow;
-  // Of z. A panel may be in the next cache in part, and a run of memory in scratch leaves room for the rest.
+  // Of z. Panels may lie in the next cache in part; a run that scratch has to hold leaves room for the rest.
   const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(step) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
   if (divisible && (L.R1 * least > capacity || better_in_pieces(step, L, size)))
     return cut_into_pieces(tensor, step, L, out.batches);
   const int64_t elements = std::clamp(L.numel() / kTiles, kLeastElements, kTileElements);
-  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, kMaxColumns);
+  const int64_t most = (needs_groups(step) ? kMaxRowBytes : kPieceRowBytes) / z_size;
+  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, most);
   columns = std::max(std::min(columns, z_limit / z_size / L.R1), least);
   // Whole groups, and whole line pairs where possible.
   const int64_t aligned = std::lcm(L.R2, (L.R2 == 1 ? kLinePair : kLine) / size);

@@ -11,7 +11,7 @@ namespace cges {
 constexpr int64_t kNarrow = 64;     // groups with shorter runs in each of their rows are summed by columns
 constexpr int64_t kL1Way = 4096;    // bytes; what lies a multiple of it apart shares a few sets of each cache
 constexpr int64_t kLinePair = 128;  // bytes, fetched together, so panels shall not share one
-constexpr int64_t kPieceColumns = 8192;  // at most, of pieces that are summed by columns
+constexpr int64_t kPieceRowBytes = 32 << 10;  // of z, at most, in pieces that are summed by columns
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
 // Small matrices share a tile: it goes on with the same rows and columns at the k1 up to k1_end.
@@ -53,6 +53,9 @@ inline bool needs_groups(const TensorStep& step) {
 inline Layout working_layout(const TensorStep& step) {
   return needs_groups(step) ? step.layout.rows_last() : Layout{1, 1, step.layout.numel(), 1};
 }
+
+// Whether groups are swept until their thresholds are found, not just once.
+inline bool sweeps(const TensorStep& step) { return step.h->exact && step.h->thresholds.b != 0; }
 
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }
 

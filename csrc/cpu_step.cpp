@@ -10,10 +10,10 @@
 // (16 bits, or zeros still needed) and for what is swept often (exact mode).
 //
 // A group that does not fit is cut into pieces, long runs of memory: one pass updates and sums, the sums of
-// pieces are added in index order, and a second pass applies (28 bytes per element, less what the caches still
-// hold; exact mode reads z once more per sweep). Columns whose rows lie a multiple of 4 KB apart go this way
-// too, where rows are not too long. Where w cannot hold z the first pass only reads and sums, and the second
-// updates again.
+// pieces are added in index order, and a second pass applies (28 bytes per element, less what the caches
+// still hold; exact mode reads z once more per sweep). Columns whose rows lie a multiple of 4 KB apart go
+// this way too, where rows are not too long. Where w cannot hold z the first pass only reads and sums, and the
+// second updates again.
 //
 // Which columns share a tile depends on where in a line pair the tensor begins too; what is summed in which
 // order, and so every bit of the result, on its shape, type and hyperparameters and the cache size alone.
@@ -33,19 +33,22 @@ namespace {
 
 constexpr int64_t kGroupsPerThread = 1024;     // at least, whose parts one thread adds up
 constexpr int64_t kGroupsAtOnce = 128;         // of those
-constexpr int64_t kLeastScratch = 640 << 10;   // bytes: what the widest pieces need
+constexpr int64_t kLeastScratch = 640 << 10;   // bytes: what the widest pieces need, whatever the L2
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
+// At most the L2, some of which is for what passes through.
 Scratch& thread_scratch() {
-  static thread_local const auto scratch = std::make_unique<Scratch>(std::max(l2_bytes(), kLeastScratch));
+  static thread_local const auto scratch =
+      std::make_unique<Scratch>(std::max(l2_bytes() - l2_bytes() / 8, kLeastScratch));
   return *scratch;
 }
 
 enum class Order { forward, backward };
 
-// f(item) for all of them. Each thread has a share of neighbours, the same one in every call, which its caches
-// may still hold and which meets another thread's lines at its two ends only. It goes through them in that
-// order; done with it, it helps the others from their other ends, and so even does all the work if it is alone.
+// f(item) for all of them. Each thread has a share of neighbours, the same one in every call, which its
+// caches may still hold and which meets another thread's lines at its two ends only. It goes through them in
+// that order; done with it, it helps the others from their other ends, and so even does all the work if it is
+// alone.
 template <typename Item, typename F>
 void parallel_for_each(const std::vector<Item>& items, Order order, F f) {
   struct alignas(kLine) Share {
@@ -117,22 +120,22 @@ void run_batch(const TensorStep& step, const Batch& batch) {
   };
 
   // By part and group; whole groups are alive in part 0.
-  const auto memory = std::make_unique_for_overwrite<A[]>((step.h->exact ? 3 : 2) * n);
-  const Sums<A> sums{step.h->exact ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
+  const auto memory = std::make_unique_for_overwrite<A[]>((sweeps(step) ? 3 : 2) * n);
+  const Sums<A> sums{sweeps(step) ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
   const auto alive = std::make_unique_for_overwrite<bool[]>(n);
   std::vector<typename Runner::Solver> solvers(groups);
   for (auto& solver : solvers) solver.start(Runner::thresholds_of(step));
 
   // Adds up the parts of groups [g0, g1) and goes on with their searches; whether all these are done.
-  const auto solve = [&](int64_t g0, int64_t g1) {
+  const auto solve = [&](int64_t g0, int64_t g1, bool first) {
     double count[kGroupsAtOnce] = {}, l1[kGroupsAtOnce] = {}, l2_squared[kGroupsAtOnce] = {};
     for (int64_t part = 0; part < batch.parts; ++part) {
       const Sums<A> of_part = sums + (part * groups + g0);
       for (int64_t g = 0; g < g1 - g0; ++g) {
         l1[g] += of_part.l1[g];
         l2_squared[g] += of_part.l2_squared[g];
-        if (step.h->exact) count[g] += of_part.count[g];
-        alive[g0 + g] |= alive[part * groups + g0 + g];
+        if (sweeps(step)) count[g] += of_part.count[g];
+        if (first) alive[g0 + g] |= alive[part * groups + g0 + g];
       }
     }
     return Runner::solve(step, g1 - g0, &solvers[g0], {count, l1, l2_squared});
@@ -145,7 +148,7 @@ void run_batch(const TensorStep& step, const Batch& batch) {
     std::atomic<bool> done{true};
     at::parallel_for(0, groups, kGroupsPerThread, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; g += kGroupsAtOnce)
-        if (!solve(g, std::min(g + kGroupsAtOnce, end))) done = false;
+        if (!solve(g, std::min(g + kGroupsAtOnce, end), first)) done = false;
     });
     if (done) break;
   }

@@ -1,6 +1,7 @@
 // One tile of one tensor on the CPU: update, statistics, shrinkage, apply, for any layout and type.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <numeric>
 
@@ -9,8 +10,8 @@
 
 namespace cges {
 
-constexpr int64_t kBlockRows = 16;         // rows whose z is still in the L1 when their statistics are taken
-constexpr int64_t kBlockElements = 32768;  // or fewer, where they are wide
+constexpr int64_t kBlockRows = 16;          // rows whose z is still in the L1 when their statistics are taken
+constexpr int64_t kBlockBytes = 128 << 10;  // of z, so fewer rows, where they are wide
 
 // How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart:
 // those that alias into the L2, and earlier.
@@ -43,7 +44,7 @@ class TileRunner {
                 step.h->nesterov, step.h->sgd.weight_decay != 0},
         freeze_groups_(step.h->freeze == Freeze::group && step.has_groups),
         aliases_(rows_alias(layout, sizeof(T))),
-        block_rows_(std::clamp(kBlockElements / block_columns(layout, tile, kind), int64_t{1}, kBlockRows)),
+        block_rows_(rows_of_block(kBlockBytes / (block_columns(layout, tile, kind) * sizeof(A)))),
         most_block_rows_(block_rows_ * (kSumRows / kBlockRows)),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0
@@ -56,7 +57,7 @@ class TileRunner {
       t_ = scratch.take<A>(n);
       alive_ = scratch.take<A>(n);
       std::fill_n(alive_, n, A(0));
-      sums_ = {step.h->exact ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
+      sums_ = {sweeps(step) ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
                scratch.take<double>(n)};
       if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
     }
@@ -66,7 +67,12 @@ class TileRunner {
   // Sums are taken block by block, so blocks may not tell how threads share the columns of rows.
   static int64_t block_columns(const Layout& layout, const Tile& tile, TileKind kind) {
     const bool shared = kind == TileKind::piece && summed_by_columns(layout);
-    return shared ? std::min(layout.row_length(), kPieceColumns) : tile.columns();
+    return shared ? std::min(layout.row_length(), kPieceRowBytes / int64_t{sizeof(A)}) : tile.columns();
+  }
+
+  // A power of two, for blocks to end where the rows in scratch do.
+  static int64_t rows_of_block(size_t fit) {
+    return std::bit_floor(std::clamp(fit, size_t{1}, size_t{kBlockRows}));
   }
 
   static Thresholds<A> thresholds_of(const TensorStep& step) {
@@ -98,7 +104,7 @@ class TileRunner {
     sum(solvers, first);
     std::copy_n(sums_.l1, groups_, out.l1);
     std::copy_n(sums_.l2_squared, groups_, out.l2_squared);
-    if (step_.h->exact) std::copy_n(sums_.count, groups_, out.count);
+    if (sweeps(step_)) std::copy_n(sums_.count, groups_, out.count);
     for (int64_t g = 0; first && g < groups_; ++g) alive[g] = is_alive(g);
   }
 
@@ -115,7 +121,7 @@ class TileRunner {
     bool all_done = true;
     for (int64_t g = 0; g < groups; ++g) {
       if (solvers[g].done) continue;
-      const double count = step.h->exact ? sums.count[g] : 0;
+      const double count = sweeps(step) ? sums.count[g] : 0;
       solvers[g].solve_shrinkage({A(count), A(sums.l1[g]), A(sums.l2_squared[g])}, thresholds, step.h->exact,
                                  std::numeric_limits<A>::epsilon());
       all_done &= solvers[g].done;
@@ -135,19 +141,19 @@ class TileRunner {
   // apart are slow, so exact mode keeps those of whole groups in scratch, as do weights that cannot hold it.
   // Rows for which there is no room are in w again, or else made anew in every pass, a block at a time.
   void place_z(TileKind kind, Scratch& scratch) {
-    const bool swept = kind == TileKind::whole && step_.h->exact;
+    const bool swept = kind == TileKind::whole && sweeps(step_);
     int64_t kept = 0;
     if (swept || (!z_in_w_ && kind != TileKind::piece)) {
       kept = std::min(scratch.left(), z_bytes()) / (tile_.columns() * int64_t{sizeof(A)});
-      if (kept < tile_.rows())  // there is a block beside it, and a row that holds no more than one of z
-        kept = std::max(kept - most_block_rows_ - 1, int64_t{0}) / kSumRows * kSumRows;
+      const int64_t others = z_in_w_ ? 0 : most_block_rows_ + 1;  // block_ and unused_buf_
+      if (kept < tile_.rows()) kept = std::max(kept - others, int64_t{0}) / kSumRows * kSumRows;
       kept = std::min(kept, tile_.rows());
     }
     in_scratch_ = tile_.r0 + kept;
     kept_ = z_in_w_ ? tile_.r1 : in_scratch_;
     z_ = scratch.take<A>(kept * tile_.columns());
     if (kept_ == tile_.r1) return;
-    block_ = scratch.take<A>(most_block_rows_ * tile_.columns());
+    block_ = scratch.take<A>(std::min(most_block_rows_, tile_.rows()) * tile_.columns());
     unused_buf_ = scratch.take<T>(tile_.columns());
   }
 
@@ -295,9 +301,9 @@ class TileRunner {
   const RowUpdate update_;
   const bool freeze_groups_, aliases_;
   const int64_t block_rows_, most_block_rows_, rows_ahead_;
-  const bool z_in_w_;  // where it is not in scratch
-  int64_t in_scratch_,
-      kept_;  // rows before these have their z in scratch, or there or in w, to the last pass
+  const bool z_in_w_;   // where it is not in scratch
+  int64_t in_scratch_;  // rows before this one have z in scratch
+  int64_t kept_;        // rows before this one need not be made anew
   A *z_ = nullptr, *block_ = nullptr;
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // by stat column
   ColumnSums sums_{};

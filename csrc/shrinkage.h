@@ -4,7 +4,7 @@
 //   z = what torch.optim.SGD would write;  a = lr*alpha, b = lr*beta, c = lr*gamma;  u = soft(z, c)
 //   w = s * soft(z, t)
 //   sequential:  s = max(1 - a/||u||_2, 0),  t = c + b*||u||_1
-//   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by safeguarded Newton
+//   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by Newton's and Halley's steps in a bracket
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -119,15 +119,15 @@ struct ShrinkageSolver {
       low = h.c;
       high = h.c + h.b * sums.l1;
     }
-    newton_step(sums, l2, h, epsilon);
+    step(sums, l2, h, epsilon);
   }
 
  private:
-  // excess(t) = t - c - b*s*||u||_1 rises through the root with slope 1 + b*(k*s + a*||u||_1^2/||u||_2^3), ever
-  // more slowly. From the left Newton's steps are short, so there it is Halley's: as k elements fall below t one
-  // by one, ||u||_1 bends by k^2/||u||_1 if |z| is spread exponentially, by half of that if evenly; we take 0.8.
-  // Of a few elements each makes a corner of its own; there Newton's steps are the better ones.
-  CGES_FN void newton_step(const GroupStats<T>& sums, T l2, const Thresholds<T>& h, T epsilon) {
+  // excess(t) = t - c - b*s*||u||_1 rises through the root with slope 1 + b*(k*s + a*||u||_1^2/||u||_2^3),
+  // ever more slowly. From the left Newton's steps are short, so there it is Halley's: as k elements fall below
+  // t one by one, ||u||_1 bends by k^2/||u||_1 if |z| is spread exponentially, by half of that if evenly; we
+  // take 0.8. Of a few elements each makes a corner of its own; there Newton's steps are the better ones.
+  CGES_FN void step(const GroupStats<T>& sums, T l2, const Thresholds<T>& h, T epsilon) {
     const T t = at.t, ratio = sums.l1 / l2;
     const T excess = t - h.c - h.b * at.s * sums.l1;
     const T bend = h.a != T(0) ? h.a * ratio * ratio / l2 : T(0);
@@ -135,7 +135,7 @@ struct ShrinkageSolver {
     if (excess < T(0)) {
       const T most = h.b * at.s, part = -excess / sums.l1;  // at most that; NaN where both are infinite
       const T many = sums.count > kFew ? sums.count - kFew : T(0);
-      slope -= T(0.4) * (part < most ? part : most) * most * many * many / slope;
+      slope -= T(0.4) * ((part < most ? part : most) * many) * (most * many / slope);  // neither overflows
     }
     T next = t - excess / slope;
     if (excess < T(0)) low = t;
