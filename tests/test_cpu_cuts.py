@@ -198,7 +198,7 @@ def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, freeze_zeros, prox_mo
 def test_scratch_is_at_most_the_l2_a_thread(shape, prox_mode, dtype):
     if ops._C is None or not l2_bytes():
         pytest.skip("the CPU executor is not built, or nobody tells of the L2")
-    case = Case(*shape, prox_mode, dtype)
-    for threads in (1, 2):
-        (taken,) = peak_extra_memory(threads, (case,)).values()
-        assert taken <= max(l2_bytes(), (640 + 128) << 10)  # an eighth of it is not scratch
+    (taken,) = peak_extra_memory(
+        1, (Case(*shape, prox_mode, dtype),)
+    ).values()  # what threads share counts once
+    assert taken <= max(l2_bytes(), (640 + 128) << 10)  # an eighth of it is not scratch
