@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -26,6 +28,9 @@ class Case(NamedTuple):
         others = [x for x, usual in zip(self[2:], self._field_defaults.values(), strict=True) if x != usual]
         return " ".join([f"{self.rows:,}x{self.columns:,}", *others])
 
+
+# With this glibc takes new pages for every array of some size: what was freed before does not hide any.
+NEW_PAGES = {"MALLOC_MMAP_THRESHOLD_": "16384"}
 
 CASES = (
     Case(4096, 4128),
@@ -72,6 +77,7 @@ def peak_extra_memory(threads: int, cases: tuple[Case, ...] = CASES) -> dict[str
     """Each case's growth in bytes a thread, in a process of its own, for a peak only ever rises."""
     found = {}
     for case in cases:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with patch.dict(os.environ, NEW_PAGES), ProcessPoolExecutor(1, spawn) as pool:
             found[case.name()] = pool.submit(growth, case, threads).result() // threads
     return found
