@@ -38,13 +38,13 @@ int64_t parallel_threads() {
 }
 
 #if CGES_CUDA
-// For tests: how many blocks of each path (block, cluster, ticket) tensors of these layouts are cut into.
-std::tuple<int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts, int64_t dtype,
-                                                 int index) {
+// For tests: how many blocks of each path (rows, block, cluster, ticket) tensors of these layouts are cut into.
+std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts,
+                                                          int64_t dtype, int index) {
   std::vector<cuda::TensorShape> shapes;
   for (const auto& [K1, R1, K2, R2, has_groups] : layouts) shapes.push_back({{K1, R1, K2, R2}, has_groups});
   const cuda::Work work = cuda::cut(shapes, cuda::DType(dtype), cuda::describe_device(index));
-  return {work.blocks.size(), work.clusters.size(), work.chunks.size()};
+  return {work.strips.size(), work.blocks.size(), work.clusters.size(), work.chunks.size()};
 }
 #endif
 

@@ -7,42 +7,54 @@
 namespace cges::cuda {
 namespace {
 
-constexpr int64_t kSlab = 16384;       // elements of a block: enough to amortise it, few enough to share out
-constexpr int64_t kLeast = 2048;       // where that leaves multiprocessors without work
-constexpr int64_t kLongestRun = 4096;  // a warp's; longer ones are a block's
+constexpr int64_t kSlab = 16384;  // elements of a block: enough to amortise it, few enough to share out
+constexpr int64_t kPacks = 2;     // accesses of a tensor by one thread of a strip, where not more are needed
 constexpr int64_t kSectorBytes = 32;
 constexpr int64_t kRowBytes = 128;    // of a panel: narrower ones where no more fits,
 constexpr int64_t kMinRowBytes = 64;  // to half of it: at less, half of what the memory delivers is wasted
 constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of clusters and of panels in chunks
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
-int64_t floor_power_of_two(int64_t n) { return n < 2 ? 1 : 2 * floor_power_of_two(n / 2); }
 
-// Lanes of a warp that share a run of n: some 8 elements each, and where runs begin at multiples of a power of
-// two, so many that no more than four of them want the same bank of shared memory.
-int32_t lanes_of_run(int64_t n) {
-  return int32_t(
-      std::max(floor_power_of_two(std::min<int64_t>(n / 8, kWarp)), std::gcd(n, int64_t{kWarp}) / 4));
-}
+int64_t ceil_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 * ceil_power_of_two(ceil_div(n, 2)); }
 
 template <typename A>
 class Cutter {
  public:
-  Cutter(const Device& device, int64_t size) : device_(device), size_(size), vector_(16 / size) {}
+  Cutter(const Device& device, int64_t size)
+      : device_(device),
+        size_(size),
+        vector_(16 / size),
+        elements_of_thread_(size == 8 ? kElementsOfThread<8> : kElementsOfThread<4>) {}
 
   void add(int32_t tensor, const TensorShape& shape) {
     tensor_ = tensor;
     const Layout L = shape.layout.rows_last();
     if (L.numel() == 0) return;
     if (!shape.has_groups)
-      add_elements(L.numel());
+      elements_.push_back({tensor, L.numel(), 1});
+    else if (L.R1 == 1 && L.R2 <= kThreads * elements_of_thread_)
+      rows_.push_back({tensor, L.num_groups(), L.R2});
     else if (L.R1 == 1)
-      add_runs(L.num_groups(), L.R2);
+      add_long_rows(L.num_groups(), L.R2);
     else
       add_matrices(L);
   }
 
   Work finish() {
+    const bool rows_run = !rows_.empty() || work_.blocks.size() + work_.chunks.size() == 0;
+    // Small blocks go and come more evenly, so they have all threads only where a group needs them.
+    work_.strip_threads = kThreads / 2;
+    for (const Rows& x : rows_)
+      if (lanes_of(x.size) > work_.strip_threads) work_.strip_threads = kThreads;
+    for (const Rows& x : rows_) add_rows(x);
+    for (const Rows& x : elements_) {
+      tensor_ = x.tensor;
+      if (rows_run)
+        add_strips(Strip::Kind::elements, x.groups);
+      else
+        add_elements(x.groups);
+    }
     // The longest first: what is left over at the end is then short.
     std::stable_sort(work_.blocks.begin(), work_.blocks.end(), [](const Item& a, const Item& b) {
       return int64_t(a.rows) * a.columns > int64_t(b.rows) * b.columns;
@@ -53,11 +65,11 @@ class Cutter {
 
  private:
   // n contiguous elements as rows of all of a block's threads.
-  Item span(Item::Cut cut, int64_t begin, int64_t n, int64_t run) const {
+  Item span(Item::Cut cut, int64_t begin, int64_t n) const {
     const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
-    return item(cut, begin, columns, rows, columns, n - (rows - 1) * columns, run);
+    return item(cut, begin, columns, rows, columns, n - (rows - 1) * columns, columns);
   }
-  Item span(int64_t begin, int64_t n) const { return span(Item::Cut::slab, begin, n, n); }  // of one group
+  Item span(int64_t begin, int64_t n) const { return span(Item::Cut::slab, begin, n); }  // of one group
 
   Item panel(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t run) const {
     return item(Item::Cut::slab, begin, pitch, rows, columns, columns, run);
@@ -73,9 +85,8 @@ class Cutter {
     made.rows = int32_t(rows);
     made.columns = int32_t(columns);
     made.last_columns = int32_t(last_columns);
-    made.run = int32_t(cut == Item::Cut::slab ? std::min(run, columns) : run);
+    made.run = int32_t(std::min(run, columns));
     made.lanes = int32_t(ceil_div(columns, vector_));
-    made.run_lanes = lanes_of_run(run);
     return made;
   }
 
@@ -143,21 +154,60 @@ class Cutter {
 
   void add_elements(int64_t n) {
     const int64_t each = span_size(kSlab / 2);
-    for (int64_t i = 0; i < n; i += each) push(span(Item::Cut::elements, i, std::min(each, n - i), 1));
+    for (int64_t i = 0; i < n; i += each) push(span(Item::Cut::elements, i, std::min(each, n - i)));
   }
 
-  // Contiguous groups of n elements.
-  void add_runs(int64_t groups, int64_t n) {
-    const int64_t total = groups * n, part = round_up(ceil_div(n, kClusterSize), vector_);
-    const int64_t wish = std::clamp(total / (2 * device_.multiprocessors), kLeast, kSlab);
-    if (n <= std::min(kLongestRun, span_size(kSlab))) {
-      int64_t together = std::max(std::min(span_size(kSlab), std::max(wish, n)) / n, int64_t{1});
-      const int64_t aligned = vector_ / std::gcd(vector_, n);  // so many begin where a wide access may
-      if (together > aligned) together -= together % aligned;
-      for (int64_t i = 0; i < total; i += together * n)
-        push(span(Item::Cut::runs, i, std::min(together * n, total - i), n));
-      return;
+  // Contiguous groups of a tensor.
+  struct Rows {
+    int32_t tensor;
+    int64_t groups, size;
+  };
+
+  // Elements side by side in a thread's hands: 16 bytes if no group ends within them.
+  int64_t width_of(int64_t size) const { return size % vector_ == 0 ? vector_ : 1; }
+
+  // Threads that share a group.
+  int64_t lanes_of(int64_t size) const {
+    const int64_t width = width_of(size);
+    // within a warp if it can be, as that needs no barrier
+    int64_t lanes = ceil_power_of_two(ceil_div(size, kPacks * width));
+    if (width == 1) lanes = std::min<int64_t>(lanes, kWarp);
+    while (lanes * elements_of_thread_ < size) lanes *= 2;
+    return std::min<int64_t>(lanes, kThreads);
+  }
+
+  void push_strip(Strip::Kind kind, int64_t begin, int64_t size, int64_t groups, int64_t lanes,
+                  int64_t width) {
+    work_.strips.push_back(
+        {begin, tensor_, kind, int32_t(size), int32_t(groups), int32_t(lanes), int32_t(width)});
+  }
+
+  // n elements on their own; those beyond the last whole access, one by one.
+  void add_strips(Strip::Kind kind, int64_t n) {
+    const int64_t lanes = work_.strip_threads, most = lanes * kPacks * vector_;
+    const bool one_by_one = kind == Strip::Kind::ones || (n % vector_ != 0 && n < most);
+    const int64_t whole = one_by_one ? 0 : n / vector_ * vector_;
+    for (int64_t i = 0; i < whole; i += most)
+      push_strip(kind, i, std::min(most, whole - i), 1, lanes, vector_);
+    for (int64_t i = whole; i < n; i += lanes * elements_of_thread_)
+      push_strip(kind, i, std::min(lanes * elements_of_thread_, n - i), 1, lanes, 1);
+  }
+
+  void add_rows(const Rows& rows) {
+    tensor_ = rows.tensor;
+    if (rows.size == 1) {
+      work_.ones = true;
+      return add_strips(Strip::Kind::ones, rows.groups);
     }
+    const int64_t lanes = lanes_of(rows.size), together = work_.strip_threads / lanes;
+    for (int64_t g = 0; g < rows.groups; g += together)
+      push_strip(Strip::Kind::groups, g * rows.size, rows.size, std::min(together, rows.groups - g), lanes,
+                 width_of(rows.size));
+  }
+
+  // Those that no block's registers hold.
+  void add_long_rows(int64_t groups, int64_t n) {
+    const int64_t total = groups * n, part = round_up(ceil_div(n, kClusterSize), vector_);
     for (int64_t i = 0; i < total; i += n) {
       if (span_fits(n))
         push(span(i, n));
@@ -249,7 +299,8 @@ class Cutter {
   }
 
   const Device device_;
-  const int64_t size_, vector_;
+  const int64_t size_, vector_, elements_of_thread_;
+  std::vector<Rows> rows_, elements_;  // the latter without groups, which count as one element each
   int32_t tensor_ = 0;
   Work work_;
 };

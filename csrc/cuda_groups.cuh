@@ -11,13 +11,16 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename A>
 constexpr A kEpsilon = std::numeric_limits<A>::epsilon();
 
-template <typename A>
+// What the lane `apart` has is added; of the counts too, or of the norms alone.
+template <bool counts = true, typename A>
 __device__ __forceinline__ void add_from_lane(Sums<A>& sums, int apart) {
-  Sums<A> other;
-  other.stats.count = __shfl_xor_sync(kAllLanes, sums.stats.count, apart);
+  Sums<A> other{};
   other.stats.l1 = __shfl_xor_sync(kAllLanes, sums.stats.l1, apart);
   other.stats.l2_squared = __shfl_xor_sync(kAllLanes, sums.stats.l2_squared, apart);
-  other.alive = __shfl_xor_sync(kAllLanes, sums.alive, apart);
+  if constexpr (counts) {
+    other.stats.count = __shfl_xor_sync(kAllLanes, sums.stats.count, apart);
+    other.alive = __shfl_xor_sync(kAllLanes, sums.alive, apart);
+  }
   sums += other;
 }
 
@@ -26,38 +29,6 @@ __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>&
                                       const Coefficients<A>& h) {
   if (sums.alive == A(0)) solver.done = true;  // frozen: nothing reads what it would find
   if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, h.exact, kEpsilon<A>);
-}
-
-// Contiguous groups of `run` elements, whose z becomes w: each in the hands of `lanes` lanes of a warp, from
-// its sums to the apply.
-template <typename T>
-__device__ __forceinline__ void shrink_runs(const Slab<T>& slab, int run, int lanes,
-                                            const Coefficients<Compute<T>>& h, Compute<T>* z) {
-  using A = Compute<T>;
-  const int groups = slab.elements() / run, at_once = kThreads / lanes, rank = threadIdx.x % lanes;
-  for (int g0 = 0; g0 < groups; g0 += at_once) {
-    const int g = g0 + threadIdx.x / lanes, begin = g * run + rank;
-    const int end = g < groups ? (g + 1) * run : 0;  // idle lanes take part in the shuffles alone
-    ShrinkageSolver<A> solver;
-    solver.start(h.thresholds);
-    solver.done = g >= groups;
-    A alive = A(h.freeze != Freeze::group);
-    for (int i = begin; i < end && h.freeze == Freeze::group; i += lanes)
-      if (A(slab.w[i]) != A(0)) alive = A(1);
-    Sums<A> sums;
-    do {
-      sums = {{}, alive};
-#pragma unroll 4
-      for (int i = begin; i < end; i += lanes) group_stats(z[i], solver.at.t, sums.stats);
-      for (int apart = lanes / 2; apart > 0; apart /= 2) add_from_lane(sums, apart);
-      solve(solver, sums, h);
-    } while (__any_sync(kAllLanes, !solver.done));
-    const bool dead = sums.alive == A(0), shrinks = h.thresholds.any();
-#pragma unroll 4
-    for (int i = begin; i < end; i += lanes) z[i] = dead ? A(0) : A(shrunk<T>(z[i], solver.at, shrinks));
-    for (int i = begin; i < end && dead && slab.momentum >= Momentum::first; i += lanes)
-      slab.buf[i] = T(0.0f);
-  }
 }
 
 // A block's arrays in shared memory.

@@ -30,10 +30,11 @@ c10::Stream current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-at::Tensor upload(const std::vector<cuda::Item>& items, c10::Device device) {
-  const int64_t bytes = int64_t(items.size() * sizeof(cuda::Item));
+template <typename Item>
+at::Tensor upload(const std::vector<Item>& items, c10::Device device) {
+  const int64_t bytes = int64_t(items.size() * sizeof(Item));
   // from_blob does not own the items: the copy must be done before they go
-  return at::from_blob(const_cast<cuda::Item*>(items.data()), {bytes}, at::kByte).clone().to(device);
+  return at::from_blob(const_cast<Item*>(items.data()), {bytes}, at::kByte).clone().to(device);
 }
 
 }  // namespace
@@ -53,7 +54,8 @@ std::vector<CudaPlan::Batch> CudaPlan::batches_of(const std::vector<StepTensor>&
     if (batch == batches.rend() || batch->tensors.size() == cuda::kMaxTensors ||
         row_in(*batch) == cuda::max_rows(dtype)) {
       const int index = tensor.device.has_index() ? tensor.device.index() : 0;
-      batches.push_back({tensor.device, dtype, cuda::describe_device(index), {}, {}, {}, {}, {}, {}, {}, 0});
+      batches.push_back(
+          {tensor.device, dtype, cuda::describe_device(index), {}, {}, {}, {}, {}, {}, {}, {}, 0});
       batch = batches.rbegin();
     }
     const auto row = row_in(*batch);
@@ -70,6 +72,7 @@ void CudaPlan::put_on_device(Batch& batch) {
   for (const auto* part : {&work.blocks, &work.clusters, &work.chunks})
     items.insert(items.end(), part->begin(), part->end());
   const auto on_device = at::TensorOptions().device(batch.device);
+  batch.strips = upload(work.strips, batch.device);
   batch.items = upload(items, batch.device);
   batch.scratch = at::empty({work.scratch_bytes}, on_device.dtype(at::kByte));
   batch.counters =
@@ -93,7 +96,8 @@ void* CudaPlan::stream_of(Batch& batch) {
   if (batch.device.is_cpu()) return nullptr;  // emulated
   const c10::Stream stream = current_stream(batch.device);
   if (stream.id() != batch.stream) {
-    for (const at::Tensor* x : {&batch.items, &batch.scratch, &batch.counters}) x->record_stream(stream);
+    for (const at::Tensor* x : {&batch.strips, &batch.items, &batch.scratch, &batch.counters})
+      x->record_stream(stream);
     batch.stream = stream.id();
   }
   return stream.native_handle();
@@ -115,14 +119,15 @@ void CudaPlan::step(const std::vector<StepRow>& table, const std::vector<Hyperpa
     }
     std::vector<Hyperparameters> rows;
     for (const int64_t group : batch.groups) rows.push_back(hyperparameters.at(group));
+    const auto* const strips = static_cast<const cuda::Strip*>(batch.strips.const_data_ptr());
     const auto* const items = static_cast<const cuda::Item*>(batch.items.const_data_ptr());
     const cuda::Item* const clusters = items + batch.work.blocks.size();
     const c10::DeviceGuard guard(batch.device);
     const ScalerTensors here = scaler.on(batch.device);
-    cuda::launch(
-        {batch.work, items, clusters, clusters + batch.work.clusters.size(), batch.scratch.mutable_data_ptr(),
-         batch.counters.mutable_data_ptr<int32_t>(), args, phases, batch.rows, rows, here.addresses()},
-        batch.dtype, batch.description, stream_of(batch), launched);
+    cuda::launch({batch.work, strips, items, clusters, clusters + batch.work.clusters.size(),
+                  batch.scratch.mutable_data_ptr(), batch.counters.mutable_data_ptr<int32_t>(), args, phases,
+                  batch.rows, rows, here.addresses()},
+                 batch.dtype, batch.description, stream_of(batch), launched);
   }
 }
 

@@ -46,7 +46,7 @@ class CudaPlan {
     std::vector<size_t> tensors;  // indices into the table
     std::vector<int32_t> rows;    // of `groups`, one for each tensor
     std::vector<int64_t> groups;
-    at::Tensor items, scratch, counters;
+    at::Tensor strips, items, scratch, counters;
     c10::StreamId stream;  // that their memory is known to be used on
   };
 

@@ -1,70 +1,8 @@
 // A slab of one tensor as one thread sees it: 16-byte accesses, the update into shared memory, the way back.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstring>
-
-#include "cuda_step.h"
+#include "cuda_rule.cuh"
 
 namespace cges::cuda {
-
-// A param group's hyperparameters in the compute type.
-template <typename A>
-struct Coefficients {
-  SgdScalars<A> sgd;
-  Thresholds<A> thresholds;
-  bool nesterov, exact;
-  Freeze freeze;
-  DeviceScalars device;
-
-  // With all that lies in device memory read, and gradients divided by `grad_scale`, if there is one.
-  __device__ Coefficients resolved(const float* grad_scale) const {
-    Coefficients h = *this;
-    if (grad_scale != nullptr) h.sgd.grad_sign /= A(*grad_scale);
-    if (!device.any()) return h;
-    if (device.lr != nullptr) h.sgd.lr = A(*device.lr);
-    h.thresholds.a = h.sgd.lr * (device.a != nullptr ? A(*device.a) : thresholds.a);
-    h.thresholds.b = h.sgd.lr * (device.b != nullptr ? A(*device.b) : thresholds.b);
-    h.thresholds.c = h.sgd.lr * (device.c != nullptr ? A(*device.c) : thresholds.c);
-    return h;
-  }
-  __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
-};
-
-// 16 bytes: what one access moves.
-template <typename T>
-struct Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T x[kSize];
-};
-
-template <bool wide, typename T>
-__device__ __forceinline__ Pack<T> load(const T* p, int n) {
-  Pack<T> pack;
-  if constexpr (wide) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
-    std::memcpy(&pack, &raw, sizeof(raw));
-  } else {
-#pragma unroll
-    for (int v = 0; v < Pack<T>::kSize; ++v) pack.x[v] = v < n ? p[v] : T(0.0f);
-  }
-  return pack;
-}
-
-template <bool wide, typename T>
-__device__ __forceinline__ void store(T* p, const Pack<T>& pack, int n) {
-  if constexpr (wide) {
-    uint4 raw;
-    std::memcpy(&raw, &pack, sizeof(raw));
-    *reinterpret_cast<uint4*>(p) = raw;
-  } else {
-#pragma unroll
-    for (int v = 0; v < Pack<T>::kSize; ++v)
-      if (v < n) p[v] = pack.x[v];
-  }
-}
 
 // Rows x columns elements of one tensor as one thread of a block sees them: its part is one run of kVector
 // columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so are the bits.
@@ -152,9 +90,9 @@ __device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Coeff
     for (int k = 0; k < kBatch; ++k) {
       const int r = first + k * slab.stride;
       if (r >= end) continue;
-      w[k] = load<wide>(slab.w + slab.offset(r), slab.length(r));
-      if (reads_grad) grad[k] = load<wide>(slab.grad + slab.offset(r), slab.length(r));
-      if (running) buf[k] = load<wide>(slab.buf + slab.offset(r), slab.length(r));
+      w[k] = load_pack<false, kVector>(slab.w + slab.offset(r), wide, slab.length(r));
+      if (reads_grad) grad[k] = load_pack<false, kVector>(slab.grad + slab.offset(r), wide, slab.length(r));
+      if (running) buf[k] = load_pack<false, kVector>(slab.buf + slab.offset(r), wide, slab.length(r));
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
@@ -175,8 +113,8 @@ __device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Coeff
       }
       A* const at = z + r * slab.z_pitch() + slab.column;
 #pragma unroll
-      for (int v = 0; v < kVector; v += Pack<A>::kSize) store<true>(at + v, zs[v / Pack<A>::kSize], 0);
-      if (writes_buf) store<wide>(slab.buf + slab.offset(r), buf[k], slab.length(r));
+      for (int v = 0; v < kVector; v += Pack<A>::kSize) store_shared(at + v, zs[v / Pack<A>::kSize]);
+      if (writes_buf) store_pack<false>(slab.buf + slab.offset(r), buf[k], wide, slab.length(r));
     }
   });
   return alive;
@@ -203,11 +141,11 @@ __device__ __forceinline__ void store_slab(const Slab<T>& slab, const Compute<T>
       Pack<T> w;
 #pragma unroll
       for (int v = 0; v < kVector; v += Pack<A>::kSize) {
-        const Pack<A> zs = load<true>(z + r * slab.z_pitch() + slab.column + v, 0);
+        const Pack<A> zs = load_shared(z + r * slab.z_pitch() + slab.column + v);
 #pragma unroll
         for (int i = 0; i < Pack<A>::kSize; ++i) w.x[v + i] = value(zs.x[i], v + i);
       }
-      store<wide>(slab.w + slab.offset(r), w, slab.length(r));
+      store_pack<false>(slab.w + slab.offset(r), w, wide, slab.length(r));
     }
   });
 }
@@ -218,7 +156,7 @@ __device__ __forceinline__ void clear_buffer(const Slab<T>& slab, unsigned dead)
   if (dead == 0 || slab.momentum < Momentum::first) return;
   for (int r = slab.row; r < slab.rows; r += slab.stride)
     for (int v = 0; v < slab.length(r); ++v)
-      if (dead >> v & 1) slab.buf[slab.offset(r) + v] = T(0.0f);
+      if (dead >> v & 1) store<false>(slab.buf + slab.offset(r) + v, T(0.0f));
 }
 
 // As it is stored: shrunk, or z itself, bit for bit, where no threshold is.

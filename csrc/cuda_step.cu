@@ -40,11 +40,23 @@
 namespace cges::cuda {
 namespace {
 
-constexpr int kBlocks = 2;  // of a multiprocessor: 128 registers a thread
-
+// Of a multiprocessor: 128 registers a thread; for rows 80, and 128 where each number takes two.
+constexpr int kBlocks = 2;
 template <typename T>
+constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 3;
+
+template <typename T, int bytes, bool plain>
+__global__ void __launch_bounds__(kThreads, kRowBlocks<T>)
+    step_rows(const __grid_constant__ StepTableOf<T, bytes> table) {
+  CGES_SHARED(memory);
+  const Strip strip = table.strips[blockIdx.x];
+  if (table.overflowed() || !table.steps(strip.tensor)) return;
+  run_strip<plain, T>(table, strip, reinterpret_cast<Sums<Compute<T>>*>(memory));
+}
+
+template <typename T, int bytes>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    step_blocks(const __grid_constant__ StepTable<Compute<T>> table) {
+    step_blocks(const __grid_constant__ StepTableOf<T, bytes> table) {
   CGES_SHARED(memory);
   if (table.overflowed()) return;
   int* const word = reinterpret_cast<int*>(memory);
@@ -63,9 +75,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (has_ticket) end_ticket(table, word);
 }
 
-template <typename T>
+template <typename T, int bytes>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    step_clusters(const __grid_constant__ StepTable<Compute<T>> table) {
+    step_clusters(const __grid_constant__ StepTableOf<T, bytes> table) {
 #if CGES_CLUSTERS
   CGES_SHARED(memory);
   const Item item = table.items[blockIdx.x];
@@ -104,14 +116,18 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// Sums of each warp of a block, of one sweep and the next.
+template <typename A>
+constexpr int64_t kRowsShared = 2 * (kThreads / kWarp) * sizeof(Sums<A>);
+
 struct Launch {
   Launch(const Launch&) = delete;  // config points at cluster
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute cluster{};
 
-  Launch(int64_t blocks, int64_t shared, int cluster_size, void* stream) {
+  Launch(int64_t blocks, int threads, int64_t shared, int cluster_size, void* stream) {
     config.gridDim = dim3(unsigned(blocks));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared);
     config.stream = static_cast<cudaStream_t>(stream);
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -134,12 +150,11 @@ cudaError_t allow_shared(Kernel kernel, const Device& device) {
 // Whether the device can hold one cluster with all the shared memory that a block may have: parts of a
 // partitioned GPU, say, may be too small.
 bool clusters_fit(const Device& device) {
-  const Launch launch(kClusterSize, device.shared_bytes, kClusterSize, nullptr);
+  const auto kernel = step_clusters<float, kMostArguments>;
+  const Launch launch(kClusterSize, kThreads, device.shared_bytes, kClusterSize, nullptr);
   int resident = 0;
-  return cudaSetDevice(device.index) == cudaSuccess &&
-         allow_shared(step_clusters<float>, device) == cudaSuccess &&
-         cudaOccupancyMaxActiveClusters(&resident, step_clusters<float>, &launch.config) == cudaSuccess &&
-         resident > 0;
+  return cudaSetDevice(device.index) == cudaSuccess && allow_shared(kernel, device) == cudaSuccess &&
+         cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess && resident > 0;
 }
 
 template <typename A>
@@ -153,12 +168,24 @@ Coefficients<A> to_coefficients(const Hyperparameters& h) {
           h.device};
 }
 
-template <typename A>
-void fill(StepTable<A>& table, const Step& step) {
+// Whether a step with running momentum is of the kind that has a path of its own: nothing is asked for that only
+// few ask for, and every number is known on the host.
+bool is_plain(const Hyperparameters& h, const LossScale& loss_scale) {
+  const bool searches = h.exact && h.thresholds.b != 0;
+  return !h.nesterov && h.freeze == Freeze::none && !searches && !h.device.any() &&
+         loss_scale.grad_scale == nullptr;
+}
+
+// Returns whether all of the step is plain.
+template <typename A, int bytes>
+bool fill(StepTable<A, bytes>& table, const Step& step) {
+  static_assert(sizeof(table) <= bytes && StepTable<A, bytes>::kRows > 0);
+  bool all_plain = !step.work.ones;
   table.chunks = step.chunks;
   table.scratch = static_cast<unsigned char*>(step.scratch);
   table.counters = step.counters;
   table.panels = step.work.panels;
+  table.strips = step.strips;
   table.loss_scale = step.loss_scale;
   table.stages = 1;
   for (size_t i = 0; i < step.hyperparameters.size(); ++i) {
@@ -170,14 +197,19 @@ void fill(StepTable<A>& table, const Step& step) {
   table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
   for (size_t i = 0; i < step.tensors.size(); ++i) {
     table.tensors[i] = step.tensors[i];
-    table.rows[i] = uint16_t(step.rows[i] * 8 + step.phases[i] + 1);
+    const bool plain = step.phases[i] == int64_t(Momentum::running) &&
+                       is_plain(step.hyperparameters[step.rows[i]], step.loss_scale);
+    table.rows[i] = uint16_t(step.rows[i] * 16 + plain * 8 + step.phases[i] + 1);
+    all_plain &= plain || step.phases[i] < 0;
   }
+  return all_plain;
 }
 
 }  // namespace
 
 int max_rows(DType dtype) {
-  return dtype == DType::f64 ? StepTable<double>::kMaxRows : StepTable<float>::kMaxRows;
+  return dtype == DType::f64 ? StepTable<double, kMostArguments>::kRows
+                             : StepTable<float, kMostArguments>::kRows;
 }
 
 void limit_shared_bytes(int64_t bytes) { shared_limit = bytes; }
@@ -210,11 +242,16 @@ Device describe_device(int index) {
 void check_launchable(const Work& work, DType dtype, const Device& device) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   with_type(dtype, [&]<typename T>() {
-    cudaFuncAttributes found{};
-    check(cudaFuncGetAttributes(&found, step_blocks<T>),
-          "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
-    check(allow_shared(step_blocks<T>, device), "cudaFuncSetAttribute");
-    if (!work.clusters.empty()) check(allow_shared(step_clusters<T>, device), "cudaFuncSetAttribute");
+    const auto check_kernels = [&]<int bytes>() {
+      cudaFuncAttributes found{};
+      check(cudaFuncGetAttributes(&found, step_blocks<T, bytes>),
+            "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
+      check(allow_shared(step_blocks<T, bytes>, device), "cudaFuncSetAttribute");
+      if (!work.clusters.empty())
+        check(allow_shared(step_clusters<T, bytes>, device), "cudaFuncSetAttribute");
+    };
+    check_kernels.template operator()<kFewArguments>();
+    check_kernels.template operator()<kMostArguments>();
   });
 }
 
@@ -222,21 +259,34 @@ void check_device(int index) { check_launchable({}, DType::f32, describe_device(
 
 void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
-  const auto run = [&](auto kernel, auto& table, int64_t blocks, int64_t shared, int cluster_size) {
+  const Work& work = step.work;
+  const auto run = [&](auto kernel, auto& table, int64_t blocks, int threads, int64_t shared,
+                       int cluster = 1) {
     if (blocks == 0) return;
-    const Launch with(blocks, shared, cluster_size, stream);
+    const Launch with(blocks, threads, shared, cluster, stream);
     check(cudaLaunchKernelEx(&with.config, kernel, table),
           launched ? "a launch after the first failed, so some parameters have been stepped and others not"
                    : "the launch failed, no parameter has changed");
     launched = true;
   };
-  with_type(dtype, [&]<typename T>() {
-    static thread_local StepTable<Compute<T>> table;  // 32 KB: not on the stack
-    fill(table, step);
+  const auto run_all = [&]<typename T, int bytes>() {
+    static thread_local StepTableOf<T, bytes> table;  // up to 32 KB: not on the stack
+    const bool plain = fill(table, step);
+    run(plain ? step_rows<T, bytes, true> : step_rows<T, bytes, false>, table, int64_t(work.strips.size()),
+        work.strip_threads, kRowsShared<Compute<T>>);
     table.items = step.blocks;
-    run(step_blocks<T>, table, int64_t(step.work.blocks.size()) + table.tickets, step.work.shared_blocks, 1);
+    run(step_blocks<T, bytes>, table, int64_t(work.blocks.size()) + table.tickets, kThreads,
+        work.shared_blocks);
     table.items = step.clusters;
-    run(step_clusters<T>, table, int64_t(step.work.clusters.size()), step.work.shared_clusters, kClusterSize);
+    run(step_clusters<T, bytes>, table, int64_t(work.clusters.size()), kThreads, work.shared_clusters,
+        kClusterSize);
+  };
+  with_type(dtype, [&]<typename T>() {
+    using Few = StepTableOf<T, kFewArguments>;
+    if (step.tensors.size() <= Few::kTensors && step.hyperparameters.size() <= Few::kRows)
+      run_all.template operator()<T, kFewArguments>();
+    else
+      run_all.template operator()<T, kMostArguments>();
   });
 }
 

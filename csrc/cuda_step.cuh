@@ -2,7 +2,7 @@
 #pragma once
 #include <cooperative_groups.h>
 
-#include "cuda_groups.cuh"
+#include "cuda_rows.cuh"
 
 #if CGES_EMULATED  // by tests/cuda_emulator, on the host
 #define CGES_SHARED(name) unsigned char* const name = emulator::shared_memory()
@@ -20,36 +20,70 @@ namespace cges::cuda {
 
 namespace cg = cooperative_groups;
 
-constexpr int64_t kArgumentBytes = 32764;  // CUDA >= 12.1, sm_70 on
+constexpr int kMostArguments = 32764;  // bytes; CUDA >= 12.1, sm_70 on
+// A launch with the most takes some 4 us longer than with these, which hold the 161 tensors of ResNet-50.
+constexpr int kFewArguments = 5120, kFewTensors = 176;
 constexpr unsigned kSpinNanoseconds = 64;
 constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer waits for ever
 
-// A kernel's only argument. What changes from step to step travels in it; what does not, lies in device
-// memory.
-template <typename A>
-struct StepTable {
-  static constexpr int kMaxRows =
-      int((kArgumentBytes - 80 - kMaxTensors * (sizeof(TensorArgs) + 2)) / sizeof(Coefficients<A>));
-
+// What travels with each step: of a launch,
+struct StepHead {
+  const Strip* strips;
   const Item *items, *chunks;
   unsigned char* scratch;
   int32_t* counters;
   int32_t tickets, stages, panels;
   LossScale loss_scale;
-  TensorArgs tensors[kMaxTensors];
-  uint16_t rows[kMaxTensors];  // row of coefficients * 8 + phase + 1
-  Coefficients<A> coefficients[kMaxRows];
 
   // Whether nothing is to change at all; the same for all blocks.
   __device__ bool overflowed() const {
     return loss_scale.found_inf != nullptr && *loss_scale.found_inf != 0.0f;
   }
+};
+
+// and of its tensors: a kernel's only argument. What stays from step to step lies in device memory.
+template <typename A, int bytes>
+struct StepTable : StepHead {
+  static constexpr int kTensors = bytes == kFewArguments ? kFewTensors : kMaxTensors;
+  static constexpr int kRows =
+      int((bytes - sizeof(StepHead) - 8 - kTensors * (sizeof(TensorArgs) + 2)) / sizeof(Coefficients<A>));
+
+  TensorArgs tensors[kTensors];
+  uint16_t rows[kTensors];  // row of coefficients * 16 + plain * 8 + phase + 1
+  Coefficients<A> coefficients[kRows];
+
   // Whether the tensor has a gradient.
   __device__ bool steps(int tensor) const { return rows[tensor] % 8 != 0; }
   __device__ Momentum momentum(int tensor) const { return Momentum(int(rows[tensor] % 8) - 1); }
-  __device__ const Coefficients<A>& of(int tensor) const { return coefficients[rows[tensor] / 8]; }
+  // Whether the step of the tensor is one that SgdRule and the kernels call plain.
+  __device__ bool plain(int tensor) const { return rows[tensor] / 8 % 2 != 0; }
+  __device__ const Coefficients<A>& of(int tensor) const { return coefficients[rows[tensor] / 16]; }
 };
-static_assert(sizeof(StepTable<float>) <= kArgumentBytes && sizeof(StepTable<double>) <= kArgumentBytes);
+
+template <typename T, int bytes>
+using StepTableOf = StepTable<Compute<T>, bytes>;
+
+// A strip by the path that serves it. The choice is made here, once for a block: no loop over elements asks.
+// `plain`: all tensors of the launch are, and the compiler keeps no register for what they do not need.
+template <bool plain, typename T, typename Table>
+__device__ __forceinline__ void run_strip(const Table& table, const Strip& strip,
+                                          Sums<Compute<T>>* exchange) {
+  const TensorArgs& tensor = table.tensors[strip.tensor];
+  const Momentum momentum = table.momentum(strip.tensor);
+  const auto& h = table.of(strip.tensor);
+  const auto addresses = reinterpret_cast<uintptr_t>(tensor.w) | reinterpret_cast<uintptr_t>(tensor.grad) |
+                         reinterpret_cast<uintptr_t>(tensor.buf);
+  const bool wide = strip.width > 1 && addresses % 16 == 0;
+  if constexpr (plain) {
+    if (wide) return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
+    return step_strip<T, true, false>(strip, tensor, momentum, h, exchange);
+  }
+  if (wide && table.plain(strip.tensor))
+    return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
+  const auto resolved = h.resolved(table.loss_scale.grad_scale);
+  if (wide) return step_strip<T, false, true>(strip, tensor, momentum, resolved, exchange);
+  step_strip<T, false, false>(strip, tensor, momentum, resolved, exchange);
+}
 
 // Searches for each group's s and t with z in shared memory. In a cluster each block holds some of the rows,
 // and all of them add up all blocks' sums, in the same order.
@@ -104,7 +138,7 @@ struct Panel {
   GroupState<A>* states;  // [groups]
   Sums<A>* slots;         // [chunks, groups]
 
-  __device__ Panel(const StepTable<A>& table, const Item& item)
+  __device__ Panel(const StepHead& table, const Item& item)
       : arrived(table.counters + kCounters + kPanelCounters * item.panel),
         swept(arrived + 1),
         states(reinterpret_cast<GroupState<A>*>(table.scratch + item.slot)),
@@ -114,7 +148,7 @@ struct Panel {
 // A chunk's sums go to its slot; the last of the panel's chunks to arrive adds them all up and moves each
 // group's search on by one sweep.
 template <typename T>
-__device__ __forceinline__ void sweep_chunk(const StepTable<Compute<T>>& table, const Item& item,
+__device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& item,
                                             const Coefficients<Compute<T>>& h, const Slab<T>& slab, int stage,
                                             const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
@@ -152,7 +186,7 @@ __device__ __forceinline__ void sweep_chunk(const StepTable<Compute<T>>& table, 
 
 // Whether this chunk has anything to do at this stage; if so, its groups' searches go on from where they are.
 template <typename A>
-__device__ __forceinline__ bool resume_chunk(const StepTable<A>& table, const Item& item,
+__device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item,
                                              const Coefficients<A>& h, int stage,
                                              const SharedArrays<A>& shared) {
   if (!h.need_sums()) return stage == table.stages;
@@ -169,8 +203,8 @@ __device__ __forceinline__ bool resume_chunk(const StepTable<A>& table, const It
 
 // An item from update to apply; of a chunk, one stage: 0 to table.stages - 1 are sweeps, then its groups' s
 // and t are known, and the last applies.
-template <typename T, bool clustered>
-__device__ __forceinline__ void run_item(const StepTable<Compute<T>>& table, const Item& item, int stage,
+template <typename T, bool clustered, typename Table>
+__device__ __forceinline__ void run_item(const Table& table, const Item& item, int stage,
                                          unsigned char* memory) {
   using A = Compute<T>;
   // a copy: indexed constants are slow to reach
@@ -185,11 +219,6 @@ __device__ __forceinline__ void run_item(const StepTable<Compute<T>>& table, con
   if (groups > 0 && h.freeze == Freeze::group && stage == 0) mark_alive(slab, run, alive, shared.alive);
   __syncthreads();
   if (!applies) return sweep_chunk(table, item, h, slab, stage, shared);
-  if (h.need_sums() && !clustered && item.cut == Item::Cut::runs) {
-    shrink_runs(slab, run, item.run_lanes, h, shared.z);
-    __syncthreads();
-    return store_slab(slab, shared.z, [](A w, int) { return T(w); });
-  }
   if (h.need_sums() && groups > 0 && !is_chunk) solve_slab<T, clustered>(slab, run, groups, h, shared);
   apply_slab(slab, run, groups, h, shared);
 }
@@ -199,8 +228,7 @@ __device__ __forceinline__ int take_ticket(int* counters, int* word) {
 }
 
 // The last to end leaves all counters at zero.
-template <typename A>
-__device__ __forceinline__ void end_ticket(const StepTable<A>& table, int* word) {
+__device__ __forceinline__ void end_ticket(const StepHead& table, int* word) {
   const bool last = tell_all(word, [&] { return atomicAdd(table.counters + 1, 1) == table.tickets - 1; });
   if (!last) return;
   for (int i = threadIdx.x; i < kCounters + kPanelCounters * table.panels; i += kThreads)

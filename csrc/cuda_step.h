@@ -19,15 +19,30 @@ constexpr int kThreads = CGES_THREADS;  // of a block
 constexpr int kWarp = 32;
 constexpr int kClusterSize = 8;  // blocks that share one slab: the most that every sm_90 takes
 constexpr int kMaxTensors = 1000;
+// That a thread of the kernels for rows holds in registers, of a type of so many bytes.
+template <int bytes>
+constexpr int kElementsOfThread = bytes == 8 ? 8 : 16;
 
 enum class DType { f32, f64, bf16, f16 };
 
-// One block's work: rows x columns elements of one tensor, the columns contiguous.
+// A block's work in the kernels for rows: contiguous groups, one after the other; or elements on their own, each
+// a group (ones) or in none (elements), as if they were one group.
+struct alignas(16) Strip {
+  enum class Kind : int32_t { elements, ones, groups };
+
+  int64_t begin;  // the first element
+  int32_t tensor;
+  Kind kind;
+  int32_t size, groups;  // elements of a group, and how many of them
+  int32_t lanes;         // threads side by side that share a group
+  int32_t width;         // elements side by side that a thread has: 16 bytes, or one
+};
+
+// A block's work in the other kernels: rows x columns elements of one tensor, the columns contiguous.
 //   elements: no groups
-//   runs:     contiguous groups, one after the other
 //   slab:     whole groups, or a block's part of a cluster's or a panel's
 struct Item {
-  enum class Cut : int32_t { elements, runs, slab };
+  enum class Cut : int32_t { elements, slab };
 
   int64_t begin;  // the first element
   int64_t pitch;  // elements from one row to the next
@@ -37,7 +52,6 @@ struct Item {
   int32_t last_columns;  // columns of the last row, which may be shorter
   int32_t run;           // adjacent columns of one group
   int32_t lanes;         // threads side by side in a row
-  int32_t run_lanes;     // of runs: lanes of a warp that share one
   // Of a chunk: its panel, its place among the panel's chunks, where in the scratch the panel's part begins,
   // and the window of chunks that it belongs to.
   int32_t panel, chunk, chunks;
@@ -105,6 +119,9 @@ struct TensorShape {
 constexpr int kCounters = 2, kPanelCounters = 2;
 
 struct Work {
+  std::vector<Strip> strips;                       // one block each,
+  int32_t strip_threads = 0;                       // of so many threads
+  bool ones = false;                               // whether there are strips of them
   std::vector<Item> blocks;                        // one block each
   std::vector<Item> clusters;                      // kClusterSize of them a cluster
   std::vector<Item> chunks;                        // of panels, in windows of whole ones
@@ -116,7 +133,8 @@ struct Work {
 // How many rows of coefficients one launch can carry.
 int max_rows(DType dtype);
 
-// How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours.
+// How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours; but elements
+// without groups, whose bits no cut can change, ride in whichever kernel runs anyway.
 Work cut(const std::vector<TensorShape>& tensors, DType dtype, const Device& device);
 
 // What one step does with one tensor. All three share the layout's memory order.
@@ -129,6 +147,7 @@ struct TensorArgs {
 // One step of at most kMaxTensors tensors of one dtype and device.
 struct Step {
   const Work& work;
+  const Strip* strips;
   const Item *blocks, *clusters, *chunks;  // work's, in device memory
   void* scratch;
   int32_t* counters;  // zeros before the first step; every step leaves zeros

@@ -21,6 +21,17 @@ namespace cges {
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// a * b + c. On a GPU it is rounded once, and here it is said where: left to the compiler, two kernels with the
+// same formula could differ in their last bits.
+template <typename T>
+CGES_FN T multiply_add(T a, T b, T c) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // max(x, 0) that lets NaN through; written as the maximum instruction has it.
 template <typename T>
 CGES_FN T positive_part(T x) {
@@ -47,13 +58,13 @@ enum class Momentum { no_grad, none, first, running };
 template <typename T>
 CGES_FN T sgd_update(Momentum momentum, bool nesterov, bool decay, T w, T grad, T& buf,
                      const SgdScalars<T>& h) {
-  const T signed_grad = h.grad_sign * grad, decayed = signed_grad + h.weight_decay * w;
+  const T signed_grad = h.grad_sign * grad, decayed = multiply_add(h.weight_decay, w, signed_grad);
   const T g = decay ? decayed : signed_grad;
-  const T running = h.momentum * buf + h.one_minus_dampening * g;
+  const T running = multiply_add(h.momentum, buf, h.one_minus_dampening * g);
   buf = momentum == Momentum::running ? running : g;
-  const T ahead = g + h.momentum * buf;
+  const T ahead = multiply_add(h.momentum, buf, g);
   const T step = momentum == Momentum::none ? g : nesterov ? ahead : buf;
-  return momentum == Momentum::no_grad ? w : w - h.lr * step;
+  return momentum == Momentum::no_grad ? w : multiply_add(-h.lr, step, w);
 }
 
 // Sums over one group of u = soft(z, t): how many are left, their l1 norm, their l2 norm squared.
@@ -68,7 +79,7 @@ CGES_FN void group_stats(T z, T t, GroupStats<T>& sums) {
   const bool left = !(u <= T(0));  // so that NaN counts
   sums.count = left ? sums.count + T(1) : sums.count;
   sums.l1 = left ? sums.l1 + u : sums.l1;
-  sums.l2_squared = left ? sums.l2_squared + u * u : sums.l2_squared;
+  sums.l2_squared = left ? multiply_add(u, u, sums.l2_squared) : sums.l2_squared;
 }
 
 // Step size times coefficient: a = lr*alpha (group lasso), b = lr*beta (exclusive lasso), c = lr*gamma (l1).
@@ -89,6 +100,17 @@ template <typename T>
 CGES_FN T group_scale(T l2, T a) {
   if (a == T(0)) return T(1);
   return l2 <= a ? T(0) : T(1) - a / l2;
+}
+
+// (s, t) of a group of one element, whose norms are both |u|: nothing to search for.
+template <typename T>
+CGES_FN Shrinkage<T> shrink_one(T z, const Thresholds<T>& h, bool exact) {
+  const T u = soft_magnitude(z, h.c), s = group_scale(u, h.a);
+  if (h.b == T(0)) return {s, h.c};
+  if (!exact || s == T(0)) return {s, h.c + h.b * u};
+  // t = c + b*(|z| - t - a), so from t = c on it rises by
+  const T rise = h.b / (T(1) + h.b) * (u - h.a);
+  return {group_scale(u - rise, h.a), h.c + rise};
 }
 
 // One group's search for (s, t). Feed it the group's sums at `at.t`, from t = c on, until it is done.
@@ -151,10 +173,16 @@ struct ShrinkageSolver {
   }
 };
 
+// s * soft(z, t), before it is rounded
+template <typename T>
+CGES_FN T shrink(T z, Shrinkage<T> h) {
+  return h.s * std::copysign(soft_magnitude(z, h.t), z);
+}
+
 // s * soft(z, t) as it is stored: rounded to T, with every zero written +0.0.
 template <typename T, typename Compute>
 CGES_FN T apply_shrinkage(Compute z, Shrinkage<Compute> h) {
-  const T w = T(h.s * std::copysign(soft_magnitude(z, h.t), z));
+  const T w = T(shrink(z, h));
   return w == T(0) ? T(0) : w;
 }
 

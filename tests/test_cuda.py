@@ -41,7 +41,7 @@ def little_memory():
 
 
 def paths(shape, group_by="feature", dtype=torch.float32):
-    """How many blocks work on a tensor by each path: (block, cluster, ticket)."""
+    """How many blocks work on a tensor by each path: (rows, block, cluster, ticket)."""
     layout = layout_tuple(torch.empty(shape, dtype=dtype), group_by, None)
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
     return ops._cuda.cuda_paths([layout], number, 0)
@@ -79,11 +79,11 @@ def assert_same_bits(xs, ys):
 @on_emulator
 @pytest.mark.usefixtures("little_memory")
 def test_each_shape_takes_the_path_that_its_size_says(device):
-    for shape, path in zip((BLOCK, CLUSTER, TICKET), range(3)):
+    for shape, path in zip((BLOCK, CLUSTER, TICKET), (1, 2, 3)):
         counts = paths(shape)
-        assert [i for i in range(3) if counts[i]] == [path], (shape, counts)
+        assert [i for i in range(4) if counts[i]] == [path], (shape, counts)
     device["cluster_launch"] = 0
-    assert paths(CLUSTER)[1] == 0 and paths(CLUSTER)[2] > 0
+    assert paths(CLUSTER)[2] == 0 and paths(CLUSTER)[3] > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +94,7 @@ def test_each_shape_takes_the_path_that_its_size_says(device):
 @on_emulator
 def test_a_device_without_clusters(device, shape, group_by, prox_mode, dtype):
     device["cluster_launch"] = 0
-    assert paths(shape, group_by, dtype)[1] == 0
+    assert paths(shape, group_by, dtype)[2] == 0
     w, grad, buf = (fresh(shape, dtype) for _ in range(3))
     check_step(BACKEND, w, grad, buf, **training(w, group_by, prox_mode))
 
@@ -103,9 +103,9 @@ def test_a_device_without_clusters(device, shape, group_by, prox_mode, dtype):
 def test_a_device_without_room_for_a_cluster(device):
     """Such as a part of a partitioned GPU: two multiprocessors, where eight blocks need four."""
     shape = (2500, 32)
-    assert paths(shape)[1] > 0
+    assert paths(shape)[2] > 0
     device["multiprocessors"] = 2
-    assert paths(shape)[1] == 0 and paths(shape)[2] > 0
+    assert paths(shape)[2] == 0 and paths(shape)[3] > 0
     w, grad = fresh(shape), fresh(shape)
     check_step(BACKEND, w, grad, None, **training(w, "feature", "sequential"))
 
@@ -136,8 +136,8 @@ def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
 @pytest.mark.parametrize(("rows", "columns"), [(2**31, 2), (2**32 + 4, 2), (2**33, 1)])
 def test_no_count_overflows(rows, columns):
     """Groups beyond 32-bit counts are cut into chunks, as many as it takes for all of their elements."""
-    blocks, clusters, chunks = ops._cuda.cuda_paths([(1, rows, columns, 3, True)], 2, 0)
-    assert blocks == clusters == 0 and chunks * 16384 >= rows * columns * 3
+    strips, blocks, clusters, chunks = ops._cuda.cuda_paths([(1, rows, columns, 3, True)], 2, 0)
+    assert strips == blocks == clusters == 0 and chunks * 16384 >= rows * columns * 3
 
 
 # Launches

@@ -1,0 +1,251 @@
+// Rows: groups that lie contiguous in memory, and elements without groups. A team of neighbouring threads (of a
+// part of a warp, a warp, or up to a block) has a group in its registers from the first load to the last store:
+// every load of it is under way at once, and nothing but sums across warps goes through shared memory.
+//
+// update -> sums -> solve, in exact mode again and again -> apply; each element crosses the memory once.
+#pragma once
+#include "cuda_groups.cuh"
+#include "cuda_rule.cuh"
+
+namespace cges::cuda {
+
+// One thread's share of its team's group: kPacks packs, or one by one what these hold. Which elements these are
+// depends on the strip alone and not on `wide`, so a tensor that begins off a multiple of 16 bytes gets the same
+// bits.
+template <typename T, bool wide>
+struct Share {
+  static constexpr int kVector = Pack<T>::kSize, kWidth = wide ? kVector : 1;
+  static constexpr int kPacks = kElementsOfThread<sizeof(T)> / kWidth;
+
+  int64_t first;  // where the team's group begins, in elements of the tensor
+  int size;       // of the group
+  int inside, near,
+      far;  // this thread's first element in the group, from there to its next, to every kVector-th
+
+  __device__ explicit Share(const Strip& strip) : size(strip.size) {
+    const int lane = threadIdx.x % strip.lanes, team = threadIdx.x / strip.lanes;
+    first = strip.begin + int64_t(team) * size;
+    inside = lane * strip.width;
+    near = strip.width > 1 ? 1 : strip.lanes;
+    far = strip.lanes * kVector;
+    if (team >= strip.groups) size = 0;  // idle
+  }
+
+  __device__ int offset(int k) const {
+    return wide ? inside + k * far : inside + k / kVector * far + k % kVector * near;
+  }
+  __device__ bool has(int k) const { return offset(k) < size; }
+
+  // Offsets are to be computed again from here on, and not kept: they would take more registers than z.
+  __device__ void forget() { asm volatile("" : "+r"(inside), "+r"(near), "+r"(far)); }
+};
+
+// A team's sums, in each of its threads: those of its lanes, then of its warps, always in the same order.
+// `exchange`: one for each warp of the block.
+template <bool plain, typename A>
+__device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exchange) {
+  for (int apart = min(lanes, kWarp) / 2; apart > 0; apart /= 2) add_from_lane<!plain>(sums, apart);
+  if (lanes <= kWarp) return sums;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = lanes / kWarp;
+  if (lane == 0) exchange[warp] = sums;
+  __syncthreads();
+  sums = exchange[warp / warps * warps + lane % warps];
+  for (int apart = warps / 2; apart > 0; apart /= 2) add_from_lane<!plain>(sums, apart);
+  return sums;
+}
+
+// The (s, t) of a team's group from its z, which is 0 where a thread has less.
+template <bool plain, typename A, int kPacks, int kWidth>
+__device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth], bool idle, int lanes,
+                                                   const Coefficients<A>& h, Sums<A>* exchange) {
+  ShrinkageSolver<A> solver;
+  solver.start(h.thresholds);
+  solver.done = idle;
+  for (int sweep = 0;; ++sweep) {
+    Sums<A> sums{};
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) group_stats(z[k][v], solver.at.t, sums.stats);
+    // who is slow still reads the other half
+    sums = add_up<plain>(sums, lanes, exchange + sweep % 2 * (kThreads / kWarp));
+    if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, !plain && h.exact, kEpsilon<A>);
+    if (plain) return solver.at;
+    const bool searching = !solver.done;
+    if (!(lanes > kWarp ? __syncthreads_or(searching) : __any_sync(kAllLanes, searching))) return solver.at;
+  }
+}
+
+// What a step does with the packs of a strip: the ways in, the update, the ways back.
+template <typename T, bool plain, bool wide>
+struct Packs {
+  using A = Compute<T>;
+  using Rule = SgdRule<A, plain>;
+  using Mine = Share<T, wide>;
+  static constexpr int kWidth = Mine::kWidth, kStates = Rule::kStates;
+  using Elements = Pack<T, kWidth>;
+  struct Read {
+    Elements grad, states[kStates];
+  };
+
+  const Rule rule;
+  Mine mine;
+  const bool freezes;  // elements that are zero
+  T* w;
+  const T* grad;
+  T* states[kStates];
+
+  __device__ Packs(const Strip& strip, const TensorArgs& tensor, Momentum momentum, const Coefficients<A>& h)
+      : rule(h, momentum),
+        mine(strip),
+        freezes(!plain && (h.freeze == Freeze::element ||
+                           (h.freeze == Freeze::group && strip.kind == Strip::Kind::ones))),
+        w(static_cast<T*>(tensor.w) + mine.first),
+        grad(static_cast<const T*>(tensor.grad) + mine.first) {
+    for (int s = 0; s < kStates; ++s) states[s] = state_of<T>(tensor, s) + mine.first;
+  }
+
+  __device__ Elements read_weights(int k) const { return load_pack<true, kWidth>(w + mine.offset(k), wide); }
+  __device__ Read read_rest(int k) const {
+    Read x;
+    if (rule.reads_grad()) x.grad = load_pack<true, kWidth>(grad + mine.offset(k), wide);
+    for (int s = 0; s < kStates && rule.reads_states(); ++s)
+      x.states[s] = load_pack<true, kWidth>(states[s] + mine.offset(k), wide);
+    return x;
+  }
+
+  // w becomes z; the new states go into their place, or zeros if the group is `dead`.
+  __device__ void update(int k, const Read& x, bool dead, A (&z)[kWidth]) const {
+    A now[kStates][kWidth];
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) {
+      const A weight = z[v], gradient = rule.reads_grad() ? A(x.grad.x[v]) : A(0);
+      A state[kStates];
+      for (int s = 0; s < kStates; ++s) state[s] = rule.reads_states() ? A(x.states[s].x[v]) : A(0);
+      const A value = rule.update(weight, gradient, state);
+      const bool frozen = dead || (freezes && weight == A(0));
+      z[v] = frozen ? A(0) : value;
+      for (int s = 0; s < kStates; ++s) now[s][v] = frozen ? A(0) : state[s];
+    }
+    for (int s = 0; s < kStates && rule.writes_states(); ++s)
+      store_pack<true>(states[s] + mine.offset(k), round_pack<false, T>(now[s]), wide);
+  }
+
+  // w = value(z). `zeros`: all of them +0.0
+  template <bool zeros, typename F>
+  __device__ void store_weights(int k, const A (&z)[kWidth], F value) const {
+    A out[kWidth];
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) out[v] = value(z[v]);
+    store_pack<true>(w + mine.offset(k), round_pack<zeros, T>(out), wide);
+  }
+};
+
+// A strip of groups from its loads to its stores; or of elements, for which there is nothing to solve.
+// `plain`: a running momentum and nothing that only few ask for, all known when this is compiled; `wide`: all
+// accesses are of 16 bytes.
+template <typename T, bool plain, bool wide>
+__device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, wide>& packs,
+                                            const Coefficients<Compute<T>>& h, Sums<Compute<T>>* exchange) {
+  using A = Compute<T>;
+  using P = Packs<T, plain, wide>;
+  constexpr int kPacks = P::Mine::kPacks;
+  // All loads are under way at once, or as many as the registers allow.
+  constexpr int kAtOnce = plain ? (wide ? kPacks : 4) : 2;
+  const auto& mine = packs.mine;
+  const bool grouped = strip.kind == Strip::Kind::groups;
+
+  typename P::Elements weights[kPacks];
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    if (!wide && k % 4 == 0) packs.mine.forget();
+    if (mine.has(k)) weights[k] = packs.read_weights(k);
+  }
+  A z[kPacks][P::kWidth];  // first it is w
+  const auto spread = [&](int k) {
+#pragma unroll
+    for (int v = 0; v < P::kWidth; ++v) z[k][v] = mine.has(k) ? A(weights[k].x[v]) : A(0);
+  };
+  bool dead = false;
+  if constexpr (!plain) {
+    Sums<A> alive{};
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      spread(k);
+#pragma unroll
+      for (int v = 0; v < P::kWidth; ++v)
+        if (z[k][v] != A(0)) alive.alive = A(1);
+    }
+    if (grouped && h.freeze == Freeze::group)
+      dead = add_up<false>(alive, strip.lanes, exchange + kThreads / kWarp).alive == A(0);
+  }
+#pragma unroll
+  for (int first = 0; first < kPacks; first += kAtOnce) {
+    typename P::Read rest[kAtOnce];
+    if (!wide || !plain) packs.mine.forget();
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (mine.has(first + k)) rest[k] = packs.read_rest(first + k);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (plain) spread(first + k);
+      if (mine.has(first + k)) packs.update(first + k, rest[k], dead, z[first + k]);
+    }
+  }
+
+  Shrinkage<A> at{A(1), h.thresholds.c};
+  if (grouped && h.thresholds.need_norms())
+    at = solve_team<plain>(z, mine.size == 0, strip.lanes, h, exchange);
+  if (!wide || !plain) packs.mine.forget();
+  const auto for_each = [&](auto f) {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k)
+      if (mine.has(k)) f(k);
+  };
+  if (grouped ? h.thresholds.any() : h.thresholds.c != A(0))
+    for_each([&](int k) { packs.template store_weights<true>(k, z[k], [&](A x) { return shrink(x, at); }); });
+  else
+    for_each([&](int k) { packs.template store_weights<false>(k, z[k], [](A x) { return x; }); });
+}
+
+// A strip of groups of one element each, a few at a time: none waits for another.
+template <typename T>
+__device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
+                                          const Coefficients<Compute<T>>& h) {
+  using A = Compute<T>;
+  using P = Packs<T, false, false>;
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (int first = 0; packs.mine.has(first); first += kAtOnce) {
+    typename P::Elements weights[kAtOnce];
+    typename P::Read rest[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (!packs.mine.has(first + k)) continue;
+      weights[k] = packs.read_weights(first + k);
+      rest[k] = packs.read_rest(first + k);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (!packs.mine.has(first + k)) continue;
+      A z[1] = {A(weights[k].x[0])};
+      packs.update(first + k, rest[k], false, z);
+      if (h.thresholds.any())
+        packs.template store_weights<true>(
+            first + k, z, [&](A x) { return shrink(x, shrink_one(x, h.thresholds, h.exact)); });
+      else
+        packs.template store_weights<false>(first + k, z, [](A x) { return x; });
+    }
+  }
+}
+
+template <typename T, bool plain, bool wide>
+__device__ __forceinline__ void step_strip(const Strip& strip, const TensorArgs& tensor, Momentum momentum,
+                                           const Coefficients<Compute<T>>& h, Sums<Compute<T>>* exchange) {
+  Packs<T, plain, wide> packs(strip, tensor, momentum, h);
+  if constexpr (!plain && !wide)
+    if (strip.kind == Strip::Kind::ones) return step_ones<T>(packs, h);
+  step_groups<T, plain, wide>(strip, packs, h, exchange);
+}
+
+}  // namespace cges::cuda
