@@ -10,9 +10,11 @@ import ctypes
 import importlib.util
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from cuda_emulator.build import CSRC, build, compile_objects
 
 FOLDER = CSRC.parent / "build" / "emulated"
@@ -25,7 +27,6 @@ SANITIZE = os.environ.get("CGES_SANITIZE") or None
 
 def build_extension(sanitize: str | None = None) -> Path:
     """Compiles what is not up to date. Kernels alone are sanitized; what is around them is compiled once."""
-    import torch
     from torch.utils.cpp_extension import include_paths
 
     headers = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
@@ -57,6 +58,7 @@ class Device:
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
         self._library.emulator_get.restype = ctypes.c_longlong
+        self._library.emulator_accesses.restype = ctypes.c_longlong
 
     def __getitem__(self, name: str) -> int:
         return int(self._library.emulator_get(name.encode()))
@@ -67,6 +69,37 @@ class Device:
 
     def reset(self) -> None:
         self._library.emulator_reset()
+
+    def accesses(self, work: Callable[[], object]) -> torch.Tensor:
+        """What kernels read and write while `work` runs, through cache hints (__ldcs and the like) and by
+        asynchronous copies. A row for each access, in order: address, bytes, 0 for a read or 1 for a write,
+        blockIdx.x, threadIdx.x (int64)."""
+        self._library.emulator_trace(1)
+        try:
+            work()
+        finally:
+            self._library.emulator_trace(0)
+        n = self._library.emulator_accesses(None, ctypes.c_longlong(0))
+        rows = torch.empty(n, 5, dtype=torch.int64, device="cpu")
+        self._library.emulator_accesses(ctypes.c_void_p(rows.data_ptr()), ctypes.c_longlong(n))
+        return rows
+
+
+def traffic(accesses: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each byte of a tensor without gaps was read, and how often written (int64), of such accesses.
+
+    Accesses of other memory do not count, nor do bytes of theirs beyond the tensor's.
+    """
+    size = tensor.numel() * tensor.itemsize
+
+    def count(rows: torch.Tensor) -> torch.Tensor:
+        begin = rows[:, 0] - tensor.data_ptr()
+        begin, end = begin.clamp(0, size), (begin + rows[:, 1]).clamp(0, size)
+        change = begin.bincount(minlength=size + 1) - end.bincount(minlength=size + 1)
+        return change.cumsum(0)[:size]
+
+    write = accesses[:, 2] == 1
+    return count(accesses[~write]), count(accesses[write])
 
 
 if __name__ == "__main__":

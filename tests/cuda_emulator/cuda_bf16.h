@@ -1,4 +1,4 @@
-// __nv_bfloat16: storage and conversions, rounded to nearest even.
+// __nv_bfloat16: storage, conversions and sums of pairs, rounded to nearest even.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -17,3 +17,9 @@ struct __nv_bfloat16 {
 inline bool operator==(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) == float(b); }
 inline float __bfloat162float(__nv_bfloat16 value) { return value; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {a.x + b.x, a.y + b.y}; }

@@ -16,6 +16,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+#include "accesses.h"
+
 // ---- vectors and indices
 
 struct uint3 {
@@ -152,40 +154,19 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 using std::max;
 using std::min;
 
-// Cache hints mean nothing here.
-template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <typename T>
-T __ldcg(const T* p) {
-  return *p;
-}
-template <typename T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <typename T>
-void __stcg(T* p, emulator::Same<T> value) {
-  *p = value;
-}
-template <typename T>
-void __stcs(T* p, emulator::Same<T> value) {
-  *p = value;
-}
-
 // ---- what the host calls; numbers as in the real headers
 
-#define EMULATOR_ERRORS                                \
-  EMULATOR_ERROR(cudaSuccess, 0)                       \
-  EMULATOR_ERROR(cudaErrorInvalidValue, 1)             \
-  EMULATOR_ERROR(cudaErrorInvalidConfiguration, 9)     \
-  EMULATOR_ERROR(cudaErrorInsufficientDriver, 35)      \
-  EMULATOR_ERROR(cudaErrorNoDevice, 100)               \
-  EMULATOR_ERROR(cudaErrorInvalidDevice, 101)          \
-  EMULATOR_ERROR(cudaErrorNoKernelImageForDevice, 209) \
-  EMULATOR_ERROR(cudaErrorLaunchFailure, 719)          \
-  EMULATOR_ERROR(cudaErrorNotSupported, 801)           \
+#define EMULATOR_ERRORS                                   \
+  EMULATOR_ERROR(cudaSuccess, 0)                          \
+  EMULATOR_ERROR(cudaErrorInvalidValue, 1)                \
+  EMULATOR_ERROR(cudaErrorInvalidConfiguration, 9)        \
+  EMULATOR_ERROR(cudaErrorInsufficientDriver, 35)         \
+  EMULATOR_ERROR(cudaErrorNoDevice, 100)                  \
+  EMULATOR_ERROR(cudaErrorInvalidDevice, 101)             \
+  EMULATOR_ERROR(cudaErrorNoKernelImageForDevice, 209)    \
+  EMULATOR_ERROR(cudaErrorLaunchFailure, 719)             \
+  EMULATOR_ERROR(cudaErrorCooperativeLaunchTooLarge, 720) \
+  EMULATOR_ERROR(cudaErrorNotSupported, 801)              \
   EMULATOR_ERROR(cudaErrorInvalidClusterSize, 912)
 #define EMULATOR_ERROR(name, number) name = number,
 enum cudaError_t { EMULATOR_ERRORS };
@@ -195,6 +176,7 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize = 38,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
   cudaDevAttrReservedSharedMemoryPerBlock = 111,
   cudaDevAttrClusterLaunch = 120,
@@ -203,11 +185,12 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
 };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4 };
 
 using cudaStream_t = struct CUstream_st*;
 union cudaLaunchAttributeValue {
   char pad[64];
+  int cooperative;
   uint3 clusterDim;
 };
 struct cudaLaunchAttribute {

@@ -9,11 +9,10 @@
 // atomic, or it hangs. Shared memory starts as NaN, and ends with its block.
 #include "emulator.h"
 
+#include <array>
 #include <bit>
-#include <mutex>
-#include <string_view>
-#include <unordered_map>
 
+#include "device.h"
 #include "grid.h"
 
 uint3 threadIdx, blockIdx;
@@ -99,75 +98,58 @@ void may_switch() {
   look();
 }
 
-// ---- the device
+// ---- asynchronous copies and the log, out of TSan's sight: the host's memory, whoever uses it
 
 namespace {
 
-struct Setting {
-  const char* name;
-  long long initial;
-  int attribute = -1;  // the cudaDeviceAttr that reads it
-  long long value = initial;
+struct AsHost {
+  AsHost() { pose_as(host); }
+  ~AsHost() { pose_as(*current); }
 };
-Setting settings[] = {
-    {"seed", 0},
-    {"launches", 0},
-    {"fail_launch", 0},
-    {"blocks_in_flight", 4},
-    {"driver_version", 12080},
-    {"runtime_version", 12080},
-    {"multiprocessors", 4, cudaDevAttrMultiProcessorCount},
-    {"l2_bytes", 50 << 20, cudaDevAttrL2CacheSize},
-    {"compute_capability", 9, cudaDevAttrComputeCapabilityMajor},
-    {"cluster_launch", 1, cudaDevAttrClusterLaunch},
-    {"shared_memory_per_block", 227 << 10, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-    {"shared_memory_per_multiprocessor", 228 << 10, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-    {"reserved_shared_memory", 1 << 10, cudaDevAttrReservedSharedMemoryPerBlock},
-};
-Setting* find(std::string_view name) {
-  for (Setting& setting : settings) {
-    if (setting.name == name) return &setting;
-  }
-  return nullptr;
-}
-long long& setting(std::string_view name) { return find(name)->value; }
 
-struct FunctionAttributes {
-  int shared_memory = 48 << 10, largest_cluster = 8;
-};
-std::unordered_map<const void*, FunctionAttributes> functions;
-std::mutex one_launch;  // at a time in a process
-cudaError_t last_error = cudaSuccess, message_of = cudaSuccess;
+std::vector<std::array<long long, 5>> accesses;
 
-cudaError_t result(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
-cudaError_t refuse(cudaError_t error, std::string why) {
-  message = std::move(why);
-  return result(message_of = error);
-}
-
-cudaError_t give(int* place, long long value) {
-  *place = int(value);
-  return cudaSuccess;
-}
-
-// A driver serves the minor versions of its own major version too.
-bool driver_serves() { return setting("driver_version") / 1000 >= setting("runtime_version") / 1000; }
-
-// 0 where the attributes ask for what cannot be.
-unsigned cluster_size_of(const cudaLaunchConfig_t& config) {
-  unsigned size = 1;
-  for (unsigned i = 0; i < config.numAttrs; ++i) {
-    const uint3 dim = config.attrs[i].val.clusterDim;
-    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension)
-      size = dim.y == 1 && dim.z == 1 ? dim.x : 0;
-  }
-  return size;
-}
+bool is_multiple(const void* p, size_t n) { return reinterpret_cast<uintptr_t>(p) % n == 0; }
 
 }  // namespace
+
+void add_copy(Copy copy) {
+  Fiber& me = *current;
+  const auto* to = static_cast<const unsigned char*>(copy.to);
+  const unsigned bytes = copy.bytes;
+  if (bytes != 4 && bytes != 8 && bytes != 16) fail("an asynchronous copy of %u bytes", bytes);
+  if (copy.zeros > bytes) fail("an asynchronous copy of %u bytes, %u of them 0", bytes, copy.zeros);
+  if (!is_multiple(to, bytes) || !is_multiple(copy.from, bytes)) {
+    fail("a misaligned asynchronous copy of %u bytes", bytes);
+  }
+  if (to < me.block->shared || to + bytes > me.block->shared + shared_bytes) {
+    fail("an asynchronous copy to what is not the block's shared memory");
+  }
+  const AsHost hidden;
+  copy.batch = me.batches;
+  me.copies.push_back(copy);
+}
+
+void commit_copies() { ++current->batches; }
+
+bool take_copy(size_t prior, Copy* copy) {
+  std::vector<Copy>& copies = current->copies;
+  if (copies.empty() || copies.front().batch + prior >= current->batches) return false;
+  const AsHost hidden;
+  *copy = copies.front();
+  copies.erase(copies.begin());
+  return true;
+}
+
+bool tracing = false;
+
+void log_access(const void* address, size_t bytes, bool write) {
+  const AsHost hidden;
+  const auto at = reinterpret_cast<long long>(address);
+  accesses.push_back({at, (long long)bytes, write, blockIdx.x, threadIdx.x});
+}
+
+// ---- the device
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& called) {
   const std::lock_guard lock(one_launch);
@@ -193,6 +175,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& called) {
   if (cluster == 0 || cluster > unsigned(function.largest_cluster) || grid.x % cluster != 0) {
     return refuse(cudaErrorInvalidClusterSize, "clusters of " + std::to_string(cluster));
   }
+  const bool cooperative = is_cooperative(config);
+  if (cooperative && !setting("cooperative_launch")) {
+    return refuse(cudaErrorNotSupported, "no cooperative launches here");
+  }
+  if (cooperative && blocks / cluster > clusters_held(config)) {
+    return refuse(cudaErrorCooperativeLaunchTooLarge,
+                  std::to_string(blocks) + " blocks that must run at once, of which the device holds " +
+                      std::to_string(clusters_held(config) * cluster));
+  }
   ++setting("launches");
   if (setting("fail_launch") > 0 && --setting("fail_launch") == 0) {
     return refuse(cudaErrorLaunchFailure, "a launch that was told to fail");
@@ -202,7 +193,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& called) {
   blockDim = block;
   shared_bytes = config.dynamicSmemBytes;
   random_state = uint64_t(setting("seed")) << 32 ^ uint64_t(setting("launches"));
-  run_grid(cluster, size_t(setting("blocks_in_flight")));
+  run_grid(cluster, cooperative ? blocks : size_t(setting("blocks_in_flight")));
   if (!failed) return cudaSuccess;
   std::fprintf(stderr, "cuda_emulator: %s\n", message.c_str());
   return result(message_of = cudaErrorLaunchFailure);
@@ -227,18 +218,13 @@ cudaError_t get_attributes(cudaFuncAttributes* attributes, const void* function)
 }
 
 cudaError_t occupancy(int* blocks, int threads, size_t shared) {
-  const size_t each = shared + setting("reserved_shared_memory");
-  const size_t by_memory = each ? setting("shared_memory_per_multiprocessor") / each : 32;
-  return give(blocks, std::min({by_memory, size_t(2048 / threads), size_t(32)}));
+  return give(blocks, blocks_held(threads, shared));
 }
 
 cudaError_t occupancy(int* clusters, const void*, const cudaLaunchConfig_t& config) {
-  const unsigned size = cluster_size_of(config);
   if (!setting("cluster_launch")) return result(cudaErrorNotSupported);
-  if (size == 0) return result(cudaErrorInvalidClusterSize);
-  occupancy(clusters, int(config.blockDim.x * config.blockDim.y * config.blockDim.z),
-            config.dynamicSmemBytes);
-  return give(clusters, *clusters * setting("multiprocessors") / size);
+  if (cluster_size_of(config) == 0) return result(cudaErrorInvalidClusterSize);
+  return give(clusters, clusters_held(config));
 }
 
 }  // namespace emulator
@@ -287,3 +273,15 @@ void emulator_reset() {
   for (Setting& setting : settings) setting.value = setting.initial;
 }
 const char* emulator_message() { return message.c_str(); }
+
+void emulator_trace(int on) {
+  const std::lock_guard lock(one_launch);
+  if (on) accesses.clear();
+  tracing = on;
+}
+long long emulator_accesses(long long* out, long long most) {
+  const std::lock_guard lock(one_launch);
+  const auto rows = std::min(most, (long long)accesses.size());
+  for (long long i = 0; i < rows; ++i) out = std::copy_n(accesses[i].data(), 5, out);
+  return (long long)accesses.size();
+}

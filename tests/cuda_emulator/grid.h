@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda_pipeline_primitives.h"
 #include "cuda_runtime.h"
 #include "fiber.h"
 
@@ -31,8 +32,10 @@ struct Fiber : Context {
   Block* block;
   uint3 index;
   Stop stop = Stop::running;
-  uint64_t value;   // what it brings to an exchange, then what it gets
-  unsigned source;  // the lane it wants it from
+  uint64_t value;            // what it brings to an exchange, then what it gets
+  unsigned source;           // the lane it wants it from
+  std::vector<Copy> copies;  // asynchronous ones under way, oldest first
+  unsigned batches = 0;      // commits until now
 };
 
 struct Warp {
@@ -150,6 +153,7 @@ void entry() {
   Fiber& me = *current;
   arrive(me);
   kernel.run(kernel.arguments);
+  if (!me.copies.empty()) fail("an end with %zu asynchronous copies never waited for", me.copies.size());
   Block& block = *me.block;
   me.stop = Stop::ended;
   release(&in_flight);

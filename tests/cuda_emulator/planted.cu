@@ -12,38 +12,20 @@
 #include <vector>
 
 #include "emulator.h"
+#include "planted.h"
+#include "planted_grid.h"
 
 namespace cg = cooperative_groups;
 
-struct Task {
-  const float* in;
-  float *out, *slots;
-  unsigned* counters;
-  bool planted;
-};
-
-constexpr unsigned kThreads = 64, kBlocks = 8, kCluster = 4;
-constexpr float kBlockSum = kThreads * (kThreads - 1) / 2;  // of in[i % kThreads] = i
-
-__device__ float block_sum(float value, float* partial, bool planted = false) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-  if (!planted) __syncthreads();
-  float total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += partial[warp];
-  __syncthreads();
-  return total;
-}
-
 __global__ void __launch_bounds__(kThreads) sum_blocks(const __grid_constant__ Task task) {
-  float* partial = reinterpret_cast<float*>(emulator::shared_memory());
+  float* partial = shared_floats();
   const float total = block_sum(task.in[threadIdx.x], partial, task.planted);
   if (threadIdx.x == 0) task.out[blockIdx.x] = total;
 }
 
 // The lanes of a warp give each other their numbers.
 __global__ void swap_in_warp(const __grid_constant__ Task task) {
-  float* numbers = reinterpret_cast<float*>(emulator::shared_memory());
+  float* numbers = shared_floats();
   numbers[threadIdx.x] = task.in[threadIdx.x];
   if (!task.planted) __syncwarp();
   task.out[threadIdx.x] = numbers[threadIdx.x ^ 1];
@@ -51,7 +33,7 @@ __global__ void swap_in_warp(const __grid_constant__ Task task) {
 
 // The blocks of a cluster give each other their sums.
 __global__ void sum_clusters(const __grid_constant__ Task task) {
-  float* partial = reinterpret_cast<float*>(emulator::shared_memory());
+  float* partial = shared_floats();
   const cg::cluster_group cluster = cg::this_cluster();
   const float own = block_sum(task.in[threadIdx.x], partial);
   if (threadIdx.x == 0) partial[0] = own * float(cluster.block_rank() + 1);
@@ -65,7 +47,7 @@ __global__ void sum_clusters(const __grid_constant__ Task task) {
 
 // Blocks that come first fill the slots; those that come later wait for them and add the slots up.
 __global__ void hand_over(const __grid_constant__ Task task) {
-  float* partial = reinterpret_cast<float*>(emulator::shared_memory());
+  float* partial = shared_floats();
   unsigned* ticket = reinterpret_cast<unsigned*>(partial + 2);
   if (threadIdx.x == 0) *ticket = atomicAdd(&task.counters[0], 1u);
   __syncthreads();
@@ -91,7 +73,7 @@ __global__ void take_ticket(const __grid_constant__ Task task) {
 }
 
 __global__ void past_shared(const __grid_constant__ Task task) {
-  float* shared = reinterpret_cast<float*>(emulator::shared_memory());
+  float* shared = shared_floats();
   shared[threadIdx.x + (task.planted ? 1 : 0)] = 1;
   task.out[threadIdx.x] = 1;
 }
@@ -173,14 +155,21 @@ __global__ void use_all(const __grid_constant__ Task task) {
 struct Check {
   const char* name;
   void (*kernel)(Task);
-  float expected;  // first of out
+  float expected;  // of out[first] to out[last], after the last launch
   unsigned blocks = 1, cluster = 1, outs = kThreads, shared = kThreads * sizeof(float);
+  unsigned first = 0, last = 0, launches = 1;
+  int cooperative = 0;
 };
 const Check checks[] = {
     {"sum_blocks", sum_blocks, kBlockSum, kBlocks},
     {"swap_in_warp", swap_in_warp, 1},
     {"sum_clusters", sum_clusters, kBlockSum * 10, kBlocks, kCluster},
-    {"hand_over", hand_over, 0, kBlocks},
+    {.name = "hand_over",
+     .kernel = hand_over,
+     .expected = kBlockSum * 10,
+     .blocks = kBlocks,
+     .first = kBlocks / 2,
+     .last = kBlocks - 1},
     {"take_ticket", take_ticket, 0, kBlocks},
     {"past_shared", past_shared, 1},
     {"past_global", past_global, 1},
@@ -192,7 +181,49 @@ const Check checks[] = {
     {"stop", stop, 0, kBlocks},
     {"use_all", use_all, 0},
     {"too_much_shared", past_global, 1, 1, 1, kThreads, 48 * 1024 + 1},
+    {"ring", ring, kStages * (kStages + 1) / 2, kBlocks, 1, kBlocks * kThreads,
+     kSlots * kThreads * sizeof(float)},
+    {"copy_fresh", copy_fresh, 1, 1, 1, 2 * kThreads},
+    {"copy_into_use", copy_into_use, 0},
+    {"copy_overwritten", copy_overwritten, 0, 1, 1, 2 * kThreads},
+    {.name = "sum_grid",
+     .kernel = sum_grid,
+     .expected = kBlockSum * 36,
+     .blocks = kBlocks,
+     .last = kBlocks - 1,
+     .cooperative = 1},
+    {.name = "sum_grid_again",
+     .kernel = sum_grid_again,
+     .expected = kBlockSum * 36 * 2,
+     .blocks = kBlocks,
+     .last = kBlocks - 1,
+     .launches = 2,
+     .cooperative = 1},
+    {"sum_grid_plainly", sum_grid, kBlockSum * 36, kBlocks},
+    {"copy_odd_size", copy_odd_size, 6},
+    {"copy_from_misaligned", copy_from_misaligned, 4 + 5 + 6 + 7},
+    {"copy_to_misaligned", copy_to_misaligned, 6},
+    {"copy_past_shared", copy_past_shared, 6},
+    {"copy_past_global", copy_past_global, 60 + 61 + 62 + 63},
+    {"copy_without_wait", copy_without_wait, 6},
+    {"copy_with_zeros", copy_with_zeros, 60 + 61},  // and the low half of 62, which is 0
+    {"copy_only_zeros", copy_only_zeros, 0},
 };
+
+cudaError_t launch(const Check& check, const Task& task) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = check.cooperative;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {check.cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = check.blocks;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = check.shared;
+  config.attrs = attributes;
+  config.numAttrs = check.cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, check.kernel, task);
+}
 
 // Launches the kernel of that name: 0 where it ran and was right, -1 where it was wrong, else the error.
 EMULATOR_API int check(const char* name, bool planted, int seed) {
@@ -200,26 +231,14 @@ EMULATOR_API int check(const char* name, bool planted, int seed) {
     if (std::string(check.name) != name) continue;
     std::vector<float> in(kThreads), out(check.outs), slots(kBlocks);
     std::vector<unsigned> counters(2);
-    for (unsigned i = 0; i < kThreads; ++i) in[i] = float(i);
     const Task task{in.data(), out.data(), slots.data(), counters.data(), planted};
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {check.cluster, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = check.blocks;
-    config.blockDim = kThreads;
-    config.dynamicSmemBytes = check.shared;
-    config.attrs = &attribute;
-    config.numAttrs = check.cluster > 1;
     emulator_set("seed", seed);
-    const cudaError_t error = cudaLaunchKernelEx(&config, check.kernel, task);
-    if (error != cudaSuccess) return error;
-    if (std::string(name) == "hand_over") {
-      for (unsigned i = kBlocks / 2; i < kBlocks; ++i) {
-        if (out[i] != kBlockSum * 10) return -1;
-      }
+    for (unsigned launches = 1; launches <= check.launches; ++launches) {
+      for (unsigned i = 0; i < kThreads; ++i) in[i] = float(i * launches);
+      if (const cudaError_t error = launch(check, task); error != cudaSuccess) return error;
     }
-    return out[0] == check.expected ? 0 : -1;
+    const auto is_wrong = [&](float value) { return value != check.expected; };
+    return std::any_of(&out[check.first], &out[check.last] + 1, is_wrong) ? -1 : 0;
   }
   return -2;
 }
@@ -228,6 +247,16 @@ EMULATOR_API void to_half(const float* in, __half* out, int n) { std::copy(in, i
 EMULATOR_API void from_half(const __half* in, float* out, int n) { std::copy(in, in + n, out); }
 EMULATOR_API void to_bfloat16(const float* in, __nv_bfloat16* out, int n) { std::copy(in, in + n, out); }
 EMULATOR_API void from_bfloat16(const __nv_bfloat16* in, float* out, int n) { std::copy(in, in + n, out); }
+EMULATOR_API void add_half(const float2* a, const float2* b, __half2* out, int n) {
+  for (int i = 0; i < n; ++i) {
+    out[i] = __hadd2(__floats2half2_rn(a[i].x, a[i].y), __floats2half2_rn(b[i].x, b[i].y));
+  }
+}
+EMULATOR_API void add_bfloat16(const float2* a, const float2* b, __nv_bfloat162* out, int n) {
+  for (int i = 0; i < n; ++i) {
+    out[i] = __hadd2(__floats2bfloat162_rn(a[i].x, a[i].y), __floats2bfloat162_rn(b[i].x, b[i].y));
+  }
+}
 
 // Copies its parameters to where an earlier launch may have left arrays behind.
 bool launch_large() {
@@ -243,6 +272,7 @@ int main(int argc, char** argv) {
   if (argc > 4) emulator_set("blocks_in_flight", std::atoi(argv[4]));
   bool right = true;
   for (int seed = 0; seed < std::atoi(argv[3]); ++seed) {
+    emulator_trace(seed % 2);  // which the sanitizers must not see
     right &= check(argv[1], std::string(argv[2]) == "wrong", seed) == 0;
     if (!launch_large()) return 3;
   }
