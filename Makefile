@@ -7,9 +7,11 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # Extra arguments for demo, bench, accuracy, test and test-quick: make demo ARGS="--help"
 ARGS   ?=
-# Where `make gpu` leaves results and logs, and which of its stages it runs (all, if empty)
-OUT    ?= bench/results
-STAGES ?=
+# Where `make gpu` leaves results and logs, which of its stages it runs (all, if empty), and which backend it
+# smokes, sanitizes and measures (all, if empty; `make gpu-quick`: cuda)
+OUT     ?= bench/results
+STAGES  ?=
+BACKEND ?=
 
 # Tests run in two processes; those that share what is slow to make stay together.
 PARALLEL := -n 2 --dist loadgroup
@@ -17,6 +19,7 @@ VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
 CPP  := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc csrc/*.cu csrc/*.cuh)
+ON_GPU := PY="$(PY)" OUT="$(OUT)"
 LINTED := $(CPP) bench/guard.cpp $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 # Stamp files say what is done. The torch stamp carries the requirement in its name,
@@ -27,7 +30,7 @@ EXT_STAMP   := $(VENV)/.ext
 BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format bench bench-guard accuracy gpu readme-table clean distclean
+.PHONY: help install demo test test-quick lint format bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -64,7 +67,11 @@ bench-guard: install  ## count the CPU executor's instructions with valgrind, ag
 
 # `make gpu PY=python3` takes that python as it is, with its torch and triton, and installs nothing.
 gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measure on an NVIDIA GPU
-	PY="$(PY)" OUT="$(OUT)" STAGES="$(STAGES)" ARGS="$(ARGS)" bash bench/gpu.sh
+	$(ON_GPU) STAGES="$(STAGES)" BACKEND="$(BACKEND)" ARGS="$(ARGS)" bash bench/gpu.sh
+
+# For a GPU at hand for minutes: it builds for that GPU alone.
+gpu-quick: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## on an NVIDIA GPU, build for it and measure what matters most
+	$(ON_GPU) STAGES="quick-build quick-smoke quick-bench" BACKEND="$(or $(BACKEND),cuda)" bash bench/gpu.sh
 
 readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
 	$(PY) -m bench.readme

@@ -22,7 +22,7 @@ from .baselines import Contender
 from .core import exact_against_sequential
 from .counts import count_once
 from .lab import DTYPES, Lab, cuda_paths, find
-from .table import RESULTS, Results, Row, measure, tell, write
+from .table import RESULTS, WHEN, Results, Row, earlier, measure, merged, tell, write
 from .timing import Step, Times, take_turns
 from .workloads import Case
 
@@ -181,6 +181,13 @@ def rows(
     return found
 
 
+def quick_rows(
+    lab: Lab, backend: str, cases: Sequence[Case], models: Sequence[Case], tiny: Case
+) -> list[Row]:
+    """Those of one backend that a minute is enough for: no exact mode, no slow contenders."""
+    return rows(lab, [backend], cases, [case._replace(slow=False) for case in models], [], tiny)
+
+
 def pictured(
     lab: Lab,
     backends: Sequence[str],
@@ -197,18 +204,23 @@ def pictured(
 
 
 def run(lab: Lab, table: Sequence[Row], options: argparse.Namespace) -> bool:
-    """Measure the rows and write the files; whether all went well."""
-    found = lab.environment(options.commit)
+    """Measure the rows and write the files; whether all went well.
+
+    A quick run keeps the other rows of the files that it finds, so each row says when it was measured.
+    """
+    found, name = {**lab.environment(options.commit), "runs": options.runs}, f"gpu-{lab.name()}"
+    old = earlier(name, options.out) if options.quick else []
+    for row in table:
+        row.note.update({key: found[key] for key in WHEN})
 
     def save(results: Results) -> None:
         if not options.only:
-            report = {"environment": {**found, "runs": options.runs}, "results": results}
-            write(report, f"gpu-{lab.name()}", options.out)
+            write({"environment": found, "results": merged(old, results)}, name, options.out, WHEN)
 
     results = measure(table, options.runs, options.minutes, save)
     good = tell(results)
-    if not options.only:
-        draw(results, f"gpu-{lab.name()}", options.out)
+    if not (options.only or options.quick):
+        draw(results, name, options.out)
     return good
 
 
@@ -225,11 +237,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__)
     parser.add_argument("--only", default="", help="run the rows whose names contain this, and write nothing")
     parser.add_argument("--backend", choices=BACKENDS, help="measure this one (default: all that are here)")
-    parser.add_argument("--runs", type=int, default=3, help="separated runs per row (default %(default)s)")
+    quick = "one backend's host time, weights and models alone, in one run and without plots; other rows stay"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--runs", type=int, help="separated runs per row (default 3, quick 1)")
     parser.add_argument("--minutes", type=float, default=6.0, help="begin no row later (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default %(default)s)")
     parser.add_argument("--commit", help="what was measured, where git cannot tell")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.runs = options.runs or (1 if options.quick else 3)
+    return options
 
 
 def main() -> None:
@@ -244,8 +260,11 @@ def main() -> None:
         sys.exit(1)
     torch.manual_seed(0)
     tiny = Case("500 tensors of 16, host", "feature", workloads.small(500, 16))
-    inputs = workloads.gpu_cases(), workloads.models(), EXACT, tiny
-    everything = [*rows(lab, backends, *inputs), *pictured(lab, backends)]
+    cases, models = workloads.gpu_cases(), workloads.models()
+    if options.quick:
+        everything = quick_rows(lab, backends[0], cases, models, tiny)
+    else:
+        everything = [*rows(lab, backends, cases, models, EXACT, tiny), *pictured(lab, backends)]
     table = [row for row in everything if options.only in row.name]
     sys.exit(0 if run(lab, table, options) else 1)
 

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Everything there is for a GPU, stage by stage: build, tests, compute-sanitizer, benchmarks. `make gpu` calls it.
+# Everything there is for a GPU, stage by stage: build, tests, compute-sanitizer, benchmarks. `make gpu` calls it;
+# `make gpu-quick` takes the quick stages alone, which end within three minutes.
 # A stage that fails does not stop the next ones; the last lines say how each ended.
 #   PY      the python to use, with torch and triton            OUT      where results and logs go
-#   STAGES  which stages, of those below and tune               COMMIT   what is measured, where git cannot tell
+#   STAGES  which stages, of those of run_stage                 COMMIT   what is measured, where git cannot tell
 #   ARGS    more arguments for pytest                           BACKEND  smoke, sanitize and measure it alone
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PY:-python3}
 OUT=${OUT:-bench/results}
 SKIPPED=77
-STAGES=${STAGES:-build tests smoke memcheck racecheck synccheck initcheck bench}
+STAGES=${STAGES:-build tests smoke memcheck racecheck synccheck initcheck bench training}
 ONLY=${BACKEND:+--backend $BACKEND}
 export PYTHONUNBUFFERED=1 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
-if ! "$PY" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)'; then
+if ! ARCHITECTURE=$("$PY" -c 'import sys, torch; torch.cuda.is_available() or sys.exit(1)
+print(*torch.cuda.get_device_capability(), sep=".")'); then
     echo "make gpu: expected a CUDA device and a torch that sees it, found none (PY=$PY)" >&2
     exit 1
 fi
@@ -30,13 +32,23 @@ sanitize() {  # TOOL: every allocation its own, so that an access beyond one is 
         "$PY" -m bench.smoke $ONLY
 }
 
+build() { limit "$1" "$PY" setup.py --quiet build_ext --inplace --force; }  # ninja knows what that leaves to do
+
+measure() {  # SECONDS MODULE ...
+    limit "$1" "$PY" -m "${@:2}" --out "$OUT" ${COMMIT:+--commit "$COMMIT"}
+}
+
 run_stage() {
     case $1 in
-        build) limit 900 "$PY" setup.py --quiet build_ext --inplace ;;
+        build) build 900 ;;
         tests) limit 1200 "$PY" -m pytest -m "gpu or not slow" ${ARGS:-} ;;
         smoke) limit 300 "$PY" -m bench.smoke $ONLY ;;
         memcheck | racecheck | synccheck | initcheck) sanitize "$1" ;;
-        bench) limit 590 "$PY" -m bench.gpu --out "$OUT" $ONLY ${COMMIT:+--commit "$COMMIT"} ;;
+        bench) measure 590 bench.gpu $ONLY ;;
+        training) measure 240 bench.training ;;
+        quick-build) TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$ARCHITECTURE} build 70 ;;
+        quick-smoke) limit 40 "$PY" -m bench.smoke $ONLY ;;
+        quick-bench) measure 70 bench.gpu --quick --minutes 0.8 $ONLY ;;
         tune) limit 590 "$PY" -m bench.tune ;;
         *) echo "no such stage: $1"; return 2 ;;
     esac

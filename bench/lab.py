@@ -211,6 +211,12 @@ class Cpu(Lab):
     def free(self) -> None:
         gc.collect()
 
+    def name(self) -> str:
+        return "cpu"
+
+    def environment(self, commit: str | None = None) -> dict[str, Any]:
+        return environment(commit)
+
 
 def held_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
     """Of weights, gradients and momentum buffers."""
@@ -226,7 +232,7 @@ def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtyp
     """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
     layouts = [ops.layout_tuple(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
     counts = ops._cuda.cuda_paths(layouts, NUMBERED.index(dtype), 0)
-    return dict(zip(("block", "cluster", "ticket"), counts))
+    return dict(zip(("rows", "block", "cluster", "ticket"), counts))
 
 
 def version_of(package: str) -> str | None:

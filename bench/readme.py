@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,29 @@ def gpu_cells(result: Report | None) -> tuple[str, str, str]:
 def gpu_target(result: Report) -> str:
     target = result.get("target")
     if target is None:
-        return ""
+        return "-"
     return f"{100 / target:.0f}%" if result["baseline"] == "copy" else f"{target:.2f}"
+
+
+def number(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def measured_at(report: Report, results: Results) -> str:
+    """How many of these rows are of which commit, day and number of runs.
+
+    Older files' rows do not say: all are as the environment says.
+    """
+    env = report["environment"]
+    rows = Counter(
+        (r.get("commit", env["commit"]), r.get("date", env["date"]), r["runs"])
+        for r in results
+        if "error" not in r
+    )
+    return ", ".join(
+        f"{number(count, 'row')} of commit {commit} ({date}, {number(runs, 'run')})"
+        for (commit, date, runs), count in rows.items()
+    )
 
 
 def gpu_table(report: Report, backend: str) -> str:
@@ -145,7 +167,10 @@ def gpu_table(report: Report, backend: str) -> str:
     for result in of_suite(report["results"], "core", "models"):
         if result["backend"] == backend:
             results.setdefault(result["workload"], {})[result["dtype"]] = result
+    everything = [result for of in results.values() for result in of.values()]
     lines = [
+        f"Measured with {backend}: {measured_at(report, everything) or 'nothing'}.",
+        "",
         f"| {backend} | against | target | fp32 ms | fp32 | bf16 ms | bf16 | launches |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -153,7 +178,7 @@ def gpu_table(report: Report, backend: str) -> str:
         cells = [gpu_cells(of.get(dtype)) for dtype in ("fp32", "bf16")]
         measured = [result for result in of.values() if "error" not in result] or list(of.values())
         launches = "/".join(dict.fromkeys(cell[2] for cell in cells if cell[2]))
-        targets = "/".join(dict.fromkeys(target for target in map(gpu_target, measured) if target))
+        targets = "/".join(dict.fromkeys(map(gpu_target, measured)))
         against = BASELINES[measured[0]["baseline"]]
         numbers = " | ".join(f"{ms} | {said}" for ms, said, _ in cells)
         lines.append(f"| {workload} | {against} | {targets} | {numbers} | {launches} |")
@@ -182,10 +207,10 @@ def gpu_part(reports: list[Report]) -> str:
     for report in reports:
         env = report["environment"]
         parts.append(
-            f"GPU, {env['date']}, commit {env['commit']}: {env['gpu']}, driver {env['driver']}, "
-            f"CUDA {env['cuda']}, torch {env['torch']}, triton {env['triton']}, momentum 0.9; "
-            f"medians of {env['runs']} separated runs. A percentage is of a plain copy's speed, counting "
-            "only the bytes that must move; ratios are of the GPU's time, on the row named host of the CPU's."
+            f"GPU: {env['gpu']}, driver {env['driver']}, CUDA {env['cuda']}, torch {env['torch']}, "
+            f"triton {env['triton']}, momentum 0.9; medians of separated runs. A percentage is of a plain "
+            "copy's speed, counting only the bytes that must move; ratios are of the GPU's time, on the row "
+            "named host of the CPU's."
         )
         backends = dict.fromkeys(result["backend"] for result in report["results"])
         parts += [gpu_table(report, backend) for backend in backends]
@@ -193,20 +218,44 @@ def gpu_part(reports: list[Report]) -> str:
     return "\n\n".join(part for part in parts if part) or "GPU: not yet measured."
 
 
-def with_tables(readme: str, cpu: Report, gpus: list[Report]) -> str:
+def training_part(reports: Sequence[Report]) -> str:
+    """A whole training iteration, a line per model and contender."""
+    parts = []
+    for report in reports:
+        env, results = report["environment"], measured(report["results"], "training")
+        backends = ", ".join(dict.fromkeys(result["backend"] for result in results))
+        lines = [
+            f"A whole training iteration on {env.get('gpu', env['cpu'])}, torch {env['torch']}, bf16 "
+            f"autocast, momentum 0.9, ProxSGD by {backends}: {measured_at(report, results)}.",
+            "",
+            "| model | optimizer | iteration, ms | to fused SGD | its step, ms | on the host, ms |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+        for result in results:
+            for name, of in result["contenders"].items():
+                numbers = (f"{of['ms']:.2f}", spread(of), f"{of['step_ms']:.3f}", f"{of['step_host_ms']:.3f}")
+                lines.append(f"| {result['workload']} | {NAMES[name]} | {' | '.join(numbers)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def with_tables(readme: str, cpu: Report, gpus: list[Report], training: Sequence[Report] = ()) -> str:
     """The README's text with its tables made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    parts = [cpu_table(cpu), cpu_models(cpu), pictures(cpu["results"], "cpu"), gpu_part(gpus)]
+    parts = [cpu_table(cpu), cpu_models(cpu), pictures(cpu["results"], "cpu")]
+    parts += [gpu_part(gpus), training_part(training)]
     tables = "\n\n".join(part for part in parts if part)
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
-def reports() -> tuple[Report, list[Report]]:
-    """What was measured last on the CPU, and on each GPU."""
-    gpus = sorted(RESULTS.glob("gpu-*.json"))
-    named = [{"name": path.stem, **json.loads(path.read_text())} for path in gpus]
-    return json.loads((RESULTS / "cpu.json").read_text()), named
+def reports() -> tuple[Report, list[Report], list[Report]]:
+    """What was measured last on the CPU, on each GPU, and of training."""
+
+    def read(pattern: str) -> list[Report]:
+        return [{"name": p.stem, **json.loads(p.read_text())} for p in sorted(RESULTS.glob(pattern))]
+
+    return read("cpu.json")[0], read("gpu-*.json"), read("training-*.json")
 
 
 def main() -> None:

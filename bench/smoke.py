@@ -18,7 +18,8 @@ from .lab import DTYPES, cuda_paths
 
 GROUPS = {  # from short groups to those that neither a block nor a cluster of them holds; a bias has none
     "feature": [(37, 51), (1100, 9), (3000, 20), (16000, 20), (70,)],
-    "filter": [(33, 7), (17, 900), (2, 20001), (2, 40001), (1, 300007)],
+    # rows of odd lengths and even ones, of a part of a warp, a warp and a block; then those beyond registers
+    "filter": [(33, 7), (65, 48), (17, 900), (9, 2052), (3, 4096), (2, 20001), (2, 40001), (1, 300007)],
     "channel": [(24, 5, 3, 3), (150, 2, 3, 3), (12, 2, 47, 45)],
     "tensor": [(90, 71)],
 }
@@ -53,7 +54,7 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
 def check_paths(dtype: torch.dtype, clusters: bool) -> None:
     """That the CUDA executor takes every path that it has here."""
     paths = cuda_paths([(spec, shape) for spec, shapes in GROUPS.items() for shape in shapes], dtype)
-    wanted = {"block", "ticket", *(["cluster"] if clusters else [])}
+    wanted = {"rows", "block", "ticket", *(["cluster"] if clusters else [])}
     taken = {path for path, blocks in paths.items() if blocks}
     if taken != wanted:
         sys.exit(f"bench.smoke: expected the paths {sorted(wanted)} with {dtype}, got {paths}")

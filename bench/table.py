@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import time
 import traceback
@@ -24,15 +25,19 @@ NUMBERS = ("ms", "ms_low", "ms_high", "ratio", "ratio_low", "ratio_high", "to_fu
 COUNTS = ("percent_of_copy", "gb_per_s", "ops", "host_us", "extra_bytes")
 FACTS = ("suite", "backend", "dtype", "elements", "tensors", "bytes", "cache", "runs")  # of every row
 OURS = ("target", "launches")  # of the contender that the row is about, where there are any
+WHEN = ("commit", "date")  # of measuring, in each row of a file that several runs may have written
+NO_TIME = "no time was left"
 # What there is not to know: a compiled step's operations pass by the dispatcher, "allowed" is but a time.
 UNKNOWN = {"compiled": {"ops"}, "allowed": {"ops", "host_us", "extra_bytes"}}
 MOVE_NOTHING = ("empty", "allowed", "python", "cpp")  # contenders that never touch the tensors' elements
 NAMES = {  # of contenders, in the order of the bars
     "copy": "a copy of the same bytes",
     "fused_sgd": "SGD, fused",
+    "penalty": "SGD, fused, the penalty in the loss",
     "foreach": "SGD, foreach",
     "for_loop": "SGD, for-loop",
     "prox_sgd": "ProxSGD",
+    "exact": "ProxSGD, exact",
     "vectorised": "foreach, by hand",
     "compiled": "torch.compile",
     "eager": "reference, eager",
@@ -64,9 +69,10 @@ class Row:
 def measure(
     rows: Sequence[Row], runs: int, minutes: float = 60.0, save: Callable[[Results], None] | None = None
 ) -> Results:
-    """Results of all rows, the runs of one row far apart in time; ``save`` is called after each round.
+    """Results of all rows, the runs of one row far apart in time; nothing is begun after ``minutes``.
 
-    A row that fails says so in its result and the others go on; nothing is begun after ``minutes``.
+    A row that fails says so in its result and the others go on. ``save`` is called with all results whenever
+    one is new: a process that is killed leaves what it has.
     """
     deadline = time.monotonic() + 60 * minutes
     taken: dict[str, list[list[Times]]] = {row.name: [] for row in rows}
@@ -79,8 +85,12 @@ def measure(
             tqdm.write(f"{row.name}\n{traceback.format_exc()}", file=sys.stderr)
             failed[key] = one_line(error)
 
-    def results() -> Results:
-        return [result(row, taken[row.name], errors.get(row.name)) for row in rows]
+    results = {row.name: result(row, []) for row in rows}
+
+    def keep(row: Row) -> None:
+        results[row.name] = result(row, taken[row.name], errors.get(row.name))
+        if save is not None:
+            save(list(results.values()))
 
     def due(run: int) -> list[Row]:
         return [row for row in rows if row.runs is None or run < row.runs]
@@ -93,15 +103,29 @@ def measure(
                     times = attempt(row, row.measure, errors, row.name)
                     if times is not None:
                         taken[row.name].append(times)
+                    keep(row)
                 bar.update()
-            if save is not None:
-                save(results())
     for row in rows:
         if row.facts is not None and taken[row.name] and row.name not in errors:
             row.note.update(attempt(row, row.facts, row.note, "facts_error") or {})
-    if save is not None:
-        save(results())
-    return results()
+            keep(row)
+    return list(results.values())
+
+
+def earlier(name: str, folder: Path) -> Results:
+    """The rows of the files of that name, if there are any; they name their commit and date from now on."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    return [{**{key: report["environment"][key] for key in WHEN}, **row} for row in report["results"]]
+
+
+def merged(old: Results, new: Results) -> Results:
+    """``new`` in the place of the rows of the same names; what there was no time for replaces nothing."""
+    rows = {row["row"]: row for row in old}
+    rows |= {row["row"]: row for row in new if row.get("error") != NO_TIME or row["row"] not in rows}
+    return list(rows.values())
 
 
 def of_suite(results: Results, *suites: str) -> Results:
@@ -138,7 +162,7 @@ def result(row: Row, runs: list[list[Times]], error: str | None = None) -> dict[
     note = {key: value for key, value in row.note.items() if key != "counts"}
     head = {"row": row.name, "baseline": row.baseline, "contender": row.contender}
     if error is not None or not runs:
-        return {**head, **note, "error": error or "no time was left"}
+        return {**head, **note, "error": error or NO_TIME}
     contenders = summarise(runs, row.baseline)
     for name, of in contenders.items():
         moves = 0 if name in MOVE_NOTHING else 1
@@ -196,22 +220,29 @@ def tell(results: Results) -> bool:
     return not lacking and not any("error" in result for result in results)
 
 
-def write(report: dict[str, Any], name: str, folder: Path = RESULTS) -> None:
-    """One set of files per kind of machine; the last run replaces the one before."""
+def write(report: dict[str, Any], name: str, folder: Path = RESULTS, more: Sequence[str] = ()) -> None:
+    """One set of files per kind of machine; the last run replaces the one before.
+
+    ``more`` are further columns, of a contender or of its row. Each file is whole at all times.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    with open(folder / f"{name}.csv", "w", newline="") as file:
+    part = folder / f"{name}.part"
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(part, folder / f"{name}.json")
+    with open(part, "w", newline="") as file:
         others = {key: value for key, value in report.items() if key not in ("environment", "results")}
         for key, value in (report["environment"] | others).items():
             file.write(f"# {key}: {value}\n")
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("row", "contender", *NUMBERS, *COUNTS, "baseline", *FACTS, *OURS))
+        writer.writerow(("row", "contender", *NUMBERS, *COUNTS, "baseline", *FACTS, *OURS, *more))
         for result in report["results"]:
-            for name, c in result.get("contenders", {}).items():
+            for who, c in result.get("contenders", {}).items():
                 numbers = [shown(c.get(key)) for key in (*NUMBERS, *COUNTS)]
-                ours = [shown(result.get(key)) if name == result["contender"] else "" for key in OURS]
+                ours = [shown(result.get(key)) if who == result["contender"] else "" for key in OURS]
                 facts = [shown(result.get(key)) for key in FACTS]
-                writer.writerow((result["row"], name, *numbers, result["baseline"], *facts, *ours))
+                rest = [shown(c.get(key, result.get(key))) for key in more]
+                writer.writerow((result["row"], who, *numbers, result["baseline"], *facts, *ours, *rest))
+    os.replace(part, folder / f"{name}.csv")
 
 
 def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -9,42 +9,41 @@ import torch
 
 Shapes = list[tuple[int, ...]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-BF16_POINTS = {"triton": 0, "cuda": 5}  # by which a target of 16-bit weights, in percent, lies lower
+Percents = tuple[float | None, float | None]  # of a copy's speed: the targets of fp32 and of 16-bit weights
 
 
 class Case(NamedTuple):
-    """Tensors stepped as one optimizer; by backend, ``percent`` of a copy's speed is the target, if any."""
+    """Tensors stepped as one optimizer, and the targets of the backends that have any."""
 
     name: str
     group_by: str
     shapes: Shapes
-    percent: Mapping[str, float] = {}
+    percent: Mapping[str, Percents] = {}
     slow: bool = False  # eager, foreach and compiled optimizers are measured on it too
 
     def target(self, backend: str, dtype: torch.dtype) -> float | None:
         """The most that a step may take, in times of a copy of the bytes that must move."""
-        if backend not in self.percent:
-            return None
-        return 100 / (self.percent[backend] - (BF16_POINTS[backend] if dtype.itemsize == 2 else 0))
+        percent = self.percent.get(backend, (None, None))[dtype.itemsize == 2]
+        return None if percent is None else 100 / percent
 
 
 def gpu_cases() -> list[Case]:
     """Weights of 64 MB and more at fp32: each way in which groups lie, short groups and long ones."""
 
-    def one(group_by: str, rows: int, columns: int, **percent: float) -> Case:
+    def one(group_by: str, rows: int, columns: int, **percent: Percents) -> Case:
         return Case(f"{group_by} {rows}x{columns}", group_by, matrix(rows, columns), percent)
 
     return [
-        one("filter", 4096, 4096, triton=90, cuda=92),
-        one("filter", 16384, 1024, triton=90, cuda=92),
-        one("feature", 256, 65536, triton=85, cuda=90),
-        one("feature", 512, 32768, triton=85, cuda=90),
-        one("feature", 1024, 16384, triton=70, cuda=90),
-        one("feature", 4096, 4096, triton=55, cuda=78),
-        one("feature", 8192, 4096, triton=55, cuda=78),
-        one("feature", 50257, 1024, triton=55, cuda=60),  # an embedding, or the head over a vocabulary
-        Case("channel 8 of 512x512x3x3", "channel", [(512, 512, 3, 3)] * 8, {"cuda": 80}),
-        one("tensor", 4096, 4096),
+        one("filter", 4096, 4096, triton=(90, 90), cuda=(88, 88)),
+        one("filter", 16384, 1024, triton=(90, 90), cuda=(91, 91)),
+        one("feature", 256, 65536, triton=(85, 85), cuda=(88, 80)),
+        one("feature", 512, 32768, triton=(85, 85), cuda=(88, 72)),
+        one("feature", 1024, 16384, triton=(70, 70), cuda=(83, None)),
+        one("feature", 4096, 4096, triton=(55, 55), cuda=(78, 56)),
+        one("feature", 8192, 4096, triton=(55, 55), cuda=(78, 56)),
+        one("feature", 50257, 1024, triton=(55, 55), cuda=(70, 45)),  # an embedding, or a vocabulary's head
+        Case("channel 8 of 512x512x3x3", "channel", [(512, 512, 3, 3)] * 8, {"cuda": (75, 60)}),
+        one("tensor", 4096, 4096, cuda=(60, None)),
     ]
 
 

@@ -1,8 +1,10 @@
 """The GPU benchmarks without a GPU: rows, clock, files and README; the whole flow with Triton interpreted."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -86,10 +88,13 @@ def test_cases_are_what_the_targets_are_about():
     assert len({case.name for case in cases}) == len(cases)
     assert all(4 * workloads.elements(case.shapes) >= 2**26 for case in cases)
     percents = {case.name: case.percent for case in cases}
-    assert percents["filter 16384x1024"] == {"triton": 90, "cuda": 92}
-    assert percents["feature 512x32768"] == {"triton": 85, "cuda": 90}
-    assert percents["feature 50257x1024"] == {"triton": 55, "cuda": 60}
-    assert percents["channel 8 of 512x512x3x3"] == {"cuda": 80} and percents["tensor 4096x4096"] == {}
+    assert percents["filter 16384x1024"] == {"triton": (90, 90), "cuda": (91, 91)}
+    assert percents["feature 512x32768"] == {"triton": (85, 85), "cuda": (88, 72)}
+    assert percents["feature 50257x1024"] == {"triton": (55, 55), "cuda": (70, 45)}
+    assert percents["channel 8 of 512x512x3x3"] == {"cuda": (75, 60)}
+    tensor = next(case for case in cases if case.group_by == "tensor")
+    assert tensor.target("cuda", torch.float32) == pytest.approx(100 / 60)
+    assert tensor.target("cuda", torch.bfloat16) is tensor.target("triton", torch.float32) is None
 
 
 def test_models_have_the_parameters_of_their_papers():
@@ -112,7 +117,7 @@ def test_bytes_that_must_move():
 
 
 def test_rows_know_their_targets_and_names():
-    case = Case("filter 4x4", "filter", [(4, 4)], {"triton": 80, "cuda": 85})
+    case = Case("filter 4x4", "filter", [(4, 4)], {"triton": (80, 80), "cuda": (85, 72)})
     model, host = case._replace(name="model"), case._replace(name="host")
     rows = gpu.rows(CpuLab(), ["cuda", "triton"], [case], [model], [(4, 4), (512, 32768)], host)
     assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 6))
@@ -123,7 +128,7 @@ def test_rows_know_their_targets_and_names():
     ]
     targets = {row.name: (row.baseline, row.target) for row in rows}
     for backend, fp32, bf16, model, exact, host in (
-        ("cuda", 100 / 85, 100 / 80, 1.05, 1.3, 1.0),
+        ("cuda", 100 / 85, 100 / 72, 1.05, 1.3, 1.0),
         ("triton", 100 / 80, 100 / 80, 1.25, None, None),
     ):
         assert targets[f"{backend}: filter 4x4 fp32"] == ("copy", pytest.approx(fp32))
@@ -232,7 +237,9 @@ def test_environment_of_a_gpu(monkeypatch, said):
 def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
     saved = []
     results = table.measure(made_up_rows(), runs=2, save=lambda found: saved.append(len(found)))
-    assert saved == [5, 5, 5]  # after each round, and with the facts
+    assert saved == [5] * (
+        5 + 4 + 2
+    )  # after each row in each round (one failed in the first), and with facts
     first, second, model, exact, failed = results
     assert first["met"] is False and first["percent_of_copy"] == pytest.approx(80)
     assert second["met"] is True and second["launches"] == 2.0 and second["runs"] == 2
@@ -249,6 +256,7 @@ def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
     environment, lines = table.read_csv(tmp_path / "new" / "gpu-x.csv")
     assert environment == {key: str(value) for key, value in env.items()}
     assert len(lines) == 2 + 2 + 5 + 2
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu-x.json", "gpu-x.csv"}
     assert lines[1]["percent_of_copy"] == "80" and lines[1]["target"] == "1.111"
     assert lines[0]["target"] == "" and lines[3]["launches"] == "2"
 
@@ -258,14 +266,15 @@ def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
     assert "| m | torch's fused SGD | 1.25 | 6.000 | 1.50 [1.50, 1.50], 50% (missed) |" in text
     assert "failed: RuntimeError: out of luck" in text
     assert "m, fp32: the eager reference 10.0, foreach SGD 2.0, torch.compile of it failed." in text
-    cpu, _ = readme.reports()
+    assert "Measured with triton: 4 rows of commit abc (" in text and ", 2 runs)." in text
+    cpu, *_ = readme.reports()
     whole = readme.with_tables((ROOT / "README.md").read_text(), cpu, [report])
     assert text in whole and readme.with_tables(whole, cpu, [report]) == whole
     assert readme.gpu_part([]) == "GPU: not yet measured."
 
 
 def test_a_cpu_table_with_and_without_the_rows_of_today():
-    cpu, _ = readme.reports()
+    cpu, *_ = readme.reports()
     row = Row("500 tensors, checks alone", "python", "cpp", None, steady(python=4, cpp=1))
     failed = {"row": "new", "baseline": "python", "contender": "cpp", "error": "no luck"}
     text = readme.cpu_table({**cpu, "results": [*cpu["results"], *table.measure([row], 1), failed]})
@@ -276,6 +285,65 @@ def test_a_cpu_table_with_and_without_the_rows_of_today():
 def test_no_row_begins_when_time_is_up():
     results = table.measure(made_up_rows(), runs=2, minutes=0.0)
     assert [result["error"] for result in results] == ["no time was left"] * 5
+
+
+def test_quick_rows_are_those_of_one_backend_without_the_slow_ones(monkeypatch):
+    slow = []
+    model_row = gpu.Table.model
+    monkeypatch.setattr(gpu.Table, "model", lambda *a: slow.append(a[2]) or model_row(*a))
+    case, host = (Case(name, "feature", [(4, 4)], slow=True) for name in ("model", "host"))
+    rows = gpu.quick_rows(CpuLab(), "triton", [case._replace(name="weight")], [case], host)
+    names = ["host fp32", "weight fp32", "weight bf16", "model fp32", "model bf16"]
+    assert [row.name for row in rows] == [f"triton: {name}" for name in names] and slow == [False, False]
+    assert gpu.arguments(["--quick"]).runs == 1 and gpu.arguments([]).runs == 3
+
+
+def cut():
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):
+    rows = [Row("a", "copy", "a", None, steady(copy=1, a=2)), Row("b", "copy", "b", None, cut)]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(CpuLab(), rows, gpu.arguments(["--out", str(tmp_path), "--commit", "abc"]))
+    first, second = json.loads((tmp_path / "gpu-cpu.json").read_text())["results"]
+    assert first["contenders"]["a"]["ms"] == pytest.approx(2) and second["error"] == table.NO_TIME
+    _, lines = table.read_csv(tmp_path / "gpu-cpu.csv")
+    assert [(n["row"], n["contender"], n["commit"]) for n in lines] == [
+        ("a", "copy", "abc"),
+        ("a", "a", "abc"),
+    ]
+
+
+def test_a_quick_run_keeps_other_rows_and_each_says_when_it_was_measured(tmp_path):
+    def row(name, ms, backend="cuda"):
+        note = {"backend": backend, "dtype": "fp32", "workload": name}
+        return Row(name, "copy", "prox_sgd", None, steady(copy=1, prox_sgd=ms) if ms else cut, note)
+
+    def ran(rows, *arguments):
+        options = gpu.arguments([*arguments, "--out", str(tmp_path), "--commit", "new"])
+        with contextlib.suppress(KeyboardInterrupt):
+            gpu.run(CpuLab(), rows, options)
+        report = json.loads((tmp_path / "gpu-cpu.json").read_text())
+        found = {r["row"]: (r["commit"], r["contenders"]["prox_sgd"]["ms"]) for r in report["results"]}
+        return report, {name: (commit, pytest.approx(ms)) for name, (commit, ms) in found.items()}
+
+    old = table.measure([row("a", 4), row("b", 4), row("t", 4, "triton")], 3)  # no row says when
+    environment = CpuLab().environment("old") | {"date": "2020-01-02"}
+    table.write({"environment": environment, "results": old}, "gpu-cpu", tmp_path)
+    report, found = ran([row("a", 2), row("c", 2)], "--quick")
+    assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 2)}
+    assert list(found) == ["a", "b", "t", "c"]
+    assert {r["row"]: r["date"] for r in report["results"]}["t"] == "2020-01-02"
+    text = readme.gpu_part([{"name": "gpu-cpu", **report}])
+    today = report["environment"]["date"]
+    both = f"2 rows of commit new ({today}, 1 run), 1 row of commit old (2020-01-02, 3 runs)."
+    assert f"Measured with cuda: {both}" in text
+    assert "Measured with triton: 1 row of commit old (2020-01-02, 3 runs)." in text
+    _, found = ran([row("c", 3), row("b", None)], "--quick")
+    assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 3)}
+    _, found = ran([row("a", 2), row("c", 2)], "--runs", "1")  # a whole run replaces everything
+    assert found == {"a": ("new", 2), "c": ("new", 2)}
 
 
 @pytest.mark.parametrize(
@@ -296,6 +364,41 @@ def test_make_gpu_says_that_there_is_none(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def make_gpu_quick(*variables, **environment):
+    """`make gpu-quick`, as if no make ran these tests."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    env = {**NO_GPU, "MAKEFLAGS": "", "BACKEND": "", **environment}
+    command = ["make", "--silent", "gpu-quick", *variables]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_make_gpu_quick_says_that_there_is_none(tmp_path):
+    ended = make_gpu_quick(f"PY={sys.executable}", f"OUT={tmp_path / 'out'}")
+    assert ended.returncode == 2 and ended.stderr.startswith("make gpu: expected a CUDA device")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wish", ["", "triton"])
+def test_make_gpu_quick_builds_for_the_gpu_that_is_there(tmp_path, wish):
+    python = tmp_path / "python"  # knows the GPU's capability, and says what it is asked for
+    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exec echo 9.0\necho "$TORCH_CUDA_ARCH_LIST: $*"\n')
+    python.chmod(0o755)
+    out, only = tmp_path / "out", f"--backend {wish or 'cuda'}"
+    for given, built in (("", "9.0"), ("8.0 9.0", "8.0 9.0")):
+        ended = make_gpu_quick(
+            *(f"PY={python}", f"OUT={out}", f"BACKEND={wish}"), TORCH_CUDA_ARCH_LIST=given, COMMIT="abc"
+        )
+        assert ended.returncode == 0, ended.stdout
+        logs = {path.name: path.read_text().strip() for path in out.iterdir()}
+        measured = f"-m bench.gpu --quick --minutes 0.8 {only} --out {out} --commit abc"
+        assert logs == {
+            "gpu-quick-build.log": f"{built}: setup.py --quiet build_ext --inplace --force",
+            "gpu-quick-smoke.log": f"{given}: -m bench.smoke {only}",
+            "gpu-quick-bench.log": f"{given}: {measured}",
+        }
+
+
 def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
     for name, fails in (("python", '"$2" = pytest'), ("compute-sanitizer", '"$2" = racecheck')):
         program = tmp_path / name  # says what it is asked for, and fails at one thing
@@ -305,12 +408,22 @@ def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
     env = {**NO_GPU, "PY": "python", "PATH": path, "OUT": str(out), "COMMIT": "abc", "BACKEND": "cuda"}
     ended = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 1
-    stages = ["build", "tests", "smoke", "memcheck", "racecheck", "synccheck", "initcheck", "bench"]
+    stages = [
+        "build",
+        "tests",
+        "smoke",
+        "memcheck",
+        "racecheck",
+        "synccheck",
+        "initcheck",
+        "bench",
+        "training",
+    ]
     failed = ("tests", "racecheck")
     said = [f"{s}: {'FAILED with exit status 3' if s in failed else 'passed'}" for s in stages]
     assert ended.stdout.splitlines()[-len(said) :] == said
     log = (out / "gpu-bench.log").read_text()
-    assert log == f"asked for -m bench.gpu --out {out} --backend cuda --commit abc\n"
+    assert log == f"asked for -m bench.gpu --backend cuda --out {out} --commit abc\n"
     log = (out / "gpu-initcheck.log").read_text()
     assert log == "asked for --tool initcheck --error-exitcode 9 python -m bench.smoke --backend cuda\n"
 
@@ -373,12 +486,12 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     assert everyone - {"compiled"} == set(model["contenders"])
     assert "eager" not in results["triton: AlexNet feature bf16"]["contenders"]
     text = readme.gpu_part([{"name": "gpu-cpu", **report}])
-    assert "| feature 50257x1024 | a copy | 55% |" in text
+    assert "| feature 50257x1024 | a copy | 55% |" in text and "| tensor 4096x4096 | a copy | - |" in text
     assert "](bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
     if "cuda" in backends:
-        assert results["cuda: feature 50257x1024 bf16"]["paths"] == {"block": 1, "cluster": 0, "ticket": 0}
+        assert results["cuda: feature 50257x1024 bf16"]["paths"] == {"rows": 0, "block": 1, "cluster": 0, "ticket": 0}
         assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
-        assert "| feature 50257x1024 | a copy | 60%/55% |" in text
+        assert "| feature 50257x1024 | a copy | 70%/45% |" in text
         assert "| 4 tensors, host | an empty step and 20 µs | 1.00 |" in text
         assert "4 tensors, host, fp32: " in text and " ms with empty." in text
 

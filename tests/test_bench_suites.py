@@ -142,7 +142,7 @@ def test_plots(report):
 
 
 def test_the_readme_shows_contenders_and_plots(report):
-    cpu, gpus = readme.reports()
+    cpu, gpus, _ = readme.reports()
     measured = json.loads((report / "cpu.json").read_text())["results"]
     measured = [r for r in measured if r["suite"] != "core"]
     core = table.of_suite(cpu["results"], "core")
