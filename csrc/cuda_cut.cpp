@@ -8,7 +8,8 @@ namespace cges::cuda {
 namespace {
 
 constexpr int64_t kSlab = 16384;  // elements of a block: enough to amortise it, few enough to share out
-constexpr int64_t kPacks = 2;     // accesses of a tensor by one thread of a strip, where not more are needed
+// Accesses of a tensor by one thread of a strip, where not more are needed: of 16 bytes, and of one element.
+constexpr int64_t kPacks = 2, kSingles = 8;
 constexpr int64_t kSectorBytes = 32;
 constexpr int64_t kRowBytes = 128;    // of a panel: narrower ones where no more fits,
 constexpr int64_t kMinRowBytes = 64;  // to half of it: at less, half of what the memory delivers is wasted
@@ -169,11 +170,9 @@ class Cutter {
   // Threads that share a group.
   int64_t lanes_of(int64_t size) const {
     const int64_t width = width_of(size);
-    // within a warp if it can be, as that needs no barrier
-    int64_t lanes = ceil_power_of_two(ceil_div(size, kPacks * width));
-    if (width == 1) lanes = std::min<int64_t>(lanes, kWarp);
-    while (lanes * elements_of_thread_ < size) lanes *= 2;
-    return std::min<int64_t>(lanes, kThreads);
+    const int64_t wish = ceil_power_of_two(ceil_div(size, width > 1 ? kPacks * width : kSingles));
+    const int64_t least = ceil_power_of_two(ceil_div(size, elements_of_thread_));
+    return std::max(std::min<int64_t>(wish, width > 1 ? kThreads : kWarp), least);
   }
 
   void push_strip(Strip::Kind kind, int64_t begin, int64_t size, int64_t groups, int64_t lanes,

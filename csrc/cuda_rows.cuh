@@ -107,28 +107,32 @@ struct Packs {
 
   __device__ Elements read_weights(int k) const { return load_pack<true, kWidth>(w + mine.offset(k), wide); }
   __device__ Read read_rest(int k) const {
-    Read x;
+    Read x{};  // zeros where the rule reads nothing
     if (rule.reads_grad()) x.grad = load_pack<true, kWidth>(grad + mine.offset(k), wide);
     for (int s = 0; s < kStates && rule.reads_states(); ++s)
       x.states[s] = load_pack<true, kWidth>(states[s] + mine.offset(k), wide);
     return x;
   }
 
-  // w becomes z; the new states go into their place, or zeros if the group is `dead`.
-  __device__ void update(int k, const Read& x, bool dead, A (&z)[kWidth]) const {
+  // w becomes z, and the states the new ones; zeros, both, if the group is `dead`.
+  __device__ void update(Read& x, bool dead, A (&z)[kWidth]) const {
     A now[kStates][kWidth];
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-      const A weight = z[v], gradient = rule.reads_grad() ? A(x.grad.x[v]) : A(0);
+      const A weight = z[v];
       A state[kStates];
-      for (int s = 0; s < kStates; ++s) state[s] = rule.reads_states() ? A(x.states[s].x[v]) : A(0);
-      const A value = rule.update(weight, gradient, state);
+      for (int s = 0; s < kStates; ++s) state[s] = A(x.states[s].x[v]);
+      const A value = rule.update(weight, A(x.grad.x[v]), state);
       const bool frozen = dead || (freezes && weight == A(0));
       z[v] = frozen ? A(0) : value;
       for (int s = 0; s < kStates; ++s) now[s][v] = frozen ? A(0) : state[s];
     }
+    for (int s = 0; s < kStates; ++s) x.states[s] = round_pack<false, T>(now[s]);
+  }
+
+  __device__ void store_states(int k, const Read& x) const {
     for (int s = 0; s < kStates && rule.writes_states(); ++s)
-      store_pack<true>(states[s] + mine.offset(k), round_pack<false, T>(now[s]), wide);
+      store_pack<true>(states[s] + mine.offset(k), x.states[s], wide);
   }
 
   // w = value(z). `zeros`: all of them +0.0
@@ -151,7 +155,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
   using P = Packs<T, plain, wide>;
   constexpr int kPacks = P::Mine::kPacks;
   // All loads are under way at once, or as many as the registers allow.
-  constexpr int kAtOnce = plain ? (wide ? kPacks : 4) : 2;
+  constexpr int kAtOnce = plain && wide ? kPacks : plain && sizeof(T) > 2 ? 4 : 2;
   const auto& mine = packs.mine;
   const bool grouped = strip.kind == Strip::Kind::groups;
 
@@ -184,12 +188,15 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
     typename P::Read rest[kAtOnce];
     if (!wide || !plain) packs.mine.forget();
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
+    for (int k = 0; k < kAtOnce; ++k) {
       if (mine.has(first + k)) rest[k] = packs.read_rest(first + k);
+    }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       if (plain) spread(first + k);
-      if (mine.has(first + k)) packs.update(first + k, rest[k], dead, z[first + k]);
+      if (!mine.has(first + k)) continue;
+      packs.update(rest[k], dead, z[first + k]);
+      packs.store_states(first + k, rest[k]);
     }
   }
 
@@ -229,7 +236,8 @@ __device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
     for (int k = 0; k < kAtOnce; ++k) {
       if (!packs.mine.has(first + k)) continue;
       A z[1] = {A(weights[k].x[0])};
-      packs.update(first + k, rest[k], false, z);
+      packs.update(rest[k], false, z);
+      packs.store_states(first + k, rest[k]);
       if (h.thresholds.any())
         packs.template store_weights<true>(
             first + k, z, [&](A x) { return shrink(x, shrink_one(x, h.thresholds, h.exact)); });

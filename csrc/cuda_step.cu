@@ -40,13 +40,15 @@
 namespace cges::cuda {
 namespace {
 
-// Of a multiprocessor: 128 registers a thread; for rows 80, and 128 where each number takes two.
+// Of a multiprocessor: 128 registers a thread, for rows 80; 64 where less has to be held.
 constexpr int kBlocks = 2;
-template <typename T>
-constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 3;
+template <typename T, bool plain>
+constexpr int kRowBlocks = sizeof(T) == 8            ? 2
+                           : plain && sizeof(T) == 2 ? 4
+                                                     : 3;
 
 template <typename T, int bytes, bool plain>
-__global__ void __launch_bounds__(kThreads, kRowBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kRowBlocks<T, plain>)
     step_rows(const __grid_constant__ StepTableOf<T, bytes> table) {
   CGES_SHARED(memory);
   const Strip strip = table.strips[blockIdx.x];

@@ -12,6 +12,9 @@
 #ifndef CGES_THREADS
 #define CGES_THREADS 256
 #endif
+#ifndef CGES_ROW_ELEMENTS
+#define CGES_ROW_ELEMENTS 16
+#endif
 
 namespace cges::cuda {
 
@@ -21,7 +24,7 @@ constexpr int kClusterSize = 8;  // blocks that share one slab: the most that ev
 constexpr int kMaxTensors = 1000;
 // That a thread of the kernels for rows holds in registers, of a type of so many bytes.
 template <int bytes>
-constexpr int kElementsOfThread = bytes == 8 ? 8 : 16;
+constexpr int kElementsOfThread = bytes == 8 ? CGES_ROW_ELEMENTS / 2 : CGES_ROW_ELEMENTS;
 
 enum class DType { f32, f64, bf16, f16 };
 

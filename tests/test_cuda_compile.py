@@ -1,4 +1,5 @@
-"""What the compiler made of the CUDA kernels, read from the extension itself: no GPU is needed."""
+"""What the compiler made of the CUDA kernels, read from the extension itself and from rows_paths.cu: no GPU
+is needed."""
 
 import importlib.util
 import os
@@ -9,12 +10,20 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from cuda_emulator.build import CSRC
 
 from cges_kernels import ops
 
-REGISTERS = 128  # two blocks of 256 threads share the 65,536 of a multiprocessor
-DTYPES = {"If": "float32", "Id": "float64", "I13__nv_bfloat16": "bfloat16", "I6__half": "float16"}
-KERNELS = {(name, dtype) for name in ("step_blocks", "step_clusters") for dtype in DTYPES.values()}
+DTYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+KERNELS = {
+    (name, dtype) for name in ("step_rows", "step_blocks", "step_clusters") for dtype in DTYPES.values()
+}
+# Of a block of 256 threads; a multiprocessor has 65,536. For rows as many as fill it at three blocks, and at
+# four of those that are plain and of 16 bits; with float64, and elsewhere, at two.
+REGISTERS = 128
+REGISTERS_OF_ROWS = {"float32": (80, 80), "float64": (128, 128), "bfloat16": (80, 64), "float16": (80, 64)}
+# Instructions that an element adds to a path of the kernels for rows, of 32 and of 16 bits.
+INSTRUCTIONS = {"plain": (32, 30), "general": (45, 52)}
 
 pytestmark = [
     pytest.mark.skipif(
@@ -25,18 +34,24 @@ pytestmark = [
 
 
 def kernel_of(mangled):
-    name = next(name for name, _ in KERNELS if name in mangled)
-    return name, next(dtype for code, dtype in DTYPES.items() if f"{name}{code}E" in mangled)
+    """Its name, its dtype, and what else it is compiled for: the bytes of its arguments, whether plain."""
+    found = re.search(r"(step_[a-z]+|path)I(f|d|13__nv_bfloat16|6__half)((?:L[ib]\d+E)+)E", mangled)
+    return found[1], DTYPES[found[2]], tuple(map(int, re.findall(r"L[ib](\d+)E", found[3])))
 
 
-def dump(option):
-    """Lines of what cuobjdump says, as (architecture, kernel, line)."""
+def cuobjdump():
     tool = shutil.which("cuobjdump")
     if tool is None and (found := importlib.util.find_spec("triton")):
         tool = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
     if tool is None:
         pytest.skip("cuobjdump is neither on the PATH nor in Triton's package")
-    said = subprocess.run([tool, option, ops._C.__file__], capture_output=True, text=True, check=True).stdout
+    return tool
+
+
+def dump(option, path=None):
+    """Lines of what cuobjdump says, as (architecture, kernel, line)."""
+    command = [cuobjdump(), option, path or ops._C.__file__]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     architecture = kernel = None
     for line in said.splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
@@ -47,14 +62,18 @@ def dump(option):
             yield architecture, kernel, line
 
 
+def opcodes(path=None):
+    """(architecture, kernel) -> the opcodes that it holds, in order."""
+    found = defaultdict(list)
+    for architecture, kernel, line in dump("--dump-sass", path):
+        if opcode := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
+            found[architecture, kernel].append(opcode[1])
+    return found
+
+
 @pytest.fixture(scope="module")
 def instructions():
-    """(architecture, kernel) -> the opcodes that it holds."""
-    opcodes = defaultdict(set)
-    for architecture, kernel, line in dump("--dump-sass"):
-        if found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
-            opcodes[architecture, kernel].add(found[1])
-    return {key: found for key, found in opcodes.items() if has_code(*key)}
+    return {key: set(found) for key, found in opcodes().items() if has_code(*key)}
 
 
 def has_code(architecture, kernel):
@@ -69,24 +88,56 @@ def test_registers_and_no_spills():
             found[architecture, kernel] = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         assert {architecture for architecture, _ in found} == {80, 90, 100}
-    assert {kernel for _, kernel in found} == KERNELS
-    for key, uses in found.items():
-        assert uses["REG"] <= REGISTERS and uses["STACK"] == uses["LOCAL"] == 0, (key, uses)
+    assert {kernel[:2] for _, kernel in found} == KERNELS
+    for (architecture, (name, dtype, more)), uses in found.items():
+        most = REGISTERS_OF_ROWS[dtype][more[-1]] if name == "step_rows" else REGISTERS
+        assert uses["REG"] <= most and uses["STACK"] == uses["LOCAL"] == 0, (architecture, name, dtype, uses)
 
 
 def test_wide_accesses(instructions):
-    for key, opcodes in instructions.items():
-        for wanted in ("LDG.E.128", "STG.E.128", "LDS.128", "STS.128"):
-            assert any(x.startswith(wanted) for x in opcodes), (key, wanted)
+    """Of 16 bytes there are in every kernel; only z of panels goes through shared memory."""
+    for (architecture, kernel), found in instructions.items():
+        patterns = [r"LDG\.E.*\.128", r"STG\.E.*\.128"]
+        patterns += [] if kernel[0] == "step_rows" else [r"LDS\.128", r"STS\.128"]
+        for wanted in patterns:
+            assert any(re.match(wanted, x) for x in found), (architecture, kernel, wanted)
+        assert not {x for x in found if re.match(r"(LDL|STL)", x)}, (architecture, kernel)
 
 
 def test_double_precision_only_where_it_is_asked_for(instructions):
-    for (architecture, kernel), opcodes in instructions.items():
-        doubles = {x for x in opcodes if re.match(r"D(ADD|MUL|FMA|SETP)|F2F.*F64|I2F.*F64|MUFU.*64", x)}
+    for (architecture, kernel), found in instructions.items():
+        doubles = {x for x in found if re.match(r"D(ADD|MUL|FMA|SETP)|F2F.*F64|I2F.*F64|MUFU.*64", x)}
         assert bool(doubles) == (kernel[1] == "float64"), (architecture, kernel, doubles)
 
 
 def test_nothing_but_integers_is_atomic(instructions):
-    for key, opcodes in instructions.items():
-        atomics = {x for x in opcodes if re.match(r"(ATOM|RED)", x)}
+    for key, found in instructions.items():
+        atomics = {x for x in found if re.match(r"(ATOM|RED)", x)}
         assert not {x for x in atomics if ".F" in x}, (key, atomics)
+
+
+@pytest.mark.parametrize("path", ["plain", "general"])
+def test_instructions_that_an_element_adds(tmp_path, path):
+    """From threads with 16 elements to threads with 32 of them: what all threads do once is left out."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
+    counts = []
+    for elements in (16, 32):
+        cubin = tmp_path / f"{elements}.cubin"
+        command = [
+            nvcc,
+            "-O3",
+            "-std=c++20",
+            "-arch=sm_90",
+            "-cubin",
+            f"-I{CSRC}",
+            f"-DPLAIN={int(path == 'plain')}",
+        ]
+        command += [f"-DCGES_ROW_ELEMENTS={elements}", "-o", cubin, Path(__file__).parent / "rows_paths.cu"]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        found = {kernel[1]: sum(x != "NOP" for x in all_) for (_, kernel), all_ in opcodes(cubin).items()}
+        counts.append(found)
+    for dtype, most in zip(("float32", "bfloat16"), INSTRUCTIONS[path]):
+        added = (counts[1][dtype] - counts[0][dtype]) / 16
+        assert 10 < added <= most, (dtype, added)

@@ -1,0 +1,18 @@
+// One path of the kernels for rows in a kernel of its own, for test_cuda_compile.py to count its instructions.
+#include "cuda_step.cuh"
+
+using namespace cges;
+using namespace cges::cuda;
+
+template <typename T, bool plain>
+__global__ void path(const __grid_constant__ StepTableOf<T, kFewArguments> table) {
+  CGES_SHARED(memory);
+  const Strip strip = table.strips[blockIdx.x];
+  const auto& h = table.of(strip.tensor);
+  step_strip<T, plain, true>(strip, table.tensors[strip.tensor], table.momentum(strip.tensor),
+                             plain ? h : h.resolved(table.loss_scale.grad_scale),
+                             reinterpret_cast<Sums<Compute<T>>*>(memory));
+}
+template __global__ void path<float, PLAIN>(const __grid_constant__ StepTableOf<float, kFewArguments>);
+template __global__ void path<__nv_bfloat16, PLAIN>(
+    const __grid_constant__ StepTableOf<__nv_bfloat16, kFewArguments>);
