@@ -25,6 +25,7 @@ GROUPS = {  # from short groups to those that neither a block nor a cluster of t
 }
 OPTIONS: Sequence[dict[str, Any]] = (
     {"prox_mode": "sequential"},
+    {"prox_mode": "sequential", "momentum": 0.9},
     {"prox_mode": "exact", "freeze_zeros": "group", "momentum": 0.9},
 )
 

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "step_plan.h"
+#include "text.h"
 
 #ifndef CGES_EMULATED
 #define CGES_EMULATED 0
@@ -19,7 +20,7 @@ Hyperparameters make_hyperparameters(double lr, double momentum, double dampenin
                                      const std::string& freeze, const std::array<int64_t, 4>& device) {
   const auto at = [&](int i) { return reinterpret_cast<const float*>(device[i]); };
   TORCH_CHECK_VALUE(freeze.empty() || freeze == "group" || freeze == "element",
-                    "freeze: expected '', 'group' or 'element', got '", freeze, "'");
+                    text("freeze: expected '', 'group' or 'element', got '", freeze, "'").c_str());
   return {{lr, momentum, 1 - dampening, weight_decay, maximize ? -1.0 : 1.0},
           nesterov,
           {a, b, c},

@@ -27,6 +27,7 @@
 
 #include "cpu_cut.h"
 #include "cpu_tile.h"
+#include "text.h"
 
 namespace cges {
 namespace {
@@ -87,7 +88,9 @@ void with_type(c10::ScalarType dtype, F f) {
     case c10::kHalf:
       return f.template operator()<c10::Half>();
     default:
-      TORCH_CHECK(false, "cpu executor: expected float32, float64, bfloat16 or float16, got ", dtype);
+      TORCH_CHECK(false, text("cpu executor: expected float32, float64, bfloat16 or float16, got ",
+                              c10::toString(dtype))
+                             .c_str());
   }
 }
 

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <list>
 
+#include "text.h"
+
 namespace cges {
 namespace {
 
@@ -22,7 +24,9 @@ cuda::DType to_dtype(c10::ScalarType dtype) {
     case c10::kHalf:
       return cuda::DType::f16;
     default:
-      TORCH_CHECK(false, "cuda executor: expected float32, float64, bfloat16 or float16, got ", dtype);
+      TORCH_CHECK(false, text("cuda executor: expected float32, float64, bfloat16 or float16, got ",
+                              c10::toString(dtype))
+                             .c_str());
   }
 }
 

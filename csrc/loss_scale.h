@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "hyperparameters.h"
+#include "text.h"
 
 namespace cges {
 
@@ -13,7 +14,8 @@ struct ScalerTensors {
   ScalerTensors on(c10::Device device) const {
     const auto moved = [&](const at::Tensor& x) {
       if (!x.defined()) return x;
-      TORCH_CHECK_VALUE(x.numel() == 1, "grad_scale and found_inf: expected one element, got ", x.sizes());
+      TORCH_CHECK_VALUE(x.numel() == 1,
+                        text("grad_scale and found_inf: expected one element, got ", x.numel()).c_str());
       return x.detach().to(device, at::kFloat, /*non_blocking=*/true);
     };
     return {moved(grad_scale), moved(found_inf)};

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "text.h"
+
 namespace cges {
 namespace {
 
@@ -37,7 +39,8 @@ PyObject* momentum_buffer_key() {
 
 void check_executor(const std::string& executor) {
   const bool known = executor.empty() || executor == "cpu" || (CGES_CUDA && executor == "cuda");
-  TORCH_CHECK_VALUE(known, "executor: expected one that this extension was built with, got '", executor, "'");
+  TORCH_CHECK_VALUE(
+      known, text("executor: expected one that this extension was built with, got '", executor, "'").c_str());
 }
 
 void bump_version(const at::Tensor& x) {
@@ -81,18 +84,22 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
                    const std::string& executor)
     : hyperparameters_(params.size()) {
   check_executor(executor);
-  TORCH_CHECK_VALUE(params.size() == layouts.size(), "StepPlan: expected layouts for ", params.size(),
-                    " param groups, got ", layouts.size());
+  TORCH_CHECK_VALUE(
+      params.size() == layouts.size(),
+      text("StepPlan: expected layouts for ", params.size(), " param groups, got ", layouts.size()).c_str());
   for (size_t g = 0; g < params.size(); ++g) {
     group_sizes_.push_back(params[g].size());
-    TORCH_CHECK_VALUE(params[g].size() == layouts[g].size(), "StepPlan: expected ", params[g].size(),
-                      " layouts in param group ", g, ", got ", layouts[g].size());
+    TORCH_CHECK_VALUE(params[g].size() == layouts[g].size(),
+                      text("StepPlan: expected ", params[g].size(), " layouts in param group ", g, ", got ",
+                           layouts[g].size())
+                          .c_str());
     for (size_t i = 0; i < params[g].size(); ++i) {
       const py::object object = params[g][i];
       const auto param = object.cast<at::Tensor>();
       const Layout layout = to_layout(layouts[g][i]);
-      TORCH_CHECK_VALUE(layout.numel() == param.numel(), "StepPlan: expected a layout of ", param.numel(),
-                        " elements, got ", layout.numel());
+      TORCH_CHECK_VALUE(
+          layout.numel() == param.numel(),
+          text("StepPlan: expected a layout of ", param.numel(), " elements, got ", layout.numel()).c_str());
       slots_.push_back({object, param, param.data_ptr(), param.scalar_type(), at::DimVector(param.sizes()),
                         at::DimVector(param.strides()), layout, std::get<4>(layouts[g][i]), int64_t(g),
                         int64_t(i), py::object(), py::object(), at::Tensor()});
@@ -108,7 +115,7 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
 }
 
 std::string StepPlan::name(const Slot& slot) const {
-  return c10::str("param_groups[", slot.group, "]['params'][", slot.index, "]");
+  return text("param_groups[", slot.group, "]['params'][", slot.index, "]");
 }
 
 bool StepPlan::matches(const std::vector<py::list>& params) const {
@@ -166,7 +173,7 @@ int64_t StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) cons
 
 [[noreturn]] void StepPlan::refuse(const Slot& slot, const char* what, py::handle x) const {
   python_check("check_companion")(what, name(slot), slot.object, x, slot.object.attr("dtype"));
-  TORCH_CHECK(false, name(slot), ": expected a ", what, " that holds memory, got none");
+  TORCH_CHECK(false, text(name(slot), ": expected a ", what, " that holds memory, got none").c_str());
 }
 
 // A buffer that shares memory with another, or with a parameter, would be written twice at once.

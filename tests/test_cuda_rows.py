@@ -303,6 +303,7 @@ def test_what_rounds_to_zero_is_positive(dtype):
         assert got[:, 0].all() and not got[:, 1:].any() and not torch.signbit(got).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*sequential mode zeroes far more")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_groups_of_one_have_a_closed_form(prox_mode, dtype):
