@@ -267,6 +267,7 @@ def test_without_coefficients_w_is_z_bit_for_bit(momentum, shape, dtype):
     w.view(-1)[1] = float("inf")
     options = dict(lr=0.1, momentum=momentum, group_by="filter")
     got, _ = one_step(BACKEND, w, zeros, zeros.clone() if momentum else None, **options)
+    w = w.cpu()
     assert torch.equal(got, w) and torch.equal(torch.signbit(got), torch.signbit(w))
 
 
@@ -322,5 +323,5 @@ def test_frozen_zeros_and_their_buffers(freeze_zeros, shape):
     w[-1] = 0.0
     options = dict(lr=0.5, momentum=0.9, freeze_zeros=freeze_zeros, **coefficients(w, "filter", strength=0.5))
     got, got_buf = check_step(BACKEND, w, grad, buf, **options)
-    frozen = reference.frozen_mask(w, freeze_zeros, "filter")
+    frozen = reference.frozen_mask(w, freeze_zeros, "filter").cpu()
     assert not got[frozen].any() and not got_buf[frozen].any() and got[~frozen].any()
