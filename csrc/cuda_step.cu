@@ -1,36 +1,10 @@
-// The CUDA executor: one proximal SGD step of every parameter of a model.
-//
-// What bounds it. A step reads w, the gradient and the buffer and writes w and the buffer: 20 bytes per fp32
-// element (12 without momentum), and computes some 60 instructions. At 4.8 TB/s (H200) and 132
-// multiprocessors one element comes in per clock and multiprocessor, which can issue 128 instructions for it:
-// memory is all that counts, and every element must cross it once. The norms of a group are known only when
-// all of it has been read, so z waits in shared memory, never in w, until they are.
-//
-// How work is cut (cuda_cut.cpp). A slab is rows x columns of one tensor, contiguous along the columns,
-// holding whole groups; a block works on one. Two blocks share a multiprocessor, so that one loads while the
-// other reduces, with some 113 KB of z each. A block has 256 threads; each has 16 bytes of three tensors and
-// two rows under way: 2 x 256 x 2 x 3 x 16 = 48 KB per multiprocessor, where about 32 KB saturate the memory.
-//   block    the z of whole groups fits one block. Rows ("filter") up to 4,096 elements: as many as make 16,384
-//            elements, each in the hands of a warp or some of its lanes; longer ones alone. Columns
-//            ("feature"): panels of some 16,384 elements, 64 bytes of each row at least. "channel": such
-//            panels, adjacent columns added up. No groups: any run of elements.
-//   cluster  sm_90 on: eight blocks hold the rows of one panel, and read each other's sums (not each other's z)
-//            through distributed shared memory, with one cluster barrier per sweep.
-//   ticket   all the rest. Chunks of a panel leave their sums in slots; the last to arrive adds them in index
-//            order and moves the search on; the last stage reads everything again and applies. Panels go in
-//            windows: of one, or as many as the L2 keeps, so that what one stage has read the next finds there.
-// Blocks and tickets share one kernel, so a model without cluster work is one launch. Exact mode sweeps over
-// z in shared memory; on the ticket path each sweep is one more stage, and the stages of a search that has
-// ended exit at once.
-//
-// No bit depends on timing, alignment or neighbours: a thread's part of a slab follows from its shape, sums
-// are added in a fixed order, and the only atomics are counters and flags.
-//
-// A ticket waits only for tickets taken before its own, by blocks that are running: no cooperative launch, no
-// limit on how many are resident. The last to end sets all counters back to zero, for the next step or
-// replay.
-//
-// From here: cuda_slab.cuh (memory), cuda_groups.cuh (sums, solve, apply), cuda_step.cuh (a block's work).
+// The CUDA executor: its kernels and their launch. One proximal SGD step of every parameter of a model takes up to
+// three of them per dtype:
+//   step_rows      contiguous groups and elements without groups, in registers
+//   step_blocks    whole groups in a block's shared memory; and chunks of those that nothing holds, by tickets
+//   step_clusters  groups in the shared memory of eight blocks
+// docs/design/cuda-executor.md says why, and what bounds each. From here: cuda_memory.cuh (accesses), cuda_rule.cuh (the
+// update), cuda_rows.cuh; cuda_slab.cuh, cuda_groups.cuh (sums, solve, apply); cuda_step.cuh (a block's work).
 #include <algorithm>
 #include <stdexcept>
 #include <string>
