@@ -30,7 +30,7 @@ EXT_STAMP   := $(VENV)/.ext
 BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
+.PHONY: help install demo test test-quick lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,15 +46,21 @@ test: install lint  ## lint, then every test
 test-quick: install  ## the tests that are not marked slow
 	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-lint: $(DEPS_STAMP)  ## check style and formatting, change nothing
+lint: $(DEPS_STAMP)  ## check style, formatting and types, change nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(LINTED)
 
 format: $(DEPS_STAMP)  ## apply the formatters
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(LINTED)
+
+# The wheel is built from the sdist, so that one which lacks something shows. Like `make gpu`, it takes another
+# PY as it is.
+wheel: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## build a wheel, for this torch, and the sdist into dist/
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m build --no-isolation --outdir dist .
 
 bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU, in 10 minutes
 	$(PY) -m bench.run $(ARGS)
@@ -77,7 +83,7 @@ readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
 	$(PY) -m bench.readme
 
 clean:  ## remove what was built, keep .venv
-	rm -rf build dist *.egg-info cges_kernels/_C*.so .pytest_cache .ruff_cache .hypothesis $(EXT_STAMP)
+	rm -rf build dist *.egg-info cges_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis $(EXT_STAMP)
 
 distclean: clean  ## remove .venv as well
 	rm -rf $(VENV)

@@ -35,7 +35,6 @@ NVCC_FLAGS = [
     "-std=c++20",
     "-lineinfo",
     "--threads=2",
-    "-Xptxas=-v",
     "-Xcompiler=-fvisibility=hidden",
     # torch's build forbids what the kernels use of the 16-bit types
     "-U__CUDA_NO_HALF_OPERATORS__",
@@ -99,7 +98,8 @@ def cuda_options(home):
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = home  # torch looks for it only where it was itself built with CUDA
-    # and then wants its own major version, which does not matter here: the kernels include no header of torch
+    # and then wants its own major version, which does not matter: the kernels include no header of torch. No
+    # option and no method of BuildExtension turns that off, which it asks of every extension with a .cu file.
     cpp_extension._check_cuda_version = lambda *_: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     return ["csrc/cuda_step.cu"], NVCC_FLAGS, [cuda_runtime(home), "-ldl", "-lrt", "-lpthread"]

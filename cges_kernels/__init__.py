@@ -1,5 +1,7 @@
 """Structured-sparse training at the cost of plain SGD: fused proximal SGD for PyTorch."""
 
+from importlib import metadata as _metadata
+
 from .compact import compact
 from .explain import explain
 from .figures import plot_filters, plot_weights
@@ -12,6 +14,11 @@ from .recipes import cges_param_groups, exclusivity_schedule, sparsity_param_gro
 from .report import sparsity_report
 from .saving import load_compacted, save_compacted
 from .schedules import CoefficientWarmup, CubicRamp, TargetDensity
+
+try:
+    __version__ = _metadata.version("cges_kernels")  # pyproject.toml's
+except _metadata.PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "ProxSGD",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-from .fold import CONVOLUTION, PLAIN_FORWARDS, WEIGHTED, channel_dim, columns, is_floating
+from .fold import CONVOLUTION, PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, columns, is_floating
 
 # Kinds of nodes, by Torch-Pruning's names, through which a channel passes without touching another one.
 CHANNELWISE = {"BN", "IN", "PRELU", "ELEMENTWISE", "CONCAT", "SPLIT", "SLICE", "RESHAPE", "PARAMETER"}
@@ -58,12 +59,12 @@ def dependency_graph(model: nn.Module, args: tuple[Any, ...]) -> Any:
             ) from error
 
 
-def _rows(layer: nn.Module) -> Tensor:
+def _rows(layer: Weighted) -> Tensor:
     """The weight as [out / blocks, in, *kernel], a detached view: what each output is made with."""
     return layer.weight.detach().movedim(1 if getattr(layer, "transposed", False) else 0, 0)
 
 
-def _dead(layer: nn.Module) -> set[int]:
+def _dead(layer: Weighted) -> set[int]:
     """The outputs whose every weight is zero."""
     return set((_rows(layer) == 0).flatten(1).all(1).nonzero().flatten().tolist())
 
@@ -71,7 +72,7 @@ def _dead(layer: nn.Module) -> set[int]:
 class _Coupled:
     """The outputs of one layer, and all that must go with them."""
 
-    def __init__(self, graph: Any, root: nn.Module) -> None:
+    def __init__(self, graph: Any, root: Weighted) -> None:
         self.graph, self.root = graph, root
         self.count: int = graph.get_out_channels(root)
         self.items = self._group(range(self.count)).items
@@ -194,7 +195,9 @@ def gather_inputs(model: nn.Module, fixed: Mapping[str, str], check: Callable[[s
     computes. Done where that saves more than the copy costs.
     """
     for name, layer in model.named_modules():
-        if type(layer).forward not in PLAIN_FORWARDS or getattr(layer, "groups", 1) > 1 or name in fixed:
+        if not isinstance(layer, WEIGHTED) or type(layer).forward not in PLAIN_FORWARDS:
+            continue
+        if getattr(layer, "groups", 1) > 1 or name in fixed:
             continue
         weights = columns(layer)
         alive = (weights != 0).flatten(1).any(1)
@@ -206,32 +209,45 @@ def gather_inputs(model: nn.Module, fixed: Mapping[str, str], check: Callable[[s
             check(name)
 
 
-def _set_columns(layer: nn.Module, weights: Tensor) -> None:
+def _set_columns(layer: Weighted, weights: Tensor) -> None:
     """Give ``layer`` the weight of which ``weights`` are the columns."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     layer.weight = nn.Parameter(weights.movedim(0, dim).contiguous())
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(weights))
 
 
-def _pick(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+class Picking(Protocol):
+    """What select_inputs adds to a layer."""
+
+    read_inputs: Tensor
+    given_inputs: int
+    _pick: RemovableHandle
+
+
+def picking(layer: nn.Module) -> Picking:
+    """``layer`` itself: type checkers take every attribute of a module for a tensor or a module."""
+    return cast(Picking, layer)
+
+
+def _pick(layer: Weighted, args: tuple[Any, ...]) -> tuple[Any, ...]:
     x, *rest = args
-    return (x.index_select(channel_dim(layer), layer.read_inputs), *rest)
+    return (x.index_select(channel_dim(layer), picking(layer).read_inputs), *rest)
 
 
 def select_inputs(layer: nn.Module, read: Tensor, of: int) -> None:
     """Make ``layer`` read the input channels ``read`` (indices) of the ``of`` that it is given."""
     layer.register_buffer("read_inputs", read)
-    layer.given_inputs = of
-    layer._pick = layer.register_forward_pre_hook(_pick)
+    added = picking(layer)
+    added.given_inputs, added._pick = of, layer.register_forward_pre_hook(_pick)
 
 
 def restore_inputs(model: nn.Module) -> None:
     """Undo :func:`select_inputs` everywhere, in place: zeros for the inputs that were not read."""
     for layer in model.modules():
-        if hasattr(layer, "read_inputs"):
-            weights = columns(layer)
-            whole = weights.new_zeros(layer.given_inputs, *weights.shape[1:])
-            whole[layer.read_inputs] = weights
+        if isinstance(layer, WEIGHTED) and hasattr(layer, "read_inputs"):
+            weights, added = columns(layer), picking(layer)
+            whole = weights.new_zeros(added.given_inputs, *weights.shape[1:])
+            whole[added.read_inputs] = weights
             _set_columns(layer, whole)
-            layer._pick.remove()
-            del layer.read_inputs, layer.given_inputs, layer._pick
+            added._pick.remove()
+            del added.read_inputs, added.given_inputs, added._pick

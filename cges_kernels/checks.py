@@ -26,8 +26,9 @@ def check_coefficient(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {float(value)}")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
 
 
 def check_penalty(options: Mapping[str, Any]) -> None:
@@ -102,7 +103,7 @@ def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{second}: expected each tensor once, got memory that {first} has too")
 
 
-def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dtype | None = None) -> None:
+def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A gradient or buffer: dense, of the parameter's shape and device, and of ``dtype`` where given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor as its {what}, got {type(x).__name__}")
@@ -116,6 +117,7 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
         )
     if is_traceable_wrapper_subclass(x) and not is_traceable_wrapper_subclass(param):
         raise RuntimeError(f"{name}: expected a plain tensor as its {what}, got {type(x).__name__}")
+    return x
 
 
 def checked_inputs(
@@ -125,8 +127,7 @@ def checked_inputs(
 
     With momentum 0 there is no buffer; with ``dtype`` it must be of that.
     """
-    grad = param.grad
-    check_companion("gradient", name, param, grad, param.dtype)
+    grad = check_companion("gradient", name, param, param.grad, param.dtype)
     buf = entry.get("momentum_buffer") if momentum != 0 else None
     if buf is not None:
         check_companion("momentum_buffer", name, param, buf, dtype)

@@ -110,10 +110,9 @@ def compact(model: nn.Module, example_input: Any, *, keep: Collection[str] = ())
             raise RuntimeError(
                 f"compact: expected equal outputs, got a largest difference of {difference:.3g}"
             )
-        models = (model, small)
-        flops = tuple(sparsity_report(m, args).total.flops for m in models)
-        latency_ms = latencies(models, args)
-    before, after = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in models)
+        flops = _flops(model, args), _flops(small, args)
+        latency_ms = latencies((model, small), args)
+    before, after = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, small))
     return Compaction(
         model=small,
         layers={
@@ -121,12 +120,22 @@ def compact(model: nn.Module, example_input: Any, *, keep: Collection[str] = ())
             for name, shape in before.items()
             if len(shape) > 1 and after[name] != shape
         },
-        parameters=tuple(sum(p.numel() for p in m.parameters()) for m in models),
+        parameters=(_num_weights(model), _num_weights(small)),
         flops=flops,
         latency_ms=latency_ms,
         max_difference=difference,
         kept=kept,
     )
+
+
+def _num_weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _flops(model: nn.Module, args: tuple[Any, ...]) -> float:
+    flops = sparsity_report(model, args).total.flops
+    assert flops is not None  # a report that was given arguments counts them
+    return flops
 
 
 def _compacted(

@@ -47,7 +47,7 @@ class CrossingTensor:
         self,
         local: Tensor,
         view: Sequence[int] | None,
-        reduced: Sequence[int],
+        reduced: tuple[int, ...],
         axes: tuple[int, ...],
         copies: tuple[int, ...],
         values: Mapping[str, Any],
@@ -71,6 +71,7 @@ class CrossingTensor:
     @property
     def unfinished(self) -> Tensor:
         """0-d bool: whether some group here wants another round."""
+        assert self._search is not None  # the first round began it
         return ~self._search.done.all()
 
     @property
@@ -86,8 +87,8 @@ class CrossingTensor:
         """1-d: what this rank adds to every group's sums in this round."""
         z, _ = self._update()
         t = self._thresholds.c if self._search is None else self._search.t
-        count, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
-        rows = [l1, l2.square()] if count is None else [l1, l2.square(), count]
+        alive, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
+        rows = [l1, l2.square()] if alive is None else [l1, l2.square(), alive]
         if len(rows) < self._num_rows:
             rows.append((self._viewed(self.local) != 0).sum(self._reduced, keepdim=True).to(self.dtype))
         return torch.stack(rows).flatten()
@@ -124,10 +125,11 @@ class CrossingTensor:
 
     def _update(self) -> tuple[Tensor, Tensor | None]:
         """z and the new momentum buffer, in the compute dtype and the shape of the view."""
-        parts = (self.local, self._grad, self._buf)
-        w, grad, buf = (None if x is None else self._viewed(x).to(self.dtype) for x in parts)
-        if grad is None:
+        w = self._viewed(self.local).to(self.dtype)
+        if self._grad is None:
             return w, None
+        grad = self._viewed(self._grad).to(self.dtype)
+        buf = None if self._buf is None else self._viewed(self._buf).to(self.dtype)
         if self._grad_scale is not None:
             grad = grad / self._grad_scale.to(grad.device)
         frozen = w == 0 if self._freeze == "element" else self._dead

@@ -99,8 +99,8 @@ def _matrices(
             layers = [w for w in regularised_weights(weights, frozen=True) if w.param.dim() >= least]
             names = [layers[default].name] if layers else []
         elif isinstance(names, str) or (unknown := sorted(set(names) - set(params))):
-            unknown = names if isinstance(names, str) else unknown
-            raise ValueError(f"names: expected names of model.named_parameters(), got {unknown!r}")
+            got = names if isinstance(names, str) else unknown
+            raise ValueError(f"names: expected names of model.named_parameters(), got {got!r}")
         weights = {}
         for name in names:
             nonzero = 100 * int(params[name].count_nonzero()) / max(params[name].numel(), 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 CONVOLUTION = nn.modules.conv._ConvNd
 WEIGHTED = (nn.Linear, CONVOLUTION)
+Weighted: TypeAlias = nn.Linear | CONVOLUTION  # one of them, for annotations
 PLAIN_FORWARDS = {
     cls.forward
     for cls in (
@@ -35,12 +36,12 @@ def is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def channel_dim(layer: nn.Module) -> int:
+def channel_dim(layer: Weighted) -> int:
     """The dim of the input, counted from the end, along which a Linear or a convolution is given channels."""
     return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
 
 
-def columns(layer: nn.Module) -> Tensor:
+def columns(layer: Weighted) -> Tensor:
     """The weight as [in / blocks, out, *kernel], a detached view: what each input channel is read with."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     return layer.weight.detach().movedim(dim, 0)
@@ -59,7 +60,7 @@ class _Unknowns:
     def marked(self, x: Any) -> Any:
         return torch.full_like(x, self.marker) if is_floating(x) else x
 
-    def before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(self, layer: Weighted, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._busy or not args or not is_floating(args[0]):
             return None
         x, *rest = args
@@ -69,7 +70,7 @@ class _Unknowns:
         self._unknown[layer] = ~x.isfinite()
         return (torch.where(x.isfinite(), x, 0), *rest)
 
-    def after(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+    def after(self, layer: Weighted, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         if self._busy or layer not in self._unknown:
             return None
         unknown = self._unknown.pop(layer).to(out.dtype)
@@ -121,7 +122,7 @@ def inputs_of_layers(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Tenso
     return found
 
 
-def _pads_with_zeros(layer: nn.Module) -> bool:
+def _pads_with_zeros(layer: Weighted) -> bool:
     """Whether a constant channel may give something else at the borders than inside."""
     if isinstance(layer, nn.Linear):
         return False
@@ -158,7 +159,7 @@ def fold_constants(
         return {type(model).__name__: f"constants stay: its forward pass fails on NaN or Inf with {told}"}
     for name, constants in found.items():
         layer = modules[name]
-        if getattr(layer, "groups", 1) > 1:
+        if not isinstance(layer, WEIGHTED) or getattr(layer, "groups", 1) > 1:
             continue
         weights = columns(layer)
         known = ~constants.isnan() & (weights != 0).flatten(1).any(1)

@@ -74,6 +74,7 @@ def reduced_dims(ndim: int, group_by: GroupSpec) -> tuple[int, ...]:
     if group_by == "tensor":
         return tuple(range(ndim))
     check_spec(group_by)
+    assert not isinstance(group_by, str)  # another name than these has been refused
     if any(not -ndim <= d < ndim for d in group_by):
         raise ValueError(f"group_by: expected dims in [{-ndim}, {ndim}) of a {ndim}-d tensor, got {group_by}")
     dims = sorted(d % ndim for d in group_by)

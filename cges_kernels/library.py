@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim import Optimizer
 
 from . import reference
 from .checks import check_companion, check_distinct, check_param_group, scalar
@@ -29,6 +28,9 @@ from .ops import choose_backend, is_capturing, layout_tuple, step_tensors
 from .planner import SCALARS, SGD_OPTIONS, backend_of, kernel_device, number, plan_values
 from .plans import unscaled
 from .step_plan import FIRST, NO_MOMENTUM, RUNNING, in_memory_order_of
+
+if TYPE_CHECKING:
+    from .optimizer import ProxSGD
 
 NUMBERS = (*SCALARS, *SGD_OPTIONS)
 OPTIONS = ("backend", "fused", "group_by", "view", "prox_mode", "freeze_zeros")
@@ -50,7 +52,7 @@ torch.library.define(
 )
 
 
-def compiled_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def compiled_step(optimizer: ProxSGD, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """ProxSGD.step as torch.compile traces it: collect everything, one operator, keep new buffers."""
     params: list[Tensor] = []
     grads: list[Tensor] = []
@@ -64,7 +66,7 @@ def compiled_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Te
     for index, group in enumerate(optimizer.param_groups):
         mine: list[Tensor] = []
         found: list[Tensor | None] = []
-        optimizer._init_group(group, mine, grads, found)  # type: ignore[attr-defined]
+        optimizer._init_group(group, mine, grads, found)
         params += mine
         groups += [index] * len(mine)
         for p, buf in zip(mine, found):
@@ -78,7 +80,7 @@ def compiled_step(optimizer: Optimizer, grad_scale: Tensor | None, found_inf: Te
             numbers.append(0.0 if is_tensor else float(group[key]))
             if key in SCALARS:
                 sources.append(group[key] if is_tensor else None)
-        backend = backend_of(optimizer._planner.backend, group)  # type: ignore[attr-defined]
+        backend = backend_of(optimizer._planner.backend, group)
         fused = "fused" if group["fused"] else ""
         for value in (backend, fused, *(group[key] for key in OPTIONS[2:])):
             options.append(to_text(value))

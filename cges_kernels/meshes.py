@@ -86,6 +86,7 @@ def cuts_of(mesh: DeviceMesh) -> tuple[Hashable, list[Cut]]:
     ranks = root.mesh.flatten().tolist()
     position = {rank: i for i, rank in enumerate(ranks)}
     cuts, here = [], mesh.get_coordinate()
+    assert here is not None  # placements.sharded_dims has refused a mesh that this rank is not in
     for m in range(mesh.ndim):
         along = mesh.mesh[tuple(slice(None) if d == m else i for d, i in enumerate(here))].tolist()
         steps = {position[b] - position[a] for a, b in pairwise(along)} or {1}

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import extension
 from .checks import check_tensor
+from .extension import Extension
 from .groups import GroupSpec, LayoutTuple, canonical_layout, has_groups
-from .plans import ReferencePlan, Spec
+from .plans import Plan, ReferencePlan, Spec
 
-try:
-    from . import _C
-except ImportError:  # installed without a C++ compiler
-    _C = None
+_C = extension.load()
 
 # The extension whose CUDA executor is used: the tests put one here that runs the same kernels on the CPU.
 _cuda = _C if _C is not None and _C.cuda else None
@@ -46,7 +45,9 @@ def _why_no_triton() -> str | None:
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:  # a build of another name, such as ROCm's
-        from triton import __version__ as version
+        import triton
+
+        version = triton.__version__
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_NEEDED:
         return f"{needed} is needed, found {version}; pip install --upgrade triton"
     if triton_interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
@@ -67,9 +68,10 @@ def _why_no_cuda() -> str | None:
 @lru_cache
 def _why_not_device(index: int) -> str | None:
     """Why the CUDA executor cannot run on this GPU: a driver too old, or no kernel built for it."""
+    built = _extension("cuda")
     try:
-        with nullcontext() if _cuda.emulated else torch.cuda.device(index):
-            _cuda.check_device(index)
+        with nullcontext() if built.emulated else torch.cuda.device(index):
+            built.check_device(index)
     except RuntimeError as error:
         return str(error)
     return None
@@ -77,6 +79,7 @@ def _why_not_device(index: int) -> str | None:
 
 def why_not(backend: str, w: Tensor | None = None) -> str | None:
     """Why ``backend`` cannot serve ``w`` (or, without w, anything at all) and what to do; None if it can."""
+    served: tuple[str, ...]
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -90,7 +93,7 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
     else:
         if reason := _why_no_cuda():
             return reason
-        served = ("cpu",) if _cuda.emulated else ("cuda",)
+        served = ("cpu",) if _extension("cuda").emulated else ("cuda",)
     if w is not None and w.device.type not in served:
         return f"it serves tensors on {' or '.join(served)}, got one on {w.device}"
     if w is not None and is_traceable_wrapper_subclass(w):
@@ -119,7 +122,7 @@ def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False)
     ``fused`` demands one other than the reference. RuntimeError where the wish cannot be met.
     """
     check_backend(backend)
-    candidates = (backend,)
+    candidates: tuple[str, ...] = (backend,)
     if backend == "auto":  # an interpreter is never the fastest
         on_cpu = all(w.device.type == "cpu" for w in tensors)
         candidates = ("cpu",) if on_cpu else ("cuda", "triton")
@@ -159,8 +162,11 @@ def named_layouts(
     return layouts
 
 
-def _extension(executor: str) -> Any:
-    return _cuda if executor == "cuda" else _C
+def _extension(executor: str) -> Extension:
+    """The one that "cpu" or "cuda" is in; why_not has found it there."""
+    found = _cuda if executor == "cuda" else _C
+    assert found is not None
+    return found
 
 
 def make_plan(
@@ -168,7 +174,7 @@ def make_plan(
     params: Sequence[list[Tensor]],
     layouts: Sequence[Sequence[LayoutTuple]],
     specs: Sequence[Sequence[Spec]],
-) -> Any:
+) -> Plan:
     """What steps the parameters of ``executor``, by plans.py's interface.
 
     ``params[i]`` is [] where another one serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
@@ -205,9 +211,9 @@ def step_tensors(
     """
     capturing, scaler = is_capturing(), (grad_scale, found_inf)
     if executor in ("cpu", "cuda"):
-        extension = _extension(executor)
-        of_groups = [extension.Hyperparameters(**v) for v in values]
-        extension.step_(tensors, layouts, rows, groups, of_groups, executor, capturing, *scaler)
+        built = _extension(executor)
+        of_groups = [built.Hyperparameters(**v) for v in values]
+        built.step_(tensors, layouts, rows, groups, of_groups, executor, capturing, *scaler)
     else:
         from . import triton_step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import lcm, prod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from .groups import viewed
+
+SHARDED = (Shard, _StridedShard)
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ def placed_alike(p: DTensor, x: DTensor) -> bool:
     )
 
 
-def is_companion(p: Tensor, local: Tensor, x: Any) -> bool:
+def is_companion(x: Any, p: DTensor, local: Tensor) -> TypeGuard[DTensor]:
     """Whether ``x`` passes every check of a gradient or buffer of ``p``, whose local part is ``local``.
 
     False says nothing: then checked_inputs and local_companion decide, and have the words.
@@ -81,9 +83,9 @@ def sharded_dims(name: str, p: DTensor) -> list[int]:
     if p.device_mesh.get_coordinate() is None:
         raise ValueError(f"{name}: expected a mesh that this rank is in, got {p.device_mesh}")
     for placement in p.placements:
-        if not isinstance(placement, (Shard, _StridedShard, Replicate)):
+        if not isinstance(placement, (*SHARDED, Replicate)):
             raise ValueError(f"{name}: expected placements of Shard and Replicate, got {p.placements}")
-    return sorted({x.dim for x in p.placements if not isinstance(x, Replicate)})
+    return sorted({x.dim for x in p.placements if isinstance(x, SHARDED)})
 
 
 def _pieces(p: DTensor, d: int) -> int:
@@ -115,12 +117,11 @@ def local_view(
         n = p.shape[d]
         starts = (j for j in range(len(whole)) if prod(whole[:j]) == prod(p.shape[:d]))
         j = next((j for j in starts if whole[j] > 1 or n == 1), None)
-        fits = j is not None and (
+        if j is None or not (
             n == 1
             or prod(p.shape[d + 1 :]) % prod(whole[j + 1 :]) == 0
             or (n % _pieces(p, d) == 0 and whole[j] % _pieces(p, d) == 0)
-        )
-        if not fits:
+        ):
             raise ValueError(
                 f"{name}: view={tuple(view)} of shape {tuple(p.shape)}: expected shards that hold whole "
                 f"slices of a dim of the view, got placements {p.placements} on a mesh of shape "
@@ -136,10 +137,10 @@ def crossed_mesh_dims(p: DTensor, became: dict[int, int], reduced: Sequence[int]
     return tuple(
         m
         for m, placement in enumerate(p.placements)
-        if not isinstance(placement, Replicate)
+        if isinstance(placement, SHARDED)
         and p.device_mesh.size(m) > 1
         and p.shape[placement.dim] > 1  # else one rank holds it all
-        and became.get(placement.dim) in reduced
+        and became.get(placement.dim, -1) in reduced
     )
 
 

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from torch import Tensor
 from .checks import COEFFICIENTS, check_distinct, check_param_group, scalar
 from .groups import LayoutTuple
 from .ops import choose_backend, make_plan, named_layouts
+from .plans import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 SCALARS = ("lr", *COEFFICIENTS)  # those that kernels may read from tensors
@@ -45,7 +49,7 @@ def _identity(p: Tensor) -> tuple[Any, ...]:
     return id(p), p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
 
 
-def is_sharded(p: Tensor) -> bool:
+def is_sharded(p: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor; those who have one have imported it."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(p, distributed.DTensor)
@@ -53,7 +57,7 @@ def is_sharded(p: Tensor) -> bool:
 
 def _local(p: Tensor) -> Tensor:
     """What executors get to see of a parameter."""
-    return p.to_local() if is_sharded(p) else p  # type: ignore[attr-defined]
+    return p.to_local() if is_sharded(p) else p
 
 
 def plan_values(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,11 +90,11 @@ class Planner:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.warned = False
-        self._in_graphs: list[Any] = []  # plans whose tables captured graphs come back to
+        self._in_graphs: list[dict[str, Plan]] = []  # plans whose tables captured graphs come back to
         self.forget()
 
     def forget(self) -> None:
-        self.plans: dict[str, Any] = {}  # by executor
+        self.plans: dict[str, Plan] = {}  # by executor
         self.executors: list[str] = []  # of each param group
         self._key: Any = None
         self._group_sizes: list[int] = []

@@ -17,15 +17,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from . import reference
 from .checks import checked_inputs
 from .groups import GroupSpec
+from .reference import Scalar
 
 Spec = tuple[GroupSpec, Sequence[int] | None]  # group_by and view
+
+
+class Plan(Protocol):
+    """The interface; run returns what ``found_inf`` came to be where ranks had to agree on it."""
+
+    def set_hyperparameters(self, group: int, **values: Any) -> None: ...
+
+    def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool: ...
+
+    def run(self, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None: ...
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -44,7 +55,15 @@ class ReferencePlan:
         self._state: dict[Tensor, Any] = {}
 
     def set_hyperparameters(
-        self, group: int, *, a: Any, b: Any, c: Any, exact: bool, freeze: str, **sgd: Any
+        self,
+        group: int,
+        *,
+        a: Scalar = 0.0,
+        b: Scalar = 0.0,
+        c: Scalar = 0.0,
+        exact: bool = False,
+        freeze: str = "",
+        **sgd: Any,
     ) -> None:
         self._values[group] = dict(
             thresholds=reference.Thresholds(a, b, c),

@@ -137,7 +137,7 @@ def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
 
 def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
     """One checked coefficient per layer from a number or a sequence."""
-    values = [float(x) for x in ([value] * num_layers if isinstance(value, Real) else value)]
+    values = [float(value)] * num_layers if isinstance(value, (float, Real)) else [float(x) for x in value]
     if len(values) != num_layers:
         raise ValueError(f"{key}: expected a number or {num_layers} values, one per layer, got {len(values)}")
     if not all(x >= 0 and math.isfinite(x) for x in values):
@@ -158,10 +158,12 @@ def _scale_factors(
         raise ValueError(f"scale: expected None, 'size' or a dict of name to two factors, got {scale!r}")
     if unknown := sorted(set(scale) - {w.name for w in weights}):
         raise ValueError(f"scale: expected names among {[w.name for w in weights]}, got {unknown}")
-    factors = [tuple(scale.get(w.name, (1.0, 1.0))) for w in weights]
-    for weight, pair in zip(weights, factors):
+    factors = []
+    for weight in weights:
+        pair = tuple(scale.get(weight.name, (1.0, 1.0)))
         if len(pair) != 2 or not all(x >= 0 and math.isfinite(x) for x in pair):
             raise ValueError(f"scale[{weight.name!r}]: expected two finite factors >= 0, got {pair}")
+        factors.append(pair)
     return factors
 
 

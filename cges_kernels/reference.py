@@ -18,12 +18,17 @@ Everything here is differentiable. Maximum and sign are written so that NaN surv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
 from .groups import GroupSpec, has_groups, reduced_dims, viewed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Scalar: TypeAlias = float | Tensor  # a tensor where autograd is to go through a hyperparameter
 
 PROX_MODES = ("sequential", "exact")
 FREEZE_MODES = (None, "group", "element")
@@ -33,17 +38,27 @@ MAX_SWEEPS = 24  # of the exact solver; 13 were enough for the hardest groups se
 class Thresholds(NamedTuple):
     """Step size times coefficient: a = lr*alpha (group lasso), b = lr*beta (exclusive), c = lr*gamma (l1)."""
 
-    a: float
-    b: float
-    c: float
+    a: Scalar
+    b: Scalar
+    c: Scalar
 
 
 class GroupStats(NamedTuple):
     """Sums over one group of u = soft(z, t): how many are left (exact mode), their l1 and their l2 norm."""
 
-    count: Tensor | None
+    alive: Tensor | None
     l1: Tensor
     l2: Tensor
+
+
+class SGDOptions(TypedDict, total=False):
+    """What sgd_update takes besides lr."""
+
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +71,7 @@ def sgd_update(
     grad: Tensor,
     buf: Tensor | None,
     *,
-    lr: float | Tensor,
+    lr: Scalar,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -76,26 +91,26 @@ def sgd_update(
     return w.add(grad, alpha=-float(lr)), buf
 
 
-def soft_magnitude(z: Tensor, t: Tensor | float) -> Tensor:
+def soft_magnitude(z: Tensor, t: Scalar) -> Tensor:
     """|soft(z, t)| = max(|z| - t, 0); relu lets NaN through."""
     return z.abs().sub_(t).relu_()
 
 
-def group_stats(z: Tensor, t: Tensor | float, dims: Sequence[int], with_count: bool = False) -> GroupStats:
+def group_stats(z: Tensor, t: Scalar, dims: tuple[int, ...], with_count: bool = False) -> GroupStats:
     """l1 and l2 norm and, where asked for, the count of soft(z, t) over ``dims``, kept as size-1 dims."""
     u = soft_magnitude(z, t)
     if not dims:
         return GroupStats(u.sign(), u, u)
-    count = u.sign().sum(dims, keepdim=True) if with_count else None
+    alive = u.sign().sum(dims, keepdim=True) if with_count else None
     l1 = u.sum(dims, keepdim=True)
     if u.requires_grad:
-        l2 = torch.linalg.vector_norm(u, dim=tuple(dims), keepdim=True)  # its gradient at 0 is 0
+        l2 = torch.linalg.vector_norm(u, dim=dims, keepdim=True)  # its gradient at 0 is 0
     else:
         l2 = u.square_().sum(dims, keepdim=True).sqrt()  # ten times faster than vector_norm across rows
-    return GroupStats(count, l1, l2)
+    return GroupStats(alive, l1, l2)
 
 
-def group_scale(l2: Tensor, a: float) -> Tensor:
+def group_scale(l2: Tensor, a: Scalar) -> Tensor:
     """s = max(1 - a/||u||_2, 0): group soft-thresholding as a factor; 1 where a = 0, whatever the norm."""
     if a == 0:
         return torch.ones_like(l2)
@@ -104,7 +119,7 @@ def group_scale(l2: Tensor, a: float) -> Tensor:
 
 
 def solve_shrinkage(
-    z: Tensor, dims: Sequence[int], thresholds: Thresholds, prox_mode: str = "sequential"
+    z: Tensor, dims: tuple[int, ...], thresholds: Thresholds, prox_mode: str = "sequential"
 ) -> tuple[Tensor, Tensor]:
     """The two numbers (s, t) per group, shaped like ``z`` with ``dims`` of size 1.
 
@@ -126,13 +141,15 @@ def sequential_shrinkage(stats: GroupStats, thresholds: Thresholds) -> tuple[Ten
 def _newton(t: Tensor, stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
     """(s, excess, next t) at t, where excess = t - c - b*s*||u||_1 rises through the root.
 
-    The slope of b*s*||u||_1 is -b*(k*s + a*l1^2/l2^3), and 0 where the group is dead (l2 <= a).
+    The slope of b*s*||u||_1 is -b*(k*s + a*l1^2/l2^3), and 0 where the group is dead (l2 <= a). ``stats``
+    are with k, the count.
     """
+    assert stats.alive is not None
     a, b, c = thresholds
     s = group_scale(stats.l2, a)
     excess = t - c - b * s * stats.l1
     bend = a * (stats.l1 / stats.l2) * (stats.l1 / stats.l2) / stats.l2 if a != 0 else 0.0
-    slope = 1 + torch.where(s == 0, 0.0, b * (stats.count * s + bend))
+    slope = 1 + torch.where(s == 0, 0.0, b * (stats.alive * s + bend))
     return s, excess, t - excess / slope.detach()
 
 
@@ -167,7 +184,7 @@ def sweep(search: Search, stats: GroupStats, thresholds: Thresholds) -> Search:
 
 
 def _solve_exact(
-    z: Tensor, dims: Sequence[int], thresholds: Thresholds, stats: GroupStats
+    z: Tensor, dims: tuple[int, ...], thresholds: Thresholds, stats: GroupStats
 ) -> tuple[Tensor, Tensor]:
     """Newton on the rising function t - c - b*s(t)*||u(t)||_1 from t = c, kept inside a shrinking bracket."""
     with torch.no_grad():
@@ -184,7 +201,7 @@ def _solve_exact(
     return s, t
 
 
-def apply_shrinkage(z: Tensor, s: Tensor | float, t: Tensor | float) -> Tensor:
+def apply_shrinkage(z: Tensor, s: Scalar, t: Scalar) -> Tensor:
     """s * soft(z, t)."""
     return (soft_magnitude(z, t) * s).copysign_(z)
 
@@ -207,6 +224,8 @@ def shrink(
     if not any(thresholds) or z.numel() == 0:
         return z
     x = v.to(compute_dtype(z.dtype))
+    s: Scalar
+    t: Scalar
     if thresholds.a == 0 and thresholds.b == 0:
         s, t = 1.0, thresholds.c
     else:
@@ -243,17 +262,14 @@ def proximal_step(
     buf: Tensor | None,
     thresholds: Thresholds,
     *,
-    lr: float | Tensor,
+    lr: Scalar,
     group_by: GroupSpec = "feature",
     view: Sequence[int] | None = None,
     prox_mode: str = "sequential",
     freeze_zeros: str | None = None,
-    **sgd: float | bool,
+    **sgd: Unpack[SGDOptions],
 ) -> tuple[Tensor, Tensor | None]:
-    """One step for one tensor, given its thresholds: (new w, new momentum buffer), nothing in place.
-
-    ``sgd`` holds momentum, dampening, weight_decay, nesterov, maximize.
-    """
+    """One step for one tensor, given its thresholds: (new w, new momentum buffer), nothing in place."""
     frozen = frozen_mask(w, freeze_zeros, group_by, view)
     z, buf = frozen_update(frozen, *sgd_update(w, grad, buf, lr=lr, **sgd))
     return shrink(z, thresholds, group_by, view, prox_mode), buf
@@ -264,7 +280,7 @@ def step(
     grad: Tensor,
     buf: Tensor | None = None,
     *,
-    lr: float | Tensor,
+    lr: Scalar,
     group_lasso: float = 0.0,
     exclusive_lasso: float = 0.0,
     l1: float = 0.0,
@@ -277,7 +293,8 @@ def step(
     are tested against); None takes SGD's part in w's own dtype, exactly as torch.optim.SGD does.
     """
     if accumulate is not None:
-        w, grad, buf = (None if x is None else x.to(accumulate) for x in (w, grad, buf))
+        w, grad = w.to(accumulate), grad.to(accumulate)
+        buf = None if buf is None else buf.to(accumulate)
     step_size = lr if isinstance(lr, Tensor) and lr.requires_grad else float(lr)
     thresholds = Thresholds(*(step_size * x for x in (group_lasso, exclusive_lasso, l1)))
     return proximal_step(w, grad, buf, thresholds, lr=lr, **options)

@@ -257,7 +257,8 @@ def _unfused_operations() -> Iterator[None]:
     mkldnn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        torch.backends.mkldnn.enabled = torch.backends.cudnn.enabled = False
+        torch.backends.cudnn.enabled = False
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch's stub says ContextProp
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:

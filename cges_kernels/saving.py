@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .channels import select_inputs
+from .channels import picking, select_inputs
 from .files import replacing
 
 # What modules call their numbers of channels: with the shapes in the state_dict all that compact() changes.
@@ -76,12 +76,17 @@ def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location:
 def _fit(module: nn.Module, key: str, value: Tensor) -> None:
     """Make room in ``module`` for a value of another shape than it has."""
     if key == "read_inputs":
-        select_inputs(module, torch.empty_like(value), module.given_inputs)
+        select_inputs(module, torch.empty_like(value), picking(module).given_inputs)
         return
-    for held in (module._parameters, module._buffers):
-        now = held.get(key)
-        if key not in held or (now is not None and now.shape == value.shape):
-            continue
-        like = module.weight if now is None else now
-        new = torch.empty(value.shape, dtype=like.dtype, device=like.device)
-        held[key] = nn.Parameter(new, like.requires_grad) if held is module._parameters else new
+    is_parameter = key in module._parameters
+    if not is_parameter and key not in module._buffers:
+        return
+    now = module._parameters[key] if is_parameter else module._buffers[key]
+    if now is not None and now.shape == value.shape:
+        return
+    like = module.get_parameter("weight") if now is None else now
+    new = torch.empty(value.shape, dtype=like.dtype, device=like.device)
+    if is_parameter:
+        module._parameters[key] = nn.Parameter(new, like.requires_grad)
+    else:
+        module._buffers[key] = new

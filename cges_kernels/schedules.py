@@ -27,7 +27,7 @@ def check_steps(name: str, value: Any, least: int = 0) -> None:
 
 def check_density(name: str, value: Any) -> None:
     """Raise a ValueError unless ``value`` is a number in (0, 1]."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
         raise ValueError(f"{name}: expected a fraction of nonzero weights in (0, 1], got {value!r}")
 
 

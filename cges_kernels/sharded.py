@@ -30,7 +30,7 @@ from .placements import (
     local_view,
     sharded_dims,
 )
-from .plans import Spec
+from .plans import Plan, Spec
 
 
 @dataclass
@@ -69,7 +69,11 @@ class _Slot:
         if grad is None:
             return
         buf = entry.get("momentum_buffer") if momentum != 0 else None
-        if is_companion(p, self.local, grad) and (buf is None or is_companion(p, self.local, buf)):
+        if (
+            isinstance(p, DTensor)
+            and (buf is None or is_companion(buf, p, self.local))
+            and is_companion(grad, p, self.local)
+        ):
             self.grad, self.buf = grad._local_tensor, None if buf is None else buf._local_tensor
             return
         grad, buf = checked_inputs(self.name, p, entry, momentum)
@@ -81,7 +85,7 @@ class _Slot:
 
     def like_param(self, local: Tensor) -> Tensor:
         """``local`` as a tensor of the parameter's kind."""
-        if not self.is_dtensor:
+        if not isinstance(self.param, DTensor):
             return local
         return DTensor(local, self.param._spec, requires_grad=False)  # from_local moves what is offloaded
 
@@ -129,14 +133,15 @@ class ShardedPlan:
         self._slots = list(chain(*self._groups))
         self._packs = Packs()
         for slot in self._slots:
-            if slot.mesh_dims:
+            if isinstance(slot.param, DTensor) and slot.mesh_dims:
                 mesh, copied = slot.param.device_mesh, copied_mesh_dims(slot.param)
                 slot.pack, slot.axes, slot.copies = self._packs.join(mesh, slot.mesh_dims, copied)
         check_distinct([slot.name for slot in self._slots], [slot.local for slot in self._slots])
-        self._plans: dict[str, Any] = {}  # by executor
+        self._plans: dict[str, Plan] = {}  # by executor
         for executor in sorted({e for e, group in zip(executors, params) if group}):
             served = [rows if e == executor else [] for rows, e in zip(inner, executors)]
-            layouts, local_specs = ([[row[i] for row in rows] for rows in served] for i in range(2))
+            layouts = [[layout for layout, _ in rows] for rows in served]
+            local_specs = [[spec for _, spec in rows] for rows in served]
             self._plans[executor] = make_plan(executor, self._locals(executor), layouts, local_specs)
 
     def set_hyperparameters(self, group: int, **values: Any) -> None:

@@ -48,7 +48,7 @@ class _Slot:
 class StepPlan:
     """The parameters of param groups, held for a step in two calls: gather, which may fail, and run."""
 
-    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[list[LayoutTuple]]) -> None:
+    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[LayoutTuple]]) -> None:
         if len(params) != len(layouts):
             raise ValueError(f"StepPlan: expected layouts for {len(params)} param groups, got {len(layouts)}")
         self._sizes = [len(group) for group in params]

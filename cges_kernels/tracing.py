@@ -27,8 +27,8 @@ def check_modules(model: nn.Module, keep: Collection[str]) -> None:
     """Raise a ValueError that names what cannot be compacted."""
     modules = dict(model.named_modules())
     if isinstance(keep, str) or (unknown := sorted(set(keep) - set(modules))):
-        unknown = keep if isinstance(keep, str) else unknown
-        raise ValueError(f"keep: expected a collection of names of model.named_modules(), got {unknown!r}")
+        got = keep if isinstance(keep, str) else unknown
+        raise ValueError(f"keep: expected a collection of names of model.named_modules(), got {got!r}")
     for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'model'}: expected a plain nn.Module, got a scripted one")

@@ -294,7 +294,7 @@ def whole_tile(
             dead = frozen(w, alive, load_freeze(row))
             z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
         store_buffer(tensor, base, offsets, mask, buf, STORED, VEC)
-        zs = zs + (z,)
+        zs = zs + (z,)  # type: ignore[assignment]  # Triton unrolls the loop: the tuple may grow
     a, b, c, exact = load_thresholds(row)
     if KIND == ELEMENTWISE:
         a, b = a * 0, b * 0

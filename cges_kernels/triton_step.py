@@ -156,7 +156,7 @@ class Batch:
         """Items of long groups, in windows of whole panels of one length (padded with idle items)."""
         self.split_variants = sorted({c.variant for c in cuts if not c.whole})
         number = {v: i for i, v in enumerate(self.split_variants)}
-        panels = []  # each one [chunks, 8]
+        panels: list[np.ndarray] = []  # each one [chunks, 8]
         slots = 0
         for i, c in enumerate(cuts):
             if c.whole:
@@ -209,8 +209,13 @@ class TritonStep:
                 places.setdefault((w.device, w.dtype), []).append(i)
         self.batches = []
         for indices in places.values():
-            of = [(tensors[i], Layout(*layouts[i][:4]), layouts[i][4], rows[i]) for i in indices]
-            self.batches.append((np.array(indices), Batch(*map(list, zip(*of)))))  # type: ignore[arg-type]
+            batch = Batch(
+                [tensors[i] for i in indices],
+                [Layout(*layouts[i][:4]) for i in indices],
+                [layouts[i][4] for i in indices],
+                [rows[i] for i in indices],
+            )
+            self.batches.append((np.array(indices), batch))
         self.hyper: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.in_graphs: list[Tensor] = []  # tables that captured graphs come back to
 
@@ -253,7 +258,7 @@ class TritonStep:
 class TritonPlan:
     """What ProxSGD drives: a StepPlan that checks and gathers, and the launches on what it has gathered."""
 
-    def __init__(self, params: list[list[Tensor]], layouts: list[list[LayoutTuple]]):
+    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[LayoutTuple]]):
         self._plan = (_C or step_plan).StepPlan(params, layouts)
         rows = [i for i, group in enumerate(params) for _ in group]
         self._step = TritonStep(list(chain(*params)), list(chain(*layouts)), rows, len(params))

@@ -140,6 +140,27 @@ def test_import_is_light():
     )
 
 
+@pytest.mark.parametrize(
+    ["found", "version"],
+    [("return '7.8.9'", "7.8.9"), ("raise metadata.PackageNotFoundError", "0+unknown")],
+    ids=["installed", "checkout"],
+)
+def test_the_version_is_that_of_the_installed_package(found, version):
+    """As pyproject.toml has it, which tests/test_wheel.py shows; a checkout need not be installed."""
+    run_python(
+        "from importlib import metadata\n"
+        "real = metadata.version\n"
+        "def made_up(name):\n"
+        "    if name != 'cges_kernels':\n"
+        "        return real(name)\n"
+        f"    {found}\n"
+        "metadata.version = made_up\n"
+        "import cges_kernels\n"
+        f"assert cges_kernels.__version__ == {version!r}, cges_kernels.__version__\n",
+        cwd=ROOT,
+    )
+
+
 def test_works_without_the_extension():
     run_python(
         "import sys\n"

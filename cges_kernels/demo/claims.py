@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .results import AXES, Estimate, summarise
+from .results import AXES, Estimate, Row, summarise
 from .training import METHODS, Run
 
 LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # percent, where curves are compared
@@ -78,7 +78,7 @@ def _line(method: str, rival: str, found: Margin | None, unit: str, sign: int = 
 
 def _against_dense(runs: Sequence[Run]) -> list[str]:
     """Each sparse method at its most accurate lambda against l2 at its own."""
-    best = {}
+    best: dict[str, Row] = {}
     for row in summarise(runs):
         if row.method not in best or row.values["accuracy"].mean > best[row.method].values["accuracy"].mean:
             best[row.method] = row

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     epochs = ", ".join(f"{settings.epochs} for {name}" for name, settings in SETTINGS.items())
-    whole = dict(type=at_least_one, metavar="N")
+    whole: dict[str, Any] = dict(type=at_least_one, metavar="N")
     add = parser.add_argument
     add("--data", choices=LOADERS, default="digits", help="mnist is downloaded from openml.org")
     add("--device", type=device, default="cpu", help="to train on: cpu, cuda, cuda:1, ...")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -20,6 +20,9 @@ from ..files import as_csv
 from .results import AXES, Row, summarise, table_csv
 from .training import METHODS, Run
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 # Okabe and Ito's palette: told apart with any colour vision, and by marker in grey.
 STYLES = {
     "l2": ("#000000", "s"),
@@ -29,7 +32,7 @@ STYLES = {
     "es": ("#009E73", "P"),
     "cges": ("#D55E00", "o"),
 }
-RC = {
+RC: dict[RcKeyType, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -78,7 +81,9 @@ def _curve(panel: Axes, rows: Sequence[Row], x: str, colour: str, marker: str) -
         return
     xs, ys, y_errors, x_errors = (np.nan_to_num(np.array(column)) for column in zip(*points))
     label = METHODS[rows[0].method].label
-    style = dict(color=colour, marker=marker, markersize=6, linewidth=1.6, elinewidth=1, capsize=2)
+    style: dict[str, Any] = dict(
+        color=colour, marker=marker, markersize=6, linewidth=1.6, elinewidth=1, capsize=2
+    )
     panel.errorbar(xs, ys, y_errors, x_errors, label=label, **style)
 
 

@@ -46,7 +46,7 @@ def _steps(model: nn.Module) -> tuple[str, list[Callable[[], Any]]]:
             cges_param_groups(m, 0.01, scale="size"), lr=1e-4, momentum=MOMENTUM, backend="reference"
         ),
     ]
-    steps = []
+    steps: list[Callable[[], Any]] = []
     for make in makers:
         own = copy.deepcopy(model)
         for p in own.parameters():

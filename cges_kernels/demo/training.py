@@ -64,7 +64,7 @@ class Method(NamedTuple):
 
 def _by_size(penalty: str, **options: Any) -> Callable[[nn.Module, float], list[dict[str, Any]]]:
     """Param groups with lambda as the coefficient ``penalty``, scaled by group size."""
-    return lambda model, lam: sparsity_param_groups(model, **{penalty: lam}, scale="size", **options)
+    return lambda model, lam: sparsity_param_groups(model, scale="size", **{**options, penalty: lam})
 
 
 # The ranges go from nearly dense to where accuracy suffers, at momentum 0.9, where the penalty in force is
@@ -143,12 +143,13 @@ def compacted(model: LeNet) -> LeNet:
     loses its own weights, from the last layer down.
     """
     model = copy.deepcopy(model)
-    layers = [model.conv1, model.conv2, model.fc1, model.fc2]
+    layers: list[nn.Conv2d | nn.Linear] = [model.conv1, model.conv2, model.fc1, model.fc2]
     reads = [
         above.weight.view(above.weight.shape[0], below.weight.shape[0], -1)  # [out, unit below, taps]
         for below, above in itertools.pairwise(layers)
     ]
     for below, above, read in zip(layers, layers[1:], reads):
+        assert below.bias is not None and above.bias is not None
         dead = (below.weight == 0).flatten(1).all(1)
         above.bias += read.sum(2) @ (F.relu(below.bias) * dead)
         read[:, dead] = 0
@@ -217,6 +218,8 @@ def _evaluate(job: Job, model: LeNet, x: Tensor, y: Tensor) -> Run:
     accuracy = percent_correct(model, x, y)
     total = sparsity_report(model, x[:1]).total
     compact = sparsity_report(compacted(model), x[:1]).total
+    assert total.flops is not None and total.flops_nonzero is not None
+    assert compact.flops_compacted is not None
     first, last = model.conv1.weight, model.fc2.weight
     classes = (last != 0).sum(0)
     return Run(
