@@ -18,7 +18,7 @@ PARALLEL := -n 2 --dist loadgroup
 VENV := .venv
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
-CPP  := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc csrc/*.cu csrc/*.cuh)
+CPP  := $(wildcard csrc/*.cpp $(foreach kind,cpp h inc cu cuh,csrc/*/*.$(kind)))
 ON_GPU := PY="$(PY)" OUT="$(OUT)"
 LINTED := $(CPP) bench/guard.cpp $(wildcard tests/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 

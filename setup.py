@@ -102,7 +102,7 @@ def cuda_options(home):
     # option and no method of BuildExtension turns that off, which it asks of every extension with a .cu file.
     cpp_extension._check_cuda_version = lambda *_: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    return ["csrc/cuda_step.cu"], NVCC_FLAGS, [cuda_runtime(home), "-ldl", "-lrt", "-lpthread"]
+    return glob.glob("csrc/cuda/*.cu"), NVCC_FLAGS, [cuda_runtime(home), "-ldl", "-lrt", "-lpthread"]
 
 
 def build_options(env=os.environ):
@@ -120,16 +120,16 @@ def build_options(env=os.environ):
     os.environ["CXX"] = compiler  # torch's build takes $CXX or "c++"
 
     cuda_home = find_cuda(env)
-    sources = sorted(set(glob.glob("csrc/*.cpp")) - set([] if cuda_home else glob.glob("csrc/cuda_*.cpp")))
+    sources = {path for path in glob.glob("csrc/**/*.cpp", recursive=True) if cuda_home or "cuda" not in path}
     cuda_sources, nvcc_flags, libraries = cuda_options(cuda_home) if cuda_home else ([], [], [])
 
     # As system headers, torch's and Python's own warnings stay out of sight.
     system_headers = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     extension = CppExtension(
         "cges_kernels._C",
-        sources + cuda_sources,
+        sorted(sources) + cuda_sources,
         include_dirs=[os.path.abspath("csrc")],
-        depends=["setup.py", *sorted(glob.glob("csrc/*"))],
+        depends=["setup.py", *sorted(glob.glob("csrc/**/*.*", recursive=True))],
         define_macros=[("CGES_CUDA", str(int(bool(cuda_home))))],
         extra_compile_args={"cxx": COMPILE_FLAGS + system_headers, "nvcc": nvcc_flags},
         extra_link_args=LINK_FLAGS + libraries,

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu_step.h"
+#include "cpu/executor.h"
 
 namespace at {
 int get_num_threads() { return 1; }

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 DRIVER = ROOT / "build" / "guard" / "driver"
-OBJECTS = ("cpu_step.o", "cpu_cut.o", "cpu_rows.o")  # as `make install` compiled them
+OBJECTS = ("executor.o", "cut.o", "rows.o")  # as `make install` compiled them
 COUNT = "--tool=callgrind --callgrind-out-file=/dev/null --toggle-collect=cges::cpu_step(*".split()
 
 
@@ -60,7 +60,7 @@ def driver() -> Path:
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    folders = sorted((ROOT / "build").glob("temp.*/csrc"), key=lambda path: path.stat().st_mtime)
+    folders = sorted((ROOT / "build").glob("temp.*/csrc/cpu"), key=lambda path: path.stat().st_mtime)
     objects = [folders[-1] / name for name in OBJECTS] if folders else []
     if not objects or not all(path.exists() for path in objects):
         sys.exit("bench.guard: expected the extension's object files under build/, found none: make install")

@@ -4,8 +4,8 @@
 #include <array>
 #include <atomic>
 
-#include "step_plan.h"
-#include "text.h"
+#include "plan/step_plan.h"
+#include "common/text.h"
 
 #ifndef CGES_EMULATED
 #define CGES_EMULATED 0

@@ -20,7 +20,7 @@ from cuda_emulator.build import CSRC, build, compile_objects
 FOLDER = CSRC.parent / "build" / "emulated"
 THREADS = 64
 NAME = "_C_emulated"
-KERNELS = ("cuda_step.cu", "cuda_cut.cpp")
+KERNELS = (CSRC / "cuda" / "launch.cu", CSRC / "cuda" / "cut.cpp")
 # The sanitizer that this process runs under, whose library is preloaded: "address,undefined" or "thread".
 SANITIZE = os.environ.get("CGES_SANITIZE") or None
 
@@ -33,11 +33,11 @@ def build_extension(sanitize: str | None = None) -> Path:
     lib = Path(torch.__file__).parent / "lib"
     libraries = [f"-L{lib}", *(f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python"))]
     defines = ["CGES_CUDA=1", f"CGES_THREADS={THREADS}", f"TORCH_EXTENSION_NAME={NAME}"]
-    around = [path for path in sorted(CSRC.glob("*.cpp")) if path.name not in KERNELS]
+    around = [path for path in sorted(CSRC.rglob("*.cpp")) if path not in KERNELS]
     objects = compile_objects(FOLDER / "objects", around, None, defines, ["-fopenmp", *headers])
     return build(
         FOLDER / f"{(sanitize or 'plain').split(',')[0]}.so",
-        [CSRC / name for name in KERNELS],
+        KERNELS,
         sanitize=sanitize,
         defines=defines,
         extra_flags=["-fopenmp"],

@@ -1,5 +1,5 @@
 // One path of the kernels for rows in a kernel of its own, for test_cuda_compile.py to count its instructions.
-#include "cuda_step.cuh"
+#include "cuda/kernels.cuh"
 
 using namespace cges;
 using namespace cges::cuda;

@@ -92,7 +92,7 @@ def fake_toolkit(folder, release):
 def test_cuda_is_built_wherever_nvcc_is(build, fake_path, tmp_path):
     home = fake_toolkit(tmp_path / "cuda", "13.0")
     (extension,) = build.build_options({"PATH": fake_path, "CUDA_HOME": home})["ext_modules"]
-    assert {"csrc/cuda_step.cu", "csrc/cuda_cut.cpp", "csrc/cuda_plan.cpp"} <= set(extension.sources)
+    assert {"csrc/cuda/launch.cu", "csrc/cuda/cut.cpp", "csrc/plan/cuda_plan.cpp"} <= set(extension.sources)
     assert ("CGES_CUDA", "1") in extension.define_macros
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0 9.0 10.0+PTX"
     assert f"{home}/lib64/libcudart_static.a" in extension.extra_link_args

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "shrinkage.h"
+#include "common/shrinkage.h"
 
 namespace cges::cuda {
 

@@ -2,7 +2,8 @@
 #pragma once
 #include <cooperative_groups.h>
 
-#include "cuda_rows.cuh"
+#include "cuda/arguments.cuh"
+#include "cuda/groups.cuh"
 
 #if CGES_EMULATED  // by tests/cuda_emulator, on the host
 #define CGES_SHARED(name) unsigned char* const name = emulator::shared_memory()
@@ -20,70 +21,8 @@ namespace cges::cuda {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMostArguments = 32764;  // bytes; CUDA >= 12.1, sm_70 on
-// A launch with the most takes some 4 us longer than with these, which hold the 161 tensors of ResNet-50.
-constexpr int kFewArguments = 5120, kFewTensors = 176;
 constexpr unsigned kSpinNanoseconds = 64;
 constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer waits for ever
-
-// What travels with each step: of a launch,
-struct StepHead {
-  const Strip* strips;
-  const Item *items, *chunks;
-  unsigned char* scratch;
-  int32_t* counters;
-  int32_t tickets, stages, panels;
-  LossScale loss_scale;
-
-  // Whether nothing is to change at all; the same for all blocks.
-  __device__ bool overflowed() const {
-    return loss_scale.found_inf != nullptr && *loss_scale.found_inf != 0.0f;
-  }
-};
-
-// and of its tensors: a kernel's only argument. What stays from step to step lies in device memory.
-template <typename A, int bytes>
-struct StepTable : StepHead {
-  static constexpr int kTensors = bytes == kFewArguments ? kFewTensors : kMaxTensors;
-  static constexpr int kRows =
-      int((bytes - sizeof(StepHead) - 8 - kTensors * (sizeof(TensorArgs) + 2)) / sizeof(Coefficients<A>));
-
-  TensorArgs tensors[kTensors];
-  uint16_t rows[kTensors];  // row of coefficients * 16 + plain * 8 + phase + 1
-  Coefficients<A> coefficients[kRows];
-
-  // Whether the tensor has a gradient.
-  __device__ bool steps(int tensor) const { return rows[tensor] % 8 != 0; }
-  __device__ Momentum momentum(int tensor) const { return Momentum(int(rows[tensor] % 8) - 1); }
-  // Whether the step of the tensor is one that SgdRule and the kernels call plain.
-  __device__ bool plain(int tensor) const { return rows[tensor] / 8 % 2 != 0; }
-  __device__ const Coefficients<A>& of(int tensor) const { return coefficients[rows[tensor] / 16]; }
-};
-
-template <typename T, int bytes>
-using StepTableOf = StepTable<Compute<T>, bytes>;
-
-// A strip by the path that serves it. The choice is made here, once for a block: no loop over elements asks.
-// `plain`: all tensors of the launch are, and the compiler keeps no register for what they do not need.
-template <bool plain, typename T, typename Table>
-__device__ __forceinline__ void run_strip(const Table& table, const Strip& strip,
-                                          Sums<Compute<T>>* exchange) {
-  const TensorArgs& tensor = table.tensors[strip.tensor];
-  const Momentum momentum = table.momentum(strip.tensor);
-  const auto& h = table.of(strip.tensor);
-  const auto addresses = reinterpret_cast<uintptr_t>(tensor.w) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                         reinterpret_cast<uintptr_t>(tensor.buf);
-  const bool wide = strip.width > 1 && addresses % 16 == 0;
-  if constexpr (plain) {
-    if (wide) return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
-    return step_strip<T, true, false>(strip, tensor, momentum, h, exchange);
-  }
-  if (wide && table.plain(strip.tensor))
-    return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
-  const auto resolved = h.resolved(table.loss_scale.grad_scale);
-  if (wide) return step_strip<T, false, true>(strip, tensor, momentum, resolved, exchange);
-  step_strip<T, false, false>(strip, tensor, momentum, resolved, exchange);
-}
 
 // Searches for each group's s and t with z in shared memory. In a cluster each block holds some of the rows,
 // and all of them add up all blocks' sums, in the same order.

@@ -2,7 +2,7 @@
 #pragma once
 #include <limits>
 
-#include "cuda_slab.cuh"
+#include "cuda/slab.cuh"
 
 namespace cges::cuda {
 

@@ -15,10 +15,10 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_step.h"
-#include "loss_scale.h"
+#include "cpu/executor.h"
+#include "plan/loss_scale.h"
 #if CGES_CUDA
-#include "cuda_plan.h"
+#include "plan/cuda_plan.h"
 #endif
 
 namespace cges {

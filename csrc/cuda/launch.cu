@@ -1,69 +1,13 @@
-// The CUDA executor: its kernels and their launch. One proximal SGD step of every parameter of a model takes up to
-// three of them per dtype:
-//   step_rows      contiguous groups and elements without groups, in registers
-//   step_blocks    whole groups in a block's shared memory; and chunks of those that nothing holds, by tickets
-//   step_clusters  groups in the shared memory of eight blocks
-// docs/design/cuda-executor.md says why, and what bounds each. From here: cuda_memory.cuh (accesses), cuda_rule.cuh (the
-// update), cuda_rows.cuh; cuda_slab.cuh, cuda_groups.cuh (sums, solve, apply); cuda_step.cuh (a block's work).
+// The CUDA executor's host side: what a device allows, the arguments of a step, its launches. A step of every parameter of
+// a model is up to three kernels per dtype; docs/design/cuda-executor.md says which, and why.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "cuda_step.cuh"
+#include "cuda/kernels.cuh"
 
 namespace cges::cuda {
 namespace {
-
-// Of a multiprocessor: 128 registers a thread, for rows 80; 64 where less has to be held.
-constexpr int kBlocks = 2;
-template <typename T, bool plain>
-constexpr int kRowBlocks = sizeof(T) == 8            ? 2
-                           : plain && sizeof(T) == 2 ? 4
-                                                     : 3;
-
-template <typename T, int bytes, bool plain>
-__global__ void __launch_bounds__(kThreads, kRowBlocks<T, plain>)
-    step_rows(const __grid_constant__ StepTableOf<T, bytes> table) {
-  CGES_SHARED(memory);
-  const Strip strip = table.strips[blockIdx.x];
-  if (table.overflowed() || !table.steps(strip.tensor)) return;
-  run_strip<plain, T>(table, strip, reinterpret_cast<Sums<Compute<T>>*>(memory));
-}
-
-template <typename T, int bytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    step_blocks(const __grid_constant__ StepTableOf<T, bytes> table) {
-  CGES_SHARED(memory);
-  if (table.overflowed()) return;
-  int* const word = reinterpret_cast<int*>(memory);
-  const bool has_ticket = blockIdx.x < unsigned(table.tickets);
-  const Item* item = table.items + (int64_t(blockIdx.x) - table.tickets);
-  int stage = 0;
-  if (has_ticket) {  // they go window by window; in a window, stage by stage
-    const int ticket = take_ticket(table.counters, word), tickets_each = table.stages + 1;
-    const Item& any = table.chunks[ticket / tickets_each];  // of the window
-    const int rest = ticket - any.window_begin * tickets_each;
-    stage = rest / any.window_size;
-    item = table.chunks + any.window_begin + rest % any.window_size;
-  }
-  const Item mine = *item;
-  if (table.steps(mine.tensor)) run_item<T, false>(table, mine, stage, memory);
-  if (has_ticket) end_ticket(table, word);
-}
-
-template <typename T, int bytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    step_clusters(const __grid_constant__ StepTableOf<T, bytes> table) {
-#if CGES_CLUSTERS
-  CGES_SHARED(memory);
-  const Item item = table.items[blockIdx.x];
-  if (table.overflowed() || !table.steps(item.tensor)) return;
-  run_item<T, true>(table, item, 0, memory);
-  cg::this_cluster().sync();  // nobody leaves while others read its sums
-#endif
-}
-
-// The host's side.
 
 int64_t shared_limit = INT64_MAX;
 

@@ -4,8 +4,8 @@
 //
 // update -> sums -> solve, in exact mode again and again -> apply; each element crosses the memory once.
 #pragma once
-#include "cuda_groups.cuh"
-#include "cuda_rule.cuh"
+#include "cuda/arguments.cuh"
+#include "cuda/groups.cuh"
 
 namespace cges::cuda {
 
@@ -254,6 +254,28 @@ __device__ __forceinline__ void step_strip(const Strip& strip, const TensorArgs&
   if constexpr (!plain && !wide)
     if (strip.kind == Strip::Kind::ones) return step_ones<T>(packs, h);
   step_groups<T, plain, wide>(strip, packs, h, exchange);
+}
+
+// A strip by the path that serves it. The choice is made here, once for a block: no loop over elements asks.
+// `plain`: all tensors of the launch are, and the compiler keeps no register for what they do not need.
+template <bool plain, typename T, typename Table>
+__device__ __forceinline__ void run_strip(const Table& table, const Strip& strip,
+                                          Sums<Compute<T>>* exchange) {
+  const TensorArgs& tensor = table.tensors[strip.tensor];
+  const Momentum momentum = table.momentum(strip.tensor);
+  const auto& h = table.of(strip.tensor);
+  const auto addresses = reinterpret_cast<uintptr_t>(tensor.w) | reinterpret_cast<uintptr_t>(tensor.grad) |
+                         reinterpret_cast<uintptr_t>(tensor.buf);
+  const bool wide = strip.width > 1 && addresses % 16 == 0;
+  if constexpr (plain) {
+    if (wide) return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
+    return step_strip<T, true, false>(strip, tensor, momentum, h, exchange);
+  }
+  if (wide && table.plain(strip.tensor))
+    return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
+  const auto resolved = h.resolved(table.loss_scale.grad_scale);
+  if (wide) return step_strip<T, false, true>(strip, tensor, momentum, resolved, exchange);
+  step_strip<T, false, false>(strip, tensor, momentum, resolved, exchange);
 }
 
 }  // namespace cges::cuda

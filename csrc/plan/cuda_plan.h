@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_step.h"
-#include "loss_scale.h"
+#include "cuda/executor.h"
+#include "plan/loss_scale.h"
 
 namespace cges {
 

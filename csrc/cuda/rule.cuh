@@ -1,7 +1,7 @@
 // What a kernel is told of a param group, and the update rule: all that it knows of the optimizer around it.
 #pragma once
-#include "cuda_memory.cuh"
-#include "cuda_step.h"
+#include "cuda/executor.h"
+#include "cuda/memory.cuh"
 
 namespace cges::cuda {
 

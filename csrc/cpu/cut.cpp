@@ -1,4 +1,4 @@
-#include "cpu_cut.h"
+#include "cpu/cut.h"
 
 #include <ATen/Parallel.h>
 #include <unistd.h>

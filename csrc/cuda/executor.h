@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "hyperparameters.h"
-#include "layout.h"
+#include "common/layout.h"
+#include "common/step.h"
 
 #ifndef CGES_THREADS
 #define CGES_THREADS 256

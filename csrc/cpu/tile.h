@@ -5,8 +5,8 @@
 #include <limits>
 #include <numeric>
 
-#include "cpu_cut.h"
-#include "cpu_scratch.h"
+#include "cpu/cut.h"
+#include "cpu/scratch.h"
 
 namespace cges {
 

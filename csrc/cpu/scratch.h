@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "cpu_rows.h"
+#include "cpu/rows.h"
 
 namespace cges {
 

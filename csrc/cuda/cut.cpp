@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cuda_step.h"
+#include "cuda/executor.h"
 
 namespace cges::cuda {
 namespace {

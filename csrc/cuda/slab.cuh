@@ -1,6 +1,6 @@
 // A slab of one tensor as one thread sees it: 16-byte accesses, the update into shared memory, the way back.
 #pragma once
-#include "cuda_rule.cuh"
+#include "cuda/rule.cuh"
 
 namespace cges::cuda {
 

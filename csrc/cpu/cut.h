@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu_step.h"
+#include "cpu/executor.h"
 
 namespace cges {
 

@@ -1,11 +1,11 @@
-#include "step_plan.h"
+#include "plan/step_plan.h"
 
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "text.h"
+#include "common/text.h"
 
 namespace cges {
 namespace {

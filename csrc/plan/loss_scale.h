@@ -2,8 +2,8 @@
 #pragma once
 #include <ATen/ATen.h>
 
-#include "hyperparameters.h"
-#include "text.h"
+#include "common/step.h"
+#include "common/text.h"
 
 namespace cges {
 

@@ -1,12 +1,12 @@
 // Loops over contiguous runs of memory, written so that the compiler vectorises them; every formula is
-// shrinkage.h's. cpu_rows.cpp compiles the bodies once per instruction set and picks one at run time.
+// shrinkage.h's. rows.cpp compiles the bodies once per instruction set and picks one at run time.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
 
-#include "hyperparameters.h"
+#include "common/step.h"
 
 namespace cges {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "shrinkage.h"
+#include "common/shrinkage.h"
 
 namespace cges {
 

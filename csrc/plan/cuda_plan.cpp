@@ -1,4 +1,4 @@
-#include "cuda_plan.h"
+#include "plan/cuda_plan.h"
 
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <list>
 
-#include "text.h"
+#include "common/text.h"
 
 namespace cges {
 namespace {

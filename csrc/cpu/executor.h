@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu_rows.h"
-#include "layout.h"
+#include "common/layout.h"
+#include "cpu/rows.h"
 
 namespace cges {
 

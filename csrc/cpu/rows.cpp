@@ -1,10 +1,10 @@
-#include "cpu_rows.h"
+#include "cpu/rows.h"
 
 #include <utility>
 
 // The bodies for plain x86-64 (or any other processor), AVX2 and AVX-512: what a wheel may ship.
 namespace cges::baseline {
-#include "cpu_rows.inc"
+#include "cpu/rows.inc"
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -13,14 +13,14 @@ namespace cges::baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2")
 namespace cges::avx2 {
-#include "cpu_rows.inc"
+#include "cpu/rows.inc"
 }
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 namespace cges::avx512 {
-#include "cpu_rows.inc"
+#include "cpu/rows.inc"
 }
 #pragma GCC pop_options
 #endif

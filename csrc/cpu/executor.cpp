@@ -17,7 +17,7 @@
 //
 // Which columns share a tile depends on where in a line pair the tensor begins too; what is summed in which
 // order, and so every bit of the result, on its shape, type and hyperparameters and the cache size alone.
-#include "cpu_step.h"
+#include "cpu/executor.h"
 
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
@@ -25,9 +25,9 @@
 #include <atomic>
 #include <numeric>
 
-#include "cpu_cut.h"
-#include "cpu_tile.h"
-#include "text.h"
+#include "common/text.h"
+#include "cpu/cut.h"
+#include "cpu/tile.h"
 
 namespace cges {
 namespace {
