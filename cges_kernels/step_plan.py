@@ -1,4 +1,4 @@
-"""StepPlan in Python, for installs without the C++ one, which csrc/plan/step_plan.h describes: the same checks."""
+"""StepPlan in Python, for installs without the C++ one: the same checks as csrc/plan/step_plan.h describes."""
 
 from __future__ import annotations
 

@@ -140,6 +140,18 @@ def test_lanes_side_by_side_touch_neighbours(device):
         assert mine[0, 0] == first + 16 * thread
 
 
+@on_emulator
+@pytest.mark.parametrize("options", [PLAIN, GENERAL[0]], ids=str)
+@pytest.mark.parametrize("odd", ["w", "grad", "buf"])
+def test_whichever_tensor_is_off_16_bytes_no_access_is_misaligned(device, odd, options):
+    p, grad, buf = (parameter((9, 48), offset=int(odd == name)) for name in ("w", "grad", "buf"))
+    optimizer = optimizer_of([p], **options)
+    optimizer.state[p]["momentum_buffer"] = buf.detach()
+    p.grad = grad.detach()
+    accesses = device.accesses(optimizer.step)
+    assert len(accesses) and (accesses[:, 0] % accesses[:, 1] == 0).all()
+
+
 # Bits
 
 
@@ -269,6 +281,42 @@ def test_without_coefficients_w_is_z_bit_for_bit(momentum, shape, dtype):
     got, _ = one_step(BACKEND, w, zeros, zeros.clone() if momentum else None, **options)
     w = w.cpu()
     assert torch.equal(got, w) and torch.equal(torch.signbit(got), torch.signbit(w))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_zeros_of_tensors_without_groups_keep_their_sign_where_there_is_no_l1(momentum):
+    """Beside tensors with groups, whose coefficients are in the same param group."""
+    results = []
+    w, rows = torch.tensor([-0.0, 0.0, 1.0, -2.0] * 5), fresh((9, 48))
+    for backend in (BACKEND, "reference"):
+        params = [torch.nn.Parameter(x.clone()) for x in (w, rows)]
+        options = dict(lr=0.1, momentum=momentum, group_lasso=0.3, group_by="filter", backend=backend)
+        optimizer = ProxSGD(params, **options)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        results.append(params[0].detach())
+    assert torch.equal(*results) and torch.equal(*(x.signbit() for x in results))
+
+
+@pytest.mark.parametrize("what", ["lr", "group_lasso", "exclusive_lasso", "l1", "grad_scale"])
+def test_numbers_in_device_memory_take_no_plain_step(what):
+    """A plain step knows only what the host has told it."""
+    w, grads, got = fresh((9, 48)), [fresh((9, 48)) for _ in range(3)], []
+    for backend in (BACKEND, "reference"):
+        p = torch.nn.Parameter(w.clone())
+        options = dict(lr=0.1, group_by="filter", backend=backend, **{**PENALTY, "l1": 0.3}, **PLAIN)
+        if what != "grad_scale":
+            options[what] = torch.tensor(options[what])
+        optimizer = ProxSGD([p], **options)
+        for grad in grads:
+            p.grad = grad.clone() if what != "grad_scale" or backend == BACKEND else grad / 4
+            if what == "grad_scale" and backend == BACKEND:
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+            optimizer.step()
+        got.append(p.detach())
+    torch.testing.assert_close(*got, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
