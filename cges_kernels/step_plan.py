@@ -1,4 +1,4 @@
-"""StepPlan in Python, for installs without the C++ one: the same checks as csrc/plan/step_plan.h describes."""
+"""StepPlan in Python, for installs without the C++ one: the same checks as in csrc/plan/step_plan.h."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 #include <array>
 #include <atomic>
 
-#include "plan/step_plan.h"
 #include "common/text.h"
+#include "plan/step_plan.h"
 
 #ifndef CGES_EMULATED
 #define CGES_EMULATED 0

@@ -25,18 +25,22 @@ KERNELS = (CSRC / "cuda" / "launch.cu", CSRC / "cuda" / "cut.cpp")
 SANITIZE = os.environ.get("CGES_SANITIZE") or None
 
 
-def build_extension(sanitize: str | None = None) -> Path:
-    """Compiles what is not up to date. Kernels alone are sanitized; what is around them is compiled once."""
+def build_extension(sanitize: str | None = None, threads: int = THREADS) -> Path:
+    """Compiles what is not up to date, for blocks of so many threads.
+
+    Kernels alone are sanitized; what is around them is compiled once.
+    """
     from torch.utils.cpp_extension import include_paths
 
     headers = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     lib = Path(torch.__file__).parent / "lib"
     libraries = [f"-L{lib}", *(f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python"))]
-    defines = ["CGES_CUDA=1", f"CGES_THREADS={THREADS}", f"TORCH_EXTENSION_NAME={NAME}"]
+    defines = ["CGES_CUDA=1", f"CGES_THREADS={threads}", f"TORCH_EXTENSION_NAME={NAME}"]
     around = [path for path in sorted(CSRC.rglob("*.cpp")) if path not in KERNELS]
     objects = compile_objects(FOLDER / "objects", around, None, defines, ["-fopenmp", *headers])
+    name = (sanitize or "plain").split(",")[0] + ("" if threads == THREADS else f"-{threads}")
     return build(
-        FOLDER / f"{(sanitize or 'plain').split(',')[0]}.so",
+        FOLDER / f"{name}.so",
         KERNELS,
         sanitize=sanitize,
         defines=defines,
@@ -45,8 +49,8 @@ def build_extension(sanitize: str | None = None) -> Path:
     )
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(NAME, build_extension(SANITIZE))
+def load(threads: int = THREADS) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, build_extension(SANITIZE, threads))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

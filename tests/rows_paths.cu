@@ -1,4 +1,5 @@
-// One path of the kernels for rows in a kernel of its own, for test_cuda_compile.py to count its instructions.
+// One path of the kernels for rows in a kernel of its own, for test_cuda_compile.py to count its instructions; without a
+// bound on registers, as it holds more elements there than the product does.
 #include "cuda/kernels.cuh"
 
 using namespace cges;

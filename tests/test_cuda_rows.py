@@ -267,6 +267,49 @@ def test_every_length_of_short_rows(prox_mode, dtype):
         check_step(BACKEND, w, grad, buf, **options)
 
 
+@pytest.mark.parametrize("shape", [(9, 48), (7, 9), (300, 1), (77,)], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"),
+    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)],
+)
+def test_update_rules(shape, momentum, dampening, nesterov, weight_decay, maximize):
+    w, grad, buf = (fresh(shape) for _ in range(3))
+    options = dict(lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov)
+    options |= dict(weight_decay=weight_decay, maximize=maximize, **coefficients(w, "filter"))
+    check_step(BACKEND, w, grad, buf if momentum else None, **options)
+
+
+@on_emulator
+def test_a_plain_step_has_all_loads_under_way_before_it_writes(device):
+    """So it is the plain path that is taken: the general one reads and writes by turns."""
+    p = parameter((3, 1024))
+    for options, plain in ((PLAIN, True), (GENERAL[0], False)):
+        optimizer = optimizer_of([p], **options)
+        for _ in range(2):
+            p.grad = torch.randn_like(p)
+            accesses = device.accesses(optimizer.step)
+        for thread in range(emulated.THREADS):
+            writes = accesses[(accesses[:, 3] == 0) & (accesses[:, 4] == thread), 2]
+            assert len(writes) == 20 and (writes.diff() >= 0).all() == plain  # all of w, gradient, buffer
+
+
+@on_emulator
+@pytest.mark.slow
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", [None, "group"])
+def test_blocks_of_256_threads(monkeypatch, freeze_zeros, prox_mode):
+    """As on a GPU; only there a block holds several groups of several warps each."""
+    monkeypatch.setattr(ops, "_cuda", emulated.load(256))
+    ops._why_not_device.cache_clear()
+    for shape in ((5, 512), (9, 1024), (3, 2048), (2, 4096), (130, 64)):
+        w, grad, buf = (fresh(shape) for _ in range(3))
+        w[::2] = 0.0
+        options = dict(lr=0.5, momentum=0.9, prox_mode=prox_mode, **coefficients(w, "filter"))
+        check_step(BACKEND, w, grad, buf, freeze_zeros=freeze_zeros, **options)
+
+
 # Edges
 
 

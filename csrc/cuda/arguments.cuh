@@ -34,6 +34,9 @@ struct StepTable : StepHead {
   uint16_t rows[kTensors];  // row of coefficients * 16 + plain * 8 + phase + 1
   Coefficients<A> coefficients[kRows];
 
+  void set(int tensor, int row, bool plain, int64_t phase) {
+    rows[tensor] = uint16_t(row * 16 + plain * 8 + phase + 1);
+  }
   // Whether the tensor has a gradient.
   __device__ bool steps(int tensor) const { return rows[tensor] % 8 != 0; }
   __device__ Momentum momentum(int tensor) const { return Momentum(int(rows[tensor] % 8) - 1); }

@@ -12,14 +12,14 @@
 #ifndef CGES_THREADS
 #define CGES_THREADS 256
 #endif
-#ifndef CGES_ROW_ELEMENTS
+#ifndef CGES_ROW_ELEMENTS  // another one for tests that count instructions
 #define CGES_ROW_ELEMENTS 16
 #endif
 
 namespace cges::cuda {
 
 constexpr int kThreads = CGES_THREADS;  // of a block
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kClusterSize = 8;  // blocks that share one slab: the most that every sm_90 takes
 constexpr int kMaxTensors = 1000;
 // That a thread of the kernels for rows holds in registers, of a type of so many bytes.

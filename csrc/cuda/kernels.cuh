@@ -11,7 +11,8 @@
 namespace cges::cuda {
 namespace {
 
-// Of a multiprocessor: 128 registers a thread, for rows 80; 64 where less has to be held.
+// Blocks of kThreads that a multiprocessor is to hold, which bounds a thread's registers: 128 at two, 80 at three, 64 at
+// four.
 constexpr int kBlocks = 2;
 template <typename T, bool plain>
 constexpr int kRowBlocks = sizeof(T) == 8            ? 2

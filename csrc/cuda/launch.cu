@@ -36,10 +36,6 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Sums of each warp of a block, of one sweep and the next.
-template <typename A>
-constexpr int64_t kRowsShared = 2 * (kThreads / kWarp) * sizeof(Sums<A>);
-
 struct Launch {
   Launch(const Launch&) = delete;  // config points at cluster
   cudaLaunchConfig_t config{};
@@ -119,7 +115,7 @@ bool fill(StepTable<A, bytes>& table, const Step& step) {
     table.tensors[i] = step.tensors[i];
     const bool plain = step.phases[i] == int64_t(Momentum::running) &&
                        is_plain(step.hyperparameters[step.rows[i]], step.loss_scale);
-    table.rows[i] = uint16_t(step.rows[i] * 16 + plain * 8 + step.phases[i] + 1);
+    table.set(int(i), step.rows[i], plain, step.phases[i]);
     all_plain &= plain || step.phases[i] < 0;
   }
   return all_plain;
@@ -163,9 +159,13 @@ void check_launchable(const Work& work, DType dtype, const Device& device) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   with_type(dtype, [&]<typename T>() {
     const auto check_kernels = [&]<int bytes>() {
-      cudaFuncAttributes found{};
-      check(cudaFuncGetAttributes(&found, step_blocks<T, bytes>),
-            "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
+      // This loads a kernel as well, which must not be left to a step that is captured in a graph.
+      const auto load = [](auto kernel) {
+        cudaFuncAttributes found{};
+        check(cudaFuncGetAttributes(&found, kernel),
+              "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
+      };
+      load(step_rows<T, bytes, true>), load(step_rows<T, bytes, false>), load(step_blocks<T, bytes>);
       check(allow_shared(step_blocks<T, bytes>, device), "cudaFuncSetAttribute");
       if (!work.clusters.empty())
         check(allow_shared(step_clusters<T, bytes>, device), "cudaFuncSetAttribute");

@@ -19,29 +19,35 @@ struct Share {
 
   int64_t first;  // where the team's group begins, in elements of the tensor
   int size;       // of the group
-  int inside, near,
-      far;  // this thread's first element in the group, from there to its next, to every kVector-th
+  int begin;      // this thread's first element, counted from the group's
+  int step;       // from one of its elements to the next,
+  int jump;       // from one of its packs to the next
 
   __device__ explicit Share(const Strip& strip) : size(strip.size) {
     const int lane = threadIdx.x % strip.lanes, team = threadIdx.x / strip.lanes;
     first = strip.begin + int64_t(team) * size;
-    inside = lane * strip.width;
-    near = strip.width > 1 ? 1 : strip.lanes;
-    far = strip.lanes * kVector;
+    begin = lane * strip.width;
+    step = strip.width > 1 ? 1 : strip.lanes;
+    jump = strip.lanes * kVector;
     if (team >= strip.groups) size = 0;  // idle
   }
 
   __device__ int offset(int k) const {
-    return wide ? inside + k * far : inside + k / kVector * far + k % kVector * near;
+    return wide ? begin + k * jump : begin + k / kVector * jump + k % kVector * step;
   }
   __device__ bool has(int k) const { return offset(k) < size; }
 
-  // Offsets are to be computed again from here on, and not kept: they would take more registers than z.
-  __device__ void forget() { asm volatile("" : "+r"(inside), "+r"(near), "+r"(far)); }
+  // Hides these numbers from the compiler, so that offsets are computed anew from here on: kept, they would take
+  // more registers than z.
+  __device__ void forget() { asm volatile("" : "+r"(begin), "+r"(step), "+r"(jump)); }
 };
 
+// The shared memory of a block: for the sums of each warp, and for what is alive.
+template <typename A>
+constexpr int64_t kRowsShared = 2 * kWarps * sizeof(Sums<A>);
+
 // A team's sums, in each of its threads: those of its lanes, then of its warps, always in the same order.
-// `exchange`: one for each warp of the block.
+// `exchange`: one for each warp of the block; a barrier must lie between two uses.
 template <bool plain, typename A>
 __device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exchange) {
   for (int apart = min(lanes, kWarp) / 2; apart > 0; apart /= 2) add_from_lane<!plain>(sums, apart);
@@ -56,19 +62,17 @@ __device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exch
 
 // The (s, t) of a team's group from its z, which is 0 where a thread has less.
 template <bool plain, typename A, int kPacks, int kWidth>
-__device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth], bool idle, int lanes,
+__device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth], int lanes,
                                                    const Coefficients<A>& h, Sums<A>* exchange) {
   ShrinkageSolver<A> solver;
   solver.start(h.thresholds);
-  solver.done = idle;
-  for (int sweep = 0;; ++sweep) {
+  while (true) {
     Sums<A> sums{};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) group_stats(z[k][v], solver.at.t, sums.stats);
-    // who is slow still reads the other half
-    sums = add_up<plain>(sums, lanes, exchange + sweep % 2 * (kThreads / kWarp));
+    sums = add_up<plain>(sums, lanes, exchange);
     if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, !plain && h.exact, kEpsilon<A>);
     if (plain) return solver.at;
     const bool searching = !solver.done;
@@ -101,8 +105,9 @@ struct Packs {
         freezes(!plain && (h.freeze == Freeze::element ||
                            (h.freeze == Freeze::group && strip.kind == Strip::Kind::ones))),
         w(static_cast<T*>(tensor.w) + mine.first),
-        grad(static_cast<const T*>(tensor.grad) + mine.first) {
-    for (int s = 0; s < kStates; ++s) states[s] = state_of<T>(tensor, s) + mine.first;
+        grad(rule.reads_grad() ? static_cast<const T*>(tensor.grad) + mine.first : nullptr) {
+    for (int s = 0; s < kStates; ++s)
+      states[s] = rule.writes_states() ? state_of<T>(tensor, s) + mine.first : nullptr;
   }
 
   __device__ Elements read_weights(int k) const { return load_pack<true, kWidth>(w + mine.offset(k), wide); }
@@ -156,6 +161,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
   constexpr int kPacks = P::Mine::kPacks;
   // All loads are under way at once, or as many as the registers allow.
   constexpr int kAtOnce = plain && wide ? kPacks : plain && sizeof(T) > 2 ? 4 : 2;
+  static_assert(kPacks % kAtOnce == 0);
   const auto& mine = packs.mine;
   const bool grouped = strip.kind == Strip::Kind::groups;
 
@@ -165,7 +171,8 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
     if (!wide && k % 4 == 0) packs.mine.forget();
     if (mine.has(k)) weights[k] = packs.read_weights(k);
   }
-  A z[kPacks][P::kWidth];  // first it is w
+  // w, until update() makes z of it. The plain path widens a pack only when its turn comes: that saves registers.
+  A z[kPacks][P::kWidth];
   const auto spread = [&](int k) {
 #pragma unroll
     for (int v = 0; v < P::kWidth; ++v) z[k][v] = mine.has(k) ? A(weights[k].x[v]) : A(0);
@@ -181,7 +188,8 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
         if (z[k][v] != A(0)) alive.alive = A(1);
     }
     if (grouped && h.freeze == Freeze::group)
-      dead = add_up<false>(alive, strip.lanes, exchange + kThreads / kWarp).alive == A(0);
+      // in words of its own: no barrier lies between these sums and the first sweep's
+      dead = add_up<false>(alive, strip.lanes, exchange + kWarps).alive == A(0);
   }
 #pragma unroll
   for (int first = 0; first < kPacks; first += kAtOnce) {
@@ -201,8 +209,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
   }
 
   Shrinkage<A> at{A(1), h.thresholds.c};
-  if (grouped && h.thresholds.need_norms())
-    at = solve_team<plain>(z, mine.size == 0, strip.lanes, h, exchange);
+  if (grouped && h.thresholds.need_norms()) at = solve_team<plain>(z, strip.lanes, h, exchange);
   if (!wide || !plain) packs.mine.forget();
   const auto for_each = [&](auto f) {
 #pragma unroll
