@@ -35,7 +35,7 @@ def build_extension(sanitize: str | None = None, threads: int = THREADS) -> Path
     headers = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     lib = Path(torch.__file__).parent / "lib"
     libraries = [f"-L{lib}", *(f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python"))]
-    defines = ["CGES_CUDA=1", f"CGES_THREADS={threads}", f"TORCH_EXTENSION_NAME={NAME}"]
+    defines = ["CGES_CUDA=1", f"CGES_THREADS={threads}", f"TORCH_EXTENSION_NAME={NAME}_{threads}"]
     around = [path for path in sorted(CSRC.rglob("*.cpp")) if path not in KERNELS]
     objects = compile_objects(FOLDER / "objects", around, None, defines, ["-fopenmp", *headers])
     name = (sanitize or "plain").split(",")[0] + ("" if threads == THREADS else f"-{threads}")
@@ -50,7 +50,8 @@ def build_extension(sanitize: str | None = None, threads: int = THREADS) -> Path
 
 
 def load(threads: int = THREADS) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(NAME, build_extension(SANITIZE, threads))
+    # each of a name of its own: Python would take the second for the first
+    spec = importlib.util.spec_from_file_location(f"{NAME}_{threads}", build_extension(SANITIZE, threads))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

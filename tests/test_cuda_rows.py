@@ -302,7 +302,7 @@ def test_a_plain_step_has_all_loads_under_way_before_it_writes(device):
 def test_blocks_of_256_threads(monkeypatch, freeze_zeros, prox_mode):
     """As on a GPU; only there a block holds several groups of several warps each."""
     monkeypatch.setattr(ops, "_cuda", emulated.load(256))
-    ops._why_not_device.cache_clear()
+    assert path_of((3, 4096)) == {"rows"}
     for shape in ((5, 512), (9, 1024), (3, 2048), (2, 4096), (130, 64)):
         w, grad, buf = (fresh(shape) for _ in range(3))
         w[::2] = 0.0
