@@ -12,7 +12,7 @@ from .groups import LayoutTuple
 
 
 class StepPlan(Protocol):
-    """The parameters of param groups, held for a step in two calls; csrc/step_plan.h says how."""
+    """The parameters of param groups, held for a step in two calls; csrc/plan/step_plan.h says how."""
 
     def set_hyperparameters(self, group: int, **values: Any) -> None: ...
 
