@@ -105,7 +105,7 @@ def test_the_sdist_has_what_a_build_needs_and_nothing_that_was_built(dist):
     assert path.name == f"cges_kernels-{VERSION}.tar.gz"
     with tarfile.open(path) as tar:
         names = {member.name.partition("/")[2] for member in tar if member.isfile()}
-    sources = {f"csrc/{source.name}" for source in (ROOT / "csrc").iterdir()}
+    sources = {str(source.relative_to(ROOT)) for source in (ROOT / "csrc").rglob("*.*")}
     assert {Path(name).suffix for name in sources} >= {".cpp", ".h", ".inc", ".cu", ".cuh"}
     needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile"}
     assert not (sources | needed | {"cges_kernels/py.typed", "cges_kernels/demo/cli.py"}) - names

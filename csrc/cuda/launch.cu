@@ -112,7 +112,10 @@ bool fill(StepTable<A, bytes>& table, const Step& step) {
   }
   table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
   for (size_t i = 0; i < step.tensors.size(); ++i) {
-    table.tensors[i] = step.tensors[i];
+    TensorArgs& tensor = table.tensors[i] = step.tensors[i];
+    // What a step lacks lies where w does: an address to count from, never read.
+    if (tensor.grad == nullptr) tensor.grad = tensor.w;
+    if (tensor.buf == nullptr) tensor.buf = tensor.w;
     const bool plain = step.phases[i] == int64_t(Momentum::running) &&
                        is_plain(step.hyperparameters[step.rows[i]], step.loss_scale);
     table.set(int(i), step.rows[i], plain, step.phases[i]);

@@ -105,9 +105,8 @@ struct Packs {
         freezes(!plain && (h.freeze == Freeze::element ||
                            (h.freeze == Freeze::group && strip.kind == Strip::Kind::ones))),
         w(static_cast<T*>(tensor.w) + mine.first),
-        grad(rule.reads_grad() ? static_cast<const T*>(tensor.grad) + mine.first : nullptr) {
-    for (int s = 0; s < kStates; ++s)
-      states[s] = rule.writes_states() ? state_of<T>(tensor, s) + mine.first : nullptr;
+        grad(static_cast<const T*>(tensor.grad) + mine.first) {
+    for (int s = 0; s < kStates; ++s) states[s] = state_of<T>(tensor, s) + mine.first;
   }
 
   __device__ Elements read_weights(int k) const { return load_pack<true, kWidth>(w + mine.offset(k), wide); }
