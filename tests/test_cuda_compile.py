@@ -22,7 +22,7 @@ KERNELS = {
 # four of those that are plain and of 16 bits; with float64, and elsewhere, at two.
 REGISTERS = 128
 REGISTERS_OF_ROWS = {"float32": (80, 80), "float64": (128, 128), "bfloat16": (80, 64), "float16": (80, 64)}
-# Instructions that an element adds to a path of the kernels for rows, of 32 and of 16 bits (wanted there: 32).
+# Instructions that an element adds to a path of the kernels for rows, of 32 and 16 bits (wanted there: 32).
 INSTRUCTIONS = {"plain": (32, 30), "general": (45, 53)}
 
 pytestmark = [
