@@ -5,7 +5,7 @@
 namespace cges::cuda {
 
 constexpr int kMostArguments = 32764;  // bytes; CUDA >= 12.1, sm_70 on
-// A launch with the most takes some 4 us longer than with these, which hold the 161 tensors of ResNet-50.
+// A launch with the most takes some 3 us longer than with these, which hold the 161 tensors of ResNet-50.
 constexpr int kFewArguments = 5120, kFewTensors = 176;
 
 // What travels with each step: of a launch,
