@@ -83,7 +83,7 @@ readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
 	$(PY) -m bench.readme
 
 clean:  ## remove what was built, keep .venv
-	rm -rf build dist *.egg-info cges_kernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis $(EXT_STAMP)
+	rm -rf build dist *.egg-info cges_kernels/backends/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis $(EXT_STAMP)
 
 distclean: clean  ## remove .venv as well
 	rm -rf $(VENV)
@@ -95,7 +95,7 @@ $(PY):
 $(TORCH_STAMP): | $(PY)
 	@echo "installing $(TORCH) into $(VENV)"
 	$(PIP) $(TORCH)
-	rm -rf build cges_kernels/_C*.so $(VENV)/.torch-*
+	rm -rf build cges_kernels/backends/_C*.so $(VENV)/.torch-*
 	@touch $@
 
 # An editable install without the extension; pip would compile it afresh each time.
@@ -114,4 +114,4 @@ $(BENCH_STAMP): $(DEPS_STAMP)
 # and nothing is stamped: the next run looks again.
 $(EXT_STAMP): setup.py $(CPP) $(DEPS_STAMP)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_ext --inplace
-	@! ls cges_kernels/_C*.so >/dev/null 2>&1 || touch $@
+	@! ls cges_kernels/backends/_C*.so >/dev/null 2>&1 || touch $@

@@ -1,4 +1,4 @@
-"""Build of the C++ extension `cges_kernels._C`; all other metadata is in pyproject.toml.
+"""Build of the C++ extension `cges_kernels.backends._C`; all other metadata is in pyproject.toml.
 
 The package also works without the extension, so a machine without a C++ compiler gets a one-line warning.
 A compiler that is there and fails is an error. CGES_EXT=0 leaves the extension out.
@@ -126,7 +126,7 @@ def build_options(env=os.environ):
     # As system headers, torch's and Python's own warnings stay out of sight.
     system_headers = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     extension = CppExtension(
-        "cges_kernels._C",
+        "cges_kernels.backends._C",
         sorted(sources) + cuda_sources,
         include_dirs=[os.path.abspath("csrc")],
         depends=["setup.py", *sorted(glob.glob("csrc/**/*.*", recursive=True))],

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cges_kernels import ProxSGD, reference
-from cges_kernels.groups import has_groups, reduced_dims
+from cges_kernels import ProxSGD
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core import reference
+from cges_kernels.core.groups import has_groups, reduced_dims
 
 from .workloads import Shapes, elements
 
@@ -258,10 +260,9 @@ def rotating(make: Callable[[], Contender], sets: int) -> Contender:
 @contextmanager
 def plans_in_python() -> Iterator[None]:
     """Triton plans that are built meanwhile check their tensors in Python, as without the C++ extension."""
-    from cges_kernels import triton_step
-
-    kept, triton_step._C = triton_step._C, None
+    kept = BUILT.pop("cpu", None)
     try:
         yield
     finally:
-        triton_step._C = kept
+        if kept is not None:
+            BUILT["cpu"] = kept

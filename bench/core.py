@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cges_kernels import ops, prox, step_plan
+from cges_kernels import prox
+from cges_kernels.backends import gathering
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.hyperparameters import Hyperparameters
 
 from . import baselines, workloads
 from .baselines import Contender
@@ -84,9 +88,9 @@ def host_time(shapes: Shapes, note: dict[str, Any]) -> Measure:
 def checks(shapes: Shapes, kind: type) -> baselines.Made:
     """A StepPlan's gather and run, without a launch."""
     params = baselines.parameters(shapes)
-    layouts = [ops.layout_tuple(p, "feature", None) for p in params]
+    layouts = [layout_tuple(p, "feature", None) for p in params]
     plan = kind([params], [layouts])
-    plan.set_hyperparameters(0, lr=baselines.LR, momentum=baselines.MOMENTUM)
+    plan.set_hyperparameters(0, Hyperparameters(lr=baselines.LR, momentum=baselines.MOMENTUM))
     state: dict[Tensor, Any] = {}
 
     def step() -> None:
@@ -100,7 +104,7 @@ def checks_alone(shapes: Shapes, note: dict[str, Any]) -> Measure:
     """What a GPU's step costs before its launch, in C++ and in Python."""
 
     def measure() -> list[Times]:
-        kinds = {"python": step_plan.StepPlan, "cpp": ops._C.StepPlan}
+        kinds = {"python": gathering.StepPlan, "cpp": BUILT["cpu"].StepPlan}
         contenders = {name: checks(shapes, kind) for name, kind in kinds.items()}
         whole = {"fused_sgd": baselines.fused_sgd(shapes), "copy": baselines.copy(shapes)}
         return [in_turns({**contenders, **whole}, note)]

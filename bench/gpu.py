@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cges_kernels import ops
+from cges_kernels.backends import registry
+from cges_kernels.backends.extension import BUILT
 
 from . import baselines, suites, workloads
 from .baselines import Contender
@@ -144,7 +145,7 @@ class Table:
                 "empty": baselines.empty_step(case.shapes, **place),
                 "prox_sgd": ours(),
             }
-            if self.backend == "triton" and ops._C is not None:
+            if self.backend == "triton" and "cpu" in BUILT:
                 with baselines.plans_in_python():
                     contenders["python_plan"] = ours()
                     contenders["python_plan"].step()  # builds its plan
@@ -252,7 +253,7 @@ def main() -> None:
     options = arguments()
     lab = find("bench.gpu")
     wanted = [options.backend] if options.backend else BACKENDS
-    reasons = {b: ops.why_not(b, torch.empty(1, device=lab.device)) for b in wanted}
+    reasons = {b: registry.why_not(b, torch.empty(1, device=lab.device)) for b in wanted}
     backends = [b for b in wanted if reasons[b] is None]
     for backend in set(wanted) - set(backends):
         print(f"bench.gpu: {backend} is left out: {reasons[backend]}", file=sys.stderr)

@@ -44,17 +44,18 @@ void step(const std::string& group_by, bool exact, int64_t rows, int64_t columns
   const double n = layout.group_size();
   cges::Hyperparameters h;
   h.sgd = {0.1, 0.9, 1.0, 0.0, 1.0};
-  if (group_by != "none") h.thresholds = {0.05 * std::sqrt(n), (exact ? 1.0 : 0.5) / n, 0.0};
+  if (group_by != "none") h.coefficients = {0.5 * std::sqrt(n), (exact ? 10.0 : 5.0) / n, 0.0};
   h.exact = exact;
   const int64_t elements = layout.numel() * count;
   std::vector<T> w = normal<T>(elements, 1), grad = normal<T>(elements, 2), buf = normal<T>(elements, 3);
-  std::vector<cges::TensorStep> steps;
+  const auto dtype = std::is_same_v<T, float> ? cges::DType::f32 : cges::DType::bf16;
+  const cges::TensorShape shape{layout, group_by != "none", dtype, -1, 0};
+  std::vector<cges::cpu::Slot> slots;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i * layout.numel();
-    steps.push_back({&w[at], &grad[at], &buf[at], false, c10::CppTypeToScalarType<T>::value, layout,
-                     group_by != "none", &h});
+    slots.push_back({shape, {&w[at], &grad[at], &buf[at]}, cges::Phase::running, &h});
   }
-  cges::cpu_step(steps);
+  cges::cpu::step(slots);
   double left = 0;
   for (const T& value : w) left += double(value) != 0;
   std::printf("%.3f of the weights are left\n", left / elements);

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from cges_kernels import ops
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core.groups import layout_tuple
 
 from . import baselines
 from .baselines import Contender
@@ -230,8 +231,8 @@ def count_kernels(events: Sequence[Mapping[str, Any]]) -> int:
 
 def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> dict[str, int]:
     """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
-    layouts = [ops.layout_tuple(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
-    counts = ops._cuda.cuda_paths(layouts, NUMBERED.index(dtype), 0)
+    layouts = [layout_tuple(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
+    counts = BUILT["cuda"].cuda_paths(layouts, NUMBERED.index(dtype), 0)
     return dict(zip(("rows", "block", "cluster", "ticket"), counts))
 
 

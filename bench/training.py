@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cges_kernels import ProxSGD, ops, penalty, sparsity_param_groups
+from cges_kernels import ProxSGD, penalty, sparsity_param_groups
+from cges_kernels.backends import registry
 
 from .baselines import COEFFICIENTS, LR, MOMENTUM
 from .lab import Cpu, Lab
@@ -161,7 +162,7 @@ class Training:
 
 
 def row(lab: Lab, name: str, make: Maker, found: Mapping[str, Any]) -> Row:
-    backend = ops.choose_backend("auto", [torch.empty(1, device=lab.device)])
+    backend = registry.choose_backend("auto", [torch.empty(1, device=lab.device)])
     note = {"suite": "training", "backend": backend, "dtype": "bf16", "workload": name}
     note.update({key: found[key] for key in WHEN})
 

@@ -22,9 +22,10 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
-from cges_kernels import triton_step, triton_tiles
-from cges_kernels.triton_kernels import COLUMNS, ELEMENTWISE, GENERAL, ROWS
-from cges_kernels.triton_tiles import Tile
+from cges_kernels.backends import unplanned
+from cges_kernels.backends.triton import executor, tiles
+from cges_kernels.backends.triton.tables import COLUMNS, ELEMENTWISE, GENERAL, ROWS
+from cges_kernels.backends.triton.tiles import Tile
 
 from . import baselines
 from .lab import DTYPES, Lab, find
@@ -76,9 +77,11 @@ def workload(kind: str, longest: int, elements: int) -> Case:
 @contextmanager
 def using(trial: Trial) -> Iterator[None]:
     """Plans that are built and run meanwhile cut this kind of layout by this tile alone."""
-    tiles = {**triton_tiles.TILES, KINDS[trial.kind]: (trial.tile,)}
-    with patch.multiple(triton_tiles, TILES=tiles, NUM_WARPS=trial.warps):
+    mine = {**tiles.TILES, KINDS[trial.kind]: (trial.tile,)}
+    unplanned.forget()  # what is kept was cut otherwise
+    with patch.multiple(tiles, TILES=mine, NUM_WARPS=trial.warps):
         yield
+    unplanned.forget()
 
 
 def percent_of_copy(lab: Lab, case: Case, dtype: str) -> float:
@@ -137,7 +140,7 @@ def best_of(found: dict[Trial, float], kind: str, tile: Tile, warps: int) -> Til
 
 
 def table(found: dict[Trial, float], best: dict[tuple[str, Tile], Tile], warps: int) -> str:
-    """As triton_tiles.py holds it, the percent of a copy's speed behind each tile."""
+    """As tiles.py holds it, the percent of a copy's speed behind each tile."""
     lines = [f"NUM_WARPS = {warps}", "TILES: dict[int, tuple[Tile, ...]] = {"]
     for kind in dict.fromkeys(kind for kind, _ in best):
         lines.append(f"    {kind}.value: (")
@@ -156,7 +159,7 @@ def windows(lab: Lab, elements: int) -> str:
     case = workload("COLUMNS", 0, elements)
     for part in WINDOWS:
         assumed = int(2 * part * lab.l2_bytes)  # the plan takes half of it
-        with patch.object(triton_step, "_l2_bytes", lambda device, assumed=assumed: assumed):
+        with patch.object(executor, "_l2_bytes", lambda device, assumed=assumed: assumed):
             percents = ", ".join(f"{dtype} {percent_of_copy(lab, case, dtype):.0f}%" for dtype in DTYPES)
         lines.append(f"    {part:6.4f}: {percents}")
     return "\n".join(lines)
@@ -164,7 +167,7 @@ def windows(lab: Lab, elements: int) -> str:
 
 def tune(lab: Lab, kinds: Sequence[str], warps: int, elements: int, workers: int = 0) -> str:
     """Everything that is printed, at the number of warps given first."""
-    tiles = [(kind, tile) for kind in kinds for tile in triton_tiles.TILES[KINDS[kind]]]
+    tiles = [(kind, tile) for kind in kinds for tile in tiles.TILES[KINDS[kind]]]
     trials = [
         Trial(kind, t, warps, dtype) for kind, tile in tiles for t in neighbours(tile) for dtype in DTYPES
     ]
@@ -183,7 +186,7 @@ def tune(lab: Lab, kinds: Sequence[str], warps: int, elements: int, workers: int
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.tune", description=__doc__)
     parser.add_argument("--kind", choices=KINDS, action="append", help="tune this kind only (repeatable)")
-    parser.add_argument("--warps", type=int, default=triton_tiles.NUM_WARPS, help="(default %(default)s)")
+    parser.add_argument("--warps", type=int, default=tiles.NUM_WARPS, help="(default %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=min(os.cpu_count() or 1, 16), help="that compile ahead"
     )

@@ -2,18 +2,18 @@
 
 from importlib import metadata as _metadata
 
-from .compact import compact
-from .explain import explain
-from .figures import plot_filters, plot_weights
+from .backends.registry import available_backends
+from .compaction.compact import compact
+from .compaction.saving import load_compacted, save_compacted
 from .functional import penalty, prox, prox_
-from .history import SparsityHistory
-from .ops import available_backends
 from .optimizer import ProxSGD
-from .prune import density_schedule, prune_to_density
-from .recipes import cges_param_groups, exclusivity_schedule, sparsity_param_groups
-from .report import sparsity_report
-from .saving import load_compacted, save_compacted
-from .schedules import CoefficientWarmup, CubicRamp, TargetDensity
+from .reporting.explain import explain
+from .reporting.figures import plot_filters, plot_weights
+from .reporting.history import SparsityHistory
+from .reporting.report import sparsity_report
+from .training.prune import density_schedule, prune_to_density
+from .training.recipes import cges_param_groups, exclusivity_schedule, sparsity_param_groups
+from .training.schedules import CoefficientWarmup, CubicRamp, TargetDensity
 
 try:
     __version__ = _metadata.version("cges_kernels")  # pyproject.toml's

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from . import reference
-from .checks import check_distinct, check_penalty, check_tensor
-from .groups import GroupSpec, to_text
-from .ops import choose_backend, named_layouts, step_tensors
-from .step_plan import NO_GRAD
+from .backends import operators
+from .backends.registry import choose_backend
+from .backends.unplanned import prox_in_place
+from .core import reference
+from .core.checks import check_penalty, check_tensor, named_layouts
+from .core.groups import GroupSpec
+from .core.hyperparameters import Hyperparameters
 
 
 def prox_(
@@ -47,28 +48,23 @@ def prox_(
     )
     check_penalty({**penalty_options, "prox_mode": prox_mode})
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if torch.compiler.is_compiling():  # the operator comes back here when it runs
-        coefficients = float(group_lasso), float(exclusive_lasso), float(l1)
-        spec = to_text(group_by), None if view is None else list(view)
-        return torch.ops.cges_kernels.prox_(tensors, *coefficients, *spec, prox_mode, backend)
-    names = [f"tensors[{i}]" for i in range(len(tensors))]
-    layouts = named_layouts(names, tensors, group_by, view)
-    for name, w in zip(names, tensors):
-        if torch.is_grad_enabled() and w.requires_grad:
-            raise RuntimeError(
-                f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
-            )
-    check_distinct(names, tensors)
-    thresholds = reference.Thresholds(float(group_lasso), float(exclusive_lasso), float(l1))
-    executor = choose_backend(backend, tensors)
-    if executor == "reference":
-        for w in tensors:
-            w.copy_(reference.shrink(w, thresholds, group_by, view, prox_mode))
-        return
-    values = {**thresholds._asdict(), "exact": prox_mode == "exact"}
-    rows = [(w.data_ptr(), 0, 0, NO_GRAD) for w in tensors]
-    step_tensors(executor, tensors, layouts, rows, [0] * len(tensors), [values])
-    increment_version(tensors)
+    hyperparameters = _hyperparameters(group_lasso, exclusive_lasso, l1, prox_mode)
+    # the operator ends in prox_in_place as well, when it runs
+    in_place = operators.prox_ if torch.compiler.is_compiling() else prox_in_place
+    in_place(tensors, hyperparameters, group_by, view, backend)
+
+
+def _hyperparameters(
+    group_lasso: float, exclusive_lasso: float, l1: float, prox_mode: str
+) -> Hyperparameters:
+    """Of a step that is the prox alone: the coefficients contain the step size already."""
+    return Hyperparameters(
+        lr=1.0,
+        group_lasso=float(group_lasso),
+        exclusive_lasso=float(exclusive_lasso),
+        l1=float(l1),
+        prox_mode=prox_mode,
+    )
 
 
 def prox(
@@ -103,9 +99,8 @@ def prox(
         choose_backend(backend, [w])
         w = w.clone()
         named_layouts(["w"], [w], group_by, view)
-        return reference.shrink(
-            w, reference.Thresholds(group_lasso, exclusive_lasso, l1), group_by, view, prox_mode
-        )
+        thresholds = reference.form_thresholds(1.0, group_lasso, exclusive_lasso, l1)
+        return reference.shrink(w, thresholds, group_by, view, prox_mode)
     result = w.detach().clone()
     prox_([result], **options, prox_mode=prox_mode, backend=backend)
     return result

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from . import reference
-from .checks import COEFFICIENTS, check_companion, check_param_group
-from .groups import GroupSpec
-from .library import compiled_step
-from .ops import check_backend, is_capturing
-from .planner import SGD_OPTIONS, Planner, is_sharded, param_names
+from .backends import operators
+from .backends.graphs import is_capturing
+from .backends.plan import Plan
+from .backends.planner import Planner, backend_of, is_sharded, param_names
+from .backends.registry import check_backend
+from .core import reference
+from .core.checks import check_companion, check_param_group
+from .core.groups import GroupSpec
+from .core.hyperparameters import COEFFICIENTS, SGD_OPTIONS, SGD_STATE
 
 # torch's own; before 2.13 it knew CUDA alone
 _capture_health_check: Callable[[Optimizer], None] = (
@@ -22,6 +25,12 @@ _capture_health_check: Callable[[Optimizer], None] = (
     or Optimizer._cuda_graph_capture_health_check
 )
 PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
+
+
+def _make_sharded_plan(*args: Any) -> Plan:
+    from .distributed.sharded import ShardedPlan  # only here: torch.distributed takes its time
+
+    return ShardedPlan(*args)
 
 
 class ProxSGD(Optimizer):
@@ -118,7 +127,7 @@ class ProxSGD(Optimizer):
         )
         check_param_group(defaults)
         check_backend(backend)
-        self._planner = Planner(backend)
+        self._planner = Planner(backend, _make_sharded_plan)
         super().__init__(params, defaults)
         self._follow_fused()
 
@@ -154,12 +163,12 @@ class ProxSGD(Optimizer):
         before = self.__dict__.get("param_groups", [])
         for i, group in enumerate(state["param_groups"]):
             for name, p in zip(param_names(state["param_groups"], i), group["params"]):
-                buf = state["state"].get(p, {}).get("momentum_buffer")
+                buf = state["state"].get(p, {}).get(SGD_STATE)
                 if buf is not None:
-                    check_companion("momentum_buffer", name, p, buf)
+                    check_companion(SGD_STATE, name, p, buf)
         kept, state = self.__dict__.get("_planner"), dict(state)
         backend = state.pop("_backend", "auto")
-        self._planner = Planner(backend if kept is None else kept.backend)
+        self._planner = Planner(backend if kept is None else kept.backend, _make_sharded_plan)
         self._planner.warned = kept is not None and kept.warned
         super().__setstate__(state)
         for i, group in enumerate(self.param_groups):
@@ -179,12 +188,7 @@ class ProxSGD(Optimizer):
         torch.amp.GradScaler may leave the attributes ``grad_scale`` and ``found_inf`` (fused=True): gradients
         are divided by the one, and where the other is not 0 nothing changes, state included.
         """
-        if not torch.compiler.is_compiling():
-            return self._step(closure)
-        loss = None if closure is None else closure()
-        with torch.no_grad():
-            compiled_step(self, *self._scaler())
-        return loss
+        return self._compiled_step(closure) if torch.compiler.is_compiling() else self._step(closure)
 
     @_use_grad_for_differentiable
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -215,6 +219,22 @@ class ProxSGD(Optimizer):
             self._planner.check_capture(self.param_groups, self.state)
         return capturing
 
+    def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:
+        """What torch.compile traces: collect everything, one operator, keep new buffers."""
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            collected = []
+            for group in self.param_groups:
+                params: list[Tensor] = []
+                grads: list[Tensor] = []
+                buffers: list[Tensor | None] = []
+                self._init_group(group, params, grads, buffers)
+                backend = backend_of(self._planner.backend, group)
+                collected.append(operators.Collected(group, backend, params, grads, buffers))
+            for p, buf in operators.step(collected, *self._scaler()):
+                self.state[p][SGD_STATE] = buf
+        return loss
+
     def _init_group(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
     ) -> None:
@@ -231,7 +251,7 @@ class ProxSGD(Optimizer):
                 params.append(p)
                 grads.append(p.grad)
                 if group["momentum"] != 0:
-                    buffers.append(self.state[p].get("momentum_buffer"))
+                    buffers.append(self.state[p].get(SGD_STATE))
 
     @torch.no_grad()
     def penalty(self) -> Tensor:

@@ -1,4 +1,4 @@
-// The Python module cges_kernels._C.
+// The Python module cges_kernels.backends._C.
 #include <ATen/Parallel.h>
 
 #include <array>
@@ -6,6 +6,10 @@
 
 #include "common/text.h"
 #include "plan/step_plan.h"
+#if CGES_CUDA
+#include "cuda/executor.h"
+#endif
+#include "cpu/executor.h"
 
 #ifndef CGES_EMULATED
 #define CGES_EMULATED 0
@@ -15,20 +19,66 @@ namespace {
 
 using namespace cges;
 
-Hyperparameters make_hyperparameters(double lr, double momentum, double dampening, double weight_decay,
-                                     bool nesterov, bool maximize, double a, double b, double c, bool exact,
-                                     const std::string& freeze, const std::array<int64_t, 4>& device) {
-  const auto at = [&](int i) { return reinterpret_cast<const float*>(device[i]); };
-  TORCH_CHECK_VALUE(freeze.empty() || freeze == "group" || freeze == "element",
-                    text("freeze: expected '', 'group' or 'element', got '", freeze, "'").c_str());
-  return {{lr, momentum, 1 - dampening, weight_decay, maximize ? -1.0 : 1.0},
-          nesterov,
-          {a, b, c},
-          exact,
-          freeze == "group"     ? Freeze::group
-          : freeze == "element" ? Freeze::element
-                                : Freeze::none,
-          {at(0), at(1), at(2), at(3)}};
+// One of SCALARS of core/hyperparameters.py: a number or, of its class At, the address of one.
+double take_scalar(py::handle value, const float*& address) {
+  if (!py::hasattr(value, "address")) return value.cast<double>();
+  address = reinterpret_cast<const float*>(value.attr("address").cast<int64_t>());
+  return 0;
+}
+
+Freeze to_freeze(py::handle mode) {
+  if (mode.is_none()) return Freeze::none;
+  const auto name = mode.cast<std::string>();
+  TORCH_CHECK_VALUE(name == "group" || name == "element",
+                    text("freeze_zeros: expected None, 'group' or 'element', got '", name, "'").c_str());
+  return name == "group" ? Freeze::group : Freeze::element;
+}
+
+// From core/hyperparameters.py's Hyperparameters.
+Hyperparameters to_hyperparameters(py::handle h) {
+  const auto number = [&](const char* name) { return h.attr(name).cast<double>(); };
+  const auto flag = [&](const char* name) { return h.attr(name).cast<bool>(); };
+  Hyperparameters made;
+  made.sgd = {take_scalar(h.attr("lr"), made.device.lr), number("momentum"), 1 - number("dampening"),
+              number("weight_decay"), flag("maximize") ? -1.0 : 1.0};
+  made.nesterov = flag("nesterov");
+  made.coefficients = {take_scalar(h.attr("group_lasso"), made.device.group_lasso),
+                       take_scalar(h.attr("exclusive_lasso"), made.device.exclusive_lasso),
+                       take_scalar(h.attr("l1"), made.device.l1)};
+  made.exact = flag("exact");
+  made.freeze = to_freeze(h.attr("freeze_zeros"));
+  return made;
+}
+
+ScalerTensors to_scaler(const std::optional<at::Tensor>& grad_scale,
+                        const std::optional<at::Tensor>& found_inf) {
+  return {grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
+}
+
+std::unique_ptr<Executor> executor_for(const std::string& name, const std::vector<at::Tensor>& tensors,
+                                       const std::vector<LayoutTuple>& layouts,
+                                       const std::vector<int64_t>& groups) {
+  std::vector<TensorShape> shapes;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    shapes.push_back(shape_of(tensors[i], layouts.at(i), groups.at(i)));
+  return make_executor(name, std::move(shapes));
+}
+
+// rows: of each tensor the addresses of w, gradient and buffer (0: none), and its phase.
+void step(Executor& executor, const std::vector<std::array<int64_t, 4>>& rows,
+          const std::vector<py::object>& hyperparameters, const std::optional<at::Tensor>& grad_scale,
+          const std::optional<at::Tensor>& found_inf) {
+  std::vector<TensorAddresses> addresses;
+  std::vector<Phase> phases;
+  for (const auto& [w, grad, buf, phase] : rows) {
+    addresses.push_back(
+        {reinterpret_cast<void*>(w), reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(buf)});
+    phases.push_back(Phase(phase));
+  }
+  std::vector<Hyperparameters> of_groups;
+  for (const py::object& h : hyperparameters) of_groups.push_back(to_hyperparameters(h));
+  const py::gil_scoped_release no_gil;
+  executor.step(addresses, phases, of_groups, to_scaler(grad_scale, found_inf));
 }
 
 // How many threads a parallel region of this build really runs on: 1 would mean that OpenMP was not linked.
@@ -42,9 +92,10 @@ int64_t parallel_threads() {
 // For tests: how many blocks of each path (rows, block, cluster, ticket) tensors of these layouts are cut into.
 std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts,
                                                           int64_t dtype, int index) {
-  std::vector<cuda::TensorShape> shapes;
-  for (const auto& [K1, R1, K2, R2, has_groups] : layouts) shapes.push_back({{K1, R1, K2, R2}, has_groups});
-  const cuda::Work work = cuda::cut(shapes, cuda::DType(dtype), cuda::describe_device(index));
+  std::vector<TensorShape> shapes;
+  for (const auto& [K1, R1, K2, R2, has_groups] : layouts)
+    shapes.push_back({{K1, R1, K2, R2}, has_groups, DType(dtype), index, 0});
+  const cuda::Work work = cuda::cut(shapes, DType(dtype), cuda::describe_device(index));
   return {work.strips.size(), work.blocks.size(), work.clusters.size(), work.chunks.size()};
 }
 #endif
@@ -54,36 +105,43 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<Layo
 // module_local: the tests load a second build of this beside it, whose CUDA kernels run on the CPU.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Fused proximal SGD: the C++ side of cges_kernels.";
-  py::class_<Hyperparameters>(m, "Hyperparameters", py::module_local())
-      .def(py::init(&make_hyperparameters), py::kw_only(), py::arg("lr") = 0.0, py::arg("momentum") = 0.0,
-           py::arg("dampening") = 0.0, py::arg("weight_decay") = 0.0, py::arg("nesterov") = false,
-           py::arg("maximize") = false, py::arg("a") = 0.0, py::arg("b") = 0.0, py::arg("c") = 0.0,
-           py::arg("exact") = false, py::arg("freeze") = "", py::arg("device") = std::array<int64_t, 4>{});
+  py::class_<Executor>(m, "Executor", py::module_local())
+      .def(py::init(&executor_for), py::arg("name"), py::arg("tensors"), py::arg("layouts"),
+           py::arg("groups"))
+      .def("step", &step, py::arg("rows"), py::arg("hyperparameters"), py::arg("grad_scale") = py::none(),
+           py::arg("found_inf") = py::none());
   py::class_<StepPlan>(m, "StepPlan", py::module_local())
       .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&,
                     const std::string&>(),
            py::arg("params"), py::arg("layouts"), py::arg("executor") = "")
-      .def("set_hyperparameters",
-           [](StepPlan& plan, int64_t group, const py::kwargs& values) {
-             const py::object h = py::type::of<Hyperparameters>()(**values);
-             plan.set_hyperparameters(group, h.cast<const Hyperparameters&>());
-           })
+      .def(
+          "set_hyperparameters",
+          [](StepPlan& plan, int64_t group, py::handle h) {
+            plan.set_hyperparameters(group, to_hyperparameters(h));
+          },
+          py::arg("group"), py::arg("hyperparameters"))
       .def("gather", &StepPlan::gather, py::arg("params"), py::arg("state"))
-      .def("run", &StepPlan::run, py::arg("launch") = py::none(), py::arg("grad_scale") = py::none(),
-           py::arg("found_inf") = py::none());
-  m.def("step_", &step_, py::arg("tensors"), py::arg("layouts"), py::arg("rows"), py::arg("groups"),
-        py::arg("hyperparameters"), py::arg("executor"), py::arg("capturing") = false,
-        py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none());
+      .def(
+          "run",
+          [](StepPlan& plan, const py::object& launch, const std::optional<at::Tensor>& grad_scale,
+             const std::optional<at::Tensor>& found_inf) {
+            plan.run(launch, to_scaler(grad_scale, found_inf));
+          },
+          py::arg("launch") = py::none(), py::arg("grad_scale") = py::none(),
+          py::arg("found_inf") = py::none());
   m.def("parallel_threads", &parallel_threads);
-  m.def("limit_z_bytes", &limit_z_bytes);
+  m.def("limit_z_bytes", &cpu::limit_z_bytes);
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
+  // For tests: what Python says once more.
+  m.attr("max_sweeps") = ShrinkageSolver<float>::kMaxSweeps;
+  m.attr("phases") =
+      py::dict(py::arg("SKIPPED") = int(Phase::skipped), py::arg("PROX_ALONE") = int(Phase::prox_alone),
+               py::arg("STATELESS") = int(Phase::stateless), py::arg("FIRST") = int(Phase::first),
+               py::arg("RUNNING") = int(Phase::running));
 #if CGES_CUDA
   m.def("check_device", &cuda::check_device);
-  m.def("limit_shared_bytes", [](int64_t bytes) {
-    cuda::limit_shared_bytes(bytes);
-    forget_kept_cuda_plans();
-  });
+  m.def("limit_shared_bytes", &cuda::limit_shared_bytes);
   m.def("cuda_paths", &cuda_paths);
 #endif
 }

@@ -18,11 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cges_kernels.reference import compute_dtype
-from cges_kernels.triton_kernels import GENERAL, whole_groups
-from cges_kernels.triton_split import split_groups
-from cges_kernels.triton_step import STORED
-from cges_kernels.triton_tiles import TILES, VECTOR_BYTES, Variant, launch_options, tile_for
+from cges_kernels.backends.triton.executor import STORED
+from cges_kernels.backends.triton.split import split_groups
+from cges_kernels.backends.triton.tables import GENERAL, Variant
+from cges_kernels.backends.triton.tiles import TILES, VECTOR_BYTES, launch_options, tile_for
+from cges_kernels.backends.triton.whole import whole_groups
+from cges_kernels.core.reference import compute_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LONGER_THAN_ANY_TILE = 1 << 40

@@ -10,14 +10,16 @@ import torch
 from cuda_emulator.build import compiler
 from right import INTERPRETED, device_of
 
-from cges_kernels import available_backends, ops
+from cges_kernels import available_backends
+from cges_kernels.backends import unplanned
+from cges_kernels.backends.extension import BUILT
 
 if INTERPRETED:  # settled before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         import interpreter  # noqa: F401
     if compiler():
-        ops._cuda = emulated.load()
+        BUILT["cuda"] = emulated.load()
 
 
 def pytest_runtest_setup(item):
@@ -62,12 +64,12 @@ def threads():
 def tiles(request, monkeypatch):
     """Groups that fit a tile, then the same ones taken for groups that do not."""
     if request.param == "pieces":
-        if ops._C is not None:
-            ops._C.limit_z_bytes(0)
-        if ops._cuda is not None:
-            ops._cuda.limit_shared_bytes(6000 if INTERPRETED else 30_000)
+        if "cpu" in BUILT:
+            BUILT["cpu"].limit_z_bytes(0)
+        if "cuda" in BUILT:
+            emulated.limit_shared_bytes(6000 if INTERPRETED else 30_000)
         if "triton" in available_backends():
-            from cges_kernels.triton_tiles import COLUMNS, GENERAL, ROWS, TILES, Tile
+            from cges_kernels.backends.triton.tiles import COLUMNS, GENERAL, ROWS, TILES, Tile
 
             chunks = {
                 COLUMNS: Tile(0, 64, 64),
@@ -76,11 +78,13 @@ def tiles(request, monkeypatch):
             }
             for kind, tile in chunks.items():
                 monkeypatch.setitem(TILES, kind.value, (tile,))
+    unplanned.forget()  # what is kept was cut otherwise
     yield request.param
-    if ops._C is not None:
-        ops._C.limit_z_bytes(2**31)
-    if ops._cuda is not None:
-        ops._cuda.limit_shared_bytes(2**31)
+    unplanned.forget()
+    if "cpu" in BUILT:
+        BUILT["cpu"].limit_z_bytes(2**31)
+    if "cuda" in BUILT:
+        emulated.limit_shared_bytes(2**31)
 
 
 def hash_of(text):

@@ -57,6 +57,14 @@ def load(threads: int = THREADS) -> ModuleType:
     return module
 
 
+def limit_shared_bytes(most: int) -> None:
+    """Of the CUDA executor's blocks, so that small groups count as large."""
+    from cges_kernels.backends import extension, unplanned
+
+    extension.BUILT["cuda"].limit_shared_bytes(most)
+    unplanned.forget()  # what is kept was cut by another limit
+
+
 class Device:
     """The emulated device's attributes, and what tests may do to it; emulator.h lists the names."""
 

@@ -7,9 +7,10 @@ the truth's, except where |z| or the group's norm is within a few roundings of i
 
 import torch
 
-from cges_kernels import ProxSGD, reference
-from cges_kernels.groups import has_groups, reduced_dims, viewed
-from cges_kernels.reference import Thresholds, compute_dtype
+from cges_kernels import ProxSGD
+from cges_kernels.core import reference
+from cges_kernels.core.groups import has_groups, reduced_dims, viewed
+from cges_kernels.core.reference import Thresholds, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SPECS = ("feature", "filter", "channel", "tensor")

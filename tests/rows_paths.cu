@@ -10,7 +10,7 @@ __global__ void path(const __grid_constant__ StepTableOf<T, kFewArguments> table
   CGES_SHARED(memory);
   const Strip strip = table.strips[blockIdx.x];
   const auto& h = table.of(strip.tensor);
-  step_strip<T, plain, true>(strip, table.tensors[strip.tensor], table.momentum(strip.tensor),
+  step_strip<T, plain, true>(strip, table.tensors[strip.tensor], table.phase(strip.tensor),
                              plain ? h : h.resolved(table.loss_scale.grad_scale),
                              reinterpret_cast<Sums<Compute<T>>*>(memory));
 }

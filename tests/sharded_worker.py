@@ -32,10 +32,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from cges_kernels import ProxSGD, available_backends, reference, sharded
-from cges_kernels.crossing import MAX_ROUNDS, CrossingTensor
-from cges_kernels.meshes import Packs
-from cges_kernels.reference import PROX_MODES
+from cges_kernels import ProxSGD, available_backends
+from cges_kernels.core import reference
+from cges_kernels.core.hyperparameters import PROX_MODES
+from cges_kernels.distributed import sharded
+from cges_kernels.distributed.crossing import MAX_ROUNDS, CrossingTensor
+from cges_kernels.distributed.meshes import Packs
 
 HANGS_AFTER = timedelta(seconds=45)
 R, S = Replicate(), Shard

@@ -8,7 +8,8 @@ import torch
 from right import device_of
 from torch import nn
 
-from cges_kernels import ProxSGD, reference
+from cges_kernels import ProxSGD
+from cges_kernels.core import reference
 
 SCALE = 1024.0
 OPTIONS = dict(

@@ -19,10 +19,12 @@ from cuda_emulator.build import compiler
 from bench import baselines, gpu, lab, plots, readme, smoke, suites, table, timing, workloads
 from bench.table import Row
 from bench.workloads import Case
-from cges_kernels import available_backends, ops, reference
+from cges_kernels import available_backends
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core import reference
 
 ROOT = Path(__file__).parent.parent
-EMULATED = ops._cuda is not None and ops._cuda.emulated
+EMULATED = "cuda" in BUILT and BUILT["cuda"].emulated
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
@@ -429,11 +431,10 @@ def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
 
 
 def test_plans_in_python_are_put_back(monkeypatch):
-    triton_step = pytest.importorskip("cges_kernels.triton_step")
-    before = triton_step._C
+    before = BUILT.get("cpu")
     with baselines.plans_in_python():
-        assert triton_step._C is None
-    assert triton_step._C is before
+        assert "cpu" not in BUILT
+    assert BUILT.get("cpu") is before
 
 
 @pytest.mark.slow
@@ -520,7 +521,7 @@ def test_the_smoke_test_is_right_with_cuda(capsys):
 
 @pytest.mark.skipif(not EMULATED, reason="its kernels are not emulated here")
 def test_the_smoke_test_takes_every_path_with_and_without_clusters(monkeypatch):
-    device = emulated.Device(ops._cuda.__file__)
+    device = emulated.Device(BUILT["cuda"].__file__)
     try:
         for shared in (228, 164, 100):  # KB of a multiprocessor: H200, A100, consumer GPUs
             device["shared_memory_per_multiprocessor"] = shared << 10
@@ -553,11 +554,11 @@ def flow_of_gpu(out):
 
 def flow_of_tune():
     from bench import tune
-    from cges_kernels import triton_tiles
-    from cges_kernels.triton_tiles import Tile
+    from cges_kernels.backends.triton import tiles
+    from cges_kernels.backends.triton.tiles import Tile
 
     tune.PART, tune.LONG["COLUMNS"], tune.WARPS, tune.WINDOWS = range(256, 512), 20, (4, 8), (0.5,)
-    triton_tiles.TILES[tune.KINDS["COLUMNS"]] = (Tile(16, 16, 16), Tile(0, 16, 16))
+    tiles.TILES[tune.KINDS["COLUMNS"]] = (Tile(16, 16, 16), Tile(0, 16, 16))
     print(tune.tune(CpuLab(), ["COLUMNS"], 8, 256, workers=1))
 
 
@@ -570,5 +571,5 @@ def flow_of_smoke():
 
 if __name__ == "__main__":
     if compiler():
-        ops._cuda = emulated.load()
+        BUILT["cuda"] = emulated.load()
     {"gpu": flow_of_gpu, "tune": flow_of_tune, "smoke": flow_of_smoke}[sys.argv[1]](*sys.argv[2:])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bench import baselines, counts, workloads
-from cges_kernels import available_backends, reference
-from cges_kernels.groups import has_groups, reduced_dims
+from cges_kernels import available_backends
+from cges_kernels.core import reference
+from cges_kernels.core.groups import has_groups, reduced_dims
 
 SHAPES = [(37, 5), (7,), (6, 3, 3, 3), (1, 4), (12, 1)]
 STRONG = {"lr": 1e-2, "group_lasso": 40.0, "exclusive_lasso": 1.0}  # some groups and weights die

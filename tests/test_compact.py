@@ -13,10 +13,10 @@ from torch.nn.utils import parametrizations, prune
 pytest.importorskip("torch_pruning")
 
 from cges_kernels import compact, load_compacted, save_compacted, sparsity_report
+from cges_kernels.compaction.fold import inputs_of_layers
 from cges_kernels.demo.training import LeNet
 from cges_kernels.demo.training import compacted as compacted_by_hand
-from cges_kernels.fold import inputs_of_layers
-from cges_kernels.recipes import regularised_weights
+from cges_kernels.training.recipes import regularised_weights
 
 
 def net(forward, **modules):

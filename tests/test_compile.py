@@ -7,8 +7,8 @@ from right import device_of
 from torch import nn
 
 from cges_kernels import ProxSGD, penalty, prox, prox_
-from cges_kernels.library import NUMBERS, OPTIONS
-from cges_kernels.planner import SCALARS
+from cges_kernels.backends.operators import NUMBERS, OPTIONS
+from cges_kernels.backends.planner import SCALARS
 
 SHAPES = [(9, 7), (20,), (5, 3, 2, 2)]
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=0.01)

@@ -9,7 +9,8 @@ from test_executors import MODES, coefficients, inputs, training
 
 from bench.memory import Case, peak_extra_memory
 from bench.timing import l2_bytes
-from cges_kernels import ops, prox
+from cges_kernels import prox
+from cges_kernels.backends.extension import BUILT
 
 # Columns of rows a multiple of 4 KB apart (in float32), which are streamed from 512 rows on.
 PAGES = [(511, 1024), (513, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
@@ -22,11 +23,11 @@ IN_PART = (420, 160)  # panels of 64 columns, whose z is larger than the fixture
 @pytest.fixture
 def small_scratch():
     """Room for the z of 256 rows of a panel."""
-    if ops._C is None:
+    if "cpu" not in BUILT:
         pytest.skip("the CPU executor is not built")
-    ops._C.limit_z_bytes(2**16)
+    BUILT["cpu"].limit_z_bytes(2**16)
     yield
-    ops._C.limit_z_bytes(2**31)
+    BUILT["cpu"].limit_z_bytes(2**31)
 
 
 @pytest.mark.usefixtures("small_scratch", "poisoned_memory")
@@ -198,7 +199,7 @@ def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, freeze_zeros, prox_mo
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("shape", [(4096, 1056), (20_000, 1024)], ids=str)
 def test_scratch_is_at_most_the_l2_a_thread(shape, prox_mode, dtype):
-    if ops._C is None or not l2_bytes() or not os.access("/proc/self/clear_refs", os.W_OK):
+    if "cpu" not in BUILT or not l2_bytes() or not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("the CPU executor is not built, or nobody tells of the L2 and of memory")
     (taken,) = peak_extra_memory(
         1, (Case(*shape, prox_mode, dtype),)

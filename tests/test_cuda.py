@@ -11,14 +11,19 @@ import re
 import emulated
 import pytest
 import torch
+from emulated import limit_shared_bytes
 from right import DTYPES, INTERPRETED, SPECS, check_step, fresh
 from test_executors import MODES, coefficients, training
 
-from cges_kernels import ProxSGD, ops, prox, prox_
-from cges_kernels.ops import layout_tuple
+from cges_kernels import ProxSGD, prox, prox_
+from cges_kernels.backends import registry
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core.groups import layout_tuple
 
 BACKEND = "cuda"
-pytestmark = pytest.mark.skipif(ops._cuda is None, reason="the extension is built without the CUDA executor")
+pytestmark = pytest.mark.skipif(
+    "cuda" not in BUILT, reason="the extension is built without the CUDA executor"
+)
 on_emulator = pytest.mark.skipif(not INTERPRETED, reason="rules the device, which only the emulator allows")
 PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.001, l1=0.02)
 LIMIT = 6000  # bytes of shared memory: shapes below then take all three paths
@@ -27,18 +32,18 @@ BLOCK, CLUSTER, TICKET = (16, 12), (150, 20), (900, 20)
 
 @pytest.fixture
 def device():
-    found = emulated.Device(ops._cuda.__file__)
-    ops._why_not_device.cache_clear()
+    found = emulated.Device(BUILT["cuda"].__file__)
+    registry._why_not_device.cache_clear()
     yield found
     found.reset()
-    ops._why_not_device.cache_clear()
+    registry._why_not_device.cache_clear()
 
 
 @pytest.fixture
 def little_memory():
-    ops._cuda.limit_shared_bytes(LIMIT if INTERPRETED else 30_000)
+    limit_shared_bytes(LIMIT if INTERPRETED else 30_000)
     yield
-    ops._cuda.limit_shared_bytes(2**31)
+    limit_shared_bytes(2**31)
 
 
 def paths(shape, group_by="feature", dtype=torch.float32):
@@ -49,7 +54,7 @@ def paths(shape, group_by="feature", dtype=torch.float32):
 def paths_together(shapes, group_by="feature", dtype=torch.float32):
     layouts = [layout_tuple(torch.empty(shape, dtype=dtype), group_by, None) for shape in shapes]
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
-    return ops._cuda.cuda_paths(layouts, number, 0)
+    return BUILT["cuda"].cuda_paths(layouts, number, 0)
 
 
 def parameters(shapes, dtype=torch.float32):
@@ -141,7 +146,7 @@ def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
 @pytest.mark.parametrize(("rows", "columns"), [(2**31, 2), (2**32 + 4, 2), (2**33, 1)])
 def test_no_count_overflows(rows, columns):
     """Groups beyond 32-bit counts are cut into chunks, as many as it takes for all of their elements."""
-    strips, blocks, clusters, chunks = ops._cuda.cuda_paths([(1, rows, columns, 3, True)], 2, 0)
+    strips, blocks, clusters, chunks = BUILT["cuda"].cuda_paths([(1, rows, columns, 3, True)], 2, 0)
     assert strips == blocks == clusters == 0 and chunks * 16384 >= rows * columns * 3
 
 
@@ -290,11 +295,11 @@ def test_prox_keeps_its_plans(device):
 def test_kept_plans_are_of_the_present_limits(device):
     launches = []
     for limit in (2**31, LIMIT):
-        ops._cuda.limit_shared_bytes(limit)
+        limit_shared_bytes(limit)
         device["launches"] = 0
         prox_([fresh(BLOCK), fresh(CLUSTER)], backend=BACKEND, **PENALTY)
         launches.append(device["launches"])
-    ops._cuda.limit_shared_bytes(2**31)
+    limit_shared_bytes(2**31)
     assert launches == [1, 2]
 
 
@@ -344,7 +349,7 @@ def test_a_failure_after_another_dtypes_launch_says_so(device):
 
 
 def test_an_extension_without_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(ops, "_cuda", None)
+    monkeypatch.delitem(BUILT, "cuda")
     with pytest.raises(RuntimeError, match="install nvcc"):
         ProxSGD(parameters([BLOCK]), backend=BACKEND)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cuda_emulator.build import CSRC
 
-from cges_kernels import ops
+from cges_kernels.backends.extension import BUILT
 
 DTYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 KERNELS = {
@@ -26,9 +26,7 @@ REGISTERS_OF_ROWS = {"float32": (80, 80), "float64": (128, 128), "bfloat16": (80
 INSTRUCTIONS = {"plain": (32, 30), "general": (45, 53)}
 
 pytestmark = [
-    pytest.mark.skipif(
-        ops._C is None or not ops._C.cuda, reason="the extension is built without the CUDA executor"
-    ),
+    pytest.mark.skipif("cuda" not in BUILT, reason="the extension is built without the CUDA executor"),
     pytest.mark.xdist_group("cuda_compile"),
 ]
 
@@ -50,7 +48,7 @@ def cuobjdump():
 
 def dump(option, path=None):
     """Lines of what cuobjdump says, as (architecture, kernel, line)."""
-    command = [cuobjdump(), option, path or ops._C.__file__]
+    command = [cuobjdump(), option, path or BUILT["cpu"].__file__]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     architecture = kernel = None
     for line in said.splitlines():

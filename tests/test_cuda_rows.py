@@ -11,11 +11,15 @@ import torch
 from right import DTYPES, INTERPRETED, check_step, fresh, one_step
 from test_executors import MODES, coefficients
 
-from cges_kernels import ProxSGD, ops, prox, reference
-from cges_kernels.ops import layout_tuple
+from cges_kernels import ProxSGD, prox
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core import reference
+from cges_kernels.core.groups import layout_tuple
 
 BACKEND = "cuda"
-pytestmark = pytest.mark.skipif(ops._cuda is None, reason="the extension is built without the CUDA executor")
+pytestmark = pytest.mark.skipif(
+    "cuda" not in BUILT, reason="the extension is built without the CUDA executor"
+)
 on_emulator = pytest.mark.skipif(not INTERPRETED, reason="looks into the device, as only the emulator allows")
 PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.001, l1=0.02)
 PLAIN = dict(momentum=0.9, weight_decay=0.1)
@@ -42,7 +46,7 @@ ROWS = [
 
 @pytest.fixture
 def device():
-    return emulated.Device(ops._cuda.__file__)
+    return emulated.Device(BUILT["cuda"].__file__)
 
 
 def most(dtype):
@@ -58,7 +62,7 @@ def path_of(shape, group_by="filter", dtype=torch.float32):
     """Which paths work on a tensor: of "rows", "block", "cluster", "ticket"."""
     layout = layout_tuple(torch.empty(shape, dtype=dtype), group_by, None)
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
-    counts = ops._cuda.cuda_paths([layout], number, 0)
+    counts = BUILT["cuda"].cuda_paths([layout], number, 0)
     return {name for name, count in zip(("rows", "block", "cluster", "ticket"), counts) if count}
 
 
@@ -301,7 +305,7 @@ def test_a_plain_step_has_all_loads_under_way_before_it_writes(device):
 @pytest.mark.parametrize("freeze_zeros", [None, "group"])
 def test_blocks_of_256_threads(monkeypatch, freeze_zeros, prox_mode):
     """As on a GPU; only there a block holds several groups of several warps each."""
-    monkeypatch.setattr(ops, "_cuda", emulated.load(256))
+    monkeypatch.setitem(BUILT, "cuda", emulated.load(256))
     assert path_of((3, 4096)) == {"rows"}
     for shape in ((5, 512), (9, 1024), (3, 2048), (2, 4096), (130, 64)):
         w, grad, buf = (fresh(shape) for _ in range(3))

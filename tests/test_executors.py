@@ -4,9 +4,10 @@ import pytest
 import torch
 from right import DTYPES, SPECS, as_large_as_may_be, check_step, fresh, one_step
 
-from cges_kernels import prox, prox_, reference
-from cges_kernels.groups import canonical_layout
-from cges_kernels.ops import _C
+from cges_kernels import prox, prox_
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core import reference
+from cges_kernels.core.groups import canonical_layout
 
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
 LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
@@ -259,7 +260,7 @@ def test_many_tensors_at_once(fused_backend):
 
 def test_two_threads_really_run(threads):
     threads(2)
-    assert _C.parallel_threads() == 2
+    assert BUILT["cpu"].parallel_threads() == 2
 
 
 def test_empty_and_single_element_tensors(backend):

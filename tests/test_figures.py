@@ -10,7 +10,7 @@ from torch import nn
 pytest.importorskip("matplotlib")
 
 from cges_kernels import plot_filters, plot_weights
-from cges_kernels.figures import ZERO
+from cges_kernels.reporting.figures import ZERO
 
 
 def drawn(panel):

@@ -8,7 +8,7 @@ from right import DTYPES, SPECS, fresh
 from torch import nn
 
 from cges_kernels import ProxSGD, explain, penalty, prox, prox_
-from cges_kernels.reference import PROX_MODES
+from cges_kernels.core.hyperparameters import PROX_MODES
 
 OPTIONS = {"group_lasso": 0.9, "exclusive_lasso": 0.02, "l1": 0.1}
 FORMATS = {

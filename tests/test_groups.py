@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from right import SPECS
 
-from cges_kernels.groups import (
+from cges_kernels.core.groups import (
     Layout,
     canonical_layout,
     check_spec,

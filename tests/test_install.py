@@ -72,7 +72,7 @@ def test_extension_can_be_left_out_silently(build, fake_path, capsys):
 def test_extension_flags(build, fake_path):
     (extension,) = build.build_options({"PATH": fake_path})["ext_modules"]
     flags = extension.extra_compile_args["cxx"]
-    assert extension.name == "cges_kernels._C"
+    assert extension.name == "cges_kernels.backends._C"
     assert "csrc/bindings.cpp" in extension.sources
     assert "-fopenmp" in flags and "-fopenmp" in extension.extra_link_args
     assert not {"-march=native", "-ffast-math", "-Ofast"} & set(flags)
@@ -92,7 +92,9 @@ def fake_toolkit(folder, release):
 def test_cuda_is_built_wherever_nvcc_is(build, fake_path, tmp_path):
     home = fake_toolkit(tmp_path / "cuda", "13.0")
     (extension,) = build.build_options({"PATH": fake_path, "CUDA_HOME": home})["ext_modules"]
-    assert {"csrc/cuda/launch.cu", "csrc/cuda/cut.cpp", "csrc/plan/cuda_plan.cpp"} <= set(extension.sources)
+    assert {"csrc/cuda/launch.cu", "csrc/cuda/cut.cpp", "csrc/plan/cuda_executor.cpp"} <= set(
+        extension.sources
+    )
     assert ("CGES_CUDA", "1") in extension.define_macros
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0 9.0 10.0+PTX"
     assert f"{home}/lib64/libcudart_static.a" in extension.extra_link_args
@@ -164,7 +166,7 @@ def test_the_version_is_that_of_the_installed_package(found, version):
 def test_works_without_the_extension():
     run_python(
         "import sys\n"
-        "sys.modules['cges_kernels._C'] = None\n"
+        "sys.modules['cges_kernels.backends._C'] = None\n"
         "import torch, cges_kernels\n"
         "backends = cges_kernels.available_backends()\n"
         "assert 'reference' in backends and 'cpu' not in backends, backends\n"
@@ -192,7 +194,7 @@ def test_pip_install_without_the_extension(tmp_path):
         check=True,
     )
     assert (target / "cges_kernels" / "py.typed").exists()
-    assert not list(target.glob("cges_kernels/*.so"))
+    assert not list(target.glob("cges_kernels/**/*.so"))
     out = run_python(
         "import cges_kernels\n"
         "assert 'reference' in cges_kernels.available_backends()\n"

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from cges_kernels import ProxSGD
-from cges_kernels.groups import NAMED_SPECS, reduced_dims
-from cges_kernels.recipes import (
+from cges_kernels.core.groups import NAMED_SPECS, reduced_dims
+from cges_kernels.training.recipes import (
     LayerWeight,
     cges_param_groups,
     exclusivity_schedule,

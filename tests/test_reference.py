@@ -13,8 +13,9 @@ import torch
 from right import SPECS
 from torch import nn
 
-from cges_kernels import reference
-from cges_kernels.reference import MAX_SWEEPS, PROX_MODES, Thresholds, shrink
+from cges_kernels.core import reference
+from cges_kernels.core.hyperparameters import PROX_MODES
+from cges_kernels.core.reference import MAX_SWEEPS, Thresholds, shrink
 
 SHAPES = [(9, 6), (1, 5), (5, 1), (4, 3, 2), (6, 4, 3, 3), (250, 2)]
 KEPT = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cges_kernels.report import sparsity_report
+from cges_kernels.reporting.report import sparsity_report
 
 
 def rows(report):

@@ -11,7 +11,7 @@ from torch import nn
 from cges_kernels import CubicRamp, ProxSGD, TargetDensity, cges_param_groups, sparsity_report
 from cges_kernels.demo.data import load_digits
 from cges_kernels.demo.training import LeNet
-from cges_kernels.recipes import CoefficientWarmup, sparsity_param_groups
+from cges_kernels.training.recipes import CoefficientWarmup, sparsity_param_groups
 
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from cges_kernels import ProxSGD, planner, step_plan
-from cges_kernels.ops import _C, layout_tuple
+from cges_kernels import ProxSGD
+from cges_kernels.backends import gathering, planner
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.hyperparameters import Hyperparameters, Phase
 
-PLANS = {"python": step_plan.StepPlan} | ({"c++": _C.StepPlan} if _C else {})
-SKIPPED, NO_MOMENTUM, FIRST, RUNNING = -1, 1, 2, 3
+PLANS = {"python": gathering.StepPlan} | ({"c++": BUILT["cpu"].StepPlan} if "cpu" in BUILT else {})
 SHAPES = [(4, 3), (2, 3, 2, 2), (6,), (5, 1)]
 
 
@@ -33,7 +35,7 @@ def parameters(shapes=SHAPES):
 def make_plan(Plan, *groups, momentum=0.9):
     plan = Plan(groups, [[layout_tuple(p, "feature", None) for p in group] for group in groups])
     for i in range(len(groups)):
-        plan.set_hyperparameters(i, lr=0.1, momentum=momentum)
+        plan.set_hyperparameters(i, Hyperparameters(lr=0.1, momentum=momentum))
     return plan
 
 
@@ -156,7 +158,7 @@ def test_run_needs_a_gather_each_time(Plan):
 def test_table_has_a_row_per_parameter_group_by_group(Plan):
     plain, momentum = parameters(), parameters()
     plan, state = make_plan(Plan, plain, [], momentum), {}
-    plan.set_hyperparameters(0, lr=0.1)
+    plan.set_hyperparameters(0, Hyperparameters(lr=0.1))
     plain[1].grad = momentum[2].grad = None
     state[momentum[0]] = {"momentum_buffer": torch.randn(4, 3)}
     state[momentum[1]] = {"momentum_buffer": None}
@@ -166,8 +168,8 @@ def test_table_has_a_row_per_parameter_group_by_group(Plan):
     assert [row[0] for row in table] == [p.data_ptr() for p in plain + momentum]
     assert [row[1] for row in table] == [0 if p.grad is None else p.grad.data_ptr() for p in plain + momentum]
     assert [row[3] for row in table] == [
-        *(NO_MOMENTUM, SKIPPED, NO_MOMENTUM, NO_MOMENTUM),
-        *(RUNNING, FIRST, SKIPPED, FIRST),
+        *(Phase.STATELESS, Phase.SKIPPED, Phase.STATELESS, Phase.STATELESS),
+        *(Phase.RUNNING, Phase.FIRST, Phase.SKIPPED, Phase.FIRST),
     ]
     buffers = [state[p]["momentum_buffer"].data_ptr() if p in state else 0 for p in momentum]
     assert [row[2] for row in table] == [0, 0, 0, 0, *buffers] and buffers[2] == 0
@@ -175,7 +177,7 @@ def test_table_has_a_row_per_parameter_group_by_group(Plan):
 
     momentum[2].grad = torch.ones(6)
     assert plan.gather([plain, [], momentum], state)
-    assert [row[3] for row in run(plan)[4:]] == [RUNNING, RUNNING, FIRST, RUNNING]
+    assert [row[3] for row in run(plan)[4:]] == [Phase.RUNNING, Phase.RUNNING, Phase.FIRST, Phase.RUNNING]
 
 
 def test_empty_plans_have_an_empty_table(Plan):
@@ -200,7 +202,7 @@ def test_what_lies_otherwise_is_copied_into_the_order_of_the_parameter(Plan):
 
     def look(table):
         for _, g, b, phase in table.tolist():
-            assert phase == RUNNING
+            assert phase == Phase.RUNNING
             held.append((memory(g, 12), memory(b, 12)))
 
     plan.run(look)
@@ -439,7 +441,7 @@ def test_buffers_may_be_neighbours_in_one_storage(Plan):
         state = {p: {"momentum_buffer": buf} for p, buf in zip(params, buffers)}
         plan = make_plan(Plan, params)
         assert plan.gather([params], state)
-        assert [row[3] for row in run(plan)] == [RUNNING] * 3
+        assert [row[3] for row in run(plan)] == [Phase.RUNNING] * 3
 
 
 @pytest.mark.parametrize(
@@ -458,13 +460,13 @@ def test_a_plan_refuses_layouts_of_something_else(Plan, params, layouts, text):
 
 def test_a_plan_refuses_hyperparameters_of_a_group_it_has_not(Plan):
     with pytest.raises(IndexError):
-        make_plan(Plan, []).set_hyperparameters(1, lr=0.1)
+        make_plan(Plan, []).set_hyperparameters(1, Hyperparameters(lr=0.1))
 
 
 # Several executors in one optimizer
 
 
-class Recorder(step_plan.StepPlan):
+class Recorder(gathering.StepPlan):
     """The plan of an executor that only says what it was asked to do."""
 
     def __init__(self, executor, params, layouts, specs, log):
@@ -472,9 +474,9 @@ class Recorder(step_plan.StepPlan):
         self.executor, self.log = executor, log
         log.append((executor, "made"))
 
-    def set_hyperparameters(self, group, **values):
-        super().set_hyperparameters(group, **values)
-        self.log.append((self.executor, "values", group, values["lr"]))
+    def set_hyperparameters(self, group, hyperparameters):
+        super().set_hyperparameters(group, hyperparameters)
+        self.log.append((self.executor, "values", group, hyperparameters.lr))
 
     def run(self, grad_scale=None, found_inf=None):
         super().run(lambda table: self.log.append((self.executor, "runs", table[:, 0].tolist())))

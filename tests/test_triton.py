@@ -13,13 +13,15 @@ from test_install import ROOT, run_python
 from test_optimizer import assert_same_bits, everything, give_grads, parameters, train
 from torch import nn
 
-from cges_kernels import ProxSGD, available_backends, ops, prox, prox_
-from cges_kernels.groups import Layout
+from cges_kernels import ProxSGD, available_backends, prox, prox_
+from cges_kernels.backends import registry, unplanned
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core.groups import Layout
 
 tl = pytest.importorskip("triton.language")  # the interpreter looks for it here
-triton_step = pytest.importorskip("cges_kernels.triton_step")
-triton_split = pytest.importorskip("cges_kernels.triton_split")
-tiles = pytest.importorskip("cges_kernels.triton_tiles")
+executor = pytest.importorskip("cges_kernels.backends.triton.executor")
+split = pytest.importorskip("cges_kernels.backends.triton.split")
+tiles = pytest.importorskip("cges_kernels.backends.triton.tiles")
 
 BACKEND = "triton"
 pytestmark = pytest.mark.skipif(BACKEND not in available_backends(), reason="no GPU, no interpreter")
@@ -43,11 +45,15 @@ def steps_of(params, steps=2, **options):
     return everything(optimizer)
 
 
+def tables_of(optimizer):
+    return [tables for _, tables in optimizer._planner.plans[BACKEND]._executor.tables]
+
+
 class Noted:
     """A kernel whose launches are written down."""
 
     def __init__(self, name, log):
-        self.name, self.kernel, self.log = name, getattr(triton_step, name), log
+        self.name, self.kernel, self.log = name, getattr(executor, name), log
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
@@ -61,15 +67,18 @@ class Noted:
 def launches(monkeypatch):
     log = []
     for name in (WHOLE, SPLIT):
-        monkeypatch.setattr(triton_step, name, Noted(name, log))
+        monkeypatch.setattr(executor, name, Noted(name, log))
     return log
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Groups of up to 32 fit a tile; longer ones come in chunks of 32."""
+    unplanned.forget()  # what is kept was cut otherwise
     for kind in (tiles.COLUMNS, tiles.ROWS, tiles.GENERAL):
         monkeypatch.setitem(tiles.TILES, kind.value, (tiles.Tile(32, 32, 16), tiles.Tile(0, 32, 16)))
+    yield
+    unplanned.forget()
 
 
 # Launches
@@ -111,12 +120,12 @@ def test_prox_in_place_is_one_launch_per_dtype_and_path(launches):
 
 @pytest.fixture
 def built(monkeypatch):
-    """The batches whose tables are made, prox_ having kept none so far."""
-    log, make = [], triton_step.Batch._cut
+    """Those whose tables are made, prox_ having kept none so far."""
+    log, make = [], executor.DeviceTables._cut
     monkeypatch.setattr(
-        triton_step.Batch, "_cut", lambda batch, aligned: log.append(batch) or make(batch, aligned)
+        executor.DeviceTables, "_cut", lambda tables, aligned: log.append(tables) or make(tables, aligned)
     )
-    monkeypatch.setattr(triton_step, "_kept", type(triton_step._kept)())
+    monkeypatch.setattr(unplanned, "_kept", type(unplanned._kept)())
     return log
 
 
@@ -146,24 +155,24 @@ def test_prox_in_place_keeps_few_tables_and_none_that_failed(built, monkeypatch)
     def call(n):
         prox_([fresh((n, 2))], **PENALTY, backend=BACKEND)
 
-    for n in (*range(1, triton_step.KEPT + 1), 1, triton_step.KEPT + 1, 1):
+    for n in (*range(1, unplanned.MOST_KEPT + 1), 1, unplanned.MOST_KEPT + 1, 1):
         call(n)
-    assert len(built) == triton_step.KEPT + 1
+    assert len(built) == unplanned.MOST_KEPT + 1
     call(2)  # went when the last came
-    assert len(built) == triton_step.KEPT + 2 and len(triton_step._kept) == triton_step.KEPT
-    monkeypatch.setattr(triton_step, "_stream", lambda device: "another")
+    assert len(built) == unplanned.MOST_KEPT + 2 and len(unplanned._kept) == unplanned.MOST_KEPT
+    monkeypatch.setattr(unplanned, "stream_of", lambda device: "another")
     call(2)  # on another stream
-    assert len(built) == triton_step.KEPT + 3
+    assert len(built) == unplanned.MOST_KEPT + 3
     with monkeypatch.context() as patch:
-        patch.setattr(triton_step, WHOLE, None)
+        patch.setattr(executor, WHOLE, None)
         with pytest.raises(TypeError):
             call(2)
     call(2)
-    assert len(built) == triton_step.KEPT + 4
+    assert len(built) == unplanned.MOST_KEPT + 4
     with torch.inference_mode():  # its tensors are of no use outside
         call(2)
     call(2)
-    assert len(built) == triton_step.KEPT + 5
+    assert len(built) == unplanned.MOST_KEPT + 5
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -253,8 +262,8 @@ def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
             assert torch.equal(got == 0, expected == 0)
     assert len(launches) == 2 * len(TOGGLES)
-    batches = [batch for _, batch in pair[0]._planner.plans[BACKEND]._step.batches]
-    assert len(batches) == 1 and not batches[0].counters.any()
+    (tables,) = tables_of(pair[0])
+    assert not tables.cut_tables.counters.any()
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -295,6 +304,30 @@ def test_a_gradient_that_moves_is_cut_anew(launches, shape):
     assert [variant.vec for x in launches for variant in x.constants["VARIANTS"]] == [1, 2, 2, 1]
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_a_graph_keeps_its_tables_when_a_gradient_moves(monkeypatch):
+    params = parameters([(70, 12)])
+    optimizer = optimizer_of(params, **PENALTY)
+
+    def step(offset, capturing):
+        give_grads(params, 0)
+        params[0].grad = elsewhere(params[0].grad, offset)
+        monkeypatch.setattr(executor, "is_capturing", lambda: capturing)
+        optimizer.step()
+        (tables,) = tables_of(optimizer)
+        return tables, tables.cut_tables
+
+    step(0, False)
+    tables, captured = step(0, True)
+    rows = captured.tensors.clone()
+    tables, other = step(1, False)
+    assert other is not captured and tables.in_graphs == [captured] and torch.equal(captured.tensors, rows)
+    step(1, True)
+    assert tables.in_graphs == [captured, other] and torch.equal(captured.tensors, rows)
+    with pytest.raises(RuntimeError, match="one captured graph per optimizer, got a second"):
+        step(1, True)
+
+
 # Bits
 
 
@@ -328,7 +361,7 @@ def test_bits_depend_neither_on_the_neighbours_nor_on_the_run(prox_mode, dtype):
 def test_several_windows_give_the_same_bits_as_one(launches, monkeypatch, prox_mode):
     results = []
     for l2_bytes in (2**30, 1):
-        monkeypatch.setattr(triton_step, "_l2_bytes", lambda device, size=l2_bytes: size)
+        monkeypatch.setattr(executor, "_l2_bytes", lambda device, size=l2_bytes: size)
         results.append(steps_of(parameters(MIXED, torch.float32), prox_mode=prox_mode, **PENALTY))
     assert_same_bits(*results)
     one, several = ({len(x.args[0]) // x.args[8] for x in launches[i:] if x.name == SPLIT} for i in (0, 4))
@@ -337,10 +370,10 @@ def test_several_windows_give_the_same_bits_as_one(launches, monkeypatch, prox_m
 
 @pytest.mark.usefixtures("small_tiles")
 def test_the_plan_in_python_gives_the_same_bits(monkeypatch):
-    if triton_step._C is None:
+    if "cpu" not in BUILT:
         pytest.skip("the C++ extension is not built")
     results = [steps_of(parameters(MIXED, torch.float32), **PENALTY)]
-    monkeypatch.setattr(triton_step, "_C", None)
+    monkeypatch.delitem(BUILT, "cpu")
     results.append(steps_of(parameters(MIXED, torch.float32), **PENALTY))
     assert_same_bits(*results)
 
@@ -388,7 +421,7 @@ def three_at_once(monkeypatch):
     """
     from triton.runtime.interpreter import InterpretedFunction
 
-    kernel, wait_for = triton_step.split_groups, triton_split.wait_for
+    kernel, wait_for = executor.split_groups, split.wait_for
     program = kernel.rewrite()
 
     def set_up(tickets, late):
@@ -417,7 +450,7 @@ def three_at_once(monkeypatch):
 
         run.__signature__, run.__module__ = inspect.signature(program), program.__module__
         run.__annotations__ = program.__annotations__
-        monkeypatch.setattr(triton_split, "wait_for", wait_late)
+        monkeypatch.setattr(split, "wait_for", wait_late)
         monkeypatch.setitem(InterpretedFunction.rewritten_fn, kernel.fn, run)
 
     return set_up
@@ -498,7 +531,7 @@ def test_wide_offsets_give_the_same_bits(monkeypatch, group_by):
         cut = tiles.cut(*args)
         return cut._replace(variant=cut.variant._replace(wide=True))
 
-    monkeypatch.setattr(triton_step, "cut", wide)
+    monkeypatch.setattr(executor, "cut", wide)
     assert_same_bits(expected, steps_of(parameters(shapes, torch.float32), group_by=group_by, **PENALTY))
 
 
@@ -523,31 +556,31 @@ def refused(match):
 
 
 def test_refused_without_triton(monkeypatch):
-    monkeypatch.setattr(ops, "util", SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(registry, "util", SimpleNamespace(find_spec=lambda name: None))
     refused(r"triton >= 3\.6 is needed and not installed; pip install triton")
 
 
 @pytest.mark.parametrize(("version", "match"), TOO_OLD)
 def test_refused_where_triton_is_too_old(monkeypatch, version, match):
-    monkeypatch.setattr(ops.metadata, "version", lambda name: version)
+    monkeypatch.setattr(registry.metadata, "version", lambda name: version)
     refused(match)
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.10.0", "4.0+rocm"])
 def test_versions_that_serve(monkeypatch, version):
-    monkeypatch.setattr(ops.metadata, "version", lambda name: version)
+    monkeypatch.setattr(registry.metadata, "version", lambda name: version)
     assert BACKEND in available_backends()
 
 
 def test_refused_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(ops, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(registry, "triton_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     refused("no GPU that Triton compiles for is here; TRITON_INTERPRET=1")
 
 
 def test_tensors_elsewhere_are_refused(monkeypatch):
-    monkeypatch.setattr(ops, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(registry, "triton_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     w = torch.ones(4, 3, device="cpu")
     for call in (

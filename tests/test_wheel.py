@@ -74,7 +74,11 @@ def dist(tmp_path_factory):
     assert count == 1
     pyproject.write_text(text)
     # What a checkout has after builds and tests.
-    for name in ("cges_kernels/_C.so", "tests/cuda_emulator/plain.so", "tests/cuda_emulator/emulator.o"):
+    for name in (
+        "cges_kernels/backends/_C.so",
+        "tests/cuda_emulator/plain.so",
+        "tests/cuda_emulator/emulator.o",
+    ):
         (copy / name).touch()
     (copy / "build" / "emulated").mkdir(parents=True)
     (copy / "build" / "emulated" / "plain.so").touch()

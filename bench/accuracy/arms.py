@@ -11,7 +11,7 @@ from torch import nn
 
 from cges_kernels import cges_param_groups, exclusivity_schedule, sparsity_param_groups
 from cges_kernels.demo.training import METHODS
-from cges_kernels.recipes import regularised_weights
+from cges_kernels.training.recipes import regularised_weights
 
 from .networks import scaled
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cges_kernels.demo.cli import at_least_one, cores, device
 from cges_kernels.demo.training import in_workers
-from cges_kernels.files import replacing, write_text
+from cges_kernels.reporting.files import replacing, write_text
 
 from . import page
 from .data import LOADERS, DataError, Dataset, load

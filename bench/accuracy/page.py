@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from cges_kernels.files import write_text
+from cges_kernels.reporting.files import write_text
 
 from .experiments import DENSITY, EXPERIMENTS, ROUNDS, THRESHOLD, Row
 from .results import RESULTS, Group, Interval, best, epochs_to, gain, grouped, margin, read_runs

@@ -14,7 +14,7 @@ from scipy import stats
 
 from cges_kernels.demo import claims
 from cges_kernels.demo.results import Estimate
-from cges_kernels.files import as_csv
+from cges_kernels.reporting.files import as_csv
 
 from .experiments import EXPERIMENTS, Row
 

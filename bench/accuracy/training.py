@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from cges_kernels import CoefficientWarmup, ProxSGD, compact, penalty, sparsity_param_groups, sparsity_report
 from cges_kernels.demo.training import fit, percent_correct
-from cges_kernels.files import replacing
+from cges_kernels.reporting.files import replacing
 
 from .arms import Arm
 from .data import Dataset

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .. import prox
-from ..figures import plot_filters, plot_weights
-from ..files import as_csv
+from ..reporting.figures import plot_filters, plot_weights
+from ..reporting.files import as_csv
 from .results import AXES, Row, summarise, table_csv
 from .training import METHODS, Run
 

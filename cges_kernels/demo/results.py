@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import as_csv
+from ..reporting.files import as_csv
 from .training import MEASURES, METHODS, Run
 
 AXES = {

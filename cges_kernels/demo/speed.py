@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..files import as_csv
-from ..ops import choose_backend
+from ..backends.registry import choose_backend
 from ..optimizer import ProxSGD
-from ..recipes import cges_param_groups
+from ..reporting.files import as_csv
+from ..training.recipes import cges_param_groups
 from .results import aligned
 from .training import MOMENTUM, LeNet
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..optimizer import ProxSGD
-from ..recipes import CoefficientWarmup, cges_param_groups, sparsity_param_groups
-from ..report import sparsity_report
+from ..reporting.report import sparsity_report
+from ..training.recipes import CoefficientWarmup, cges_param_groups, sparsity_param_groups
 from .data import Images, split
 
 MOMENTUM = 0.9

@@ -1,36 +1,17 @@
-// The formulas of the step as small pure functions, for host and device: the one truth of all C++ executors.
-// reference.py says the same in PyTorch, under the same names.
+// The formulas of the prox as small pure functions, for host and device: the one truth of all C++ executors.
+// core/reference.py has the same functions in PyTorch, under the same names.
 //
-//   z = what torch.optim.SGD would write;  a = lr*alpha, b = lr*beta, c = lr*gamma;  u = soft(z, c)
+//   z = what the update rule would write (sgd.h);  a = lr*alpha, b = lr*beta, c = lr*gamma;  u = soft(z, c)
 //   w = s * soft(z, t)
 //   sequential:  s = max(1 - a/||u||_2, 0),  t = c + b*||u||_1
 //   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by Newton's and Halley's steps in a bracket
+//
+// reference.py takes Newton's steps alone to find exact mode's t: both find the root of one equation, by other
+// steps, so their t agree to rounding and their sweeps do not. All else is the same, formula by formula.
 #pragma once
-#include <cmath>
-#include <type_traits>
-
-#if defined(__CUDACC__)
-#define CGES_FN __host__ __device__ __forceinline__
-#else
-#define CGES_FN inline __attribute__((always_inline))
-#endif
+#include "common/arithmetic.h"
 
 namespace cges {
-
-// 16-bit types compute in float, the others in themselves.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// a * b + c. On a GPU it is rounded once, and here it is said where: left to the compiler, two kernels with the
-// same formula could differ in their last bits.
-template <typename T>
-CGES_FN T multiply_add(T a, T b, T c) {
-#if defined(__CUDA_ARCH__)
-  return fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 // max(x, 0) that lets NaN through; written as the maximum instruction has it.
 template <typename T>
@@ -42,29 +23,6 @@ CGES_FN T positive_part(T x) {
 template <typename T>
 CGES_FN T soft_magnitude(T z, T t) {
   return positive_part(std::fabs(z) - t);
-}
-
-// The scalars of torch.optim.SGD; grad_sign is -1 to maximize.
-template <typename T>
-struct SgdScalars {
-  T lr, momentum, one_minus_dampening, weight_decay, grad_sign;
-};
-
-// What a step reads: nothing but w (prox alone), the gradient, or a buffer too (written first, or running).
-enum class Momentum { no_grad, none, first, running };
-
-// z, and the new buffer in `buf`. Where the first three are constants, the compiler leaves no trace of them;
-// where not, selections cost less than branches.
-template <typename T>
-CGES_FN T sgd_update(Momentum momentum, bool nesterov, bool decay, T w, T grad, T& buf,
-                     const SgdScalars<T>& h) {
-  const T signed_grad = h.grad_sign * grad, decayed = multiply_add(h.weight_decay, w, signed_grad);
-  const T g = decay ? decayed : signed_grad;
-  const T running = multiply_add(h.momentum, buf, h.one_minus_dampening * g);
-  buf = momentum == Momentum::running ? running : g;
-  const T ahead = multiply_add(h.momentum, buf, g);
-  const T step = momentum == Momentum::none ? g : nesterov ? ahead : buf;
-  return momentum == Momentum::no_grad ? w : multiply_add(-h.lr, step, w);
 }
 
 // Sums over one group of u = soft(z, t): how many are left, their l1 norm, their l2 norm squared.
@@ -82,13 +40,30 @@ CGES_FN void group_stats(T z, T t, GroupStats<T>& sums) {
   sums.l2_squared = left ? multiply_add(u, u, sums.l2_squared) : sums.l2_squared;
 }
 
-// Step size times coefficient: a = lr*alpha (group lasso), b = lr*beta (exclusive lasso), c = lr*gamma (l1).
+// Of the penalty: alpha, beta and gamma.
+template <typename T>
+struct Coefficients {
+  T group_lasso, exclusive_lasso, l1;
+};
+
+// Step size times coefficient.
 template <typename T>
 struct Thresholds {
   T a, b, c;
   CGES_FN bool any() const { return a != T(0) || b != T(0) || c != T(0); }
   CGES_FN bool need_norms() const { return a != T(0) || b != T(0); }
+
+  template <typename U>
+  CGES_FN Thresholds<U> as() const {
+    return {U(a), U(b), U(c)};
+  }
 };
+
+// a = lr*alpha (group lasso), b = lr*beta (exclusive lasso), c = lr*gamma (l1).
+template <typename T>
+CGES_FN Thresholds<T> form_thresholds(T lr, const Coefficients<T>& x) {
+  return {lr * x.group_lasso, lr * x.exclusive_lasso, lr * x.l1};
+}
 
 template <typename T>
 struct Shrinkage {
@@ -116,7 +91,7 @@ CGES_FN Shrinkage<T> shrink_one(T z, const Thresholds<T>& h, bool exact) {
 // One group's search for (s, t). Feed it the group's sums at `at.t`, from t = c on, until it is done.
 template <typename T>
 struct ShrinkageSolver {
-  static constexpr int kMaxSweeps = 24;
+  static constexpr int kMaxSweeps = 24;  // reference.py's MAX_SWEEPS
   static constexpr T kFew = 4;
   Shrinkage<T> at;
   T low, high;  // bracket of the root

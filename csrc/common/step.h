@@ -1,10 +1,31 @@
-// What a step is told, in plain C++: no torch, no CUDA.
+// What a step is told, in plain C++: no torch, no CUDA. The owner of hyperparameters in C++, as
+// core/hyperparameters.py is in Python; docs/design/a-step.md follows them to a kernel.
 #pragma once
-#include <cstdint>
-
+#include "common/layout.h"
+#include "common/sgd.h"
 #include "common/shrinkage.h"
 
 namespace cges {
+
+enum class DType { f32, f64, bf16, f16 };
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// A tensor as a step knows it for good.
+struct TensorShape {
+  Layout layout;
+  bool has_groups;  // whether a, b and group-wise freezing apply
+  DType dtype;
+  int device;           // the index of its GPU; the host's memory: -1
+  int64_t param_group;  // whose hyperparameters it takes
+};
+
+// Where it lies in one step: all in the layout's memory order, null where there is none.
+struct TensorAddresses {
+  void* w;
+  const void* grad;
+  void* buf;
+};
 
 // What stays zero: nothing, groups that are all zero, or every zero.
 enum class Freeze { none, group, element };
@@ -12,19 +33,32 @@ enum class Freeze { none, group, element };
 // Where the step size and coefficients lie that a kernel is to read itself: one float each in its device's
 // memory, null for those that have a value. Schedulers change such tensors in place, under a captured graph.
 struct DeviceScalars {
-  const float *lr = nullptr, *a = nullptr, *b = nullptr, *c = nullptr;
-  CGES_FN bool any() const { return lr != nullptr || a != nullptr || b != nullptr || c != nullptr; }
+  const float *lr = nullptr, *group_lasso = nullptr, *exclusive_lasso = nullptr, *l1 = nullptr;
+  CGES_FN bool any() const {
+    return lr != nullptr || group_lasso != nullptr || exclusive_lasso != nullptr || l1 != nullptr;
+  }
 };
 
-// The hyperparameters of one param group. The thresholds are multiplied by the learning rate already; but
-// where `device` has any, they are bare coefficients, and the kernel multiplies.
+// A param group's.
 struct Hyperparameters {
+  // the update rule's
   SgdScalars<double> sgd{0, 0, 1, 0, 1};
   bool nesterov = false;
-  Thresholds<double> thresholds{0, 0, 0};
+  // the prox's
+  Coefficients<double> coefficients{0, 0, 0};
   bool exact = false;
   Freeze freeze = Freeze::none;
+
   DeviceScalars device{};
+
+  // Of numbers that the host knows; those that it does not count as 0.
+  Thresholds<double> thresholds() const { return form_thresholds(sgd.lr, coefficients); }
+
+  // Whether groups may have to be swept until their t is found, not just once.
+  bool searches() const {
+    if (!device.any()) return exact && thresholds().b != 0;
+    return exact && (coefficients.exclusive_lasso != 0 || device.exclusive_lasso != nullptr);
+  }
 };
 
 // What a gradient scaler leaves to the step, in the executor's memory, or null: a number that gradients are to
@@ -32,12 +66,5 @@ struct Hyperparameters {
 struct LossScale {
   const float *grad_scale = nullptr, *found_inf = nullptr;
 };
-
-// What one step does with one parameter: three addresses (0 where there is none), and its phase, a Momentum
-// or -1 where it has no gradient and is left alone.
-struct StepRow {
-  int64_t w, grad, buf, phase;
-};
-static_assert(sizeof(StepRow) == 4 * sizeof(int64_t));
 
 }  // namespace cges

@@ -5,7 +5,7 @@
 
 #include <numeric>
 
-namespace cges {
+namespace cges::cpu {
 namespace {
 
 constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
@@ -19,7 +19,7 @@ constexpr int64_t kWholeRowBytes = 16384;  // at most, for pieces to be preferre
 // leaves sums of all these groups.
 constexpr int64_t kPieceElements = 32768;  // at least
 constexpr int64_t kLeastPieceRows = 128;   // for the sums to weigh little
-constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of a batch
+constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of groups gone through together
 
 int64_t z_limit = l2_bytes();
 
@@ -28,9 +28,7 @@ int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
 // The size of the fewest parts of at most `most` each, as even as can be.
 int64_t even_part(int64_t n, int64_t most) { return parts_of(n, parts_of(n, most)); }
 
-int64_t size_of_z(const TensorStep& step) {
-  return std::max<int64_t>(c10::elementSize(step.dtype), sizeof(float));
-}
+int64_t size_of_z(const Slot& slot) { return std::max<int64_t>(element_size(slot.dtype), sizeof(float)); }
 
 // Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `columns`,
 // the first of them `skip` columns narrower.
@@ -43,28 +41,29 @@ void cut_whole(int32_t tensor, const Layout& L, int64_t span, int64_t columns, i
 }
 
 // How far into a line pair each row begins, in columns; 0 where that differs from row to row.
-int64_t columns_into_pair(const TensorStep& step, const Layout& L, int64_t size) {
+int64_t columns_into_pair(const Slot& slot, const Layout& L, int64_t size) {
   const bool rows_agree = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
-  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(step.w) % kLinePair) / size : 0;
+  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(slot.w) % kLinePair) / size : 0;
 }
 
 // Rows that alias share few sets of each cache, and a panel's rows are too short for the processor to see
 // them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
-bool better_in_pieces(const TensorStep& step, const Layout& L, int64_t size) {
+bool better_in_pieces(const Slot& slot, const Layout& L, int64_t size) {
   return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && summed_by_columns(L) &&
-         L.R1 >= 4 * kLeastPieceRows && holds_z(step) && !sweeps(step) && step.h->thresholds.need_norms();
+         L.R1 >= 4 * kLeastPieceRows && holds_z(slot) && !slot.h->searches() &&
+         slot.thresholds().need_norms();
 }
 
 // Neighbouring groups that are summed by columns share pieces, every other group has its own.
-void cut_into_pieces(int32_t tensor, const TensorStep& step, const Layout& L, std::vector<Batch>& batches) {
+void cut_into_pieces(int32_t tensor, const Slot& slot, const Layout& L, std::vector<LargeGroups>& large) {
   const bool by_columns = summed_by_columns(L);
-  const int64_t z_size = size_of_z(step);
+  const int64_t z_size = size_of_z(slot);
   const int64_t width = by_columns ? even_part(L.K2, kPieceRowBytes / z_size / L.R2) * L.R2 : L.R2;
-  const int64_t sums_kept = kSumsBytes / ((sweeps(step) ? 3 : 2) * z_size);
+  const int64_t sums_kept = kSumsBytes / ((slot.h->searches() ? 3 : 2) * z_size);
   int64_t rows = std::max(kPieceElements / width, int64_t{1});
   if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1, sums_kept / (width / L.R2))});
   rows = even_part(L.R1, rows);
-  // Where a batch has fewer of these parts than there are threads, the columns are shared out too: that
+  // Where groups gone through together have fewer of these parts than there are threads, the columns are shared out too: that
   // changes no sum.
   const int64_t row_parts = parts_of(L.R1, rows), chunks = L.K1 * parts_of(L.row_length(), width);
   const int64_t at_once = std::clamp(sums_kept / (row_parts * (width / L.R2)), int64_t{1}, chunks);
@@ -75,38 +74,38 @@ void cut_into_pieces(int32_t tensor, const TensorStep& step, const Layout& L, st
   for (int64_t k1 = 0; k1 < L.K1; ++k1)
     for (int64_t left = 0; left < L.row_length(); left += width) {
       const int64_t right = std::min(left + width, L.row_length()), groups = (right - left) / L.R2;
-      if ((k1 == 0 && left == 0) || parts * (batches.back().groups + groups) > sums_kept)
-        batches.push_back({parts});
-      Batch& batch = batches.back();
+      if ((k1 == 0 && left == 0) || parts * (large.back().groups + groups) > sums_kept)
+        large.push_back({parts});
+      LargeGroups& together = large.back();
       int64_t part = 0;
       for (int64_t r = 0; r < L.R1; r += rows, part += by_columns)
         for (int64_t c = left; c < right; c += columns, part += !by_columns) {
           const Tile tile{tensor, k1, k1 + 1, r, std::min(r + rows, L.R1), c, std::min(c + columns, right)};
-          batch.pieces.push_back({tile, part, batch.groups + (c - left) / L.R2});
+          together.pieces.push_back({tile, part, together.groups + (c - left) / L.R2});
         }
-      batch.groups += groups;
+      together.groups += groups;
     }
 }
 
-void cut(int32_t tensor, const TensorStep& step, Cut& out) {
-  const Layout L = working_layout(step);
+void cut(int32_t tensor, const Slot& slot, Work& out) {
+  const Layout L = working_layout(slot);
   if (L.numel() == 0) return;
-  const int64_t size = c10::elementSize(step.dtype), z_size = size_of_z(step);
+  const int64_t size = element_size(slot.dtype), z_size = size_of_z(slot);
   const bool by_columns = summed_by_columns(L), divisible = by_columns || L.R2 >= kNarrow;
   // Of z. Panels may lie in the next cache in part; a run that scratch has to hold leaves room for the rest.
-  const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(step) ? z_limit : z_limit / 2) / z_size;
+  const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(slot) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
-  if (divisible && (L.R1 * least > capacity || better_in_pieces(step, L, size)))
-    return cut_into_pieces(tensor, step, L, out.batches);
+  if (divisible && (L.R1 * least > capacity || better_in_pieces(slot, L, size)))
+    return cut_into_pieces(tensor, slot, L, out.large);
   const int64_t elements = std::clamp(L.numel() / kTiles, kLeastElements, kTileElements);
-  const int64_t most = (needs_groups(step) ? kMaxRowBytes : kPieceRowBytes) / z_size;
+  const int64_t most = (needs_groups(slot) ? kMaxRowBytes : kPieceRowBytes) / z_size;
   int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, most);
   columns = std::max(std::min(columns, z_limit / z_size / L.R1), least);
   // Whole groups, and whole line pairs where possible.
   const int64_t aligned = std::lcm(L.R2, (L.R2 == 1 ? kLinePair : kLine) / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
   const int64_t width = std::min(columns, L.row_length());
-  const int64_t skip = width < L.row_length() ? columns_into_pair(step, L, size) : 0;
+  const int64_t skip = width < L.row_length() ? columns_into_pair(slot, L, size) : 0;
   cut_whole(tensor, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, skip, out.whole);
 }
 
@@ -124,10 +123,10 @@ int64_t z_bytes() { return z_limit; }
 
 void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
 
-Cut cut(const std::vector<TensorStep>& steps) {
-  Cut out;
-  for (size_t i = 0; i < steps.size(); ++i) cut(int32_t(i), steps[i], out);
+Work cut(const std::vector<Slot>& slots) {
+  Work out;
+  for (size_t i = 0; i < slots.size(); ++i) cut(int32_t(i), slots[i], out);
   return out;
 }
 
-}  // namespace cges
+}  // namespace cges::cpu

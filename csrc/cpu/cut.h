@@ -5,8 +5,9 @@
 #include <vector>
 
 #include "cpu/executor.h"
+#include "cpu/rows.h"
 
-namespace cges {
+namespace cges::cpu {
 
 constexpr int64_t kNarrow = 64;     // groups with shorter runs in each of their rows are summed by columns
 constexpr int64_t kL1Way = 4096;    // bytes; what lies a multiple of it apart shares a few sets of each cache
@@ -23,39 +24,36 @@ struct Tile {
   int64_t columns() const { return c1 - c0; }
 };
 
-// The `part`-th piece of some neighbouring groups, the first of which is number `group` of its batch.
+// The `part`-th piece of some neighbouring groups, the first of which is number `group` of its LargeGroups.
 struct Piece : Tile {
   int64_t part, group;
 };
 
 // Large groups of one tensor that are gone through together, each in as many parts.
-struct Batch {
+struct LargeGroups {
   int64_t parts, groups = 0;
   std::vector<Piece> pieces{};
 };
 
-struct Cut {
-  std::vector<Tile> whole;
-  std::vector<Batch> batches;
+struct Work {
+  std::vector<Tile> whole;  // groups
+  std::vector<LargeGroups> large;
 };
 
-Cut cut(const std::vector<TensorStep>& steps);
+Work cut(const std::vector<Slot>& slots);
 
 // This processor's, within reason; and how much of it z may have.
 int64_t l2_bytes();
 int64_t z_bytes();
 
-inline bool needs_groups(const TensorStep& step) {
-  return step.has_groups && (step.h->thresholds.need_norms() || step.h->freeze == Freeze::group);
+inline bool needs_groups(const Slot& slot) {
+  return slot.has_groups && (slot.thresholds().need_norms() || slot.h->freeze == Freeze::group);
 }
 
 // Groups are contiguous runs where nothing is kept behind them; without groups any run will do.
-inline Layout working_layout(const TensorStep& step) {
-  return needs_groups(step) ? step.layout.rows_last() : Layout{1, 1, step.layout.numel(), 1};
+inline Layout working_layout(const Slot& slot) {
+  return needs_groups(slot) ? slot.layout.rows_last() : Layout{1, 1, slot.layout.numel(), 1};
 }
-
-// Whether groups are swept until their thresholds are found, not just once.
-inline bool sweeps(const TensorStep& step) { return step.h->exact && step.h->thresholds.b != 0; }
 
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }
 
@@ -64,8 +62,8 @@ inline bool rows_alias(const Layout& L, int64_t element_size) {
 }
 
 // Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.
-inline bool holds_z(const TensorStep& step) {
-  return (step.dtype == c10::kFloat || step.dtype == c10::kDouble) && step.h->freeze != Freeze::element;
+inline bool holds_z(const Slot& slot) {
+  return (slot.dtype == DType::f32 || slot.dtype == DType::f64) && slot.h->freeze != Freeze::element;
 }
 
-}  // namespace cges
+}  // namespace cges::cpu

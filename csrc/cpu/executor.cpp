@@ -1,5 +1,5 @@
-// The CPU executor: one parallel region over a flat list of tiles, and one per pass for each batch of groups
-// that go in pieces, see below.
+// The CPU executor: one parallel region over a flat list of tiles, and one per pass over large groups,
+// which go in pieces, see below.
 //
 // The step is bound by memory (20 bytes per fp32 element with momentum), so a tile is cut such that its z
 // stays in the cache between the reduction and the apply: whole groups, as many neighbours as fit.
@@ -20,16 +20,14 @@
 #include "cpu/executor.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 
 #include <atomic>
 #include <numeric>
 
-#include "common/text.h"
 #include "cpu/cut.h"
 #include "cpu/tile.h"
 
-namespace cges {
+namespace cges::cpu {
 namespace {
 
 constexpr int64_t kGroupsPerThread = 1024;     // at least, whose parts one thread adds up
@@ -77,30 +75,26 @@ void parallel_for_each(const std::vector<Item>& items, Order order, F f) {
 }
 
 template <typename F>
-void with_type(c10::ScalarType dtype, F f) {
+void with_type(DType dtype, F f) {
   switch (dtype) {
-    case c10::kFloat:
+    case DType::f32:
       return f.template operator()<float>();
-    case c10::kDouble:
+    case DType::f64:
       return f.template operator()<double>();
-    case c10::kBFloat16:
+    case DType::bf16:
       return f.template operator()<c10::BFloat16>();
-    case c10::kHalf:
+    case DType::f16:
       return f.template operator()<c10::Half>();
-    default:
-      TORCH_CHECK(false, text("cpu executor: expected float32, float64, bfloat16 or float16, got ",
-                              c10::toString(dtype))
-                             .c_str());
   }
 }
 
-void run_whole_tiles(const std::vector<TensorStep>& steps, const std::vector<Tile>& tiles) {
+void run_whole_tiles(const std::vector<Slot>& slots, const std::vector<Tile>& tiles) {
   parallel_for_each(tiles, Order::forward, [&](const Tile& all) {
-    const TensorStep& step = steps[all.tensor];
-    const bool grouped = needs_groups(step);
-    with_type(step.dtype, [&]<typename T>() {
+    const Slot& slot = slots[all.tensor];
+    const bool grouped = needs_groups(slot);
+    with_type(slot.dtype, [&]<typename T>() {
       for (Tile tile = all; tile.k1 < tile.k1_end; ++tile.k1) {
-        TileRunner<T> runner(step, working_layout(step), tile,
+        TileRunner<T> runner(slot, working_layout(slot), tile,
                              grouped ? TileKind::whole : TileKind::elementwise, thread_scratch());
         grouped ? runner.run_whole() : runner.run_elementwise();
       }
@@ -110,38 +104,38 @@ void run_whole_tiles(const std::vector<TensorStep>& steps, const std::vector<Til
 
 // Two passes over large groups, in exact mode one more per further sweep.
 template <typename T>
-void run_batch(const TensorStep& step, const Batch& batch) {
+void run_large(const Slot& slot, const LargeGroups& large) {
   using Runner = TileRunner<T>;
   using A = typename Runner::A;
-  const Layout L = working_layout(step);
-  const int64_t groups = batch.groups, n = batch.parts * groups;
+  const Layout L = working_layout(slot);
+  const int64_t groups = large.groups, n = large.parts * groups;
   const auto pass = [&](Order order, auto f) {
-    parallel_for_each(batch.pieces, order, [&](const Piece& piece) {
-      Runner runner(step, L, piece, TileKind::piece, thread_scratch());
+    parallel_for_each(large.pieces, order, [&](const Piece& piece) {
+      Runner runner(slot, L, piece, TileKind::piece, thread_scratch());
       f(runner, piece.group, piece.part * groups + piece.group);
     });
   };
 
   // By part and group; whole groups are alive in part 0.
-  const auto memory = std::make_unique_for_overwrite<A[]>((sweeps(step) ? 3 : 2) * n);
-  const Sums<A> sums{sweeps(step) ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
+  const auto memory = std::make_unique_for_overwrite<A[]>((slot.h->searches() ? 3 : 2) * n);
+  const Sums<A> sums{slot.h->searches() ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
   const auto alive = std::make_unique_for_overwrite<bool[]>(n);
   std::vector<typename Runner::Solver> solvers(groups);
-  for (auto& solver : solvers) solver.start(Runner::thresholds_of(step));
+  for (auto& solver : solvers) solver.start(slot.thresholds().as<A>());
 
   // Adds up the parts of groups [g0, g1) and goes on with their searches; whether all these are done.
   const auto solve = [&](int64_t g0, int64_t g1, bool first) {
     double count[kGroupsAtOnce] = {}, l1[kGroupsAtOnce] = {}, l2_squared[kGroupsAtOnce] = {};
-    for (int64_t part = 0; part < batch.parts; ++part) {
+    for (int64_t part = 0; part < large.parts; ++part) {
       const Sums<A> of_part = sums + (part * groups + g0);
       for (int64_t g = 0; g < g1 - g0; ++g) {
         l1[g] += of_part.l1[g];
         l2_squared[g] += of_part.l2_squared[g];
-        if (sweeps(step)) count[g] += of_part.count[g];
+        if (slot.h->searches()) count[g] += of_part.count[g];
         if (first) alive[g0 + g] |= alive[part * groups + g0 + g];
       }
     }
-    return Runner::solve(step, g1 - g0, &solvers[g0], {count, l1, l2_squared});
+    return Runner::solve(slot, g1 - g0, &solvers[g0], {count, l1, l2_squared});
   };
 
   for (bool first = true;; first = false) {
@@ -163,13 +157,13 @@ void run_batch(const TensorStep& step, const Batch& batch) {
 
 }  // namespace
 
-void cpu_step(const std::vector<TensorStep>& steps) {
-  const Cut work = cut(steps);
-  if (!work.whole.empty()) run_whole_tiles(steps, work.whole);
-  for (const Batch& batch : work.batches) {
-    const TensorStep& step = steps[batch.pieces.front().tensor];
-    with_type(step.dtype, [&]<typename T>() { run_batch<T>(step, batch); });
+void step(const std::vector<Slot>& slots) {
+  const Work work = cut(slots);
+  if (!work.whole.empty()) run_whole_tiles(slots, work.whole);
+  for (const LargeGroups& large : work.large) {
+    const Slot& slot = slots[large.pieces.front().tensor];
+    with_type(slot.dtype, [&]<typename T>() { run_large<T>(slot, large); });
   }
 }
 
-}  // namespace cges
+}  // namespace cges::cpu

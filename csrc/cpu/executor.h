@@ -1,31 +1,24 @@
 // One fused step over many tensors on the CPU.
 #pragma once
-#include <c10/core/ScalarType.h>
-
 #include <cstdint>
 #include <vector>
 
-#include "common/layout.h"
-#include "cpu/rows.h"
+#include "common/step.h"
 
-namespace cges {
+namespace cges::cpu {
 
-// One tensor of one step. All pointers share the layout's memory order.
-struct TensorStep {
-  void* w;
-  const void* grad;  // null: no SGD, the prox alone
-  void* buf;         // null: no momentum
-  bool first;        // the buffer holds nothing yet
-  c10::ScalarType dtype;
-  Layout layout;
-  bool has_groups;  // whether a, b and group-wise freezing apply
+// One tensor of one step.
+struct Slot : TensorShape, TensorAddresses {
+  Phase phase;  // not skipped
   const Hyperparameters* h;
+
+  Thresholds<double> thresholds() const { return h->thresholds(); }
 };
 
-void cpu_step(const std::vector<TensorStep>& tensors);
+void step(const std::vector<Slot>& slots);
 
 // For tests: at most so many bytes of z in a tile (never more than the L2), so that small groups count as
 // large.
 void limit_z_bytes(int64_t bytes);
 
-}  // namespace cges
+}  // namespace cges::cpu

@@ -3,7 +3,7 @@
 #include <utility>
 
 // The bodies for plain x86-64 (or any other processor), AVX2 and AVX-512: what a wheel may ship.
-namespace cges::baseline {
+namespace cges::cpu::baseline {
 #include "cpu/rows.inc"
 }
 
@@ -12,20 +12,20 @@ namespace cges::baseline {
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2")
-namespace cges::avx2 {
+namespace cges::cpu::avx2 {
 #include "cpu/rows.inc"
 }
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
-namespace cges::avx512 {
+namespace cges::cpu::avx512 {
 #include "cpu/rows.inc"
 }
 #pragma GCC pop_options
 #endif
 
-namespace cges {
+namespace cges::cpu {
 
 template <typename T>
 const RowOps<T>& row_ops() {
@@ -46,4 +46,4 @@ template const RowOps<double>& row_ops<double>();
 template const RowOps<c10::BFloat16>& row_ops<c10::BFloat16>();
 template const RowOps<c10::Half>& row_ops<c10::Half>();
 
-}  // namespace cges
+}  // namespace cges::cpu

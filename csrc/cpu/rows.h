@@ -8,13 +8,13 @@
 
 #include "common/step.h"
 
-namespace cges {
+namespace cges::cpu {
 
 constexpr int64_t kLine = 64;     // bytes of a cache line
 constexpr int64_t kSumRows = 32;  // rows summed in the compute type before double takes over
 
 struct RowUpdate {  // which sgd_update
-  Momentum momentum;
+  Phase phase;
   bool nesterov, decay;
 };
 
@@ -66,4 +66,4 @@ struct RowOps {
 template <typename T>
 const RowOps<T>& row_ops();
 
-}  // namespace cges
+}  // namespace cges::cpu

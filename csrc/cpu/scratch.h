@@ -8,7 +8,7 @@
 
 #include "cpu/rows.h"
 
-namespace cges {
+namespace cges::cpu {
 
 // Handed out anew for each tile. Pages that no tile needs are never touched.
 class Scratch {
@@ -35,4 +35,4 @@ class Scratch {
   int64_t bytes_, used_ = 0;
 };
 
-}  // namespace cges
+}  // namespace cges::cpu

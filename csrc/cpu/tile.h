@@ -8,7 +8,7 @@
 #include "cpu/cut.h"
 #include "cpu/scratch.h"
 
-namespace cges {
+namespace cges::cpu {
 
 constexpr int64_t kBlockRows = 16;          // rows whose z is still in the L1 when their statistics are taken
 constexpr int64_t kBlockBytes = 128 << 10;  // of z, so fewer rows, where they are wide
@@ -26,30 +26,25 @@ class TileRunner {
   using A = Compute<T>;
   using Solver = ShrinkageSolver<A>;
 
-  TileRunner(const TensorStep& step, const Layout& layout, const Tile& tile, TileKind kind, Scratch& scratch)
-      : step_(step),
+  TileRunner(const Slot& slot, const Layout& layout, const Tile& tile, TileKind kind, Scratch& scratch)
+      : slot_(slot),
         tile_(tile),
         L_(layout),
         by_columns_(summed_by_columns(layout)),
         group0_(tile.c0 / layout.R2),
         groups_((tile.c1 + layout.R2 - 1) / layout.R2 - group0_),
         fold_(by_columns_ ? layout.R2 : 1),
-        thresholds_(thresholds_of(step)),
-        scalars_{A(step.h->sgd.lr), A(step.h->sgd.momentum), A(step.h->sgd.one_minus_dampening),
-                 A(step.h->sgd.weight_decay), A(step.h->sgd.grad_sign)},
-        update_{step.grad == nullptr  ? Momentum::no_grad
-                : step.buf == nullptr ? Momentum::none
-                : step.first          ? Momentum::first
-                                      : Momentum::running,
-                step.h->nesterov, step.h->sgd.weight_decay != 0},
-        freeze_groups_(step.h->freeze == Freeze::group && step.has_groups),
+        thresholds_(slot.thresholds().template as<A>()),
+        scalars_(slot.h->sgd.template as<A>()),
+        update_{slot.phase, slot.h->nesterov, slot.h->sgd.weight_decay != 0},
+        freeze_groups_(slot.h->freeze == Freeze::group && slot.has_groups),
         aliases_(rows_alias(layout, sizeof(T))),
         block_rows_(rows_of_block(kBlockBytes / (block_columns(layout, tile, kind) * sizeof(A)))),
         most_block_rows_(block_rows_ * (kSumRows / kBlockRows)),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0
                         : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1),
-        z_in_w_(holds_z(step)) {
+        z_in_w_(holds_z(slot)) {
     scratch.reset();
     if (kind != TileKind::elementwise) {
       const int64_t n = groups_ * fold_;
@@ -57,7 +52,7 @@ class TileRunner {
       t_ = scratch.take<A>(n);
       alive_ = scratch.take<A>(n);
       std::fill_n(alive_, n, A(0));
-      sums_ = {sweeps(step) ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
+      sums_ = {slot.h->searches() ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
                scratch.take<double>(n)};
       if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
     }
@@ -75,11 +70,6 @@ class TileRunner {
     return std::bit_floor(std::clamp(fit, size_t{1}, size_t{kBlockRows}));
   }
 
-  static Thresholds<A> thresholds_of(const TensorStep& step) {
-    const Thresholds<double>& h = step.h->thresholds;
-    return {A(h.a), A(h.b), A(h.c)};
-  }
-
   // No norm is needed: w = soft(z, c), or z itself.
   void run_elementwise() {
     update_rows(tile_.r0, tile_.r1, /*keep_buf=*/true);
@@ -94,7 +84,7 @@ class TileRunner {
   void run_whole() {
     for (int64_t g = 0; g < groups_; ++g) solvers_[g].start(thresholds_);
     sum(solvers_, /*first=*/true);
-    while (!solve(step_, groups_, solvers_, sums_)) sum(solvers_, /*first=*/false);
+    while (!solve(slot_, groups_, solvers_, sums_)) sum(solvers_, /*first=*/false);
     apply(solvers_);
   }
 
@@ -104,7 +94,7 @@ class TileRunner {
     sum(solvers, first);
     std::copy_n(sums_.l1, groups_, out.l1);
     std::copy_n(sums_.l2_squared, groups_, out.l2_squared);
-    if (sweeps(step_)) std::copy_n(sums_.count, groups_, out.count);
+    if (slot_.h->searches()) std::copy_n(sums_.count, groups_, out.count);
     for (int64_t g = 0; first && g < groups_; ++g) alive[g] = is_alive(g);
   }
 
@@ -116,13 +106,13 @@ class TileRunner {
   }
 
   // Feeds each open search its group's sums; true when all are done.
-  static bool solve(const TensorStep& step, int64_t groups, Solver* solvers, ColumnSums sums) {
-    const Thresholds<A> thresholds = thresholds_of(step);
+  static bool solve(const Slot& slot, int64_t groups, Solver* solvers, ColumnSums sums) {
+    const Thresholds<A> thresholds = slot.thresholds().template as<A>();
     bool all_done = true;
     for (int64_t g = 0; g < groups; ++g) {
       if (solvers[g].done) continue;
-      const double count = sweeps(step) ? sums.count[g] : 0;
-      solvers[g].solve_shrinkage({A(count), A(sums.l1[g]), A(sums.l2_squared[g])}, thresholds, step.h->exact,
+      const double count = slot.h->searches() ? sums.count[g] : 0;
+      solvers[g].solve_shrinkage({A(count), A(sums.l1[g]), A(sums.l2_squared[g])}, thresholds, slot.h->exact,
                                  std::numeric_limits<A>::epsilon());
       all_done &= solvers[g].done;
     }
@@ -131,17 +121,17 @@ class TileRunner {
 
  private:
   int64_t offset(int64_t r) const { return L_.offset(tile_.k1, r, 0) + tile_.c0; }
-  T* w(int64_t r) const { return static_cast<T*>(step_.w) + offset(r); }
-  T* buf(int64_t r) const { return step_.buf ? static_cast<T*>(step_.buf) + offset(r) : nullptr; }
+  T* w(int64_t r) const { return static_cast<T*>(slot_.w) + offset(r); }
+  T* buf(int64_t r) const { return slot_.buf ? static_cast<T*>(slot_.buf) + offset(r) : nullptr; }
   const T* grad(int64_t r) const {
-    return step_.grad ? static_cast<const T*>(step_.grad) + offset(r) : nullptr;
+    return slot_.grad ? static_cast<const T*>(slot_.grad) + offset(r) : nullptr;
   }
 
   // Where z stays from the first pass to the last. Most weights hold it themselves. Sweeps through rows far
   // apart are slow, so exact mode keeps those of whole groups in scratch, as do weights that cannot hold it.
   // Rows for which there is no room are in w again, or else made anew in every pass, a block at a time.
   void place_z(TileKind kind, Scratch& scratch) {
-    const bool swept = kind == TileKind::whole && sweeps(step_);
+    const bool swept = kind == TileKind::whole && slot_.h->searches();
     int64_t kept = 0;
     if (swept || (!z_in_w_ && kind != TileKind::piece)) {
       kept = std::min(scratch.left(), z_bytes()) / (tile_.columns() * int64_t{sizeof(A)});
@@ -214,8 +204,8 @@ class TileRunner {
   }
 
   void update_rows(int64_t r0, int64_t r1, bool keep_buf) {
-    if (z_in_w_ && r0 >= in_scratch_ && step_.grad == nullptr) return;
-    ops_.sgd_update(update_, step_.h->freeze == Freeze::element, rows(r0, r1), w(r0), grad(r0), buf(r0),
+    if (z_in_w_ && r0 >= in_scratch_ && slot_.grad == nullptr) return;
+    ops_.sgd_update(update_, slot_.h->freeze == Freeze::element, rows(r0, r1), w(r0), grad(r0), buf(r0),
                     keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z(r0), scalars_);
   }
 
@@ -291,7 +281,7 @@ class TileRunner {
     });
   }
 
-  const TensorStep& step_;  // outlives this object
+  const Slot& slot_;  // outlives this object
   const Tile tile_;
   const Layout L_;
   const bool by_columns_;
@@ -313,4 +303,4 @@ class TileRunner {
   const RowOps<T>& ops_ = row_ops<T>();
 };
 
-}  // namespace cges
+}  // namespace cges::cpu

@@ -27,22 +27,22 @@ struct StepHead {
 template <typename A, int bytes>
 struct StepTable : StepHead {
   static constexpr int kTensors = bytes == kFewArguments ? kFewTensors : kMaxTensors;
-  static constexpr int kRows =
-      int((bytes - sizeof(StepHead) - 8 - kTensors * (sizeof(TensorArgs) + 2)) / sizeof(Coefficients<A>));
+  static constexpr int kParamGroups =
+      int((bytes - sizeof(StepHead) - 8 - kTensors * (sizeof(TensorAddresses) + 2)) / sizeof(ParamGroup<A>));
 
-  TensorArgs tensors[kTensors];
-  uint16_t rows[kTensors];  // row of coefficients * 16 + plain * 8 + phase + 1
-  Coefficients<A> coefficients[kRows];
+  TensorAddresses tensors[kTensors];
+  uint16_t packed[kTensors];  // index of its param group * 16 + plain * 8 + phase + 1
+  ParamGroup<A> param_groups[kParamGroups];
 
-  void set(int tensor, int row, bool plain, int64_t phase) {
-    rows[tensor] = uint16_t(row * 16 + plain * 8 + phase + 1);
+  void set(int tensor, int param_group, bool plain, Phase phase) {
+    packed[tensor] = uint16_t(param_group * 16 + plain * 8 + int(phase) + 1);
   }
   // Whether the tensor has a gradient.
-  __device__ bool steps(int tensor) const { return rows[tensor] % 8 != 0; }
-  __device__ Momentum momentum(int tensor) const { return Momentum(int(rows[tensor] % 8) - 1); }
+  __device__ bool steps(int tensor) const { return packed[tensor] % 8 != 0; }
+  __device__ Phase phase(int tensor) const { return Phase(int(packed[tensor] % 8) - 1); }
   // Whether the step of the tensor is one that SgdRule and the kernels call plain.
-  __device__ bool plain(int tensor) const { return rows[tensor] / 8 % 2 != 0; }
-  __device__ const Coefficients<A>& of(int tensor) const { return coefficients[rows[tensor] / 16]; }
+  __device__ bool plain(int tensor) const { return packed[tensor] / 8 % 2 != 0; }
+  __device__ const ParamGroup<A>& of(int tensor) const { return param_groups[packed[tensor] / 16]; }
 };
 
 template <typename T, int bytes>

@@ -66,23 +66,23 @@ class Cutter {
 
  private:
   // n contiguous elements as rows of all of a block's threads.
-  Item span(Item::Cut cut, int64_t begin, int64_t n) const {
+  Item span(Item::Kind kind, int64_t begin, int64_t n) const {
     const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
-    return item(cut, begin, columns, rows, columns, n - (rows - 1) * columns, columns);
+    return item(kind, begin, columns, rows, columns, n - (rows - 1) * columns, columns);
   }
-  Item span(int64_t begin, int64_t n) const { return span(Item::Cut::slab, begin, n); }  // of one group
+  Item span(int64_t begin, int64_t n) const { return span(Item::Kind::slab, begin, n); }  // of one group
 
   Item panel(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t run) const {
-    return item(Item::Cut::slab, begin, pitch, rows, columns, columns, run);
+    return item(Item::Kind::slab, begin, pitch, rows, columns, columns, run);
   }
 
-  Item item(Item::Cut cut, int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t last_columns,
-            int64_t run) const {
+  Item item(Item::Kind kind, int64_t begin, int64_t pitch, int64_t rows, int64_t columns,
+            int64_t last_columns, int64_t run) const {
     Item made{};
     made.begin = begin;
     made.pitch = pitch;
     made.tensor = tensor_;
-    made.cut = cut;
+    made.kind = kind;
     made.rows = int32_t(rows);
     made.columns = int32_t(columns);
     made.last_columns = int32_t(last_columns);
@@ -155,7 +155,7 @@ class Cutter {
 
   void add_elements(int64_t n) {
     const int64_t each = span_size(kSlab / 2);
-    for (int64_t i = 0; i < n; i += each) push(span(Item::Cut::elements, i, std::min(each, n - i)));
+    for (int64_t i = 0; i < n; i += each) push(span(Item::Kind::elements, i, std::min(each, n - i)));
   }
 
   // Contiguous groups of a tensor.

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/layout.h"
 #include "common/step.h"
 
 #ifndef CGES_THREADS
@@ -26,8 +25,6 @@ constexpr int kMaxTensors = 1000;
 template <int bytes>
 constexpr int kElementsOfThread = bytes == 8 ? CGES_ROW_ELEMENTS / 2 : CGES_ROW_ELEMENTS;
 
-enum class DType { f32, f64, bf16, f16 };
-
 // A block's work in the kernels for rows: contiguous groups, one after the other; or elements on their own, each
 // a group (ones) or in none (elements), as if they were one group.
 struct alignas(16) Strip {
@@ -45,12 +42,12 @@ struct alignas(16) Strip {
 //   elements: no groups
 //   slab:     whole groups, or a block's part of a cluster's or a panel's
 struct Item {
-  enum class Cut : int32_t { elements, slab };
+  enum class Kind : int32_t { elements, slab };
 
   int64_t begin;  // the first element
   int64_t pitch;  // elements from one row to the next
   int32_t tensor;
-  Cut cut;
+  Kind kind;
   int32_t rows, columns;
   int32_t last_columns;  // columns of the last row, which may be shorter
   int32_t run;           // adjacent columns of one group
@@ -61,7 +58,7 @@ struct Item {
   int64_t slot;
   int32_t window_begin, window_size;
 
-  CGES_FN int32_t groups() const { return cut == Cut::slab ? columns / run : 0; }
+  CGES_FN int32_t groups() const { return kind == Kind::slab ? columns / run : 0; }
 };
 
 // What one group adds up to.
@@ -113,11 +110,6 @@ struct Device {
   bool clusters = false;
 };
 
-struct TensorShape {
-  Layout layout;
-  bool has_groups;
-};
-
 // Counters, in device memory: the next ticket, how many have ended, and two per panel.
 constexpr int kCounters = 2, kPanelCounters = 2;
 
@@ -133,19 +125,12 @@ struct Work {
   int32_t panels = 0;
 };
 
-// How many rows of coefficients one launch can carry.
-int max_rows(DType dtype);
+// How many param groups one launch can carry.
+int max_param_groups(DType dtype);
 
 // How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours; but elements
 // without groups, whose bits no cut can change, ride in whichever kernel runs anyway.
 Work cut(const std::vector<TensorShape>& tensors, DType dtype, const Device& device);
-
-// What one step does with one tensor. All three share the layout's memory order.
-struct TensorArgs {
-  void* w;
-  const void* grad;
-  void* buf;
-};
 
 // One step of at most kMaxTensors tensors of one dtype and device.
 struct Step {
@@ -154,9 +139,9 @@ struct Step {
   const Item *blocks, *clusters, *chunks;  // work's, in device memory
   void* scratch;
   int32_t* counters;  // zeros before the first step; every step leaves zeros
-  const std::vector<TensorArgs>& tensors;
-  const std::vector<int64_t>& phases;  // a Momentum, or -1: no gradient, left alone
-  const std::vector<int32_t>& rows;    // of `hyperparameters`
+  const std::vector<TensorAddresses>& tensors;
+  const std::vector<Phase>& phases;
+  const std::vector<int32_t>& param_groups;  // of each tensor, one of `hyperparameters`
   const std::vector<Hyperparameters>& hyperparameters;
   LossScale loss_scale;
 };

@@ -26,7 +26,7 @@ __device__ __forceinline__ void add_from_lane(Sums<A>& sums, int apart) {
 
 template <typename A>
 __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>& sums,
-                                      const Coefficients<A>& h) {
+                                      const ParamGroup<A>& h) {
   if (sums.alive == A(0)) solver.done = true;  // frozen: nothing reads what it would find
   if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, h.exact, kEpsilon<A>);
 }
@@ -104,7 +104,7 @@ __device__ __forceinline__ void sum_groups(const Slab<T>& slab, int run, int gro
 // Searches from t = c, and groups that count as alive unless zeros are frozen group by group.
 template <typename A>
 __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int groups,
-                                             const Coefficients<A>& h) {
+                                             const ParamGroup<A>& h) {
   for (int g = threadIdx.x; g < groups; g += kThreads) {
     shared.solvers[g].start(h.thresholds);
     shared.alive[g] = h.freeze != Freeze::group;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void mark_alive(const Slab<T>& slab, int run, unsigne
 // w = s * soft(z, t) with each group's own s and t; without groups, w = soft(z, c).
 template <typename T>
 __device__ __forceinline__ void apply_slab(const Slab<T>& slab, int run, int groups,
-                                           const Coefficients<Compute<T>>& h,
+                                           const ParamGroup<Compute<T>>& h,
                                            const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
   Shrinkage<A> at[Slab<T>::kVector];

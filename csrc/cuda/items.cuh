@@ -28,7 +28,7 @@ constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer
 // and all of them add up all blocks' sums, in the same order.
 template <typename T, bool clustered>
 __device__ __forceinline__ void solve_slab(const Slab<T>& slab, int run, int groups,
-                                           const Coefficients<Compute<T>>& h,
+                                           const ParamGroup<Compute<T>>& h,
                                            const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
   for (int sweep = 0;; ++sweep) {
@@ -88,7 +88,7 @@ struct Panel {
 // group's search on by one sweep.
 template <typename T>
 __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& item,
-                                            const Coefficients<Compute<T>>& h, const Slab<T>& slab, int stage,
+                                            const ParamGroup<Compute<T>>& h, const Slab<T>& slab, int stage,
                                             const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
   const Panel<A> panel(table, item);
@@ -125,9 +125,8 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
 
 // Whether this chunk has anything to do at this stage; if so, its groups' searches go on from where they are.
 template <typename A>
-__device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item,
-                                             const Coefficients<A>& h, int stage,
-                                             const SharedArrays<A>& shared) {
+__device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item, const ParamGroup<A>& h,
+                                             int stage, const SharedArrays<A>& shared) {
   if (!h.need_sums()) return stage == table.stages;
   if (stage == 0) return true;
   const Panel<A> panel(table, item);
@@ -147,10 +146,10 @@ __device__ __forceinline__ void run_item(const Table& table, const Item& item, i
                                          unsigned char* memory) {
   using A = Compute<T>;
   // a copy: indexed constants are slow to reach
-  const Coefficients<A> h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
+  const ParamGroup<A> h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
-  const Slab<T> slab(table.tensors[item.tensor], table.momentum(item.tensor), item);
+  const Slab<T> slab(table.tensors[item.tensor], table.phase(item.tensor), item);
   const bool is_chunk = !clustered && item.chunks > 0, applies = !is_chunk || stage == table.stages;
   start_groups(shared, groups, h);
   if (is_chunk && !resume_chunk(table, item, h, stage, shared)) return;

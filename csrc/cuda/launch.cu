@@ -30,6 +30,20 @@ void with_type(DType dtype, F f) {
   }
 }
 
+// The current device, for a while; torch keeps its own count of it.
+class OnDevice {
+ public:
+  explicit OnDevice(int index) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(index), "cudaSetDevice");
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
@@ -69,33 +83,29 @@ bool clusters_fit(const Device& device) {
   const auto kernel = step_clusters<float, kMostArguments>;
   const Launch launch(kClusterSize, kThreads, device.shared_bytes, kClusterSize, nullptr);
   int resident = 0;
-  return cudaSetDevice(device.index) == cudaSuccess && allow_shared(kernel, device) == cudaSuccess &&
+  return allow_shared(kernel, device) == cudaSuccess &&
          cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess && resident > 0;
 }
 
 template <typename A>
-Coefficients<A> to_coefficients(const Hyperparameters& h) {
-  return {{A(h.sgd.lr), A(h.sgd.momentum), A(h.sgd.one_minus_dampening), A(h.sgd.weight_decay),
-           A(h.sgd.grad_sign)},
-          {A(h.thresholds.a), A(h.thresholds.b), A(h.thresholds.c)},
-          h.nesterov,
-          h.exact,
-          h.freeze,
-          h.device};
+ParamGroup<A> to_param_group(const Hyperparameters& h) {
+  const Coefficients<double>& bare = h.coefficients;
+  const Thresholds<double> thresholds =
+      h.device.any() ? Thresholds<double>{bare.group_lasso, bare.exclusive_lasso, bare.l1} : h.thresholds();
+  return {h.sgd.as<A>(), thresholds.as<A>(), h.nesterov, h.exact, h.freeze, h.device};
 }
 
-// Whether a step with running momentum is of the kind that has a path of its own: nothing is asked for that only
+// Whether a step whose phase is running is of the kind that has a path of its own: nothing is asked for that only
 // few ask for, and every number is known on the host.
 bool is_plain(const Hyperparameters& h, const LossScale& loss_scale) {
-  const bool searches = h.exact && h.thresholds.b != 0;
-  return !h.nesterov && h.freeze == Freeze::none && !searches && !h.device.any() &&
+  return !h.nesterov && h.freeze == Freeze::none && !h.searches() && !h.device.any() &&
          loss_scale.grad_scale == nullptr;
 }
 
 // Returns whether all of the step is plain.
 template <typename A, int bytes>
 bool fill(StepTable<A, bytes>& table, const Step& step) {
-  static_assert(sizeof(table) <= bytes && StepTable<A, bytes>::kRows > 0);
+  static_assert(sizeof(table) <= bytes && StepTable<A, bytes>::kParamGroups > 0);
   bool all_plain = !step.work.ones;
   table.chunks = step.chunks;
   table.scratch = static_cast<unsigned char*>(step.scratch);
@@ -105,30 +115,30 @@ bool fill(StepTable<A, bytes>& table, const Step& step) {
   table.loss_scale = step.loss_scale;
   table.stages = 1;
   for (size_t i = 0; i < step.hyperparameters.size(); ++i) {
-    table.coefficients[i] = to_coefficients<A>(step.hyperparameters[i]);
     const Hyperparameters& h = step.hyperparameters[i];
-    if (h.exact && (h.thresholds.b != 0 || h.device.b != nullptr))
-      table.stages = ShrinkageSolver<A>::kMaxSweeps;
+    table.param_groups[i] = to_param_group<A>(h);
+    if (h.searches()) table.stages = ShrinkageSolver<A>::kMaxSweeps;
   }
   table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
   for (size_t i = 0; i < step.tensors.size(); ++i) {
-    TensorArgs& tensor = table.tensors[i] = step.tensors[i];
+    TensorAddresses& tensor = table.tensors[i] = step.tensors[i];
     // What a step lacks lies where w does: an address to count from, never read.
     if (tensor.grad == nullptr) tensor.grad = tensor.w;
     if (tensor.buf == nullptr) tensor.buf = tensor.w;
-    const bool plain = step.phases[i] == int64_t(Momentum::running) &&
-                       is_plain(step.hyperparameters[step.rows[i]], step.loss_scale);
-    table.set(int(i), step.rows[i], plain, step.phases[i]);
-    all_plain &= plain || step.phases[i] < 0;
+    const int32_t param_group = step.param_groups[i];
+    const bool plain =
+        step.phases[i] == Phase::running && is_plain(step.hyperparameters[param_group], step.loss_scale);
+    table.set(int(i), param_group, plain, step.phases[i]);
+    all_plain &= plain || step.phases[i] == Phase::skipped;
   }
   return all_plain;
 }
 
 }  // namespace
 
-int max_rows(DType dtype) {
-  return dtype == DType::f64 ? StepTable<double, kMostArguments>::kRows
-                             : StepTable<float, kMostArguments>::kRows;
+int max_param_groups(DType dtype) {
+  return dtype == DType::f64 ? StepTable<double, kMostArguments>::kParamGroups
+                             : StepTable<float, kMostArguments>::kParamGroups;
 }
 
 void limit_shared_bytes(int64_t bytes) { shared_limit = bytes; }
@@ -146,6 +156,7 @@ Device describe_device(int index) {
         "cuda executor: expected a driver for CUDA 12.1 or newer, whose kernels take 32 KB of "
         "arguments, found one for CUDA " +
         version(driver) + "; update the driver, or use backend='triton'");
+  const OnDevice here(index);
   const int64_t reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock, index);
   const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index) / 2 - reserved;
   const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
@@ -159,7 +170,7 @@ Device describe_device(int index) {
 }
 
 void check_launchable(const Work& work, DType dtype, const Device& device) {
-  check(cudaSetDevice(device.index), "cudaSetDevice");
+  const OnDevice here(device.index);
   with_type(dtype, [&]<typename T>() {
     const auto check_kernels = [&]<int bytes>() {
       // This loads a kernel as well, which must not be left to a step that is captured in a graph.
@@ -181,7 +192,7 @@ void check_launchable(const Work& work, DType dtype, const Device& device) {
 void check_device(int index) { check_launchable({}, DType::f32, describe_device(index)); }
 
 void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched) {
-  check(cudaSetDevice(device.index), "cudaSetDevice");
+  const OnDevice here(device.index);
   const Work& work = step.work;
   const auto run = [&](auto kernel, auto& table, int64_t blocks, int threads, int64_t shared,
                        int cluster = 1) {
@@ -206,7 +217,7 @@ void launch(const Step& step, DType dtype, const Device& device, void* stream, b
   };
   with_type(dtype, [&]<typename T>() {
     using Few = StepTableOf<T, kFewArguments>;
-    if (step.tensors.size() <= Few::kTensors && step.hyperparameters.size() <= Few::kRows)
+    if (step.tensors.size() <= Few::kTensors && step.hyperparameters.size() <= Few::kParamGroups)
       run_all.template operator()<T, kFewArguments>();
     else
       run_all.template operator()<T, kMostArguments>();

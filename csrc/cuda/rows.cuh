@@ -63,7 +63,7 @@ __device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exch
 // The (s, t) of a team's group from its z, which is 0 where a thread has less.
 template <bool plain, typename A, int kPacks, int kWidth>
 __device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth], int lanes,
-                                                   const Coefficients<A>& h, Sums<A>* exchange) {
+                                                   const ParamGroup<A>& h, Sums<A>* exchange) {
   ShrinkageSolver<A> solver;
   solver.start(h.thresholds);
   while (true) {
@@ -99,8 +99,8 @@ struct Packs {
   const T* grad;
   T* states[kStates];
 
-  __device__ Packs(const Strip& strip, const TensorArgs& tensor, Momentum momentum, const Coefficients<A>& h)
-      : rule(h, momentum),
+  __device__ Packs(const Strip& strip, const TensorAddresses& tensor, Phase phase, const ParamGroup<A>& h)
+      : rule(h, phase),
         mine(strip),
         freezes(!plain && (h.freeze == Freeze::element ||
                            (h.freeze == Freeze::group && strip.kind == Strip::Kind::ones))),
@@ -150,11 +150,11 @@ struct Packs {
 };
 
 // A strip of groups from its loads to its stores; or of elements, for which there is nothing to solve.
-// `plain`: a running momentum and nothing that only few ask for, all known when this is compiled; `wide`: all
+// `plain`: the phase is running and there is nothing that only few ask for, all known when this is compiled; `wide`: all
 // accesses are of 16 bytes.
 template <typename T, bool plain, bool wide>
 __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, wide>& packs,
-                                            const Coefficients<Compute<T>>& h, Sums<Compute<T>>* exchange) {
+                                            const ParamGroup<Compute<T>>& h, Sums<Compute<T>>* exchange) {
   using A = Compute<T>;
   using P = Packs<T, plain, wide>;
   constexpr int kPacks = P::Mine::kPacks;
@@ -224,7 +224,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
 // A strip of groups of one element each, a few at a time: none waits for another.
 template <typename T>
 __device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
-                                          const Coefficients<Compute<T>>& h) {
+                                          const ParamGroup<Compute<T>>& h) {
   using A = Compute<T>;
   using P = Packs<T, false, false>;
   constexpr int kAtOnce = 4;
@@ -254,9 +254,9 @@ __device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
 }
 
 template <typename T, bool plain, bool wide>
-__device__ __forceinline__ void step_strip(const Strip& strip, const TensorArgs& tensor, Momentum momentum,
-                                           const Coefficients<Compute<T>>& h, Sums<Compute<T>>* exchange) {
-  Packs<T, plain, wide> packs(strip, tensor, momentum, h);
+__device__ __forceinline__ void step_strip(const Strip& strip, const TensorAddresses& tensor, Phase phase,
+                                           const ParamGroup<Compute<T>>& h, Sums<Compute<T>>* exchange) {
+  Packs<T, plain, wide> packs(strip, tensor, phase, h);
   if constexpr (!plain && !wide)
     if (strip.kind == Strip::Kind::ones) return step_ones<T>(packs, h);
   step_groups<T, plain, wide>(strip, packs, h, exchange);
@@ -267,21 +267,20 @@ __device__ __forceinline__ void step_strip(const Strip& strip, const TensorArgs&
 template <bool plain, typename T, typename Table>
 __device__ __forceinline__ void run_strip(const Table& table, const Strip& strip,
                                           Sums<Compute<T>>* exchange) {
-  const TensorArgs& tensor = table.tensors[strip.tensor];
-  const Momentum momentum = table.momentum(strip.tensor);
+  const TensorAddresses& tensor = table.tensors[strip.tensor];
+  const Phase phase = table.phase(strip.tensor);
   const auto& h = table.of(strip.tensor);
   const auto addresses = reinterpret_cast<uintptr_t>(tensor.w) | reinterpret_cast<uintptr_t>(tensor.grad) |
                          reinterpret_cast<uintptr_t>(tensor.buf);
   const bool wide = strip.width > 1 && addresses % 16 == 0;
   if constexpr (plain) {
-    if (wide) return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
-    return step_strip<T, true, false>(strip, tensor, momentum, h, exchange);
+    if (wide) return step_strip<T, true, true>(strip, tensor, phase, h, exchange);
+    return step_strip<T, true, false>(strip, tensor, phase, h, exchange);
   }
-  if (wide && table.plain(strip.tensor))
-    return step_strip<T, true, true>(strip, tensor, momentum, h, exchange);
+  if (wide && table.plain(strip.tensor)) return step_strip<T, true, true>(strip, tensor, phase, h, exchange);
   const auto resolved = h.resolved(table.loss_scale.grad_scale);
-  if (wide) return step_strip<T, false, true>(strip, tensor, momentum, resolved, exchange);
-  step_strip<T, false, false>(strip, tensor, momentum, resolved, exchange);
+  if (wide) return step_strip<T, false, true>(strip, tensor, phase, resolved, exchange);
+  step_strip<T, false, false>(strip, tensor, phase, resolved, exchange);
 }
 
 }  // namespace cges::cuda

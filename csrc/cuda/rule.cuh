@@ -5,9 +5,10 @@
 
 namespace cges::cuda {
 
-// A param group's hyperparameters in the compute type.
+// A param group's hyperparameters in the compute type. Where some lie in device memory, the thresholds are bare
+// coefficients until `resolved`.
 template <typename A>
-struct Coefficients {
+struct ParamGroup {
   SgdScalars<A> sgd;
   Thresholds<A> thresholds;
   bool nesterov, exact;
@@ -15,15 +16,18 @@ struct Coefficients {
   DeviceScalars device;
 
   // With all that lies in device memory read, and gradients divided by `grad_scale`, if there is one.
-  __device__ Coefficients resolved(const float* grad_scale) const {
-    Coefficients h = *this;
+  __device__ ParamGroup resolved(const float* grad_scale) const {
+    ParamGroup h = *this;
     if (grad_scale != nullptr) h.sgd.grad_sign /= A(*grad_scale);
     if (!device.any()) return h;
-    if (device.lr != nullptr) h.sgd.lr = A(*device.lr);
-    h.thresholds.a = h.sgd.lr * (device.a != nullptr ? A(*device.a) : thresholds.a);
-    h.thresholds.b = h.sgd.lr * (device.b != nullptr ? A(*device.b) : thresholds.b);
-    h.thresholds.c = h.sgd.lr * (device.c != nullptr ? A(*device.c) : thresholds.c);
+    h.sgd.lr = read(device.lr, sgd.lr);
+    h.thresholds = form_thresholds(
+        h.sgd.lr, Coefficients<A>{read(device.group_lasso, thresholds.a),
+                                  read(device.exclusive_lasso, thresholds.b), read(device.l1, thresholds.c)});
     return h;
+  }
+  static __device__ A read(const float* address, A otherwise) {
+    return address != nullptr ? A(*address) : otherwise;
   }
   __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
 };
@@ -35,26 +39,26 @@ template <typename A, bool plain>
 struct SgdRule {
   static constexpr int kStates = 1;
   SgdScalars<A> scalars;
-  Momentum momentum_;
+  Phase phase_;
   bool nesterov_;
 
-  __device__ SgdRule(const Coefficients<A>& h, Momentum momentum)
-      : scalars(h.sgd), momentum_(momentum), nesterov_(h.nesterov) {}
+  __device__ SgdRule(const ParamGroup<A>& h, Phase phase)
+      : scalars(h.sgd), phase_(phase), nesterov_(h.nesterov) {}
 
-  __device__ Momentum momentum() const { return plain ? Momentum::running : momentum_; }
-  __device__ bool reads_grad() const { return momentum() != Momentum::no_grad; }
-  __device__ bool reads_states() const { return momentum() == Momentum::running; }
-  __device__ bool writes_states() const { return momentum() >= Momentum::first; }
+  __device__ Phase phase() const { return plain ? Phase::running : phase_; }
+  __device__ bool reads_grad() const { return phase() != Phase::prox_alone; }
+  __device__ bool reads_states() const { return phase() == Phase::running; }
+  __device__ bool writes_states() const { return phase() >= Phase::first; }
 
   // z; the states become the new ones.
   __device__ A update(A w, A grad, A (&states)[kStates]) const {
     const bool nesterov = !plain && nesterov_, decay = scalars.weight_decay != A(0);
-    return sgd_update(momentum(), nesterov, decay, w, grad, states[0], scalars);
+    return sgd_update(phase(), nesterov, decay, w, grad, states[0], scalars);
   }
 };
 
 template <typename T>
-__device__ __forceinline__ T* state_of(const TensorArgs& args, int) {
+__device__ __forceinline__ T* state_of(const TensorAddresses& args, int) {
   return static_cast<T*>(args.buf);
 }
 

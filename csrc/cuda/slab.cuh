@@ -16,16 +16,16 @@ struct Slab {
   T* w;  // all three at the slab's first element; null where the step has none
   const T* grad;
   T* buf;
-  Momentum momentum;
+  Phase phase;
   int64_t pitch;
   int rows, columns, last_columns;
   int column, row, stride;
 
-  __device__ Slab(const TensorArgs& args, Momentum momentum, const Item& item)
+  __device__ Slab(const TensorAddresses& args, Phase phase, const Item& item)
       : w(static_cast<T*>(args.w) + item.begin),
         grad(args.grad ? static_cast<const T*>(args.grad) + item.begin : nullptr),
         buf(args.buf ? static_cast<T*>(args.buf) + item.begin : nullptr),
-        momentum(momentum),
+        phase(phase),
         pitch(item.pitch),
         rows(item.rows),
         columns(item.columns),
@@ -70,15 +70,15 @@ struct Slab {
 };
 
 // z of a slab into shared memory, the new buffer into its place. Bit v of the result: column + v has a weight
-// that is not 0. `running`: the momentum is, as in all steps but the first.
+// that is not 0. `running`: the phase is, as in all steps but the first.
 template <typename T, bool running>
-__device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Coefficients<Compute<T>>& h,
+__device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const ParamGroup<Compute<T>>& h,
                                                 bool keep_buf, Compute<T>* z) {
   using A = Compute<T>;
   constexpr int kVector = Slab<T>::kVector;
-  const Momentum momentum = running ? Momentum::running : slab.momentum;
-  const bool reads_grad = momentum != Momentum::no_grad;
-  const bool writes_buf = keep_buf && momentum >= Momentum::first;
+  const Phase phase = running ? Phase::running : slab.phase;
+  const bool reads_grad = phase != Phase::prox_alone;
+  const bool writes_buf = keep_buf && phase >= Phase::first;
   const SgdScalars<A> sgd = h.sgd;
   const bool nesterov = h.nesterov, decay = sgd.weight_decay != A(0);
   const bool freezes_elements = h.freeze == Freeze::element;
@@ -103,7 +103,7 @@ __device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Coeff
       for (int v = 0; v < kVector; ++v) {
         const A x = A(w[k].x[v]), g = reads_grad ? A(grad[k].x[v]) : A(0);
         A b = running ? A(buf[k].x[v]) : A(0);
-        A value = sgd_update(momentum, nesterov, decay, x, g, b, sgd);
+        A value = sgd_update(phase, nesterov, decay, x, g, b, sgd);
         const bool frozen = freezes_elements && x == A(0);
         value = frozen ? A(0) : value;
         b = frozen ? A(0) : b;
@@ -121,10 +121,10 @@ __device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Coeff
 }
 
 template <typename T>
-__device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const Coefficients<Compute<T>>& h,
+__device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const ParamGroup<Compute<T>>& h,
                                                 bool keep_buf, Compute<T>* z) {
-  return slab.momentum == Momentum::running ? update_rows<T, true>(slab, h, keep_buf, z)
-                                            : update_rows<T, false>(slab, h, keep_buf, z);
+  return slab.phase == Phase::running ? update_rows<T, true>(slab, h, keep_buf, z)
+                                      : update_rows<T, false>(slab, h, keep_buf, z);
 }
 
 // w = value(z, v) for the element in this thread's column v.
@@ -153,7 +153,7 @@ __device__ __forceinline__ void store_slab(const Slab<T>& slab, const Compute<T>
 // The buffer's zeros in the columns of the bits of `dead`.
 template <typename T>
 __device__ __forceinline__ void clear_buffer(const Slab<T>& slab, unsigned dead) {
-  if (dead == 0 || slab.momentum < Momentum::first) return;
+  if (dead == 0 || slab.phase < Phase::first) return;
   for (int r = slab.row; r < slab.rows; r += slab.stride)
     for (int v = 0; v < slab.length(r); ++v)
       if (dead >> v & 1) store<false>(slab.buf + slab.offset(r) + v, T(0.0f));

@@ -26,6 +26,9 @@ struct ScalerTensors {
     return {grad_scale.defined() ? grad_scale.const_data_ptr<float>() : nullptr,
             found_inf.defined() ? found_inf.const_data_ptr<float>() : nullptr};
   }
+
+  // Whether nothing is to change; the host waits for the answer.
+  bool overflowed() const { return found_inf.defined() && found_inf.item<double>() != 0; }
 };
 
 }  // namespace cges

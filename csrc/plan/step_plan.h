@@ -1,6 +1,7 @@
 // StepPlan: the parameters of an optimizer's fused param groups, held so that a step costs Python two calls:
 // gather, which may fail and writes nothing, and run. Between the two, an optimizer of several executors
-// gathers the others. step_plan.py says the same in Python, for installs without this.
+// gathers the others. backends/gathering.py does the same in Python, for installs without
+// this.
 //
 // Nothing is trusted from one step to the next. Each step compares the param groups' own lists, the
 // optimizer's state, every data pointer, shape and stride with what the plan was built from, and reads .grad
@@ -15,19 +16,16 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/executor.h"
-#include "plan/loss_scale.h"
-#if CGES_CUDA
-#include "plan/cuda_plan.h"
-#endif
+#include "plan/executor.h"
 
 namespace cges {
 
 namespace py = pybind11;
 
-// (K1, R1, K2, R2, has_groups), as groups.py works it out.
+// (K1, R1, K2, R2, has_groups), as core/groups.py works it out.
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
-using RowTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;  // a StepRow
+
+TensorShape shape_of(const at::Tensor& x, const LayoutTuple& layout, int64_t param_group);
 
 class StepPlan {
  public:
@@ -45,23 +43,23 @@ class StepPlan {
   bool gather(const std::vector<py::list>& params, const py::dict& state);
 
   // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table).
-  // `table` is an int64 tensor on the CPU with one StepRow per parameter. Then new buffers go into `state`,
-  // as torch.optim.SGD keeps them, and versions move on; if it throws, neither. `grad_scale` and `found_inf`
-  // are a gradient scaler's; a `launch` of one's own sees to them itself. Where buffers are new, found_inf is
+  // `table` is an int64 tensor [n, 4] on the CPU: of each parameter its addresses (w, gradient,
+  // buffer; 0 where there is none) and phase. Then new buffers go into `state`,
+  // as torch.optim.SGD keeps them, and versions move on; if it throws, neither. A
+  // `launch` of one's own sees to the gradient scaler itself. Where buffers are new, found_inf is
   // looked at here, so that a step that overflowed leaves no state at all.
-  void run(const py::object& launch, const std::optional<at::Tensor>& grad_scale,
-           const std::optional<at::Tensor>& found_inf);
+  void run(const py::object& launch, const ScalerTensors& scaler);
 
  private:
+  // One parameter: its shape in a step, and what the last step found of it.
   struct Slot {
     py::object object;  // the parameter as Python holds it
     at::Tensor param;
-    const void* data;
+    TensorShape shape;
+    int64_t index;  // param_groups[shape.param_group]["params"][index]
+    void* data;
     c10::ScalarType dtype;
     at::DimVector sizes, strides;
-    Layout layout;
-    bool has_groups;
-    int64_t group, index;   // param_groups[group]["params"][index]
     py::object entry;       // state[param], a dict; null until there is one
     py::object buf_object;  // state[param]["momentum_buffer"]; null until there is one
     at::Tensor buf;
@@ -69,14 +67,15 @@ class StepPlan {
 
   struct Gathered {
     py::dict state;
-    std::vector<StepRow> table;
+    std::vector<TensorAddresses> addresses;
+    std::vector<Phase> phases;
     std::vector<at::Tensor> grads, bufs;
   };
 
   bool matches(const std::vector<py::list>& params) const;
   void follow_state(const py::dict& state);
   at::Tensor find_buffer(const Slot& slot) const;
-  int64_t settle(const Slot& slot, const char* what, at::Tensor& x) const;
+  void* settle(const Slot& slot, const char* what, at::Tensor& x) const;
   [[noreturn]] void refuse(const Slot& slot, const char* what, py::handle x) const;
   void check_distinct(const std::vector<at::Tensor>& bufs) const;
   void keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const;
@@ -87,16 +86,7 @@ class StepPlan {
   std::vector<Hyperparameters> hyperparameters_;
   std::vector<std::pair<py::object, py::object>> state_entries_;  // what `state` held when last followed
   std::optional<Gathered> gathered_;
-#if CGES_CUDA
-  std::optional<CudaPlan> cuda_;
-#endif
+  std::unique_ptr<Executor> executor_;  // null where `run` is told what to launch
 };
-
-// One step of tensors[i], of layouts[i], by rows[i], with the hyperparameters of group groups[i]: for those
-// who keep no plan and have checked everything. `capturing`: into a CUDA graph.
-void step_(const std::vector<at::Tensor>& tensors, const std::vector<LayoutTuple>& layouts,
-           const std::vector<RowTuple>& rows, const std::vector<int64_t>& groups,
-           const std::vector<Hyperparameters>& hyperparameters, const std::string& executor, bool capturing,
-           const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
 
 }  // namespace cges

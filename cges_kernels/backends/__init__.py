@@ -1,0 +1,1 @@
+"""The executors: which can serve what, and how an optimizer's parameters are stepped by them."""

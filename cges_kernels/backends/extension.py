@@ -1,0 +1,77 @@
+"""The C++ extension as Python sees it: csrc/bindings.cpp in types, and the module where it was built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..core.groups import LayoutTuple
+from ..core.hyperparameters import Hyperparameters
+
+
+class StepPlan(Protocol):
+    """The parameters of param groups, held for a step in two calls; csrc/plan/step_plan.h says how."""
+
+    def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None: ...
+
+    def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool: ...
+
+    def run(
+        self,
+        launch: Callable[[Tensor], Any] | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None: ...
+
+
+class Executor(Protocol):
+    """Steps tensors of shapes that it knows for good; csrc/plan/executor.h."""
+
+    def step(
+        self,
+        rows: Sequence[Sequence[int]],
+        hyperparameters: Sequence[Hyperparameters],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None: ...
+
+
+class Extension(Protocol):
+    """The module, as far as this package uses it; what is left out is there for tests."""
+
+    cuda: bool  # whether the CUDA executor is in it
+    emulated: bool  # whether that runs its kernels on the CPU, as the tests build it
+    max_sweeps: int  # reference.MAX_SWEEPS in C++
+    phases: Mapping[str, int]  # hyperparameters.Phase in C++
+
+    def StepPlan(
+        self,
+        params: Sequence[list[Tensor]],
+        layouts: Sequence[Sequence[LayoutTuple]],
+        executor: str = "",
+    ) -> StepPlan: ...
+
+    def Executor(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        layouts: Sequence[LayoutTuple],
+        groups: Sequence[int],
+    ) -> Executor: ...
+
+    def check_device(self, index: int) -> None: ...
+
+
+def _load() -> dict[str, Extension]:
+    try:
+        built: Extension = import_module("._C", __package__)
+    except ImportError:  # installed without a C++ compiler
+        return {}
+    return {"cpu": built, "cuda": built} if built.cuda else {"cpu": built}
+
+
+# The C++ executors that are built, by name. The tests put a module here whose CUDA kernels run on the CPU.
+BUILT = _load()

@@ -1,0 +1,257 @@
+"""Who steps which param group of an optimizer: its plans, kept from step to step, and when to build others.
+
+Everything a plan depends on is compared at each step: a plan compares its parameters itself, the planner what
+decides on executors and layouts, and the hyperparameters.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_distinct, check_param_group, named_layouts
+from ..core.groups import LayoutTuple
+from ..core.hyperparameters import SCALARS, SGD_STATE, Hyperparameters, can_be_read, scalar, values_of
+from .plan import Plan, Spec
+from .registry import choose_backend, make_plan
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+EXECUTOR_OPTIONS = ("foreach", "differentiable", "fused", "group_by", "view")
+IN_KERNELS = ("cuda", "triton")  # executors whose kernels read SCALARS where these lie
+SHARDED = "sharded"  # the plan that serves param groups with DTensors, by executors on what is local
+
+ParamGroups = list[dict[str, Any]]
+# (params, specs, their names, executors of their param groups) -> a plan; see distributed.sharded
+MakeShardedPlan = Callable[
+    [list[list[Tensor]], list[list[Spec]], list[list[str]], list[str]],
+    Plan,
+]
+_executor_options_of = itemgetter(*EXECUTOR_OPTIONS)
+
+
+def param_names(param_groups: ParamGroups, index: int) -> list[str]:
+    return [f"param_groups[{index}]['params'][{i}]" for i in range(len(param_groups[index]["params"]))]
+
+
+def _identity(p: Tensor) -> tuple[Any, ...]:
+    return id(p), p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
+
+
+def is_sharded(p: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; those who have one have imported it."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(p, distributed.DTensor)
+
+
+def _local(p: Tensor) -> Tensor:
+    """What executors get to see of a parameter."""
+    return p.to_local() if is_sharded(p) else p
+
+
+def backend_of(backend: str, group: dict[str, Any]) -> str:
+    """The backend to ask for, given the optimizer's and what torch.optim's options say of one param group."""
+    if not (group["foreach"] or group["differentiable"] or group["fused"] is False):
+        return backend
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(
+            "foreach=True, differentiable=True and fused=False take the reference executor, "
+            f"got backend={backend!r}"
+        )
+    return "reference"
+
+
+class Planner:
+    """The plans of one optimizer. It reads the optimizer's param groups, and writes nothing to them.
+
+    ``make_sharded_plan`` makes the plan of param groups with DTensors; it is not called where there are none.
+    """
+
+    def __init__(self, backend: str, make_sharded_plan: MakeShardedPlan) -> None:
+        self.backend = backend
+        self._make_sharded_plan = make_sharded_plan
+        self.warned = False
+        self._in_graphs: list[dict[str, Plan]] = []  # plans whose tables captured graphs come back to
+        self.forget()
+
+    def forget(self) -> None:
+        self.plans: dict[str, Plan] = {}  # by executor
+        self.executors: list[str] = []  # of each param group
+        self._key: Any = None
+        self._group_sizes: list[int] = []
+        self._values: list[Any] = []
+        self._devices: list[torch.device | None] = []
+
+    def check(self, param_groups: ParamGroups) -> None:
+        """Whether the last param group can join the others."""
+        check_param_group(param_groups[-1])
+        self._layouts(param_groups, len(param_groups) - 1)
+        self._check_distinct(param_groups)
+        self._executor(param_groups[-1])
+
+    def gather(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
+        """Whatever may fail, before anything is written."""
+        for _ in range(2):
+            self._prepare(param_groups)
+            if all(plan.gather(self._served(param_groups, e), state) for e, plan in self.plans.items()):
+                return
+            self.forget()  # a parameter moved or was replaced
+        raise RuntimeError("expected parameters that stay in place during a step, got some that moved twice")
+
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Step what was gathered; the sharded first, as the ranks then agree on found_inf."""
+        for executor in sorted(self.plans, key=lambda e: e != SHARDED):
+            agreed = self.plans[executor].run(grad_scale=grad_scale, found_inf=found_inf)
+            found_inf = agreed if executor == SHARDED else found_inf
+
+    def keep_for_graph(self) -> None:
+        """What has just been captured must outlive the present plans."""
+        self._in_graphs.append(dict(self.plans))
+
+    def check_capture(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
+        """RuntimeError where a captured step would not do the same at each replay, or needs the host.
+
+        A graph cannot hold a first step (which starts momentum afresh), nor leave a parameter for later.
+        """
+        if self._key is None or self._keys(param_groups) != self._key:
+            raise RuntimeError("expected a step of the same parameters and options before the capture of one")
+        for index, group in enumerate(param_groups):
+            device, executor = self._devices[index], self.executors[index]
+            if executor not in IN_KERNELS:
+                raise RuntimeError(
+                    f"param_groups[{index}]: expected an executor of {IN_KERNELS}, which need no host, "
+                    f"during capture, got {executor!r}"
+                )
+            for key in SCALARS:
+                if isinstance(group[key], Tensor) and not can_be_read(group[key], device):
+                    value = group[key]
+                    raise RuntimeError(
+                        f"param_groups[{index}]['{key}']: expected a number, or a float32 tensor of one "
+                        f"element on {device} that replays can read, got {value.dtype} on {value.device}"
+                    )
+            if self._hyperparameters(index, group) != self._values[index]:
+                raise RuntimeError(
+                    f"param_groups[{index}]: expected the last step's hyperparameters during capture, got "
+                    "others: step once before with these"
+                )
+            for name, p in zip(param_names(param_groups, index), group["params"]):
+                if p.grad is None:
+                    raise RuntimeError(
+                        f"{name}: expected a gradient during capture, got None: no replay would step it"
+                    )
+                if group["momentum"] != 0 and state.get(p, {}).get(SGD_STATE) is None:
+                    raise RuntimeError(
+                        f"{name}: expected a momentum buffer during capture, got none: step once before"
+                    )
+
+    def _layouts(self, param_groups: ParamGroups, index: int) -> list[LayoutTuple]:
+        """Check a group's parameters and work out their layouts."""
+        group = param_groups[index]
+        return named_layouts(
+            param_names(param_groups, index), group["params"], group["group_by"], group["view"]
+        )
+
+    def _check_distinct(self, param_groups: ParamGroups) -> None:
+        names = [name for index in range(len(param_groups)) for name in param_names(param_groups, index)]
+        check_distinct(names, [p for group in param_groups for p in group["params"]])
+
+    def _executor(self, group: dict[str, Any]) -> str:
+        """What steps a param group's parameters, or of DTensors what is local of them."""
+        if group["differentiable"] and any(map(is_sharded, group["params"])):
+            raise RuntimeError(
+                "differentiable=True: expected plain tensors, got a DTensor, whose step is not"
+            )
+        local = list(map(_local, group["params"]))
+        return choose_backend(backend_of(self.backend, group), local, fused=group["fused"] is True)
+
+    def _keys(self, param_groups: ParamGroups) -> list[tuple[Any, ...]]:
+        """What a group's executor and layouts depend on; a plan itself compares its parameters."""
+        keys = []
+        for index, group in enumerate(param_groups):
+            key = _executor_options_of(group)
+            if index >= len(self.executors) or self.executors[index] == "reference":
+                key = (*key, *(_identity(p) for p in group["params"]))
+            keys.append(key)
+        return keys
+
+    def _prepare(self, param_groups: ParamGroups) -> None:
+        """Bring the plans up to date, and check what has changed."""
+        if self._key is None or self._keys(param_groups) != self._key:
+            self._build(param_groups)
+        for index, group in enumerate(param_groups):
+            values = self._hyperparameters(index, group)
+            if self._differentiates(index, group) or values != self._values[index]:
+                self._take(index, group, Hyperparameters(*values))
+                self._values[index] = values
+
+    def _build(self, param_groups: ParamGroups) -> None:
+        self.forget()
+        for group in param_groups:
+            check_param_group(group)
+        layouts = [self._layouts(param_groups, i) for i in range(len(param_groups))]
+        self._check_distinct(param_groups)
+        executors = [self._executor(group) for group in param_groups]
+        sharded = [any(map(is_sharded, group["params"])) for group in param_groups]
+        self.executors = [SHARDED if s else e for s, e in zip(sharded, executors)]
+        self._group_sizes = [max((x[1] * x[3] for x in row if x[4]), default=0) for row in layouts]
+        self._devices = [kernel_device(e, group["params"]) for e, group in zip(self.executors, param_groups)]
+        specs = [[(group["group_by"], group["view"])] * len(group["params"]) for group in param_groups]
+        for executor in sorted(set(self.executors)):
+            params = self._served(param_groups, executor)
+            if executor == SHARDED:
+                names = [param_names(param_groups, i) for i in range(len(param_groups))]
+                self.plans[executor] = self._make_sharded_plan(params, specs, names, executors)
+            else:
+                served = [
+                    (x, s) if e == executor else ([], []) for x, s, e in zip(layouts, specs, self.executors)
+                ]
+                self.plans[executor] = make_plan(executor, params, *map(list, zip(*served)))
+        self._values = [None] * len(param_groups)
+        self._key = self._keys(param_groups)
+
+    def _differentiates(self, index: int, group: dict[str, Any]) -> bool:
+        """Whether tensors among the hyperparameters are part of a graph of autograd, in each step anew."""
+        return bool(group["differentiable"]) and self.executors[index] == "reference"
+
+    def _hyperparameters(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
+        """A param group's Hyperparameters, as a plain tuple where no tensor is among them."""
+        values = values_of(group)
+        if self._differentiates(index, group) or not any(isinstance(x, Tensor) for x in values):
+            return values
+        return Hyperparameters.of(group, self._devices[index])
+
+    def _take(self, index: int, group: dict[str, Any], hyperparameters: Hyperparameters) -> None:
+        """New hyperparameters of a param group: check them, and tell its plan."""
+        check_param_group(group)
+        if not hyperparameters.on_device:
+            self._warn_of_strength(index, group, float(scalar("b", hyperparameters.thresholds().b)))
+        self.plans[self.executors[index]].set_hyperparameters(index, hyperparameters)
+
+    def _warn_of_strength(self, index: int, group: dict[str, Any], b: float) -> None:
+        strength = b * self._group_sizes[index]
+        if group["prox_mode"] == "sequential" and strength >= 1 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"param_groups[{index}]: lr*exclusive_lasso*group_size = {strength:.3g} >= 1: sequential "
+                "mode zeroes far more than the proximal operator does; lower exclusive_lasso "
+                "(scale='size' divides it by the group size) or use prox_mode='exact'",
+                stacklevel=9,
+            )
+
+    def _served(self, param_groups: ParamGroups, executor: str) -> list[list[Tensor]]:
+        return [
+            list(group["params"]) if e == executor else [] for group, e in zip(param_groups, self.executors)
+        ]
+
+
+def kernel_device(executor: str, params: list[Tensor]) -> torch.device | None:
+    """The device whose memory kernels can read a param group's tensors lr and coefficients from, if any."""
+    devices = {p.device for p in params}
+    return devices.pop() if executor in IN_KERNELS and len(devices) == 1 else None

@@ -1,0 +1,275 @@
+"""The host side of the Triton executor: cuts tensors into tiles, keeps the device's tables, launches.
+
+How a tensor is cut depends on its layout, dtype and alignment alone, never on its neighbours or the device's
+load, so its bits do not either. A step launches at most one kernel per device, dtype and path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...core.groups import Layout, LayoutTuple
+from ...core.hyperparameters import Hyperparameters
+from ...core.reference import MAX_SWEEPS, compute_dtype
+from .. import gathering
+from ..extension import BUILT
+from ..graphs import is_capturing
+from .items import split_items, whole_items
+from .split import split_groups
+from .tables import (
+    COUNTER_PANELS,
+    PANEL_COUNTERS,
+    SHAPE_COLUMNS,
+    SHAPE_GROUPS,
+    SHAPE_HYPER,
+    SHAPE_K2,
+    SHAPE_R1,
+    SHAPE_R2,
+    TENSOR_COLUMNS,
+    TENSOR_PHASE,
+    hyper_table,
+)
+from .tiles import VECTOR_BYTES, Tiling, cut, launch_options, working_layout
+from .whole import whole_groups
+
+L2_BYTES = 32 << 20  # where the device does not tell
+STORED = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class CutTables:
+    """What lies on the device for tensors cut in one way."""
+
+    def __init__(
+        self, tilings: Sequence[Tiling], layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device
+    ):
+        whole, split = whole_items(tilings), split_items(tilings, layouts, dtype, _l2_bytes(device) // 2)
+        self.whole_variants, self.split_variants = whole.variants, split.variants
+        self.whole, self.split = (torch.from_numpy(x.table).to(device) for x in (whole, split))
+        self.windows = split.windows
+        self.scratch = torch.zeros(split.scratch, dtype=compute_dtype(dtype), device=device)
+        counters = COUNTER_PANELS.value + PANEL_COUNTERS.value * split.panels
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
+        shape = len(tilings), TENSOR_COLUMNS.value
+        self.tensors = torch.empty(shape, dtype=torch.int64, device=device)
+        on_gpu = device.type == "cuda"  # what a graph copies from lives as long as the table
+        self.pinned = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self.captured = False  # a graph may have put its own addresses into `tensors` since
+
+
+class DeviceTables:
+    """The tensors of one device and dtype: their tables on the device, and the launches of a step."""
+
+    cut_tables: CutTables
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        layouts: Sequence[Layout],
+        grouped: Sequence[bool],
+        param_groups: Sequence[int],
+    ):
+        self.device, self.dtype = tensors[0].device, tensors[0].dtype
+        self.layouts = [working_layout(layout) for layout in layouts]
+        shapes = np.zeros((len(tensors), SHAPE_COLUMNS), dtype=np.int64)
+        shapes[:, SHAPE_R1] = [x.R1 for x in self.layouts]
+        shapes[:, SHAPE_K2] = [x.K2 for x in self.layouts]
+        shapes[:, SHAPE_R2] = [x.R2 for x in self.layouts]
+        shapes[:, SHAPE_GROUPS] = [x.num_groups for x in self.layouts]
+        shapes[:, SHAPE_HYPER] = param_groups
+        self.shapes = torch.from_numpy(shapes).to(self.device)
+        self.grouped = grouped
+        self.one, self.zero = (
+            torch.full((1,), x, dtype=torch.float32, device=self.device) for x in (1.0, 0.0)
+        )
+        self.rows = np.zeros(0)  # of `tensors` as last uploaded
+        self.aligned = np.zeros(0)
+        self.in_graphs: list[CutTables] = []  # which captured graphs come back to
+
+    def launch(
+        self,
+        rows: np.ndarray,
+        hyper: Tensor,
+        exact: bool,
+        freeze: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step. ``rows`` of `tensors` as StepPlan gives them, the rest as the kernels take it."""
+        self._take(rows)
+        tables = self.cut_tables
+        compute = compute_dtype(self.dtype)
+        constants = {
+            "STORED": STORED[self.dtype],
+            "COMPUTE": STORED[compute],
+            "EPS": torch.finfo(compute).eps,
+            "EXACT": exact,
+            "FREEZE": freeze,
+        }
+        grad_scale = self.one if grad_scale is None else grad_scale.detach().to(self.one)
+        found_inf = self.zero if found_inf is None else found_inf.detach().to(self.zero)
+        nvidia = self.device.type == "cuda" and torch.version.hip is None
+        with _on(self.device):
+            if len(tables.whole):
+                whole_groups[(len(tables.whole),)](
+                    tables.whole,
+                    tables.tensors,
+                    self.shapes,
+                    hyper,
+                    grad_scale,
+                    found_inf,
+                    **constants,
+                    **launch_options(tables.whole_variants, self.dtype, exact, nvidia),
+                )
+            if tables.windows:
+                tickets = len(tables.split) * (1 + (MAX_SWEEPS if exact else 1))
+                split_groups[(tickets,)](
+                    tables.split,
+                    tables.tensors,
+                    self.shapes,
+                    hyper,
+                    grad_scale,
+                    found_inf,
+                    tables.scratch,
+                    tables.counters,
+                    len(tables.split) // tables.windows,
+                    tickets,
+                    **constants,
+                    **launch_options(tables.split_variants, self.dtype, exact, nvidia),
+                )
+
+    def _take(self, rows: np.ndarray) -> None:
+        """Bring `tensors` up to date; within a graph, at each replay."""
+        capturing = is_capturing()
+        if np.array_equal(rows, self.rows) and not (capturing or self.cut_tables.captured):
+            return
+        aligned = (rows[:, :TENSOR_PHASE] % VECTOR_BYTES == 0).all(axis=1)  # all three addresses
+        if not np.array_equal(aligned, self.aligned):
+            if capturing:
+                raise RuntimeError(
+                    "backend='triton': expected tensors aligned as in the step before the capture of this one"
+                )
+            self._cut(aligned)
+        self.rows = rows.copy()
+        table = torch.from_numpy(self.rows)
+        if capturing:
+            if self.cut_tables.captured:
+                raise RuntimeError(
+                    "backend='triton': expected one captured graph per optimizer, got a second"
+                )
+            table, self.cut_tables.captured = self.cut_tables.pinned.copy_(table), True
+            self.in_graphs.append(self.cut_tables)
+        self.cut_tables.tensors.copy_(table, non_blocking=capturing)
+
+    def _cut(self, aligned: np.ndarray) -> None:
+        """Cut every tensor anew; what a graph has captured stays as it is."""
+        tilings = [
+            cut(layout, grouped, self.dtype, bool(a))
+            for layout, grouped, a in zip(self.layouts, self.grouped, aligned)
+        ]
+        self.cut_tables = CutTables(tilings, self.layouts, self.dtype, self.device)
+        self.aligned = aligned
+
+
+class TritonExecutor:
+    """Steps over tensors of fixed shapes, by device and dtype."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        layouts: Sequence[LayoutTuple],
+        param_groups: Sequence[int],
+        num_param_groups: int,
+    ):
+        """``param_groups[i]`` is the index of tensor i's hyperparameters, of ``num_param_groups``."""
+        self.hyperparameters = [Hyperparameters()] * num_param_groups
+        places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, w in enumerate(tensors):
+            if w.numel() > 0:
+                places.setdefault((w.device, w.dtype), []).append(i)
+        self.tables: list[tuple[np.ndarray, DeviceTables]] = []  # with the indices of their tensors
+        for indices in places.values():
+            tables = DeviceTables(
+                [tensors[i] for i in indices],
+                [Layout(*layouts[i][:4]) for i in indices],
+                [layouts[i][4] for i in indices],
+                [param_groups[i] for i in indices],
+            )
+            self.tables.append((np.array(indices), tables))
+        self.hyper: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.in_graphs: list[Tensor] = []  # tables that captured graphs come back to
+
+    def set_hyperparameters(self, param_group: int, h: Hyperparameters) -> None:
+        if h != self.hyperparameters[param_group]:
+            self.hyperparameters[param_group] = h
+            self.hyper.clear()
+
+    def launch(
+        self, table: Tensor, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """One step; ``table`` has the rows of StepPlan, of all tensors."""
+        rows = table.numpy()
+        exact = any(h.exact for h in self.hyperparameters)
+        freeze = any(h.freeze_zeros is not None for h in self.hyperparameters)
+        for indices, tables in self.tables:
+            key = tables.device, compute_dtype(tables.dtype)
+            if key not in self.hyper:
+                self.hyper[key] = hyper_table(self.hyperparameters, key[1]).to(tables.device)
+            if is_capturing():
+                self.in_graphs.append(self.hyper[key])
+            tables.launch(rows[indices], self.hyper[key], exact, freeze, grad_scale, found_inf)
+
+    def step(
+        self,
+        rows: Sequence[Sequence[int]],
+        hyperparameters: Sequence[Hyperparameters],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step; ``rows`` are, of each tensor, the addresses of w, gradient and buffer, and its Phase."""
+        for param_group, h in enumerate(hyperparameters):
+            self.set_hyperparameters(param_group, h)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, TENSOR_COLUMNS.value)
+        self.launch(table, grad_scale, found_inf)
+
+
+class TritonPlan:
+    """What ProxSGD drives: a StepPlan that checks and gathers, and the launches on what it has gathered."""
+
+    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[LayoutTuple]]):
+        self._plan = BUILT.get("cpu", gathering).StepPlan(params, layouts)
+        param_groups = [i for i, group in enumerate(params) for _ in group]
+        tensors = list(chain(*params))
+        self._executor = TritonExecutor(tensors, list(chain(*layouts)), param_groups, len(params))
+        self.gather = self._plan.gather
+
+    def set_hyperparameters(self, group: int, h: Hyperparameters) -> None:
+        self._plan.set_hyperparameters(group, h)
+        self._executor.set_hyperparameters(group, h)
+
+    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        launch = self._executor.launch
+        self._plan.run(lambda table: launch(table, grad_scale, found_inf), grad_scale, found_inf)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _l2_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return L2_BYTES
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES)) or L2_BYTES

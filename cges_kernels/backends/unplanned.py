@@ -1,0 +1,119 @@
+"""Steps for callers who keep no plan: functional calls, and the operators of torch.library.
+
+An executor knows its tensors' shapes for good, and has tables of them in device memory. The last few are kept
+for the next list of tensors alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..core import reference
+from ..core.checks import check_distinct, named_layouts
+from ..core.groups import GroupSpec, LayoutTuple
+from ..core.hyperparameters import Hyperparameters, Phase
+from .extension import BUILT, Executor
+from .graphs import is_capturing
+from .registry import choose_backend
+
+Row = tuple[int, int, int, int]  # of one tensor: addresses of w, gradient and state (0: none); Phase
+
+MOST_KEPT = 8
+_kept: OrderedDict[Hashable, Executor] = OrderedDict()  # the last used last
+_in_graphs: list[Executor] = []  # those whose tables captured graphs come back to
+
+
+def forget() -> None:
+    """Drop what is kept: for those who change how executors cut tensors."""
+    _kept.clear()
+
+
+def step_once(
+    executor: str,
+    tensors: Sequence[Tensor],
+    layouts: Sequence[LayoutTuple],
+    rows: Sequence[Row],
+    groups: Sequence[int],
+    hyperparameters: Sequence[Hyperparameters],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step in one pass by a fused executor; whoever calls has checked everything.
+
+    ``groups`` are, of each tensor, the index of what it takes of ``hyperparameters``.
+
+    Raises:
+        RuntimeError: Triton's executor in the capture of a CUDA graph, where its tables cannot be made.
+    """
+    capturing = is_capturing()
+    if capturing and executor == "triton":
+        raise RuntimeError(
+            "backend='triton': expected an optimizer's step in the capture of a graph, which keeps its "
+            "tables, got a call that keeps none; use backend='cuda'"
+        )
+    kinds = tuple((w.device, w.dtype) for w in tensors)
+    streams = tuple(map(stream_of, dict.fromkeys(w.device for w in tensors)))
+    module = id(BUILT.get(executor))
+    key: Hashable = (
+        *(executor, module, kinds, tuple(layouts), tuple(groups), len(hyperparameters), streams),
+        torch.is_inference_mode_enabled(),  # tables made in it are of no use outside
+    )
+    found = _kept.pop(key, None) or _make(executor, tensors, layouts, groups, len(hyperparameters))
+    found.step(rows, hyperparameters, grad_scale, found_inf)
+    _kept[key] = found  # only now: what is in use, or has failed, serves no other call
+    if len(_kept) > MOST_KEPT:
+        _kept.popitem(last=False)
+    if capturing and found not in _in_graphs:
+        _in_graphs.append(found)
+
+
+def _make(
+    executor: str,
+    tensors: Sequence[Tensor],
+    layouts: Sequence[LayoutTuple],
+    groups: Sequence[int],
+    num_groups: int,
+) -> Executor:
+    if executor in ("cpu", "cuda"):
+        return BUILT[executor].Executor(executor, tensors, layouts, groups)
+    from .triton.executor import TritonExecutor  # only here: importing triton takes its time
+
+    return TritonExecutor(tensors, layouts, groups, num_groups)
+
+
+def stream_of(device: torch.device) -> Hashable:
+    """What orders the launches on a device: two steps at once would share one executor's scratch."""
+    return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
+
+
+def prox_in_place(
+    tensors: Sequence[Tensor],
+    hyperparameters: Hyperparameters,
+    group_by: GroupSpec,
+    view: Sequence[int] | None,
+    backend: str,
+) -> None:
+    """functional.prox_ of coefficients that have been checked, as numbers; lr is 1."""
+    names = [f"tensors[{i}]" for i in range(len(tensors))]
+    layouts = named_layouts(names, tensors, group_by, view)
+    for name, w in zip(names, tensors):
+        if torch.is_grad_enabled() and w.requires_grad:
+            raise RuntimeError(
+                f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
+            )
+    check_distinct(names, tensors)
+    executor = choose_backend(backend, tensors)
+    if executor == "reference":
+        options: dict[str, Any] = dict(group_by=group_by, view=view, prox_mode=hyperparameters.prox_mode)
+        for w in tensors:
+            w.copy_(reference.shrink(w, hyperparameters.thresholds(), **options))
+        return
+    rows = [(w.data_ptr(), 0, 0, int(Phase.PROX_ALONE)) for w in tensors]
+    step_once(executor, tensors, layouts, rows, [0] * len(tensors), [hyperparameters])
+    increment_version(tensors)

@@ -1,0 +1,1 @@
+"""From a sparse model to a small one."""

@@ -1,0 +1,92 @@
+"""Compacted models in files: the sizes of their layers beside their weights, as plain data."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reporting.files import replacing
+from .channels import picking, select_inputs
+
+# What modules call their numbers of channels: with the shapes in the state_dict all that compact() changes.
+SIZES = (
+    *("in_features", "out_features", "in_channels", "out_channels"),
+    *("groups", "num_features", "num_parameters", "given_inputs"),
+)
+
+
+def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write ``model``, as :func:`compact` made it or trained further since, to ``path``.
+
+    The file is {"sizes": {module name: {attribute: int}}, "state_dict": ...}; ``torch.load`` reads it with
+    ``weights_only=True``. It replaces an earlier one only once it is whole.
+    """
+    sizes = {
+        name: {key: getattr(module, key) for key in SIZES if isinstance(getattr(module, key, None), int)}
+        for name, module in model.named_modules()
+    }
+    with replacing(path) as unfinished:
+        torch.save(
+            {"sizes": {k: v for k, v in sizes.items() if v}, "state_dict": model.state_dict()}, unfinished
+        )
+
+
+def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location: Any = None) -> nn.Module:
+    """The model that :func:`save_compacted` wrote, built from ``model``, the network as it was before.
+
+    Args:
+        model: of the class and arguments that the compacted model was made from; its weights do not matter
+            and it is left as it is.
+        path: the file.
+        map_location: as for ``torch.load``.
+
+    Raises:
+        ValueError: the file is not of this kind, or is of another network; the file and the names are told.
+
+    Example:
+        >>> small = load_compacted(Net(), "small.pt")
+    """
+    content = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(content, Mapping) or content.keys() != {"sizes", "state_dict"}:
+        raise ValueError(f"{path}: expected a file of save_compacted, got something else")
+    small = copy.deepcopy(model)
+    modules = dict(small.named_modules())
+    if unknown := sorted(content["sizes"].keys() - modules.keys()):
+        raise ValueError(f"{path}: expected modules of {type(model).__name__}, got {unknown}")
+    for name, sizes in content["sizes"].items():
+        for key, size in sizes.items():
+            setattr(modules[name], key, size)
+    for name, value in content["state_dict"].items():
+        owner, _, key = name.rpartition(".")
+        if owner in modules:
+            _fit(modules[owner], key, value)
+    try:
+        small.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected the weights of {type(model).__name__}, got: {told}") from error
+    return small
+
+
+def _fit(module: nn.Module, key: str, value: Tensor) -> None:
+    """Make room in ``module`` for a value of another shape than it has."""
+    if key == "read_inputs":
+        select_inputs(module, torch.empty_like(value), picking(module).given_inputs)
+        return
+    is_parameter = key in module._parameters
+    if not is_parameter and key not in module._buffers:
+        return
+    now = module._parameters[key] if is_parameter else module._buffers[key]
+    if now is not None and now.shape == value.shape:
+        return
+    like = module.get_parameter("weight") if now is None else now
+    new = torch.empty(value.shape, dtype=like.dtype, device=like.device)
+    if is_parameter:
+        module._parameters[key] = nn.Parameter(new, like.requires_grad)
+    else:
+        module._buffers[key] = new

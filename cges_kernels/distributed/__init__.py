@@ -1,0 +1,1 @@
+"""The step of parameters that are sharded over ranks."""

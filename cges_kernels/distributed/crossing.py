@@ -1,0 +1,202 @@
+"""Tensors whose groups lie on several ranks: only the groups' sums travel, all of a model packed together.
+
+A step goes from local sums over the packed all_reduce to (s, t) per group, the same on all ranks that share
+the group, and to the local weights. The formulas are the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends.gathering import new_like
+from ..core import reference
+from ..core.hyperparameters import Hyperparameters
+from ..core.reference import GroupStats, Search, compute_dtype
+from .meshes import Pack
+
+MAX_ROUNDS = 16  # of sums in exact mode, and of all_reduces: the hardest groups seen took 13
+
+
+class CrossingTensor:
+    """One step of this rank's part of a tensor some of whose groups go on on other ranks.
+
+    It is sums and receive in as many rounds as agree_on_groups takes, then write. z is computed anew in each:
+    kept from one to the next it would cost the memory of the weights again, twice that for 16-bit ones. What
+    is kept are numbers per group, shaped like the local view with the reduced dims of size 1.
+
+    Args:
+        local: this rank's part of the weights, of any size, 0 too.
+        view: the local shape that ``reduced`` refers to, or None.
+        reduced: the dims that groups run over.
+        axes: the pack's process groups that groups cross.
+        copies: those over which the tensor is replicated.
+        hyperparameters: those of its param group, all numbers.
+        grad: the local gradient; where it is None this part stays as it is, and counts in its groups' norms.
+        buf: the local momentum buffer, None before the first step.
+        grad_scale: what gradients are divided by (0-d), or None.
+    """
+
+    def __init__(
+        self,
+        local: Tensor,
+        view: Sequence[int] | None,
+        reduced: tuple[int, ...],
+        axes: tuple[int, ...],
+        copies: tuple[int, ...],
+        hyperparameters: Hyperparameters,
+        grad: Tensor | None,
+        buf: Tensor | None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        self.local, self.axes, self.copies, self.dtype = local, axes, copies, compute_dtype(local.dtype)
+        self._view, self._reduced = view, reduced
+        shape = local.shape if view is None else view
+        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # of what is kept
+        self._grad, self._buf, self._grad_scale = grad, buf, grad_scale
+        self._lr, self._sgd = hyperparameters.lr, hyperparameters.sgd()
+        self._thresholds = hyperparameters.thresholds()
+        self._freeze = hyperparameters.freeze_zeros
+        self.searches = bool(hyperparameters.exact and self._thresholds.b != 0)  # in rounds, that is
+        self._search: Search | None = None
+        self._dead: Tensor | None = None
+        self._s = self._t = torch.empty(0)
+
+    @property
+    def unfinished(self) -> Tensor:
+        """0-d bool: whether some group here wants another round."""
+        assert self._search is not None  # the first round began it
+        return ~self._search.done.all()
+
+    @property
+    def _num_rows(self) -> int:
+        """How many sums per group travel in this round: the norms, the count, whether any weight is left."""
+        return 2 + self.searches + (self._search is None and self._freeze == "group")
+
+    def no_sums(self) -> Tensor:
+        """What travels in place of ``sums`` from a rank whose groups are all finished."""
+        return torch.zeros(self._num_rows * prod(self._shape), dtype=self.dtype, device=self.local.device)
+
+    def sums(self) -> Tensor:
+        """1-d: what this rank adds to every group's sums in this round."""
+        z, _ = self._update()
+        t = self._thresholds.c if self._search is None else self._search.t
+        alive, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
+        rows = [l1, l2.square()] if alive is None else [l1, l2.square(), alive]
+        if len(rows) < self._num_rows:
+            rows.append((self._viewed(self.local) != 0).sum(self._reduced, keepdim=True).to(self.dtype))
+        return torch.stack(rows).flatten()
+
+    def receive(self, totals: Tensor) -> None:
+        """Take the sums over all ranks, packed as ``sums`` packs them."""
+        rows = list(totals.to(self.local.device, self.dtype).view(self._num_rows, *self._shape))
+        if self._search is None and self._freeze == "group":
+            self._dead = rows.pop() == 0
+            rows = [torch.where(self._dead, 0.0, row) for row in rows]  # as z is, now that this is known
+        stats = GroupStats(rows[2] if self.searches else None, rows[0], rows[1].sqrt())
+        if not self.searches:
+            self._s, self._t = reference.sequential_shrinkage(stats, self._thresholds)
+            return
+        search = self._search or reference.start_search(stats, self._thresholds)
+        self._search = reference.sweep(search, stats, self._thresholds)
+        self._s, self._t = self._search.s, self._search.t
+
+    def write(self) -> Tensor | None:
+        """Write the local weights and the momentum buffer; returns that, made in the first step."""
+        if self._grad is None:
+            return None
+        z, buf = self._update()
+        w = reference.apply_shrinkage(z, self._s, self._t) if any(self._thresholds) else z
+        w = w.to(self.local.dtype)
+        self.local.copy_((w + 0.0 if any(self._thresholds) else w).reshape(self.local.shape))
+        if buf is None:
+            return None
+        self._buf = new_like(self.local) if self._buf is None else self._buf
+        return self._buf.copy_(buf.reshape(self.local.shape))
+
+    def _viewed(self, x: Tensor) -> Tensor:
+        return x if self._view is None else x.reshape(self._view)
+
+    def _update(self) -> tuple[Tensor, Tensor | None]:
+        """z and the new momentum buffer, in the compute dtype and the shape of the view."""
+        w = self._viewed(self.local).to(self.dtype)
+        if self._grad is None:
+            return w, None
+        grad = self._viewed(self._grad).to(self.dtype)
+        buf = None if self._buf is None else self._viewed(self._buf).to(self.dtype)
+        if self._grad_scale is not None:
+            grad = grad / self._grad_scale.to(grad.device)
+        frozen = w == 0 if self._freeze == "element" else self._dead
+        return reference.frozen_update(frozen, *reference.sgd_update(w, grad, buf, lr=self._lr, **self._sgd))
+
+
+def agree_on_groups(pack: Pack, tensors: Sequence[CrossingTensor], found_inf: Tensor | None = None) -> Tensor:
+    """All sums of one pack, agreed on; nothing is written. Returns ``found_inf`` (0-d), agreed on too.
+
+    Every rank of the pack must call it with the same tensors in the same order. It takes one all_reduce per
+    process group (a second where one tensor is replicated and another summed over it; see _all_reduce), and
+    where some tensor is in exact mode one in each round, at most MAX_ROUNDS: as many as the slowest group
+    takes, and one to learn that it was the last. What ends the rounds are flags that travel with the sums,
+    over every process group that is used, so that no two ranks that could wait for each other hold different
+    ones.
+    """
+    axes = tuple(sorted(set(chain(*(x.axes + x.copies for x in tensors)))))
+    flags = torch.zeros(1) if found_inf is None else found_inf.ne(0).reshape(1)
+    *totals, flags = _all_reduce(pack, axes, tensors, [x.sums() for x in tensors], flags)
+    agreed = flags.reshape(())
+    for x, total in zip(tensors, totals):
+        x.receive(total)
+    searching = [x for x in tensors if x.searches]
+    for _ in range(MAX_ROUNDS - 1):
+        if not searching:
+            break
+        flags = torch.stack([x.unfinished for x in searching])
+        parts = [x.sums() if unfinished else x.no_sums() for x, unfinished in zip(searching, flags.tolist())]
+        *totals, flags = _all_reduce(pack, axes, searching, parts, flags)
+        unfinished = [(x, total) for x, total, flag in zip(searching, totals, flags.tolist()) if flag]
+        for x, total in unfinished:
+            x.receive(total)
+        searching = [x for x, _ in unfinished]
+    return agreed
+
+
+def _all_reduce(
+    pack: Pack,
+    axes: tuple[int, ...],
+    tensors: Sequence[CrossingTensor],
+    parts: Sequence[Tensor],
+    flags: Tensor,
+) -> list[Tensor]:
+    """Each tensor's part summed over the axes that it crosses, and the flags over all ``axes``.
+
+    Replicas are no sum, but another process group may have added in another order: they take the first one's,
+    so that they stay equal to the bit. To this end the others add nothing to it, after all that the tensor
+    is summed over; a second time around where that is not done yet.
+    """
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    home = tensors[0].local.device
+    pieces = [x.to(home, dtype) for x in (*parts, flags)]
+    summed = [x.axes for x in tensors] + [axes]
+    for late in (False, True):
+        for axis in axes:
+            group = pack.groups[axis]
+            copied = [i for i, x in enumerate(tensors) if axis in x.copies and late == (axis < max(x.axes))]
+            travelling = [i for i, on in enumerate(summed) if axis in on and not late] + copied
+            if not travelling:
+                continue
+            if dist.get_rank(group) != 0:
+                for i in copied:
+                    pieces[i] = torch.zeros_like(pieces[i])
+            packed = torch.cat([pieces[i] for i in travelling])
+            if home.type != pack.device_type:  # weights that are kept on the CPU between steps
+                packed = packed.to(pack.device_type)
+            dist.all_reduce(packed, group=group)
+            split = packed.to(home).split([pieces[i].numel() for i in travelling])
+            for i, piece in zip(travelling, split):
+                pieces[i] = piece
+    return pieces

@@ -1,0 +1,1 @@
+"""What became sparse: tables, files, figures."""

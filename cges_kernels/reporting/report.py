@@ -1,0 +1,266 @@
+"""What a trained model's zeros amount to: per layer, weights, groups, units and FLOPs.
+
+A zero is an exact zero; nothing here rounds. FLOPs are those of torch's own counter (a multiply and an add
+are two), for the example batch as it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..core.groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
+from ..training.recipes import LayerWeight, regularised_weights
+from .explain import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One weight tensor, or the sum of all. The three FLOPs are None without an example input."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    nonzero: int
+    groups: int
+    dead_groups: int  # groups, under the report's spec, that are all zero
+    outputs: int
+    dead_outputs: int  # output units whose every weight is zero; their output is their bias
+    inputs: int
+    dead_inputs: int  # input units or channels that no weight reads
+    by_spec: dict[str, tuple[int, int]]  # (dead groups, groups) under each named spec
+    flops: float | None = None  # dense
+    flops_nonzero: float | None = None  # dense * nonzero / weights, as the thesis counts
+    flops_compacted: float | None = None  # of this layer without its dead outputs and dead inputs
+
+    @property
+    def percent_nonzero(self) -> float:
+        return 100 * self.nonzero / max(self.weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and ``percent_nonzero``; no FLOPs where they are unknown."""
+        fields = {**asdict(self), "percent_nonzero": self.percent_nonzero}
+        fields["by_spec"] = {
+            key: {"dead": dead, "groups": groups} for key, (dead, groups) in self.by_spec.items()
+        }
+        return {key: value for key, value in fields.items() if value is not None}
+
+    def cells(self) -> list[str]:
+        """One line of the table."""
+        dead = [(self.dead_groups, self.groups), (self.dead_outputs, self.outputs)]
+        dead.append((self.dead_inputs, self.inputs))
+        flops = [x for x in (self.flops, self.flops_nonzero, self.flops_compacted) if x is not None]
+        cells = [
+            self.name,
+            "x".join(map(str, self.shape)),
+            f"{self.weights:,}",
+            f"{self.percent_nonzero:.2f}%",
+        ]
+        return [*cells, *(f"{n:,}/{all_:,}" for n, all_ in dead), *(f"{x:,.0f}" for x in flops)]
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The layers in order; ``str()`` is a table, ``to_dict()`` plain numbers that JSON takes."""
+
+    group_by: GroupSpec
+    layers: tuple[LayerReport, ...]
+    other_flops: int | None = None  # of operations that use no listed weight, such as attention's q @ k.T
+
+    @property
+    def total(self) -> LayerReport:
+        """The sum of the layers; ``other_flops`` is part of each of the three FLOPs."""
+        columns = [key for key in LayerReport.__dataclass_fields__ if key not in ("name", "shape", "by_spec")]
+        counts: dict[str, Any] = {
+            key: sum(getattr(r, key) for r in self.layers) for key in columns if "flops" not in key
+        }
+        counts["by_spec"] = {
+            spec: tuple(map(sum, zip(*(r.by_spec[spec] for r in self.layers)))) for spec in NAMED_SPECS
+        }
+        if self.other_flops is not None:
+            for key in ("flops", "flops_nonzero", "flops_compacted"):
+                counts[key] = sum(getattr(r, key) for r in self.layers) + self.other_flops
+        return LayerReport("total", (), **counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"group_by", "layers": [one dict per layer], "total": the same keys, "other_flops" if known}."""
+        layers = [layer.to_dict() for layer in self.layers]
+        other = {} if self.other_flops is None else {"other_flops": self.other_flops}
+        return {"group_by": self.group_by, "layers": layers, "total": self.total.to_dict(), **other}
+
+    def by_spec(self) -> Table:
+        """A printable table of the dead groups under each named spec, as dead/all."""
+        cells = (
+            (r.name, *(f"{r.by_spec[spec][0]:,}/{r.by_spec[spec][1]:,}" for spec in NAMED_SPECS))
+            for r in (*self.layers, self.total)
+        )
+        return Table(("dead groups", *NAMED_SPECS), tuple(cells))
+
+    def __str__(self) -> str:
+        header = ["layer", "shape", "weights", "nonzero", "dead groups", "dead outputs", "dead inputs"]
+        rows = [layer.cells() for layer in self.layers]
+        if self.other_flops is not None:
+            header += ["FLOPs", "x nonzero", "compacted"]
+            rows.append(["(other)", *[""] * 6, *[f"{self.other_flops:,}"] * 3])
+        return str(Table(tuple(header), (*map(tuple, rows), tuple(self.total.cells())), left=2))
+
+
+def sparsity_report(
+    model: nn.Module, example_input: Any = None, group_by: GroupSpec = "feature"
+) -> SparsityReport:
+    """How sparse each layer of ``model`` is, and what it costs.
+
+    The layers are those of :func:`cges_kernels.sparsity_param_groups`, and frozen ones too. What is said of
+    a layer is read from its own weight alone: a unit that is dead in one layer is not taken out of the next,
+    whose input it may or may not be.
+
+    ``flops_compacted`` is flops times the fraction of the weight left when dead outputs and dead inputs are
+    cut out, block by block in a grouped convolution. Under "feature" an input is one kernel tap of one
+    channel (a column of the convolution's matrix), under any other spec a whole channel. An operation with
+    two listed weights counts for the first.
+
+    Args:
+        example_input: the model's argument, or a tuple of its arguments. The model runs once on it, in eval
+            mode and without gradients, and is left as it was, torch's random state too. None: no FLOPs.
+        group_by: the spec whose groups are counted.
+
+    Raises:
+        ValueError: no layer to report, a lazy parameter, or a layer that ``group_by`` does not fit.
+    """
+    layers = regularised_weights(model, frozen=True)
+    measured: list[dict[str, Any]] = [_count(layer, group_by) for layer in layers]
+    other = None
+    if example_input is not None:
+        args = example_input if isinstance(example_input, tuple) else (example_input,)
+        *dense, other = _measure_flops(model, args, [layer.param for layer in layers])
+        for layer, counts, flops in zip(layers, measured, dense):
+            counts["flops"] = flops
+            counts["flops_nonzero"] = flops * counts["nonzero"] / max(counts["weights"], 1)
+            counts["flops_compacted"] = flops * _fraction_left(layer, group_by)
+    reports = (LayerReport(w.name, tuple(w.param.shape), **counts) for w, counts in zip(layers, measured))
+    return SparsityReport(group_by, tuple(reports), other)
+
+
+@torch.no_grad()
+def _alive(layer: LayerWeight, group_by: GroupSpec) -> Tensor:
+    """Per group, whether any weight of it is nonzero."""
+    spec, view = layer.group_spec(group_by)
+    alive = viewed(layer.param, view) != 0
+    dims = reduced_dims(alive.dim(), spec) if has_groups(alive.dim(), spec) else ()
+    return alive.any(dim=dims) if dims else alive
+
+
+@torch.no_grad()
+def _count(layer: LayerWeight, group_by: GroupSpec) -> dict[str, Any]:
+    """The counts of a LayerReport."""
+    layer.layout(group_by)  # raises, with the layer's name, where the spec does not fit
+    w = layer.blocked() != 0  # [blocks, out, in, taps]
+    parts = {"groups": _alive(layer, group_by)}
+    parts |= {"outputs": w.any(dim=3).any(dim=2), "inputs": w.any(dim=3).any(dim=1)}
+    counts: dict[str, Any] = {"weights": w.numel(), "nonzero": int(w.sum())}
+    named = {spec: _alive(layer, spec) for spec in NAMED_SPECS}
+    counts["by_spec"] = {spec: (x.numel() - int(x.sum()), x.numel()) for spec, x in named.items()}
+    for name, x in parts.items():
+        counts |= {name: x.numel(), f"dead_{name}": x.numel() - int(x.sum())}
+    return counts
+
+
+def _fraction_left(layer: LayerWeight, group_by: GroupSpec) -> float:
+    """The fraction of the weight that is left without its dead outputs and dead inputs."""
+    w = layer.blocked() != 0  # [blocks, out, in, taps]
+    outputs = w.any(dim=3).any(dim=2)
+    inputs = w.any(dim=1) if group_by == "feature" else w.any(dim=3).any(dim=1)
+    inputs = inputs.flatten(1)  # [blocks, in * taps] or [blocks, in]
+    return int((outputs.sum(1) * inputs.sum(1)).sum()) / max(w.shape[1] * inputs.numel(), 1)
+
+
+class _FlopsByWeight(TorchDispatchMode):
+    """Counts each operation's FLOPs for the weight it reads; those of no weight go to the last entry.
+
+    A weight is known by its address, so a transpose or one of its rows (attention's q of in_proj) is it too,
+    whichever module runs the operation; so is a copy, such as autocast's.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, so not at import
+
+        self._counter_mode = FlopCounterMode
+        self.flops = [0] * (len(weights) + 1)
+        self._ranges = [(w.data_ptr(), w.data_ptr() + w.nbytes, i) for i, w in enumerate(weights)]
+        self._copies: list[Tensor] = []  # kept, so that their addresses stay theirs
+
+    def _weight(self, args: Any) -> int:
+        tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.numel() > 0]
+        found = (i for x in tensors for low, high, i in self._ranges if low <= x.data_ptr() < high)
+        return next(found, len(self.flops) - 1)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:  # a composite arrives whole where tensors were made in inference mode
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        with self._counter_mode(display=False) as counter:
+            out = func(*args, **kwargs)
+        flops = counter.get_total_flops()
+        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+        if flops or is_copy:
+            index = self._weight(args)
+            self.flops[index] += flops
+            if is_copy and index < len(self.flops) - 1:
+                self._copies.append(out)
+                self._ranges.append((out.data_ptr(), out.data_ptr() + out.nbytes, index))
+        return out
+
+
+def _measure_flops(model: nn.Module, args: tuple[Any, ...], weights: Sequence[Tensor]) -> list[int]:
+    """Dense FLOPs of one forward pass: one number per weight, then those of every other operation."""
+    devices = {x.device for x in (*weights, *tree_leaves(args)) if isinstance(x, Tensor) and x.is_cuda}
+    with (
+        evaluating(model),
+        _unfused_operations(),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=list(devices)),
+        _FlopsByWeight(weights) as counter,
+    ):
+        model(*args)
+    return counter.flops
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, then each as it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _unfused_operations() -> Iterator[None]:
+    """Attention and recurrence as plain matrix products, which is what the counter can see."""
+    attention = torch.backends.mha.get_fastpath_enabled()
+    mkldnn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.cudnn.enabled = False
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # torch's stub says ContextProp
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(attention)
+        torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled = mkldnn, cudnn

@@ -1,0 +1,1 @@
+"""From a model to param groups, and what changes while it trains."""

@@ -1,0 +1,241 @@
+"""From a model to param groups: which weights are regularised, how strongly, and by which groups.
+
+Combined group and exclusive sparsity (Yoon and Hwang, "Combined Group and Exclusive Sparsity for Deep
+Neural Networks", ICML 2017; Yoon's UNIST thesis, Eq. 5) shares one strength lambda between the two
+penalties, layer by layer:  alpha_l = lambda*(1 - mu_l),  beta_l = lambda*mu_l.
+
+A layer l is one regularised weight tensor, counted from 0 in module registration order (the order of
+``model.named_parameters()``); an LSTM is therefore two layers per direction and depth.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..core.groups import GroupSpec, Layout, canonical_layout, check_spec
+from ..core.hyperparameters import COEFFICIENTS
+from .schedules import CoefficientWarmup as CoefficientWarmup
+
+Coefficient: TypeAlias = float | Sequence[float]
+Include: TypeAlias = Callable[[str, nn.Parameter], bool] | Collection[str]
+Scale: TypeAlias = str | Mapping[str, tuple[float, float]]
+
+
+class LayerWeight(NamedTuple):
+    """A weight tensor and what its first two dims mean.
+
+    It holds [out, in/blocks, *kernel], or [in, out/blocks, *kernel] where ``transposed``; dim 0 is made of
+    ``blocks`` equal parts that share nothing (the ``groups`` of a convolution).
+    """
+
+    name: str
+    param: nn.Parameter
+    blocks: int = 1
+    transposed: bool = False
+
+    def group_spec(self, group_by: GroupSpec) -> tuple[GroupSpec, tuple[int, ...] | None]:
+        """The (group_by, view) that mean for this tensor what ``group_by`` means for [out, in, *kernel]."""
+        check_spec(group_by)
+        if not isinstance(group_by, str):
+            return tuple(group_by), None
+        shape = tuple(self.param.shape)
+        if group_by == "tensor" or len(shape) < 2:
+            return group_by, None
+        out, into, *taps = (1, 0, *range(2, len(shape))) if self.transposed else range(len(shape))
+        dims = sorted({"feature": (out,), "filter": (into, *taps), "channel": (out, *taps)}[group_by])
+        if self.blocks > 1 and dims[0] == 0:
+            return tuple(d + 1 for d in dims), (self.blocks, shape[0] // self.blocks, *shape[1:])
+        return (tuple(dims) if self.transposed else group_by), None
+
+    def layout(self, group_by: GroupSpec) -> Layout:
+        """The canonical layout under ``group_by``; a ValueError names the weight."""
+        try:
+            return canonical_layout(self.param, *self.group_spec(group_by))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def blocked(self) -> Tensor:
+        """The weight as [blocks, out/blocks, in/blocks, taps], detached."""
+        w = self.param.detach()
+        w = w.reshape(self.blocks, w.shape[0] // self.blocks, w.shape[1], math.prod(w.shape[2:]))
+        return w.transpose(1, 2) if self.transposed else w
+
+
+def _weights_of(module: nn.Module) -> dict[nn.Parameter, tuple[int, bool]]:
+    """(blocks, transposed) of the weights that ``module`` itself holds; no biases."""
+    blocks, transposed, pattern = 1, False, "weight"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        blocks, transposed = module.groups, module.transposed
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        pattern = r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?"
+    elif isinstance(module, nn.MultiheadAttention):
+        pattern = r"(in|q|k|v)_proj_weight"
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's: [in, out]
+        transposed = True
+    elif not isinstance(module, nn.Linear):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {p: (blocks, transposed) for name, p in own if re.fullmatch(pattern, name)}
+
+
+def regularised_weights(
+    model: nn.Module, include: Include | None = None, *, frozen: bool = False
+) -> list[LayerWeight]:
+    """The layers of ``model`` in order: see :func:`sparsity_param_groups` for the rule and ``include``.
+
+    ``frozen=True`` also lists weights that do not require grad.
+    """
+    lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
+    if lazy:
+        raise ValueError(f"model: expected initialised parameters, got lazy {lazy}; run one batch first")
+    if isinstance(include, str):
+        raise TypeError(f"include: expected a callable or a collection of names, got the string {include!r}")
+    axes: dict[nn.Parameter, tuple[int, bool]] = {}
+    for module in model.modules():
+        for param, axis in _weights_of(module).items():
+            axes.setdefault(param, axis)
+    named = list(model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
+    if include is None:
+        embeddings = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+        chosen = set(axes) - {p for m in embeddings for p in m.parameters(recurse=False)}
+    elif callable(include):
+        chosen = {param for name, param in named if include(name, param)}
+    else:
+        names = set(include)
+        if unknown := sorted(names - {name for name, _ in named}):
+            raise ValueError(f"include: expected names of model.named_parameters(), got {unknown}")
+        chosen = {param for name, param in named if name in names}
+    weights = [
+        LayerWeight(name, param, *axes.get(param, ()))
+        for name, param in model.named_parameters()
+        if param in chosen and (frozen or param.requires_grad)
+    ]
+    if not weights:
+        raise ValueError(f"{type(model).__name__}: expected at least one weight to regularise, got none")
+    return weights
+
+
+def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
+    """mu_l = m + (1 - 2m)*l/(L - 1) for l = 0..L-1; mu = [m] where L = 1 (thesis Eq. 5).
+
+    ``num_layers`` is L >= 1, ``m`` in [0, 1] is mu of the first layer, 1 - m that of the last. Below 1/2, low
+    layers share features (group lasso) and high layers compete for them (exclusive lasso).
+    """
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
+        raise ValueError(f"num_layers: expected an int >= 1, got {num_layers!r}")
+    if not isinstance(m, Real) or not 0 <= m <= 1:
+        raise ValueError(f"m: expected a number in [0, 1], got {m!r}")
+    return [m + (1 - 2 * m) * l / max(num_layers - 1, 1) for l in range(num_layers)]
+
+
+def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
+    """One checked coefficient per layer from a number or a sequence."""
+    values = [float(value)] * num_layers if isinstance(value, (float, Real)) else [float(x) for x in value]
+    if len(values) != num_layers:
+        raise ValueError(f"{key}: expected a number or {num_layers} values, one per layer, got {len(values)}")
+    if not all(x >= 0 and math.isfinite(x) for x in values):
+        raise ValueError(f"{key}: expected finite values >= 0, got {value!r}")
+    return values
+
+
+def _scale_factors(
+    weights: Sequence[LayerWeight], group_by: GroupSpec, scale: Scale | None
+) -> list[tuple[float, float]]:
+    """(alpha factor, beta factor) per layer."""
+    sizes = [weight.layout(group_by).group_size for weight in weights]  # raises where a spec has no layout
+    if scale is None:
+        return [(1.0, 1.0)] * len(weights)
+    if isinstance(scale, str) and scale == "size":
+        return [(math.sqrt(n), 1 / n) for n in sizes]
+    if not isinstance(scale, Mapping):
+        raise ValueError(f"scale: expected None, 'size' or a dict of name to two factors, got {scale!r}")
+    if unknown := sorted(set(scale) - {w.name for w in weights}):
+        raise ValueError(f"scale: expected names among {[w.name for w in weights]}, got {unknown}")
+    factors = []
+    for weight in weights:
+        pair = tuple(scale.get(weight.name, (1.0, 1.0)))
+        if len(pair) != 2 or not all(x >= 0 and math.isfinite(x) for x in pair):
+            raise ValueError(f"scale[{weight.name!r}]: expected two finite factors >= 0, got {pair}")
+        factors.append(pair)
+    return factors
+
+
+def sparsity_param_groups(
+    model: nn.Module,
+    *,
+    group_lasso: Coefficient = 0.0,
+    exclusive_lasso: Coefficient = 0.0,
+    l1: Coefficient = 0.0,
+    weight_decay: Coefficient = 0.0,
+    group_by: GroupSpec = "feature",
+    scale: Scale | None = None,
+    include: Include | None = None,
+) -> list[dict[str, Any]]:
+    """Param groups for ``ProxSGD``: the penalties on the layer weights, none on anything else.
+
+    Regularised are the weights of Linear, Conv*, ConvTranspose*, RNN, LSTM and GRU (input, hidden and
+    projection), MultiheadAttention's input projections and Hugging Face's Conv1D. Not regularised: biases,
+    norms, embeddings (and a Linear tied to one), bare parameters, weights with requires_grad False. A weight
+    used by several modules is one layer. The last group returned holds all that is not regularised, with
+    every penalty 0 and freeze_zeros=None; each parameter of the model is in exactly one group, with its name.
+
+    Args:
+        group_lasso, exclusive_lasso, l1: alpha, beta, gamma; a number, or one per layer.
+        weight_decay: a number, or one per layer; like the penalties it goes to the layer weights, and the
+            others get 0.
+            Of these four, one that is 0 for every layer is left out, so that the optimizer's own argument
+            holds: ``ProxSGD(groups, weight_decay=5e-4)`` decays everything, as in torch.optim.SGD, and
+            ``ProxSGD(groups, l1=1e-5)`` reaches the layer weights only.
+        group_by: "feature", "filter", "channel" or "tensor", meant for [out, in, *kernel] and translated
+            where a weight is held otherwise (transposed and grouped convolutions, Conv1D); or a tuple of
+            dims, used as it is for every layer. Recurrent and attention weights are taken as the matrices
+            they are, the rows of all gates, or of q, k and v, as outputs. In a depthwise convolution a
+            "feature" is a single weight: group lasso acts there as l1 and exclusive lasso as weight decay;
+            "filter" and "channel" remove whole filters.
+        scale: "size" multiplies alpha by sqrt(n) and divides beta by n, n the layer's group size; a dict
+            {layer name: (alpha factor, beta factor)} multiplies by hand-tuned factors, 1 where a layer is
+            missing. Layer names are those of ``model.named_parameters()``. l1 and weight decay keep theirs.
+        include: chooses the regularised parameters instead of the rule above: a callable
+            (name, parameter) -> bool, or a collection of parameter names. Frozen ones are left out even so.
+
+    Raises:
+        ValueError: a wrong number of values, a negative one, unknown names, a lazy parameter, no layer at
+            all, or a layer on which ``group_by`` has no layout.
+    """
+    weights = regularised_weights(model, include)
+    given = dict(group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, weight_decay=weight_decay)
+    values = {key: _per_layer(key, value, len(weights)) for key, value in given.items()}
+    for i, (alpha_factor, beta_factor) in enumerate(_scale_factors(weights, group_by, scale)):
+        values["group_lasso"][i] *= alpha_factor
+        values["exclusive_lasso"][i] *= beta_factor
+    values = {key: row for key, row in values.items() if any(row)}
+
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for i, weight in enumerate(weights):
+        spec, view = weight.group_spec(group_by)
+        options = {key: row[i] for key, row in values.items()} | {"group_by": spec, "view": view}
+        group = groups.setdefault(tuple(options.values()), {"params": [], **options})
+        group["params"].append((weight.name, weight.param))
+
+    regularised = {w.param for w in weights}
+    rest: dict[str, Any] = {"params": [(n, p) for n, p in model.named_parameters() if p not in regularised]}
+    rest |= {key: 0.0 for key in given if key in COEFFICIENTS or key in values}
+    rest |= {"group_by": "feature", "view": None, "freeze_zeros": None}
+    return [*groups.values(), rest] if rest["params"] else [*groups.values()]
+
+
+def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any) -> list[dict[str, Any]]:
+    """Param groups of CGES (thesis Eq. 5): alpha_l = lam*(1 - mu_l), beta_l = lam*mu_l.
+
+    mu is exclusivity_schedule(L, m); ``same`` are the other arguments of :func:`sparsity_param_groups`.
+    """
+    mu = exclusivity_schedule(len(regularised_weights(model, same.get("include"))), m)
+    alpha, beta = [lam * (1 - x) for x in mu], [lam * x for x in mu]
+    return sparsity_param_groups(model, group_lasso=alpha, exclusive_lasso=beta, **same)

@@ -1,0 +1,297 @@
+"""Schedules of the coefficients, used like those of torch.optim.lr_scheduler and beside them.
+
+Each multiplies group_lasso, exclusive_lasso and l1 of every param group by one factor that changes from step
+to step; the full values are kept in the param groups as ``initial_group_lasso`` and so on, as
+torch.optim.lr_scheduler keeps ``initial_lr``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.hyperparameters import COEFFICIENTS
+
+
+def check_steps(name: str, value: Any, least: int = 0) -> None:
+    """Raise a ValueError unless ``value`` is a whole number >= ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+
+
+def check_density(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a number in (0, 1]."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+        raise ValueError(f"{name}: expected a fraction of nonzero weights in (0, 1], got {value!r}")
+
+
+def cubic(t: float) -> float:
+    """1 - (1 - t)^3 for t in [0, 1], 0 before and 1 behind: steep first, level at the end."""
+    return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3
+
+
+class CoefficientScheduler:
+    """What the schedules share; a subclass says the factor in :meth:`get_factor`.
+
+    Build it, then call ``step()`` after each ``optimizer.step()``. A coefficient that is a tensor is changed
+    in place.
+    """
+
+    _state: tuple[str, ...] = ("last_epoch",)  # attributes of the state_dict
+
+    def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
+        needed = [*COEFFICIENTS] + [f"initial_{key}" for key in COEFFICIENTS if last_epoch != -1]
+        for i, group in enumerate(optimizer.param_groups):
+            if missing := [key for key in needed if key not in group]:
+                raise ValueError(
+                    f"optimizer with last_epoch={last_epoch}: expected param groups with {needed}, "
+                    f"got {type(optimizer).__name__} without {missing} in param_groups[{i}]"
+                )
+        self.optimizer, self.last_epoch = optimizer, last_epoch
+        self._full: dict[tuple[int, str], Any] = {}  # for a loaded state_dict that has no initial_*
+        self.step()
+
+    def get_factor(self) -> float:
+        """What the full values are multiplied by at ``last_epoch``."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Move on by one optimizer step."""
+        self.last_epoch += 1
+        self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        factor = self.get_factor()
+        for i, group in enumerate(self.optimizer.param_groups):
+            for key in COEFFICIENTS:
+                now = group[key]
+                known = self._full.setdefault((i, key), now.clone() if isinstance(now, Tensor) else now)
+                full = self._full[i, key] = group.setdefault(f"initial_{key}", known)
+                if isinstance(now, Tensor):
+                    now.copy_(full * factor)
+                else:
+                    group[key] = full * factor
+
+    def get_last_coefficients(self) -> list[dict[str, float]]:
+        """The three coefficients in force, per param group, as plain numbers."""
+        return [{key: float(group[key]) for key in COEFFICIENTS} for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; the full values are in the optimizer's state_dict."""
+        return {key: getattr(self, key) for key in self._state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict`` and set the coefficients to match."""
+        for key in self._state:
+            setattr(self, key, state_dict[key])
+        self._apply()
+
+
+class CoefficientWarmup(CoefficientScheduler):
+    """Raises group_lasso, exclusive_lasso and l1 of every param group linearly from 0 to their full values.
+
+    Used like a learning-rate scheduler, and beside one: build it, then call ``step()`` after each
+    ``optimizer.step()``. Optimizer step k = 0, 1, ... runs with initial * min(k / steps, 1); ``steps=0`` is
+    full strength at once.
+
+    Args:
+        optimizer: one whose param groups have the three coefficients, such as ``ProxSGD``.
+        steps: number of optimizer steps to full strength, >= 0.
+        last_epoch: index of the last step taken, -1 at the start; a resumed index needs ``initial_*`` keys.
+    """
+
+    _state = ("steps", "last_epoch")
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, last_epoch: int = -1) -> None:
+        check_steps("steps", steps)
+        self.steps = steps
+        super().__init__(optimizer, last_epoch)
+
+    def get_factor(self) -> float:
+        return min(self.last_epoch / self.steps, 1.0) if self.steps else 1.0
+
+
+class CubicRamp(CoefficientScheduler):
+    """Raises the coefficients as gradual pruning raises sparsity: fast first, then ever slower.
+
+    Optimizer step k = 0, 1, ... runs with initial * (1 - (1 - (k - begin) / steps)^3), 0 before ``begin``
+    and full strength from ``begin + steps`` on (Zhu and Gupta, To prune, or not to prune, 2017, Eq. 1).
+
+    Args:
+        optimizer: one whose param groups have the three coefficients, such as ``ProxSGD``.
+        steps: number of optimizer steps from 0 to full strength, >= 1.
+        begin: number of optimizer steps without any penalty, >= 0.
+        last_epoch: as for :class:`CoefficientWarmup`.
+    """
+
+    _state = ("steps", "begin", "last_epoch")
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, steps: int, begin: int = 0, last_epoch: int = -1
+    ) -> None:
+        check_steps("steps", steps, 1)
+        check_steps("begin", begin)
+        self.steps, self.begin = steps, begin
+        super().__init__(optimizer, last_epoch)
+
+    def get_factor(self) -> float:
+        return cubic((self.last_epoch - self.begin) / self.steps)
+
+
+class TargetDensity(CoefficientScheduler):
+    """Finds the strength at which a wanted fraction of the weights is left, to within one percentage point.
+
+    Counted are the exact nonzeros of all parameters in param groups that have a penalty. The coefficients
+    keep their ratios; one factor times their initial values is controlled, from 0.01 on:
+
+    - Approach: at optimizer step k the density is to be 1 - (1 - density) * (1 - (1 - k / steps)^3), the
+      curve of :class:`CubicRamp`. A hundred times on the way the factor moves by a proportional and an
+      integral part of log(density now / density wanted).
+    - Landing (``freeze=True``): with momentum, zeros come and go by some percent from step to step. So once
+      ``steps`` are over and the density is near the one wanted, zeros are held (``freeze_zeros="element"``
+      in those param groups), the rest is removed ever more gently, and the coefficients become 0 when the
+      density is within half a point. What is left trains on without a penalty, as after pruning.
+
+    Groups that are each more than a point of all weights cannot land within a point.
+
+    Args:
+        optimizer: a ``ProxSGD`` with a penalty in some param group, rather too weak than too strong (the
+            factor finds its size, but units that an early blow has killed do not come back).
+        density: the fraction of weights to be left nonzero, in (0, 1].
+        steps: number of optimizer steps for the approach, >= 1: half of the training does well.
+        freeze: False leaves out the landing: the coefficients stay in force, and the density fluctuates.
+        last_epoch: as for :class:`CoefficientWarmup`.
+
+    Raises:
+        ValueError: a density outside (0, 1], or no param group with a penalty.
+
+    Warns:
+        UserWarning: once, where the density stays more than a point away though the factor is at an end of
+            its range of 1e-6 to 1e6.
+
+    Example:
+        >>> optimizer = ProxSGD(cges_param_groups(model, 1e-3, scale="size"), lr=0.05, momentum=0.9)
+        >>> control = TargetDensity(optimizer, 0.1, steps=5000)
+        >>> for x, y in batches:  # 10,000 of them
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     optimizer.step()
+        ...     control.step()
+    """
+
+    _state = (
+        *("target", "steps", "freeze", "last_epoch", "density", "factor", "landing", "frozen"),
+        *("_error", "_warned"),
+    )
+    TOLERANCE = 0.01  # one percentage point
+    BAND = 0.1  # above the target, where the landing begins
+    START = 0.01
+    FACTORS = (1e-6, 1e6)
+    PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # gains, per measurement
+    LARGEST = 0.5  # change of log(factor) per measurement
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        density: float,
+        steps: int,
+        *,
+        freeze: bool = True,
+        last_epoch: int = -1,
+    ) -> None:
+        check_density("density", density)
+        check_steps("steps", steps, 1)
+        self.target, self.steps, self.freeze = float(density), steps, freeze
+        self.density = 1.0  # as last measured
+        self.factor = self.START  # times the initial coefficients, where the landing does not weaken them
+        self.landing = self.frozen = self._warned = False
+        self._error = 0.0
+        super().__init__(optimizer, last_epoch)
+        groups = self._groups()
+        if not any(p.numel() for group in groups for p in group["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__}: expected a param group with group_lasso, exclusive_lasso or l1 "
+                f"> 0 to reach a density of {density} with, got none"
+            )
+        if freeze and any("freeze_zeros" not in group for group in groups):
+            raise ValueError(
+                "freeze=True: expected an optimizer whose param groups have freeze_zeros, got "
+                f"{type(optimizer).__name__}"
+            )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The param groups that have a penalty."""
+        return [
+            group
+            for group in self.optimizer.param_groups
+            if any(float(group.get(f"initial_{key}", group[key])) > 0 for key in COEFFICIENTS)
+        ]
+
+    def step(self) -> None:
+        """Measure and move on by one optimizer step."""
+        k = self.last_epoch + 1
+        every = max(1, self.steps // 100)
+        landed = self.frozen and self.density <= self.target + self.TOLERANCE / 2
+        if k % every == 0 or (k >= self.steps and self.freeze and not landed):
+            self.density = self.measure()
+            self._control(k, every)
+        super().step()
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """The fraction of nonzero weights now."""
+        params = [p for group in self._groups() for p in group["params"]]
+        counts: list[Any] = [torch.count_nonzero(p) for p in params]
+        return float(sum(counts)) / max(sum(p.numel() for p in params), 1)
+
+    def _control(self, k: int, every: int) -> None:
+        wanted = 1 - (1 - self.target) * cubic(k / self.steps)
+        error = math.log(max(self.density, 1e-9) / wanted)
+        self.landing |= self.freeze and k >= self.steps and self.density <= self.target + self.BAND
+        if self.landing and not self.frozen and self.density >= self.target - self.TOLERANCE / 2:
+            self.frozen = True
+            for group in self._groups():
+                group["freeze_zeros"] = "element"
+        if self.landing:
+            within = self.frozen and self.density <= self.target + self.TOLERANCE / 2
+            change = 0.0 if within else self.LANDING * error
+        elif k % every == 0:
+            change = self.PROPORTIONAL * (error - self._error) + self.INTEGRAL * error
+            self._error = error
+        else:
+            change = 0.0
+        change = min(max(change, -self.LARGEST), self.LARGEST)
+        low, high = self.FACTORS
+        self.factor = min(max(self.factor * math.exp(change), low), high)
+        if k >= self.steps and not self._warned:
+            self._warn_if_stuck(low, high)
+
+    def _warn_if_stuck(self, low: float, high: float) -> None:
+        above = self.density - self.target
+        reason = None
+        if above < -self.TOLERANCE and (self.factor == low or self.frozen):
+            reason = "zeros do not come back: begin with weaker coefficients, or take more steps"
+        elif above > self.TOLERANCE and self.factor == high:
+            reason = "is the learning rate 0, or the initial coefficient far too small?"
+        if reason:
+            self._warned = True
+            warnings.warn(
+                f"density {self.target}: not reached; {100 * self.density:.1f}% of the weights are nonzero "
+                f"with the coefficients at {self.factor:.0e} of their initial values ({reason})",
+                stacklevel=4,
+            )
+
+    def get_factor(self) -> float:
+        if not self.frozen:
+            return self.factor
+        above = self.density - self.target
+        if above <= self.TOLERANCE / 2:
+            return 0.0
+        return self.factor * min(above / self.BAND, 1.0)

@@ -1,0 +1,44 @@
+// The CUDA executor over torch's tensors: their tables in device memory, built once, and the launches of a
+// step.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "cuda/executor.h"
+#include "plan/executor.h"
+
+namespace cges {
+
+class CudaExecutor : public Executor {
+ public:
+  // Cuts all tensors, and makes sure that every launch of a step can be made.
+  explicit CudaExecutor(std::vector<TensorShape> tensors);
+
+  // One launch per device, dtype and path, on the current streams. No host sync and no allocation, so a step can
+  // be captured in a graph.
+  bool step(const std::vector<TensorAddresses>& addresses, const std::vector<Phase>& phases,
+            const std::vector<Hyperparameters>& hyperparameters, const ScalerTensors& scaler) override;
+
+ private:
+  // Tensors of one device and dtype that fit the arguments of one launch, and their tables on the device.
+  struct DeviceTables {
+    c10::Device device;
+    DType dtype;
+    cuda::Device description;
+    cuda::Work work;
+    std::vector<size_t> tensors;        // indices into all
+    std::vector<int32_t> param_groups;  // of each tensor, its place in `groups`
+    std::vector<int64_t> groups;        // indices of param groups
+    at::Tensor strips, items, scratch, counters;
+    c10::StreamId stream;  // that their memory is known to be used on
+  };
+
+  void share_out(const std::vector<TensorShape>& tensors);
+  static void put_on_device(DeviceTables& tables);
+  static void* stream_of(DeviceTables& tables);
+
+  std::vector<DeviceTables> all_;
+};
+
+}  // namespace cges
