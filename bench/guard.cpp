@@ -2,6 +2,7 @@
 // It stands in for the few functions of torch that the executor calls, on one thread, so that nothing but
 // c10 is loaded and every run executes the same instructions.
 #include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
 
 #include <cmath>
 #include <cstdio>

@@ -167,12 +167,12 @@ def windows(lab: Lab, elements: int) -> str:
 
 def tune(lab: Lab, kinds: Sequence[str], warps: int, elements: int, workers: int = 0) -> str:
     """Everything that is printed, at the number of warps given first."""
-    tiles = [(kind, tile) for kind in kinds for tile in tiles.TILES[KINDS[kind]]]
+    choices = [(kind, tile) for kind in kinds for tile in tiles.TILES[KINDS[kind]]]
     trials = [
-        Trial(kind, t, warps, dtype) for kind, tile in tiles for t in neighbours(tile) for dtype in DTYPES
+        Trial(kind, t, warps, dtype) for kind, tile in choices for t in neighbours(tile) for dtype in DTYPES
     ]
     found = measured(lab, trials, elements, workers)
-    best = {(kind, tile): best_of(found, kind, tile, warps) for kind, tile in tiles}
+    best = {(kind, tile): best_of(found, kind, tile, warps) for kind, tile in choices}
     text = [table(found, best, warps)]
     others = [n for n in WARPS if n != warps]
     trials = [Trial(kind, t, n, dtype) for n in others for (kind, _), t in best.items() for dtype in DTYPES]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from ..core.groups import canonical_layout, has_groups
-from ..core.hyperparameters import COEFFICIENTS
+from ..core.hyperparameters import COEFFICIENTS, SCALARS
+from ..core.reference import form_thresholds
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def explain(optimizer: Optimizer) -> Table:
         for name, p in zip(names, group["params"]):
             layout = canonical_layout(p, spec, view)
             grouped = has_groups(p.dim() if view is None else len(view), spec)
-            lr, beta = float(group["lr"]), float(group["exclusive_lasso"])
+            lr, *coefficients = (float(group[key]) for key in SCALARS)
+            b = form_thresholds(lr, *coefficients).b
             rows.append(
                 (
                     name,
@@ -73,7 +75,7 @@ def explain(optimizer: Optimizer) -> Table:
                     *(f"{float(group[key]):.3g}" if grouped or key == "l1" else "-" for key in COEFFICIENTS),
                     f"{lr:.3g}",
                     group["prox_mode"],
-                    f"{lr * beta * layout.group_size:.3g}" if grouped else "-",
+                    f"{b * layout.group_size:.3g}" if grouped else "-",
                 )
             )
     return Table(header, tuple(rows), left=3)

@@ -117,8 +117,9 @@ void run_large(const Slot& slot, const LargeGroups& large) {
   };
 
   // By part and group; whole groups are alive in part 0.
-  const auto memory = std::make_unique_for_overwrite<A[]>((slot.h->searches() ? 3 : 2) * n);
-  const Sums<A> sums{slot.h->searches() ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
+  const bool searches = slot.h->searches();
+  const auto memory = std::make_unique_for_overwrite<A[]>((searches ? 3 : 2) * n);
+  const Sums<A> sums{searches ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
   const auto alive = std::make_unique_for_overwrite<bool[]>(n);
   std::vector<typename Runner::Solver> solvers(groups);
   for (auto& solver : solvers) solver.start(slot.thresholds().as<A>());
@@ -131,7 +132,7 @@ void run_large(const Slot& slot, const LargeGroups& large) {
       for (int64_t g = 0; g < g1 - g0; ++g) {
         l1[g] += of_part.l1[g];
         l2_squared[g] += of_part.l2_squared[g];
-        if (slot.h->searches()) count[g] += of_part.count[g];
+        if (searches) count[g] += of_part.count[g];
         if (first) alive[g0 + g] |= alive[part * groups + g0 + g];
       }
     }

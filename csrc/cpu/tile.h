@@ -108,10 +108,11 @@ class TileRunner {
   // Feeds each open search its group's sums; true when all are done.
   static bool solve(const Slot& slot, int64_t groups, Solver* solvers, ColumnSums sums) {
     const Thresholds<A> thresholds = slot.thresholds().template as<A>();
+    const bool searches = slot.h->searches();
     bool all_done = true;
     for (int64_t g = 0; g < groups; ++g) {
       if (solvers[g].done) continue;
-      const double count = slot.h->searches() ? sums.count[g] : 0;
+      const double count = searches ? sums.count[g] : 0;
       solvers[g].solve_shrinkage({A(count), A(sums.l1[g]), A(sums.l2_squared[g])}, thresholds, slot.h->exact,
                                  std::numeric_limits<A>::epsilon());
       all_done &= solvers[g].done;

@@ -1,7 +1,6 @@
 // StepPlan: the parameters of an optimizer's fused param groups, held so that a step costs Python two calls:
 // gather, which may fail and writes nothing, and run. Between the two, an optimizer of several executors
-// gathers the others. backends/gathering.py does the same in Python, for installs without
-// this.
+// gathers the others. backends/gathering.py does the same in Python, for installs without this.
 //
 // Nothing is trusted from one step to the next. Each step compares the param groups' own lists, the
 // optimizer's state, every data pointer, shape and stride with what the plan was built from, and reads .grad
@@ -42,16 +41,15 @@ class StepPlan {
   // and must be built again. Nothing is written; what is gathered is held until `run`.
   bool gather(const std::vector<py::list>& params, const py::dict& state);
 
-  // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table).
-  // `table` is an int64 tensor [n, 4] on the CPU: of each parameter its addresses (w, gradient,
-  // buffer; 0 where there is none) and phase. Then new buffers go into `state`,
-  // as torch.optim.SGD keeps them, and versions move on; if it throws, neither. A
-  // `launch` of one's own sees to the gradient scaler itself. Where buffers are new, found_inf is
-  // looked at here, so that a step that overflowed leaves no state at all.
+  // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table), which sees to
+  // the gradient scaler itself. `table` is an int64 tensor [n, 4] on the CPU: of each parameter its addresses
+  // (w, gradient, buffer; 0 where there is none) and phase. Then new buffers go into `state`, as torch.optim.SGD
+  // keeps them, and versions move on; if it throws, neither. Where buffers are new, found_inf is looked at here,
+  // so that a step that overflowed leaves no state at all.
   void run(const py::object& launch, const ScalerTensors& scaler);
 
  private:
-  // One parameter: its shape in a step, and what the last step found of it.
+  // One parameter: its shape, its place when the plan was made, and what the last step found of it.
   struct Slot {
     py::object object;  // the parameter as Python holds it
     at::Tensor param;
