@@ -24,6 +24,8 @@ _capture_health_check: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
     or Optimizer._cuda_graph_capture_health_check
 )
+# The names that DDP, torch.compile, FSDP and activation checkpointing have for what they wrap.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
 
 
@@ -31,6 +33,32 @@ def _make_sharded_plan(*args: Any) -> Plan:
     from .distributed.sharded import ShardedPlan  # only here: torch.distributed takes its time
 
     return ShardedPlan(*args)
+
+
+def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """The state_dict with its parameters in the optimizer's order, group by group, where both have names."""
+    groups = list(state_dict["param_groups"])
+    if len(groups) != len(optimizer.param_groups):
+        return None  # torch refuses it
+    for i, (ours, saved) in enumerate(zip(optimizer.param_groups, groups)):
+        expected, got = (_plain_names(group.get("param_names") or ()) for group in (ours, saved))
+        if not expected or len(expected) != len(got) or expected == got:
+            continue
+        if sorted(expected) != sorted(got):
+            raise ValueError(
+                f"state_dict: expected param_groups[{i}]['param_names'] to hold {expected} in some order, "
+                f"got {got}; without 'param_names' state goes by the order of parameters"
+            )
+        place = {name: k for k, name in enumerate(got)}
+        params = [saved["params"][place[name]] for name in expected]
+        groups[i] = {**saved, "params": params, "param_names": ours["param_names"]}
+    return {**state_dict, "param_groups": groups}
+
+
+def _plain_names(names: Sequence[str]) -> list[str]:
+    """Parameters' names without what wrappers of modules put into them, unless two would become one."""
+    plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
+    return plain if len(set(plain)) == len(plain) else list(names)
 
 
 class ProxSGD(Optimizer):
@@ -135,14 +163,22 @@ class ProxSGD(Optimizer):
         """As torch.optim.Optimizer.add_param_group; the group is checked before it is taken."""
         super().add_param_group(param_group)
         try:
-            self._planner.check(self.param_groups)
+            self._planner.check(self.param_groups, first=len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
         self._planner.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values."""
+        """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values.
+
+        Where both sides have names of parameters, state goes by these, in whatever order they were saved.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: what does not fit these parameters, or what step() would
+                refuse (a spec, a coefficient, lr, a buffer's shape); nothing is loaded.
+        """
+        by_name = self.register_load_state_dict_pre_hook(_by_name)  # after hooks that may change names
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
@@ -150,31 +186,30 @@ class ProxSGD(Optimizer):
             if expected == got:
                 raise
             raise ValueError(f"state_dict: expected {expected} param groups, got {got}") from error
+        finally:
+            by_name.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._planner.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For unpickling and load_state_dict: a key that is missing keeps the value it had, if any.
-
-        Raises:
-            RuntimeError: a momentum buffer of another shape or device than its parameter; nothing is loaded.
-        """
-        before = self.__dict__.get("param_groups", [])
+        """For unpickling and load_state_dict, whose errors come from here: before anything has changed."""
+        kept, before = self.__dict__.get("_planner"), self.__dict__.get("param_groups", [])
+        defaults = state.get("defaults") or self.defaults
         for i, group in enumerate(state["param_groups"]):
+            for key, value in {**defaults, **(before[i] if before else {})}.items():
+                group.setdefault(key, value)
             for name, p in zip(param_names(state["param_groups"], i), group["params"]):
                 buf = state["state"].get(p, {}).get(SGD_STATE)
                 if buf is not None:
                     check_companion(SGD_STATE, name, p, buf)
-        kept, state = self.__dict__.get("_planner"), dict(state)
+        if kept is not None:
+            kept.check(state["param_groups"])
+        state = dict(state)
         backend = state.pop("_backend", "auto")
         self._planner = Planner(backend if kept is None else kept.backend, _make_sharded_plan)
         self._planner.warned = kept is not None and kept.warned
         super().__setstate__(state)
-        for i, group in enumerate(self.param_groups):
-            kept_values = before[i] if i < len(before) else {}
-            for key, value in {**self.defaults, **kept_values}.items():
-                group.setdefault(key, value)
         self._follow_fused()
 
     def _follow_fused(self) -> None:

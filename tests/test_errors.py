@@ -1,6 +1,7 @@
 """Bad input: the error says what was expected and what came, and nothing has been written."""
 
 import contextlib
+import copy
 import warnings
 
 import pytest
@@ -109,6 +110,11 @@ BAD_OPTIONS = [
     (dict(prox_mode=None), ValueError, ["prox_mode: expected one of", "got None"]),
     (dict(freeze_zeros="some"), ValueError, ["freeze_zeros: expected one of .*'element'", "got 'some'"]),
     (dict(freeze_zeros=True), ValueError, ["freeze_zeros: expected one of", "got True"]),
+    *((dict([(name, value)]), TypeError, [f"{name}: expected a number, got {value!r}"])
+      for name, value in
+      (("lr", "1e-3"), ("lr", None), ("momentum", "0.9"), ("dampening", "0"), ("weight_decay", "0.1"))),
+    *((dict([(name, "False")]), TypeError, [f"{name}: expected a bool", "got 'False'"])
+      for name in ("nesterov", "maximize", "differentiable", "foreach", "fused")),
     (dict(fused=True, foreach=True), RuntimeError, ["`fused` and `foreach` cannot be `True` together"]),
     (dict(fused=True, differentiable=True), RuntimeError, ["`fused` does not support `differentiable`"]),
 ]  # fmt: skip
@@ -151,6 +157,31 @@ def test_step_refuses_what_was_changed(backend, bad):
             optimizer.step()
     group.update(good)
     assert_recovers(optimizer, params, backend)
+
+
+def test_load_state_dict_refuses(backend, bad):
+    """What step would refuse, and before anything has changed."""
+    options, error, words = bad
+    if "fused" in options or "foreach" in options:
+        backend = "auto"
+    optimizer, params = started(backend)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0].update(options)
+    with rejected(optimizer, error, *words):
+        optimizer.load_state_dict(state)
+    assert_recovers(optimizer, params, backend)
+
+
+def test_load_state_dict_refuses_a_backend_that_cannot_serve():
+    optimizer, params = started("cpu")
+    with rejected(optimizer, RuntimeError, "take the reference executor", "got backend='cpu'"):
+        optimizer.load_state_dict(ProxSGD(parameters(), foreach=True, backend="reference").state_dict())
+    assert_recovers(optimizer, params, "cpu")
+
+
+def test_a_flag_as_text_is_refused_where_nothing_steps():
+    with pytest.raises(TypeError, match="capturable: expected a bool, got 'no'"):
+        ProxSGD(parameters(), capturable="no")
 
 
 def test_step_refuses_a_tensor_lr_made_negative_in_place(backend):

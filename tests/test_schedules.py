@@ -103,6 +103,51 @@ def test_warmup_takes_in_a_later_param_group():
     assert optimizer.param_groups[-1]["group_lasso"] == pytest.approx(0.15)
 
 
+SCHEDULES = {
+    "warmup": lambda optimizer: CoefficientWarmup(optimizer, 4),
+    "cubic": lambda optimizer: CubicRamp(optimizer, 4),
+    "target": lambda optimizer: TargetDensity(optimizer, 0.5, 4),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("share", ["groups", "coefficients", "memory"])
+def test_a_shared_tensor_goes_as_a_number_does(make, share):
+    def run(one, other):
+        params = [nn.Parameter(torch.tensor([[1.0, 0.0], [2.0, 3.0]])) for _ in range(2)]
+        groups = [{"params": [params[0]], **one}, {"params": [params[1]], **other}]
+        optimizer = ProxSGD(groups, lr=0.0)
+        schedule = make(optimizer)
+        seen = []
+        for _ in range(5):
+            seen.append([row[key] for row in schedule.get_last_coefficients() for key in COEFFICIENTS])
+            schedule.step()
+        return torch.tensor(seen), optimizer.param_groups
+
+    tensor = torch.tensor(0.8)
+    if share == "groups":
+        given = dict(l1=tensor), dict(l1=tensor)
+    elif share == "coefficients":
+        given = dict(l1=tensor, group_lasso=tensor), dict(l1=0.1)
+    else:
+        given = dict(l1=tensor), dict(group_lasso=tensor.view(1))
+    wanted, _ = run(*({key: float(x) for key, x in group.items()} for group in given))
+    found, groups = run(*given)
+    torch.testing.assert_close(found, wanted)
+    assert found.any() and groups[0]["l1"] is tensor
+
+
+def test_a_later_group_may_share_a_tensor_that_was_scaled():
+    tensor = torch.tensor(0.8)
+    optimizer = ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=tensor)
+    warmup = CoefficientWarmup(optimizer, 4)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    for k in range(1, 4):
+        warmup.step()
+        assert float(tensor) == pytest.approx(0.2 * k)
+    assert float(optimizer.param_groups[1]["initial_l1"]) == pytest.approx(0.8)
+
+
 def test_warmup_changes_tensor_coefficients_in_place():
     parameter = nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.SGD([{"params": [parameter], **{key: torch.tensor(0.8) for key in COEFFICIENTS}}])

@@ -319,6 +319,75 @@ def test_a_load_hook_may_convert_a_foreign_file(backend):
     assert seen == [set(saved["param_groups"][0])]
 
 
+# By name
+
+
+def named_optimizer(params, names, **options):
+    return ProxSGD(list(zip(names, params)), lr=0.1, momentum=0.9, l1=0.01, **options)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "block._checkpoint_wrapped_module."])
+def test_state_goes_by_name_in_whatever_order(backend, wrapper):
+    names = [f"{'block.' if 'block' in wrapper else ''}{name}" for name in "abc"]
+    saved = [f"{wrapper}{name}" for name in "abc"]
+    params = [
+        nn.Parameter(torch.randn(3, 4, dtype=dtype))
+        for dtype in (torch.float32, torch.float64, torch.float32)
+    ]
+    first = named_optimizer(params, saved, backend=backend)
+    train(first, params, range(2))
+    order = [2, 0, 1]
+    second = named_optimizer([params[i] for i in order], [names[i] for i in order], backend=backend)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    for p in params:
+        assert_same_bits([second.state[p]["momentum_buffer"]], [first.state[p]["momentum_buffer"]])
+        assert second.state[p]["momentum_buffer"].dtype == p.dtype
+    assert second.param_groups[0]["param_names"] == [names[i] for i in order]
+
+
+def test_names_that_are_not_ours_are_refused(backend):
+    params = parameters()[:2]
+    first, second = (named_optimizer(params, names, backend=backend) for names in (["a", "b"], ["a", "c"]))
+    train(first, params, range(1))
+    state = first.state_dict()
+    with pytest.raises(
+        ValueError, match=r"expected param_groups\[0\].*\['a', 'c'\] in some order, got \['a', 'b'\]"
+    ):
+        second.load_state_dict(state)
+    assert not second.state
+    del state["param_groups"][0]["param_names"]
+    second.load_state_dict(state)
+    assert len(second.state) == 2
+
+
+def test_names_that_differ_by_a_wrapper_alone_are_told_apart(backend):
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    first = named_optimizer(params, ["module.a", "a"], backend=backend)
+    train(first, params, range(1))
+    second = named_optimizer(params[::-1], ["a", "module.a"], backend=backend)
+    second.load_state_dict(first.state_dict())
+    for p in params:
+        assert_same_bits([second.state[p]["momentum_buffer"]], [first.state[p]["momentum_buffer"]])
+
+
+def test_a_hook_may_give_the_names(backend):
+    """It runs before names are compared."""
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    first = named_optimizer(params, ["x", "y"], backend=backend)
+    train(first, params, range(1))
+    second = named_optimizer(params[::-1], ["b", "a"], backend=backend)
+
+    def rename(optimizer, state):
+        groups = [{**group, "param_names": ["a", "b"]} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    second.register_load_state_dict_pre_hook(rename)
+    for _ in range(2):
+        second.load_state_dict(first.state_dict())
+        for p in params:
+            assert_same_bits([second.state[p]["momentum_buffer"]], [first.state[p]["momentum_buffer"]])
+
+
 # Frozen zeros
 
 FREEZE_SHAPES = [(6, 5), (130, 70), (4, 3, 3, 3), (9,)]

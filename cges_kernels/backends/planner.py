@@ -89,12 +89,14 @@ class Planner:
         self._values: list[Any] = []
         self._devices: list[torch.device | None] = []
 
-    def check(self, param_groups: ParamGroups) -> None:
-        """Whether the last param group can join the others."""
-        check_param_group(param_groups[-1])
-        self._layouts(param_groups, len(param_groups) - 1)
+    def check(self, param_groups: ParamGroups, first: int = 0) -> None:
+        """Whatever step() would refuse of param groups from ``first`` on, before there are gradients."""
+        for index, group in list(enumerate(param_groups))[first:]:
+            check_param_group(group)
+            self._layouts(param_groups, index)
         self._check_distinct(param_groups)
-        self._executor(param_groups[-1])
+        for group in param_groups[first:]:
+            self._executor(group)
 
     def gather(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
         """Whatever may fail, before anything is written."""

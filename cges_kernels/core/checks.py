@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .groups import GroupSpec, LayoutTuple, check_spec, layout_tuple
 from .hyperparameters import COEFFICIENTS, FREEZE_MODES, PROX_MODES, SGD_STATE, scalar
 
+FLAGS = ("nesterov", "maximize", "differentiable", "capturable")
+WISHES = ("foreach", "fused")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -40,8 +42,25 @@ def check_penalty(options: Mapping[str, Any]) -> None:
         raise ValueError(f"prox_mode: expected one of {PROX_MODES}, got {prox_mode!r}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """TypeError unless it is a number, of Python or NumPy, or a tensor; text that spells one is none."""
+    if not hasattr(type(value), "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def check_flags(group: Mapping[str, Any]) -> None:
+    """TypeError where text stands for a bool: any text would count as True."""
+    for names, expected in ((FLAGS, "a bool"), (WISHES, "a bool or None")):
+        for name in names:
+            if isinstance(group.get(name), (str, bytes)):
+                raise TypeError(f"{name}: expected {expected}, got {group[name]!r}")
+
+
 def check_param_group(group: Mapping[str, Any]) -> None:
-    """The hyperparameters of one param group; the wording of the first three is torch.optim.SGD's."""
+    """The hyperparameters of one param group; the wording of bad values is torch.optim.SGD's."""
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        check_number(name, group[name])
+    check_flags(group)
     for name, value in (
         ("learning rate", scalar("lr", group["lr"])),
         ("momentum value", group["momentum"]),

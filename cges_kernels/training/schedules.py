@@ -68,16 +68,32 @@ class CoefficientScheduler:
 
     @torch.no_grad()
     def _apply(self) -> None:
+        """Scale every coefficient; a tensor that stands in several places is one coefficient, written once.
+
+        So every full value is known before anything is written.
+        """
         factor = self.get_factor()
         for i, group in enumerate(self.optimizer.param_groups):
             for key in COEFFICIENTS:
-                now = group[key]
-                known = self._full.setdefault((i, key), now.clone() if isinstance(now, Tensor) else now)
-                full = self._full[i, key] = group.setdefault(f"initial_{key}", known)
-                if isinstance(now, Tensor):
-                    now.copy_(full * factor)
-                else:
-                    group[key] = full * factor
+                self._full[i, key] = group.setdefault(f"initial_{key}", self._full_value(i, key, group[key]))
+        written = set()
+        for (i, key), full in self._full.items():
+            group = self.optimizer.param_groups[i]
+            if not isinstance(group[key], Tensor):
+                group[key] = full * factor
+            elif group[key].data_ptr() not in written:
+                written.add(group[key].data_ptr())
+                group[key].copy_(full * factor)
+
+    def _full_value(self, i: int, key: str, now: Any) -> Any:
+        """Of a coefficient whose param group does not tell: as remembered, or what it is at the start."""
+        if (i, key) in self._full or not isinstance(now, Tensor):
+            return self._full.get((i, key), now)
+        for place, full in self._full.items():  # a group that came later may share a tensor that was scaled
+            other = self.optimizer.param_groups[place[0]][place[1]]
+            if isinstance(other, Tensor) and other.data_ptr() == now.data_ptr():
+                return full.clone()
+        return now.clone()
 
     def get_last_coefficients(self) -> list[dict[str, float]]:
         """The three coefficients in force, per param group, as plain numbers."""
