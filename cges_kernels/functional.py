@@ -15,6 +15,7 @@ from .core import reference
 from .core.checks import check_penalty, check_tensor, named_layouts
 from .core.groups import GroupSpec
 from .core.hyperparameters import Hyperparameters
+from .core.tensors import holds_values
 
 
 def prox_(
@@ -94,7 +95,7 @@ def prox(
     options: dict[str, Any] = dict(
         group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
     )
-    if torch.is_grad_enabled() and w.requires_grad:
+    if (torch.is_grad_enabled() and w.requires_grad) or not holds_values(w):
         check_penalty({**options, "prox_mode": prox_mode})
         choose_backend(backend, [w])
         w = w.clone()

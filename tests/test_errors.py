@@ -179,6 +179,33 @@ def test_load_state_dict_refuses_a_backend_that_cannot_serve():
     assert_recovers(optimizer, params, "cpu")
 
 
+@pytest.mark.parametrize("options", [dict(fused=True), dict(backend="cpu")])
+def test_a_gradient_of_another_dtype_is_refused_where_the_reference_may_not_step(options):
+    p = nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    with pytest.raises(
+        RuntimeError,
+        match=r"params'\]\[0\]: expected a gradient of its own dtype, torch.bfloat16, got torch.float32",
+    ):
+        ProxSGD([p], **options)
+
+
+@pytest.mark.parametrize(
+    "function", [prox, lambda w, **options: prox_([w], **options)], ids=["prox", "prox_"]
+)
+def test_a_tensor_whose_memory_is_freed_is_refused(backend, function):
+    w = torch.ones(3, 4)
+    w.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="expected a tensor with memory, got one whose memory is freed"):
+        function(w, l1=0.1, backend=backend)
+    if backend == "reference":
+        return  # a step of it, as torch's own, asks nothing of parameters that it knows
+    optimizer, params = started(backend)
+    params[0].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="expected a tensor with memory, got one whose memory is freed"):
+        optimizer.step()
+
+
 def test_a_flag_as_text_is_refused_where_nothing_steps():
     with pytest.raises(TypeError, match="capturable: expected a bool, got 'no'"):
         ProxSGD(parameters(), capturable="no")
@@ -454,6 +481,8 @@ BAD_GRADS = [
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_step_refuses_a_gradient(backend, momentum, spoil, words):
     """The last of several parameters is the faulty one; the first has its first gradient here."""
+    if backend == "reference" and spoil in (double, other_dtype_of_grad):
+        pytest.skip("it steps these, as torch's for-loop SGD does: test_optimizer.py")
     params = [nn.Parameter(p.detach()) for p in (*parameters(), torch.randn(4, 3))]
     optimizer = ProxSGD(params, **{**OPTIONS, "momentum": momentum}, backend=backend)
     give_grads(params[1:], 0)

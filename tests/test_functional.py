@@ -6,6 +6,7 @@ import pytest
 import torch
 from right import DTYPES, SPECS, fresh
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cges_kernels import ProxSGD, explain, penalty, prox, prox_
 from cges_kernels.core.hyperparameters import PROX_MODES
@@ -300,3 +301,34 @@ def test_explain_lines_its_columns_up():
 def test_explain_refuses_another_optimizer():
     with pytest.raises(TypeError, match="expected a ProxSGD, got SGD"):
         explain(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+
+
+@pytest.mark.parametrize("prox_mode", PROX_MODES)
+def test_transforms_and_fake_tensors(prox_mode):
+    """Whatever follows PyTorch's operations is served, by the reference."""
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    options = dict(group_lasso=0.1, exclusive_lasso=0.2, prox_mode=prox_mode)
+    wanted = torch.stack([prox(w, **options) for w in x])
+    torch.testing.assert_close(torch.vmap(lambda w: prox(w, **options))(x), wanted)
+
+    def in_place(w):
+        w = w.clone()
+        prox_([w], **options)
+        return w
+
+    torch.testing.assert_close(torch.vmap(in_place)(x), wanted)
+    jacobian = torch.func.jacrev(lambda w: prox(w, **options))(x[0])
+    _, along = torch.func.jvp(lambda w: prox(w, **options), (x[0],), (x[1],))
+    torch.testing.assert_close(along, torch.tensordot(jacobian, x[1], 2))
+    with FakeTensorMode():
+        fake = torch.empty(3, 4)
+        assert prox(fake, **options).shape == fake.shape
+        p = torch.nn.Parameter(torch.empty(3, 4))
+        p.grad = torch.empty(3, 4)
+        optimizer = ProxSGD([p], lr=0.1, momentum=0.9, **options)
+        optimizer.step()
+        assert optimizer.state[p]["momentum_buffer"].shape == p.shape
+    with pytest.raises(
+        RuntimeError, match=r"'cpu' cannot .*it serves tensors that hold values, got one of Fake"
+    ):
+        torch.vmap(lambda w: prox(w, backend="cpu", **options))(x)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -836,3 +837,26 @@ def test_a_learning_rate_that_requires_grad_is_read_at_each_step():
             before = x.detach().clone()
             optimizer.step()
             assert torch.equal(before - x.detach(), torch.full((3,), rate))
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("declared", [torch.float32, None])
+def test_gradients_of_another_dtype_are_stepped_as_in_torch(momentum, declared):
+    def trained(make):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(5, 3, dtype=torch.bfloat16))
+        p.grad_dtype = declared
+        p.grad = torch.randn(5, 3)
+        optimizer = make([p], lr=0.1, momentum=momentum, weight_decay=0.01)
+        for _ in range(3):
+            optimizer.step()
+            p.grad = torch.randn(5, 3)
+        return p, optimizer
+
+    (p, ours), (q, theirs) = trained(ProxSGD), trained(partial(SGD, foreach=False))
+    assert_same_bits([p], [q])
+    assert ours._planner.executors == ["reference"]
+    if momentum:
+        assert_same_bits([ours.state[p]["momentum_buffer"]], [theirs.state[q]["momentum_buffer"]])
+    (p, _), (q, _) = trained(partial(ProxSGD, group_lasso=100.0)), trained(partial(ProxSGD, l1=3.0))
+    assert not p.any() and (q == 0).any() and q.any()

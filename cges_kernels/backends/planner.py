@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.checks import check_distinct, check_param_group, named_layouts
 from ..core.groups import LayoutTuple
 from ..core.hyperparameters import SCALARS, SGD_STATE, Hyperparameters, can_be_read, scalar, values_of
+from ..core.tensors import has_other_gradient
 from .plan import Plan, Spec
 from .registry import choose_backend, make_plan
 
@@ -95,8 +96,8 @@ class Planner:
             check_param_group(group)
             self._layouts(param_groups, index)
         self._check_distinct(param_groups)
-        for group in param_groups[first:]:
-            self._executor(group)
+        for index in range(first, len(param_groups)):
+            self._executor(param_groups, index)
 
     def gather(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
         """Whatever may fail, before anything is written."""
@@ -164,14 +165,26 @@ class Planner:
         names = [name for index in range(len(param_groups)) for name in param_names(param_groups, index)]
         check_distinct(names, [p for group in param_groups for p in group["params"]])
 
-    def _executor(self, group: dict[str, Any]) -> str:
+    def _executor(self, param_groups: ParamGroups, index: int) -> str:
         """What steps a param group's parameters, or of DTensors what is local of them."""
+        group = param_groups[index]
         if group["differentiable"] and any(map(is_sharded, group["params"])):
             raise RuntimeError(
                 "differentiable=True: expected plain tensors, got a DTensor, whose step is not"
             )
         local = list(map(_local, group["params"]))
-        return choose_backend(backend_of(self.backend, group), local, fused=group["fused"] is True)
+        backend, fused = backend_of(self.backend, group), group["fused"] is True
+        named = zip(param_names(param_groups, index), group["params"])
+        name, odd = next(((name, p) for name, p in named if has_other_gradient(p)), ("", None))
+        if odd is None or (backend == "reference" and not fused):
+            return choose_backend(backend, local, fused)
+        if fused or backend != "auto":
+            wish = "fused=True" if fused else f"backend={backend!r}"
+            raise RuntimeError(
+                f"{wish} cannot be served. {name}: expected a gradient of its own dtype, {odd.dtype}, got "
+                f"{odd.grad_dtype if odd.grad is None else odd.grad.dtype}, which the reference alone steps"
+            )
+        return choose_backend("reference", local)
 
     def _keys(self, param_groups: ParamGroups) -> list[tuple[Any, ...]]:
         """What a group's executor and layouts depend on; a plan itself compares its parameters."""
@@ -199,7 +212,7 @@ class Planner:
             check_param_group(group)
         layouts = [self._layouts(param_groups, i) for i in range(len(param_groups))]
         self._check_distinct(param_groups)
-        executors = [self._executor(group) for group in param_groups]
+        executors = [self._executor(param_groups, i) for i in range(len(param_groups))]
         sharded = [any(map(is_sharded, group["params"])) for group in param_groups]
         self.executors = [SHARDED if s else e for s, e in zip(sharded, executors)]
         self._group_sizes = [max((x[1] * x[3] for x in row if x[4]), default=0) for row in layouts]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.groups import LayoutTuple
+from ..core.tensors import holds_values
 from .extension import BUILT
 from .plan import Plan, Spec
 from .reference_plan import ReferencePlan
@@ -91,6 +92,8 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
         return f"it serves tensors on {' or '.join(served)}, got one on {w.device}"
     if w is not None and is_traceable_wrapper_subclass(w):
         return f"it serves plain tensors, got {type(w).__name__}"
+    if w is not None and not holds_values(w):
+        return "it serves tensors that hold values, got one of FakeTensorMode, or under vmap, grad or jvp"
     return _why_not_device(w.device.index or 0) if backend == "cuda" and w is not None else None
 
 

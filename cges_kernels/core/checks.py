@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .groups import GroupSpec, LayoutTuple, check_spec, layout_tuple
 from .hyperparameters import COEFFICIENTS, FREEZE_MODES, PROX_MODES, SGD_STATE, scalar
+from .tensors import holds_values
 
 FLAGS = ("nesterov", "maximize", "differentiable", "capturable")
 WISHES = ("foreach", "fused")
@@ -101,6 +102,8 @@ def check_tensor(name: str, w: Any) -> None:
         raise ValueError(f"{name}: expected a tensor with memory, got one on the meta device")
     if w.is_neg():
         raise ValueError(f"{name}: expected a tensor that holds its values, got a lazily negated view")
+    if holds_values(w) and not is_traceable_wrapper_subclass(w) and w.numel() and w.data_ptr() == 0:
+        raise ValueError(f"{name}: expected a tensor with memory, got one whose memory is freed")
 
 
 def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -113,7 +116,7 @@ def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     ranges = sorted(
         (w.data_ptr(), w.data_ptr() + w.nbytes, name)
         for name, w in zip(names, tensors)
-        if w.numel() and not is_traceable_wrapper_subclass(w)
+        if w.numel() and holds_values(w) and not is_traceable_wrapper_subclass(w)
     )
     for (_, end, name), (start, _, other) in itertools.pairwise(ranges):
         if start < end:
@@ -143,9 +146,9 @@ def checked_inputs(
 ) -> tuple[Tensor, Tensor | None]:
     """A parameter's gradient, which is there, and the buffer that ``entry``, its optimizer state, may hold.
 
-    With momentum 0 there is no buffer; with ``dtype`` it must be of that.
+    With momentum 0 there is no buffer; with ``dtype`` both must be of that.
     """
-    grad = check_companion("gradient", name, param, param.grad, param.dtype)
+    grad = check_companion("gradient", name, param, param.grad, dtype)
     buf = entry.get(SGD_STATE) if momentum != 0 else None
     if buf is not None:
         check_companion(SGD_STATE, name, param, buf, dtype)

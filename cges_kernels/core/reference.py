@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .groups import GroupSpec, has_groups, reduced_dims, viewed
+from .tensors import holds_values
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -193,11 +194,12 @@ def _solve_exact(
     z: Tensor, dims: tuple[int, ...], thresholds: Thresholds, stats: GroupStats
 ) -> tuple[Tensor, Tensor]:
     """Newton on the rising function t - c - b*s(t)*||u(t)||_1 from t = c, kept inside a shrinking bracket."""
+    can_ask = holds_values(z) and not torch.compiler.is_compiling()
     with torch.no_grad():
         search = start_search(stats, thresholds)
         for _ in range(MAX_SWEEPS):
             search = sweep(search, stats, thresholds)
-            if not torch.compiler.is_compiling() and bool(search.done.all()):
+            if can_ask and bool(search.done.all()):
                 break
             stats = group_stats(z, search.t, dims, with_count=True)
     s, t = search.s, search.t
