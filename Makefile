@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 # The exact torch to build and test against; several requirements may be given,
-# for example: make TORCH="torch==2.11.0 triton==3.6.0 numpy==2.3.*" test
+# for example: make TORCH="torch==2.11.0 triton==3.6.0 numpy==2.2.*" test
 TORCH  ?= torch==2.13.0
 # Extra arguments for demo, bench, accuracy, test and test-quick: make demo ARGS="--help"
 ARGS   ?=

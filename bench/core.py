@@ -12,7 +12,7 @@ from torch import Tensor
 from cges_kernels import prox
 from cges_kernels.backends import gathering
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.groups import grouped_layout
 from cges_kernels.core.hyperparameters import Hyperparameters
 
 from . import baselines, workloads
@@ -88,7 +88,7 @@ def host_time(shapes: Shapes, note: dict[str, Any]) -> Measure:
 def checks(shapes: Shapes, kind: type) -> baselines.Made:
     """A StepPlan's gather and run, without a launch."""
     params = baselines.parameters(shapes)
-    layouts = [layout_tuple(p, "feature", None) for p in params]
+    layouts = [grouped_layout(p, "feature", None) for p in params]
     plan = kind([params], [layouts])
     plan.set_hyperparameters(0, Hyperparameters(lr=baselines.LR, momentum=baselines.MOMENTUM))
     state: dict[Tensor, Any] = {}

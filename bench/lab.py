@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.groups import grouped_layout
 
 from . import baselines
 from .baselines import Contender
@@ -231,7 +231,7 @@ def count_kernels(events: Sequence[Mapping[str, Any]]) -> int:
 
 def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> dict[str, int]:
     """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
-    layouts = [layout_tuple(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
+    layouts = [grouped_layout(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
     counts = BUILT["cuda"].cuda_paths(layouts, NUMBERED.index(dtype), 0)
     return dict(zip(("rows", "block", "cluster", "ticket"), counts))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cges_kernels import ProxSGD, available_backends
-from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.groups import grouped_layout
 
 from .lab import DTYPES, cuda_paths
 
@@ -43,7 +43,7 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
         for shape in shapes:
             p = torch.nn.Parameter(normal(shape))
             p.grad = normal(shape)
-            _, outer, _, inner, _ = layout_tuple(p, group_by, None)
+            _, outer, _, inner, _ = grouped_layout(p, group_by, None)
             size = outer * inner  # of a group
             penalty = {"group_lasso": 0.5 * size**0.5, "exclusive_lasso": 1 / size, "l1": 0.05}
             groups.append({"params": [p], "group_by": group_by, **penalty})

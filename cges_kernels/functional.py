@@ -49,23 +49,10 @@ def prox_(
     )
     check_penalty({**penalty_options, "prox_mode": prox_mode})
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    hyperparameters = _hyperparameters(group_lasso, exclusive_lasso, l1, prox_mode)
+    hyperparameters = Hyperparameters.of_prox(group_lasso, exclusive_lasso, l1, prox_mode)
     # the operator ends in prox_in_place as well, when it runs
     in_place = operators.prox_ if torch.compiler.is_compiling() else prox_in_place
     in_place(tensors, hyperparameters, group_by, view, backend)
-
-
-def _hyperparameters(
-    group_lasso: float, exclusive_lasso: float, l1: float, prox_mode: str
-) -> Hyperparameters:
-    """Of a step that is the prox alone: the coefficients contain the step size already."""
-    return Hyperparameters(
-        lr=1.0,
-        group_lasso=float(group_lasso),
-        exclusive_lasso=float(exclusive_lasso),
-        l1=float(l1),
-        prox_mode=prox_mode,
-    )
 
 
 def prox(

@@ -1,4 +1,4 @@
-"""ProxSGD: torch.optim.SGD with structured sparsity. No mathematics here; see reference.py."""
+"""ProxSGD: torch.optim.SGD with structured sparsity. No mathematics here; see core/reference.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .backends.registry import check_backend
 from .core import reference
 from .core.checks import check_companion, check_param_group
 from .core.groups import GroupSpec
-from .core.hyperparameters import COEFFICIENTS, SGD_OPTIONS, SGD_STATE
+from .core.hyperparameters import COEFFICIENTS, SGD_OPTIONS, SGD_STATE, keeps_state
 
 # torch's own; before 2.13 it knew CUDA alone
 _capture_health_check: Callable[[Optimizer], None] = (
@@ -71,7 +71,7 @@ class ProxSGD(Optimizer):
     over the groups g that ``group_by`` makes, so that weights and whole groups become exactly zero
     (CGES: Yoon and Hwang, Combined Group and Exclusive Sparsity for Deep Neural Networks, ICML 2017).
     All parameters of all fused param groups are updated in one pass. DTensors (FSDP2, tensor parallelism) are
-    served too: groups that cross shards are exact, and only their sums travel; see sharded.ShardedPlan.
+    served too: groups that cross shards are exact, and only their sums travel; see distributed/sharded.py.
 
     The thresholds are lr*coefficient, as in the thesis's Algorithm 1. With constant momentum m and
     dampening d the fixed point minimises f + (1-m)/(1-d) * Omega: at momentum 0.9 the same sparsity needs
@@ -285,7 +285,7 @@ class ProxSGD(Optimizer):
             if p.grad is not None:
                 params.append(p)
                 grads.append(p.grad)
-                if group["momentum"] != 0:
+                if keeps_state(group):
                     buffers.append(self.state[p].get(SGD_STATE))
 
     @torch.no_grad()

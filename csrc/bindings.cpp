@@ -57,10 +57,10 @@ ScalerTensors to_scaler(const std::optional<at::Tensor>& grad_scale,
 
 std::unique_ptr<Executor> executor_for(const std::string& name, const std::vector<at::Tensor>& tensors,
                                        const std::vector<LayoutTuple>& layouts,
-                                       const std::vector<int64_t>& groups) {
+                                       const std::vector<int64_t>& param_groups) {
   std::vector<TensorShape> shapes;
   for (size_t i = 0; i < tensors.size(); ++i)
-    shapes.push_back(shape_of(tensors[i], layouts.at(i), groups.at(i)));
+    shapes.push_back(shape_of(tensors[i], layouts.at(i), param_groups.at(i)));
   return make_executor(name, std::move(shapes));
 }
 
@@ -73,11 +73,12 @@ void step(Executor& executor, const std::vector<std::array<int64_t, 4>>& rows,
   for (const auto& [w, grad, buf, phase] : rows) {
     addresses.push_back(
         {reinterpret_cast<void*>(w), reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(buf)});
+    TORCH_CHECK_VALUE(phase >= int(Phase::skipped) && phase <= int(Phase::running),
+                      text("phase: expected one of Phase, got ", phase).c_str());
     phases.push_back(Phase(phase));
   }
   std::vector<Hyperparameters> of_groups;
   for (const py::object& h : hyperparameters) of_groups.push_back(to_hyperparameters(h));
-  const py::gil_scoped_release no_gil;
   executor.step(addresses, phases, of_groups, to_scaler(grad_scale, found_inf));
 }
 
@@ -107,7 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Fused proximal SGD: the C++ side of cges_kernels.";
   py::class_<Executor>(m, "Executor", py::module_local())
       .def(py::init(&executor_for), py::arg("name"), py::arg("tensors"), py::arg("layouts"),
-           py::arg("groups"))
+           py::arg("param_groups"))
       .def("step", &step, py::arg("rows"), py::arg("hyperparameters"), py::arg("grad_scale") = py::none(),
            py::arg("found_inf") = py::none());
   py::class_<StepPlan>(m, "StepPlan", py::module_local())
@@ -134,6 +135,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
   // For tests: what Python says once more.
+  m.attr("sgd_state") = kSgdState;
   m.attr("max_sweeps") = ShrinkageSolver<float>::kMaxSweeps;
   m.attr("phases") =
       py::dict(py::arg("SKIPPED") = int(Phase::skipped), py::arg("PROX_ALONE") = int(Phase::prox_alone),

@@ -16,9 +16,9 @@ from right import DTYPES, INTERPRETED, SPECS, check_step, fresh
 from test_executors import MODES, coefficients, training
 
 from cges_kernels import ProxSGD, prox, prox_
-from cges_kernels.backends import registry
+from cges_kernels.backends import registry, unplanned
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.groups import grouped_layout
 
 BACKEND = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def paths(shape, group_by="feature", dtype=torch.float32):
 
 
 def paths_together(shapes, group_by="feature", dtype=torch.float32):
-    layouts = [layout_tuple(torch.empty(shape, dtype=dtype), group_by, None) for shape in shapes]
+    layouts = [grouped_layout(torch.empty(shape, dtype=dtype), group_by, None) for shape in shapes]
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
     return BUILT["cuda"].cuda_paths(layouts, number, 0)
 
@@ -289,6 +289,36 @@ def test_prox_keeps_its_plans(device):
         prox_(tensors, backend=BACKEND, **PENALTY)
         prox_(expected, backend="reference", **PENALTY)
         torch.testing.assert_close(tensors, expected)
+
+
+@on_emulator
+def test_what_a_graph_comes_back_to_is_kept_for_good(monkeypatch):
+    made = []
+    monkeypatch.setattr(unplanned, "_kept", type(unplanned._kept)())
+    monkeypatch.setattr(unplanned, "_in_graphs", {})
+    make = unplanned._make
+    monkeypatch.setattr(unplanned, "_make", lambda *args: made.append(make(*args)) or made[-1])
+
+    def call(n):
+        prox_([fresh((n, 2))], backend=BACKEND, **PENALTY)
+
+    call(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(unplanned, "is_capturing", lambda: True)
+        call(1)
+    for n in range(2, unplanned.MOST_KEPT + 4):
+        call(n)
+    count = len(made)
+    assert count == unplanned.MOST_KEPT + 3 and len(unplanned._kept) == unplanned.MOST_KEPT
+    with monkeypatch.context() as patch:  # a second capture makes no tables, which a capture could not
+        patch.setattr(unplanned, "is_capturing", lambda: True)
+        call(1)
+    call(1)
+    assert len(made) == count and list(unplanned._in_graphs.values()) == [made[0]]
+    unplanned.forget()
+    assert made[0] in unplanned._outlived
+    call(1)
+    assert len(made) == count + 1
 
 
 @on_emulator

@@ -14,7 +14,7 @@ from test_executors import MODES, coefficients
 from cges_kernels import ProxSGD, prox
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
-from cges_kernels.core.groups import layout_tuple
+from cges_kernels.core.groups import grouped_layout
 
 BACKEND = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def rows(dtype):
 
 def path_of(shape, group_by="filter", dtype=torch.float32):
     """Which paths work on a tensor: of "rows", "block", "cluster", "ticket"."""
-    layout = layout_tuple(torch.empty(shape, dtype=dtype), group_by, None)
+    layout = grouped_layout(torch.empty(shape, dtype=dtype), group_by, None)
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
     counts = BUILT["cuda"].cuda_paths([layout], number, 0)
     return {name for name, count in zip(("rows", "block", "cluster", "ticket"), counts) if count}

@@ -1,14 +1,18 @@
 """Which weights a model's recipe regularises, by which groups, how strongly; the schedule."""
 
+import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import parametrizations, prune
 
-from cges_kernels import ProxSGD
+from cges_kernels import ProxSGD, prune_to_density
 from cges_kernels.core.groups import NAMED_SPECS, reduced_dims
 from cges_kernels.training.recipes import (
     LayerWeight,
@@ -370,3 +374,71 @@ def test_the_optimizer_takes_the_zoo_and_kills_layer_weights_only():
         else:  # zero-initialised biases too are not frozen by an optimizer-wide freeze_zeros
             moved = 0.1 if p.requires_grad else 0.0
             torch.testing.assert_close(p, before[name] - moved, msg=name)
+
+
+# Weights that are no parameters, parameters without names, and those that come later
+
+COMPUTED = {
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(4, 4), lambda: nn.Conv2d(4, 4, 3)], ids=["linear", "conv"]
+)
+def test_weights_that_are_no_parameters_are_named(compute, make):
+    model = nn.Sequential(compute(make()), nn.Sequential(nn.Linear(4, 4)))
+    for helper in (sparsity_param_groups, cges_param_groups):
+        options = dict(group_lasso=0.1) if helper is sparsity_param_groups else dict(lam=0.1)
+        with pytest.warns(
+            UserWarning, match=r"Sequential: no penalty for \['0.weight'\], which are no param"
+        ) as seen:
+            groups = helper(model, **options)
+        assert len(seen) == 1
+        assert [name for name, _ in groups[0]["params"]] == ["1.0.weight"]
+    with pytest.warns(UserWarning, match=r"nothing is pruned for \['0.weight'\]"):
+        prune_to_density(model, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsity_param_groups(model, group_lasso=0.1, include=["1.0.weight"])
+        sparsity_param_groups(model[1], group_lasso=0.1)
+    with pytest.raises(ValueError, match=r"got none but \['0.weight'\], which are computed from other"):
+        sparsity_param_groups(model[:1], group_lasso=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_some_of_a_layers_weights_may_be_no_parameters():
+    model = nn.Sequential(nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"))
+    with pytest.warns(UserWarning, match=r"no penalty for \['0.weight_hh_l0'\], which"):
+        groups = sparsity_param_groups(model, l1=0.1)
+    assert [name for name, _ in groups[0]["params"]] == ["0.weight_ih_l0"]
+
+
+def test_parameters_without_names_fit_a_zero_redundancy_optimizer(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    plain = copy.deepcopy(model)
+    for m in (model, plain):
+        m(torch.ones(1, 4)).sum().backward()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        options = dict(optimizer_class=ProxSGD, lr=0.1, momentum=0.9)
+        groups = sparsity_param_groups(model, group_lasso=0.3, names=False)
+        ZeroRedundancyOptimizer(groups, **options).step()
+    finally:
+        dist.destroy_process_group()
+    ProxSGD(sparsity_param_groups(plain, group_lasso=0.3), lr=0.1, momentum=0.9).step()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("key", ["group_lasso", "weight_decay"])
+@pytest.mark.parametrize("value", ["1e-3", None])
+def test_a_coefficient_that_is_no_number_is_refused(key, value):
+    with pytest.raises(TypeError, match=f"{key}: expected a number or one value per layer, got {value!r}"):
+        sparsity_param_groups(nn.Linear(3, 2), **{key: value})

@@ -13,8 +13,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from cges_kernels import ProxSGD
 from cges_kernels.backends import gathering, planner
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.groups import layout_tuple
-from cges_kernels.core.hyperparameters import Hyperparameters, Phase
+from cges_kernels.core.groups import grouped_layout
+from cges_kernels.core.hyperparameters import At, Hyperparameters, Phase
 
 PLANS = {"python": gathering.StepPlan} | ({"c++": BUILT["cpu"].StepPlan} if "cpu" in BUILT else {})
 SHAPES = [(4, 3), (2, 3, 2, 2), (6,), (5, 1)]
@@ -33,7 +33,7 @@ def parameters(shapes=SHAPES):
 
 
 def make_plan(Plan, *groups, momentum=0.9):
-    plan = Plan(groups, [[layout_tuple(p, "feature", None) for p in group] for group in groups])
+    plan = Plan(groups, [[grouped_layout(p, "feature", None) for p in group] for group in groups])
     for i in range(len(groups)):
         plan.set_hyperparameters(i, Hyperparameters(lr=0.1, momentum=momentum))
     return plan
@@ -461,6 +461,47 @@ def test_a_plan_refuses_layouts_of_something_else(Plan, params, layouts, text):
 def test_a_plan_refuses_hyperparameters_of_a_group_it_has_not(Plan):
     with pytest.raises(IndexError):
         make_plan(Plan, []).set_hyperparameters(1, Hyperparameters(lr=0.1))
+
+
+class Dispatching(torch.Tensor):
+    """A class of tensors that sees every operation on it."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} on the parameter's class")
+
+
+def test_a_buffer_is_a_plain_tensor_whatever_the_parameters_class(Plan):
+    p = torch.Tensor._make_subclass(Dispatching, torch.randn(4, 3).t())
+    p.grad = torch.Tensor._make_subclass(Dispatching, torch.randn(4, 3).t())
+    plan, state = make_plan(Plan, [p]), {}
+    assert plan.gather([[p]], state)
+    run(plan)
+    buf = state[p]["momentum_buffer"]
+    assert type(buf) is torch.Tensor and buf.stride() == (1, 3)
+
+
+@pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
+def test_the_cpu_executor_refuses_what_only_a_kernel_can_read():
+    p = nn.Parameter(torch.ones(4, 3))
+    p.grad = torch.ones(4, 3)
+    plan = BUILT["cpu"].StepPlan([[p]], [[grouped_layout(p, "feature", None)]], "cpu")
+    lr = torch.tensor(0.1)
+    plan.set_hyperparameters(0, Hyperparameters(lr=At(lr.data_ptr())))
+    assert plan.gather([[p]], {})
+    with pytest.raises(RuntimeError, match="cpu executor: expected numbers, got addresses"):
+        plan.run()
+    assert torch.equal(p, torch.ones(4, 3))
+
+
+@pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
+@pytest.mark.parametrize("phase", [-2, 4])
+def test_an_executor_refuses_a_phase_that_is_none(phase):
+    w = torch.ones(4, 3)
+    executor = BUILT["cpu"].Executor("cpu", [w], [grouped_layout(w, "feature", None)], [0])
+    with pytest.raises(ValueError, match=f"phase: expected one of Phase, got {phase}"):
+        executor.step([(w.data_ptr(), 0, 0, phase)], [Hyperparameters(lr=1.0, l1=0.5)])
+    assert torch.equal(w, torch.ones(4, 3))
 
 
 # Several executors in one optimizer

@@ -11,10 +11,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cges_kernels import ProxSGD, cges_param_groups, explain
+from cges_kernels import ProxSGD, cges_param_groups, explain, sparsity_param_groups
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
-FREEZE, AVERAGE, COMPILED, DISTRIBUTED = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+FREEZE, AVERAGE, COMPILED, FINETUNING, DISTRIBUTED = re.findall(
+    r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL
+)
 THRESHOLD = dict(group_lasso=0.1)
 
 
@@ -194,3 +196,41 @@ def test_a_compiled_step_reads_a_tensor():
 def test_linked_files_exist():
     links = re.findall(r"\]\(([^)#:]+)\)", PAGE.read_text())
     assert links and all((PAGE.parent / link).exists() for link in links)
+
+
+@pytest.mark.slow  # imports Lightning
+@pytest.mark.xdist_group("trainers")
+@pytest.mark.filterwarnings("ignore")
+def test_a_backbone_that_is_unfrozen_later_is_regularised(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    monkeypatch.chdir(tmp_path)
+    scope = dict(sparsity_param_groups=sparsity_param_groups)
+    exec(FINETUNING.replace("epoch == 5", "epoch == 1"), scope)
+
+    class Later(BaseFinetuning):
+        finetune_function = scope["finetune_function"]
+
+        def freeze_before_training(self, module):
+            self.freeze(module.backbone)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def training_step(self, batch, _):
+            return self.head(self.backbone(batch)).square().mean()
+
+        def configure_optimizers(self):
+            return ProxSGD(sparsity_param_groups(self.head, group_lasso=1e-4), lr=0.1, momentum=0.9)
+
+    module = Module()
+    quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(max_epochs=2, enable_checkpointing=False, callbacks=[Later()], **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(4, 4)))
+    (optimizer,) = trainer.optimizers
+    lassos = {p: group["group_lasso"] for group in optimizer.param_groups for p in group["params"]}
+    assert lassos[module.backbone.weight] == lassos[module.head.weight] == 1e-4
+    assert lassos[module.backbone.bias] == 0 and "momentum_buffer" in optimizer.state[module.backbone.weight]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..core.groups import LayoutTuple
+from ..core.groups import GroupedLayout
 from ..core.hyperparameters import Hyperparameters
 
 
@@ -40,17 +40,15 @@ class Executor(Protocol):
 
 
 class Extension(Protocol):
-    """The module, as far as this package uses it; what is left out is there for tests."""
+    """The module, as far as this package uses it; the rest of it is there for tests."""
 
     cuda: bool  # whether the CUDA executor is in it
     emulated: bool  # whether that runs its kernels on the CPU, as the tests build it
-    max_sweeps: int  # reference.MAX_SWEEPS in C++
-    phases: Mapping[str, int]  # hyperparameters.Phase in C++
 
     def StepPlan(
         self,
         params: Sequence[list[Tensor]],
-        layouts: Sequence[Sequence[LayoutTuple]],
+        layouts: Sequence[Sequence[GroupedLayout]],
         executor: str = "",
     ) -> StepPlan: ...
 
@@ -58,8 +56,8 @@ class Extension(Protocol):
         self,
         name: str,
         tensors: Sequence[Tensor],
-        layouts: Sequence[LayoutTuple],
-        groups: Sequence[int],
+        layouts: Sequence[GroupedLayout],
+        param_groups: Sequence[int],
     ) -> Executor: ...
 
     def check_device(self, index: int) -> None: ...

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..core.checks import check_distinct, checked_inputs
-from ..core.groups import LayoutTuple
+from ..core.groups import GroupedLayout
 from ..core.hyperparameters import SGD_STATE, Hyperparameters, Phase
 
 
@@ -50,11 +50,11 @@ class _Slot:
 class StepPlan:
     """The parameters of param groups, held for a step in two calls: gather, which may fail, and run."""
 
-    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[LayoutTuple]]) -> None:
+    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]) -> None:
         if len(params) != len(layouts):
             raise ValueError(f"StepPlan: expected layouts for {len(params)} param groups, got {len(layouts)}")
         self._sizes = [len(group) for group in params]
-        self._momentum = [0.0] * len(params)
+        self._keeps_state = [False] * len(params)
         self._slots: list[_Slot] = []
         self._gathered: tuple[dict[Tensor, Any], list[tuple[int, ...]], list[Any]] | None = None
         for g, (group, rows) in enumerate(zip(params, layouts)):
@@ -70,8 +70,8 @@ class StepPlan:
                 self._slots.append(_Slot(f"param_groups[{g}]['params'][{i}]", p, g, _place(p)))
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        """Of a param group's hyperparameters only whether it has momentum matters here."""
-        self._momentum[group] = hyperparameters.momentum
+        """Of a param group's hyperparameters only whether the rule keeps a state matters here."""
+        self._keeps_state[group] = hyperparameters.keeps_state
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
         """Check and collect what a step reads, write nothing; False where the plan must be built again."""
@@ -96,12 +96,12 @@ class StepPlan:
 
     def _inputs(self, slot: _Slot, state: dict[Tensor, Any]) -> tuple[Phase, Tensor | None, Tensor | None]:
         """The phase, and gradient and buffer in the parameter's memory order."""
-        p, momentum = slot.param, self._momentum[slot.group]
+        p, keeps_state = slot.param, self._keeps_state[slot.group]
         if p.grad is None:
             return Phase.SKIPPED, None, None
-        grad, buf = checked_inputs(slot.name, p, state.get(p, {}), momentum, p.dtype)
+        grad, buf = checked_inputs(slot.name, p, state.get(p, {}), keeps_state, p.dtype)
         grad = in_memory_order_of(p, grad)
-        if momentum == 0:
+        if not keeps_state:
             return Phase.STATELESS, grad, None
         if buf is None:
             return Phase.FIRST, grad, new_like(p)

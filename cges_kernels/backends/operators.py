@@ -22,8 +22,8 @@ from torch.autograd.graph import increment_version
 
 from ..core import reference
 from ..core.checks import check_companion, check_distinct, check_param_group, check_penalty
-from ..core.groups import GroupSpec, LayoutTuple, from_text, layout_tuple, to_text
-from ..core.hyperparameters import SCALARS, SGD_OPTIONS, SGD_STATE, Hyperparameters, Phase
+from ..core.groups import GroupedLayout, GroupSpec, from_text, grouped_layout, to_text
+from ..core.hyperparameters import SCALARS, SGD_OPTIONS, SGD_STATE, Hyperparameters, Phase, keeps_state
 from .gathering import in_memory_order_of
 from .graphs import is_capturing
 from .planner import kernel_device
@@ -32,7 +32,8 @@ from .registry import choose_backend
 from .unplanned import Row, prox_in_place, step_once
 
 NUMBERS = (*SCALARS, *SGD_OPTIONS)
-OPTIONS = ("backend", "fused", "group_by", "view", "prox_mode", "freeze_zeros")
+GROUP_OPTIONS = ("group_by", "view", "prox_mode", "freeze_zeros")
+OPTIONS = ("backend", "fused", *GROUP_OPTIONS)
 # A graph must not be captured around a call that keeps no plan: inductor then leaves it outside of its own.
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -90,7 +91,7 @@ def step(
             if key in SCALARS:
                 sources.append(group[key] if is_tensor else None)
         fused = "fused" if group["fused"] else ""
-        for value in (backend, fused, *(group[key] for key in OPTIONS[2:])):
+        for value in (backend, fused, *(group[key] for key in GROUP_OPTIONS)):
             options.append(to_text(value))
     if found_inf is not None and new:
         raise RuntimeError(
@@ -119,8 +120,8 @@ def prox_(
 @lru_cache(4096)
 def _layout(
     shape: torch.Size, stride: tuple[int, ...], group_by: GroupSpec, view: Sequence[int] | None
-) -> LayoutTuple:
-    return layout_tuple(torch.empty_strided(shape, stride, device="meta"), group_by, view)
+) -> GroupedLayout:
+    return grouped_layout(torch.empty_strided(shape, stride, device="meta"), group_by, view)
 
 
 @lru_cache(256)
@@ -169,7 +170,7 @@ def _step(
     begun = iter(zip(momentum_buffers, first))
     for name, p, grad, index in zip(names, params, grads, groups):
         check_companion("gradient", name, p, grad, p.dtype)
-        buf, is_first = next(begun) if param_groups[index]["momentum"] != 0 else (None, False)
+        buf, is_first = next(begun) if keeps_state(param_groups[index]) else (None, False)
         if buf is not None:
             check_companion(SGD_STATE, name, p, buf, p.dtype)
         members[index].append(Member(p, grad, buf, is_first))
@@ -213,7 +214,7 @@ def _fused_step(
             "expected optimizer.step itself in a graph, got a compiled one, which keeps nothing for replays"
         )
     tensors: list[Tensor] = []
-    layouts: list[LayoutTuple] = []
+    layouts: list[GroupedLayout] = []
     rows: list[Row] = []
     groups: list[int] = []
     hyperparameters = []
@@ -251,13 +252,10 @@ def _prox(
     prox_mode: str,
     backend: str,
 ) -> None:
-    penalty: dict[str, Any] = dict(
-        group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, prox_mode=prox_mode
-    )
-    spec = from_text(group_by)
-    check_penalty({**penalty, "group_by": spec, "view": view})
+    h, spec = Hyperparameters.of_prox(group_lasso, exclusive_lasso, l1, prox_mode), from_text(group_by)
+    check_penalty({**h._asdict(), "group_by": spec, "view": view})
     with torch.no_grad():
-        prox_in_place(tensors, Hyperparameters(lr=1.0, **penalty), spec, view, backend)
+        prox_in_place(tensors, h, spec, view, backend)
 
 
 torch.library.register_fake("cges_kernels::step_", lambda *args, **kwargs: None)

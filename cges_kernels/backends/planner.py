@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_distinct, check_param_group, named_layouts
-from ..core.groups import LayoutTuple
-from ..core.hyperparameters import SCALARS, SGD_STATE, Hyperparameters, can_be_read, scalar, values_of
+from ..core.groups import GroupedLayout
+from ..core.hyperparameters import (
+    SCALARS,
+    SGD_STATE,
+    Hyperparameters,
+    can_be_read,
+    keeps_state,
+    scalar,
+    values_of,
+)
 from ..core.tensors import has_other_gradient
 from .plan import Plan, Spec
 from .registry import choose_backend, make_plan
@@ -149,12 +157,12 @@ class Planner:
                     raise RuntimeError(
                         f"{name}: expected a gradient during capture, got None: no replay would step it"
                     )
-                if group["momentum"] != 0 and state.get(p, {}).get(SGD_STATE) is None:
+                if keeps_state(group) and state.get(p, {}).get(SGD_STATE) is None:
                     raise RuntimeError(
                         f"{name}: expected a momentum buffer during capture, got none: step once before"
                     )
 
-    def _layouts(self, param_groups: ParamGroups, index: int) -> list[LayoutTuple]:
+    def _layouts(self, param_groups: ParamGroups, index: int) -> list[GroupedLayout]:
         """Check a group's parameters and work out their layouts."""
         group = param_groups[index]
         return named_layouts(
@@ -215,7 +223,9 @@ class Planner:
         executors = [self._executor(param_groups, i) for i in range(len(param_groups))]
         sharded = [any(map(is_sharded, group["params"])) for group in param_groups]
         self.executors = [SHARDED if s else e for s, e in zip(sharded, executors)]
-        self._group_sizes = [max((x[1] * x[3] for x in row if x[4]), default=0) for row in layouts]
+        self._group_sizes = [
+            max((x.layout.group_size for x in row if x.has_groups), default=0) for row in layouts
+        ]
         self._devices = [kernel_device(e, group["params"]) for e, group in zip(self.executors, param_groups)]
         specs = [[(group["group_by"], group["view"])] * len(group["params"]) for group in param_groups]
         for executor in sorted(set(self.executors)):

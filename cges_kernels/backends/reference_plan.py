@@ -33,11 +33,13 @@ class ReferencePlan:
         self._params = [list(group) for group in params]
         self._specs = [list(group) for group in specs]
         self._options: list[dict[str, Any]] = [{} for _ in params]
+        self._keeps_state = [False] * len(params)
         self._gathered: list[tuple[dict[str, Any], Tensor, Tensor, Tensor | None]] | None = None
         self._state: dict[Tensor, Any] = {}
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
         self._options[group] = options_of(hyperparameters)
+        self._keeps_state[group] = hyperparameters.keeps_state
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
         self._gathered = None
@@ -53,7 +55,7 @@ class ReferencePlan:
                     continue
                 options = dict(self._options[g], group_by=group_by, view=view)
                 name = f"param_groups[{g}]['params'][{i}]"
-                inputs = checked_inputs(name, p, state.get(p, {}), options["momentum"])
+                inputs = checked_inputs(name, p, state.get(p, {}), self._keeps_state[g])
                 gathered.append((options, p, *inputs))
         self._gathered, self._state = gathered, state
         return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..core.groups import LayoutTuple
+from ..core.groups import GroupedLayout
 from ..core.tensors import holds_values
 from .extension import BUILT
 from .plan import Plan, Spec
@@ -139,7 +139,7 @@ def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False)
 def make_plan(
     executor: str,
     params: Sequence[list[Tensor]],
-    layouts: Sequence[Sequence[LayoutTuple]],
+    layouts: Sequence[Sequence[GroupedLayout]],
     specs: Sequence[Sequence[Spec]],
 ) -> Plan:
     """The plan that steps the parameters of ``executor``.

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from ..core import reference
 from ..core.checks import check_distinct, named_layouts
-from ..core.groups import GroupSpec, LayoutTuple
+from ..core.groups import GroupedLayout, GroupSpec
 from ..core.hyperparameters import Hyperparameters, Phase
 from .extension import BUILT, Executor
 from .graphs import is_capturing
@@ -26,27 +26,30 @@ Row = tuple[int, int, int, int]  # of one tensor: addresses of w, gradient and s
 
 MOST_KEPT = 8
 _kept: OrderedDict[Hashable, Executor] = OrderedDict()  # the last used last
-_in_graphs: list[Executor] = []  # those whose tables captured graphs come back to
+_in_graphs: dict[Hashable, Executor] = {}  # those whose tables captured graphs come back to: never dropped
+_outlived: list[Executor] = []  # and that forget() has put aside
 
 
 def forget() -> None:
     """Drop what is kept: for those who change how executors cut tensors."""
     _kept.clear()
+    _outlived.extend(_in_graphs.values())
+    _in_graphs.clear()
 
 
 def step_once(
     executor: str,
     tensors: Sequence[Tensor],
-    layouts: Sequence[LayoutTuple],
+    layouts: Sequence[GroupedLayout],
     rows: Sequence[Row],
-    groups: Sequence[int],
+    param_groups: Sequence[int],
     hyperparameters: Sequence[Hyperparameters],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """One step in one pass by a fused executor; whoever calls has checked everything.
 
-    ``groups`` are, of each tensor, the index of what it takes of ``hyperparameters``.
+    ``param_groups[i]`` is the place in ``hyperparameters`` of what tensor i takes.
 
     Raises:
         RuntimeError: Triton's executor in the capture of a CUDA graph, where its tables cannot be made.
@@ -61,30 +64,32 @@ def step_once(
     streams = tuple(map(stream_of, dict.fromkeys(w.device for w in tensors)))
     module = id(BUILT.get(executor))
     key: Hashable = (
-        *(executor, module, kinds, tuple(layouts), tuple(groups), len(hyperparameters), streams),
+        *(executor, module, kinds, tuple(layouts), tuple(param_groups), len(hyperparameters), streams),
         torch.is_inference_mode_enabled(),  # tables made in it are of no use outside
     )
-    found = _kept.pop(key, None) or _make(executor, tensors, layouts, groups, len(hyperparameters))
+    found = _in_graphs.get(key) or _kept.pop(key, None)
+    found = found or _make(executor, tensors, layouts, param_groups, len(hyperparameters))
     found.step(rows, hyperparameters, grad_scale, found_inf)
+    if capturing or key in _in_graphs:
+        _in_graphs[key] = found
+        return
     _kept[key] = found  # only now: what is in use, or has failed, serves no other call
     if len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
-    if capturing and found not in _in_graphs:
-        _in_graphs.append(found)
 
 
 def _make(
     executor: str,
     tensors: Sequence[Tensor],
-    layouts: Sequence[LayoutTuple],
-    groups: Sequence[int],
-    num_groups: int,
+    layouts: Sequence[GroupedLayout],
+    param_groups: Sequence[int],
+    num_param_groups: int,
 ) -> Executor:
     if executor in ("cpu", "cuda"):
-        return BUILT[executor].Executor(executor, tensors, layouts, groups)
+        return BUILT[executor].Executor(executor, tensors, layouts, param_groups)
     from .triton.executor import TritonExecutor  # only here: importing triton takes its time
 
-    return TritonExecutor(tensors, layouts, groups, num_groups)
+    return TritonExecutor(tensors, layouts, param_groups, num_param_groups)
 
 
 def stream_of(device: torch.device) -> Hashable:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .groups import GroupSpec, LayoutTuple, check_spec, layout_tuple
+from .groups import GroupedLayout, GroupSpec, check_spec, grouped_layout
 from .hyperparameters import COEFFICIENTS, FREEZE_MODES, PROX_MODES, SGD_STATE, scalar
 from .tensors import holds_values
 
@@ -142,14 +142,14 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
 
 
 def checked_inputs(
-    name: str, param: Tensor, entry: Mapping[str, Any], momentum: float, dtype: torch.dtype | None = None
+    name: str, param: Tensor, entry: Mapping[str, Any], keeps_state: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """A parameter's gradient, which is there, and the buffer that ``entry``, its optimizer state, may hold.
 
-    With momentum 0 there is no buffer; with ``dtype`` both must be of that.
+    Where the rule keeps no state there is none; with ``dtype`` both must be of that.
     """
     grad = check_companion("gradient", name, param, param.grad, dtype)
-    buf = entry.get(SGD_STATE) if momentum != 0 else None
+    buf = entry.get(SGD_STATE) if keeps_state else None
     if buf is not None:
         check_companion(SGD_STATE, name, param, buf, dtype)
     return grad, buf
@@ -157,13 +157,13 @@ def checked_inputs(
 
 def named_layouts(
     names: Sequence[str], tensors: Sequence[Tensor], group_by: GroupSpec, view: Sequence[int] | None
-) -> list[LayoutTuple]:
-    """layout_tuple of each tensor; an error names the tensor."""
+) -> list[GroupedLayout]:
+    """grouped_layout of each tensor; an error names the tensor."""
     layouts = []
     for name, w in zip(names, tensors):
         check_tensor(name, w)
         try:
-            layouts.append(layout_tuple(w, group_by, view))
+            layouts.append(grouped_layout(w, group_by, view))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return layouts

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 GroupSpec: TypeAlias = str | tuple[int, ...]
-LayoutTuple: TypeAlias = tuple[int, int, int, int, bool]  # a Layout, and whether the spec makes groups
 
 NAMED_SPECS = ("feature", "filter", "channel", "tensor")
 
@@ -45,6 +44,20 @@ class Layout(NamedTuple):
     @property
     def group_size(self) -> int:
         return self.R1 * self.R2
+
+
+class GroupedLayout(NamedTuple):
+    """A Layout as executors take it, with whether the spec makes groups at all."""
+
+    K1: int
+    R1: int
+    K2: int
+    R2: int
+    has_groups: bool
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.K1, self.R1, self.K2, self.R2)
 
 
 def check_spec(group_by: GroupSpec, view: Sequence[int] | None = None) -> None:
@@ -139,10 +152,10 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
     return Layout(*sizes)
 
 
-def layout_tuple(w: Tensor, group_by: GroupSpec, view: Sequence[int] | None) -> LayoutTuple:
-    """What executors want to know of a tensor: its canonical layout, and whether the spec makes groups."""
+def grouped_layout(w: Tensor, group_by: GroupSpec, view: Sequence[int] | None) -> GroupedLayout:
+    """canonical_layout, and whether the spec makes groups of the tensor."""
     ndim = len(view) if view is not None else w.dim()
-    return (*canonical_layout(w, group_by, view), has_groups(ndim, group_by))
+    return GroupedLayout(*canonical_layout(w, group_by, view), has_groups(ndim, group_by))
 
 
 def _is_int(value: object) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,14 @@ from torch import Tensor
 from .reference import SGDOptions, Thresholds, form_thresholds
 
 # The update rule: what torch.optim.SGD takes besides lr, and the state that it keeps of a parameter.
-SGD_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+SGD_OPTIONS = tuple(SGDOptions.__annotations__)
 SGD_STATE = "momentum_buffer"
+
+
+def keeps_state(group: Mapping[str, Any]) -> bool:
+    """Whether the rule has a state to keep of a param group's parameters: SGD with momentum."""
+    return bool(group["momentum"] != 0)
+
 
 # The prox.
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
@@ -30,7 +36,7 @@ SCALARS = ("lr", *COEFFICIENTS)  # those that kernels may read from tensors
 
 
 class Phase(IntEnum):
-    """What a step does with one tensor, by what it has; the same numbers as step.h's."""
+    """What a step does with one tensor, by what it has; the same numbers as in csrc/common/phase.h."""
 
     SKIPPED = -1  # no gradient: left alone
     PROX_ALONE = 0  # no update: z is w
@@ -69,6 +75,18 @@ class Hyperparameters(NamedTuple):
             **{key: number(key, group[key], device if key in SCALARS else None) for key in cls._fields}
         )
 
+    @classmethod
+    def of_prox(
+        cls, group_lasso: float, exclusive_lasso: float, l1: float, prox_mode: str
+    ) -> Hyperparameters:
+        """Of a step that is the prox alone; the coefficients contain the step size already, so lr is 1."""
+        coefficients: dict[str, Any] = dict(zip(COEFFICIENTS, map(float, (group_lasso, exclusive_lasso, l1))))
+        return cls(lr=1.0, prox_mode=prox_mode, **coefficients)
+
+    @property
+    def keeps_state(self) -> bool:
+        return keeps_state({"momentum": self.momentum})
+
     @property
     def exact(self) -> bool:
         return self.prox_mode == "exact"
@@ -85,13 +103,7 @@ class Hyperparameters(NamedTuple):
 
     def sgd(self) -> SGDOptions:
         """sgd_update's options, but for lr."""
-        return {
-            "momentum": self.momentum,
-            "dampening": self.dampening,
-            "weight_decay": self.weight_decay,
-            "nesterov": self.nesterov,
-            "maximize": self.maximize,
-        }
+        return cast(SGDOptions, {key: getattr(self, key) for key in SGD_OPTIONS})
 
     def thresholds(self) -> Thresholds:
         """reference.form_thresholds of numbers that the host knows."""
@@ -99,7 +111,7 @@ class Hyperparameters(NamedTuple):
 
     @property
     def _scalars(self) -> tuple[Any, ...]:
-        return self.lr, self.group_lasso, self.exclusive_lasso, self.l1
+        return tuple(getattr(self, key) for key in SCALARS)
 
 
 # The values of a param group in the order of Hyperparameters; cheap enough for each step.

@@ -9,8 +9,8 @@ One step is z = SGD(w), then with a = lr*alpha, b = lr*beta, c = lr*gamma every 
 
     w = s_g * soft(z, t_g)        soft(z, t) = sign(z) * max(|z| - t, 0)
 
-so it is: per-group statistics -> two numbers (s, t) per group -> one elementwise apply. The other
-executors (csrc/common/shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
+so it is: per-group statistics -> two numbers (s, t) per group -> one elementwise apply. The other executors
+(csrc/common/ sgd.h and shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
 form_thresholds, sgd_update, group_stats, solve_shrinkage, apply_shrinkage. They compute the same, and by the
 same formulas but for exact mode's t: there only the equation and its root are the same. From the left of the
 root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs.

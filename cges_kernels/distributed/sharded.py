@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from ..backends.plan import Plan, Spec
 from ..backends.registry import make_plan
 from ..core.checks import check_distinct, checked_inputs, named_layouts
-from ..core.groups import LayoutTuple, canonical_layout, has_groups, reduced_dims
+from ..core.groups import GroupedLayout, canonical_layout, has_groups, reduced_dims
 from ..core.hyperparameters import SGD_STATE, Hyperparameters
 from .crossing import CrossingTensor, agree_on_groups
 from .meshes import Pack, Packs
@@ -66,13 +66,13 @@ class _Slot:
         a, b, _ = h.thresholds()
         return bool(a != 0 or b != 0) or h.freeze_zeros == "group"
 
-    def collect(self, entry: Mapping[str, Any], momentum: float) -> None:
+    def collect(self, entry: Mapping[str, Any], keeps_state: bool) -> None:
         """Take gradient and momentum buffer, after checks."""
         self.grad = self.buf = None
         p, grad = self.param, self.param.grad
         if grad is None:
             return
-        buf = entry.get(SGD_STATE) if momentum != 0 else None
+        buf = entry.get(SGD_STATE) if keeps_state else None
         if (
             isinstance(p, DTensor)
             and (buf is None or is_companion(buf, p, self.local))
@@ -80,7 +80,7 @@ class _Slot:
         ):
             self.grad, self.buf = grad._local_tensor, None if buf is None else buf._local_tensor
             return
-        grad, buf = checked_inputs(self.name, p, entry, momentum)
+        grad, buf = checked_inputs(self.name, p, entry, keeps_state)
         self.grad = local_companion("gradient", self.name, p, grad)
         self.buf = None if buf is None else local_companion(SGD_STATE, self.name, p, buf)
 
@@ -129,7 +129,7 @@ class ShardedPlan:
         self._gathered: dict[Tensor, Any] | None = None
         self._entries: dict[Tensor, dict[str, Any]] = {}  # the optimizer's state, as inner plans see it
         self._groups: list[list[_Slot]] = []
-        inner: list[list[tuple[LayoutTuple, Spec]]] = []
+        inner: list[list[tuple[GroupedLayout, Spec]]] = []
         for g, group in enumerate(params):
             made = [_slot(name, g, p, spec) for name, p, spec in zip(names[g], group, specs[g])]
             self._groups.append([slot for slot, *_ in made])
@@ -169,7 +169,7 @@ class ShardedPlan:
         self._entries = {}
         for slot in self._slots:
             h = self._hyperparameters[slot.group]
-            slot.collect(state.get(slot.param, {}), h.momentum)
+            slot.collect(state.get(slot.param, {}), h.keeps_state)
             slot.local.grad = None if slot.crosses(h) else slot.grad
             self._entries[slot.local] = {} if slot.buf is None else {SGD_STATE: slot.buf}
         if not all(plan.gather(self._locals(e), self._entries) for e, plan in self._plans.items()):
@@ -238,7 +238,7 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.dtype, x.device, x.shape, x.stride()
 
 
-def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, LayoutTuple, Spec]:
+def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, GroupedLayout, Spec]:
     """A parameter's slot, and how an inner plan is to see its local part.
 
     Errors that are the same on all ranks come first.
@@ -256,5 +256,5 @@ def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, LayoutTu
     crossed = crossed_mesh_dims(p, became, reduced)
     slot = _Slot(name, group, p, local, view, reduced, crossed, _place(local))
     if slot.mesh_dims:  # as single elements: an inner plan steps it only where no norm is asked for
-        return slot, (*canonical_layout(local, ()), False), ((), None)
+        return slot, GroupedLayout(*canonical_layout(local, ()), False), ((), None)
     return slot, named_layouts([name], [local], group_by, view)[0], (group_by, view)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.hyperparameters import FREEZE_MODES
-from .recipes import Include, LayerWeight, regularised_weights
+from .recipes import Include, LayerWeight, regularised_weights, warn_of_computed_weights
 from .schedules import check_density, check_steps, cubic
 
 SCOPES = ("global", "layer")
@@ -89,6 +89,8 @@ def prune_to_density(
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
     layers = regularised_weights(model, include)
+    if include is None:
+        warn_of_computed_weights(model, "nothing is pruned")
     for layer in layers:
         if not layer.param.isfinite().all():
             raise ValueError(f"{layer.name}: expected finite weights, got NaN or Inf")

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
@@ -68,21 +69,68 @@ class LayerWeight(NamedTuple):
         return w.transpose(1, 2) if self.transposed else w
 
 
+class _Kind(NamedTuple):
+    """Of a layer: what its weights are called, and what their first two dims mean; see LayerWeight."""
+
+    pattern: str
+    blocks: int = 1
+    transposed: bool = False
+
+
+def _kind_of(module: nn.Module) -> _Kind | None:
+    """What is known of a layer with weights to regularise; None of any other module."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _Kind("weight", module.groups, module.transposed)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _Kind(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
+    if isinstance(module, nn.MultiheadAttention):
+        return _Kind(r"(in|q|k|v)_proj_weight")
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's: [in, out]
+        return _Kind("weight", transposed=True)
+    return _Kind("weight") if isinstance(module, nn.Linear) else None
+
+
 def _weights_of(module: nn.Module) -> dict[nn.Parameter, tuple[int, bool]]:
     """(blocks, transposed) of the weights that ``module`` itself holds; no biases."""
-    blocks, transposed, pattern = 1, False, "weight"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        blocks, transposed = module.groups, module.transposed
-    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        pattern = r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?"
-    elif isinstance(module, nn.MultiheadAttention):
-        pattern = r"(in|q|k|v)_proj_weight"
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's: [in, out]
-        transposed = True
-    elif not isinstance(module, nn.Linear):
-        return {}
-    own = module.named_parameters(recurse=False)
-    return {p: (blocks, transposed) for name, p in own if re.fullmatch(pattern, name)}
+    kind = _kind_of(module)
+    own = module.named_parameters(recurse=False) if kind else ()
+    return {p: (kind.blocks, kind.transposed) for name, p in own if kind and re.fullmatch(kind.pattern, name)}
+
+
+def computed_weights(model: nn.Module) -> list[str]:
+    """Names of layers' weights that are no parameters, but computed from others before each forward pass.
+
+    So they are under torch.nn.utils.parametrize (weight_norm, spectral_norm, ...), the older
+    torch.nn.utils.weight_norm and spectral_norm, and torch.nn.utils.prune.
+    """
+    names = []
+    for prefix, module in model.named_modules():
+        kind = _kind_of(module)
+        if kind is None:
+            continue
+        found = [*getattr(module, "parametrizations", {})]
+        found += [
+            re.sub("_(orig|v)$", "", name)
+            for name, _ in module.named_parameters(recurse=False)
+            if name.endswith(("_orig", "_v"))
+        ]
+        found = [
+            name for name in found if re.fullmatch(kind.pattern, name) and name not in module._parameters
+        ]
+        names += [f"{prefix}.{name}".lstrip(".") for name in found]
+    return names
+
+
+def warn_of_computed_weights(model: nn.Module, what: str) -> None:
+    """Say which weights a helper passes by; ``what`` they miss."""
+    if names := computed_weights(model):
+        warnings.warn(
+            f"{type(model).__name__}: {what} for {names}, which are no parameters but computed from others "
+            "(parametrizations, weight_norm, spectral_norm, torch.nn.utils.prune): remove what computes them "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove), or choose "
+            "parameters by `include`",
+            stacklevel=3,
+        )
 
 
 def regularised_weights(
@@ -118,7 +166,9 @@ def regularised_weights(
         if param in chosen and (frozen or param.requires_grad)
     ]
     if not weights:
-        raise ValueError(f"{type(model).__name__}: expected at least one weight to regularise, got none")
+        computed = computed_weights(model)
+        got = f"none but {computed}, which are computed from other parameters" if computed else "none"
+        raise ValueError(f"{type(model).__name__}: expected at least one weight to regularise, got {got}")
     return weights
 
 
@@ -137,7 +187,9 @@ def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
 
 def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
     """One checked coefficient per layer from a number or a sequence."""
-    values = [float(value)] * num_layers if isinstance(value, (float, Real)) else [float(x) for x in value]
+    if isinstance(value, str) or not isinstance(value, (Real, Iterable)):
+        raise TypeError(f"{key}: expected a number or one value per layer, got {value!r}")
+    values = [float(value)] * num_layers if isinstance(value, Real) else [float(x) for x in value]
     if len(values) != num_layers:
         raise ValueError(f"{key}: expected a number or {num_layers} values, one per layer, got {len(values)}")
     if not all(x >= 0 and math.isfinite(x) for x in values):
@@ -177,6 +229,7 @@ def sparsity_param_groups(
     group_by: GroupSpec = "feature",
     scale: Scale | None = None,
     include: Include | None = None,
+    names: bool = True,
 ) -> list[dict[str, Any]]:
     """Param groups for ``ProxSGD``: the penalties on the layer weights, none on anything else.
 
@@ -204,12 +257,23 @@ def sparsity_param_groups(
             missing. Layer names are those of ``model.named_parameters()``. l1 and weight decay keep theirs.
         include: chooses the regularised parameters instead of the rule above: a callable
             (name, parameter) -> bool, or a collection of parameter names. Frozen ones are left out even so.
+        names: False gives parameters without names, for optimizers that take no named ones, such as
+            torch.distributed.optim.ZeroRedundancyOptimizer.
+
+    Frozen weights that are unfrozen later (Lightning's BaseFinetuning) stay without a penalty in the last
+    group. Build the groups from the part that trains, and when the rest is unfrozen give the optimizer that
+    part's: ``for group in sparsity_param_groups(model.backbone, ...): optimizer.add_param_group(group)``.
+
+    Warns:
+        UserWarning: weights that get no penalty as they are no parameters (parametrizations, pruning masks).
 
     Raises:
         ValueError: a wrong number of values, a negative one, unknown names, a lazy parameter, no layer at
             all, or a layer on which ``group_by`` has no layout.
     """
     weights = regularised_weights(model, include)
+    if include is None:
+        warn_of_computed_weights(model, "no penalty")
     given = dict(group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, weight_decay=weight_decay)
     values = {key: _per_layer(key, value, len(weights)) for key, value in given.items()}
     for i, (alpha_factor, beta_factor) in enumerate(_scale_factors(weights, group_by, scale)):
@@ -228,7 +292,8 @@ def sparsity_param_groups(
     rest: dict[str, Any] = {"params": [(n, p) for n, p in model.named_parameters() if p not in regularised]}
     rest |= {key: 0.0 for key in given if key in COEFFICIENTS or key in values}
     rest |= {"group_by": "feature", "view": None, "freeze_zeros": None}
-    return [*groups.values(), rest] if rest["params"] else [*groups.values()]
+    made = [*groups.values(), rest] if rest["params"] else [*groups.values()]
+    return made if names else [{**group, "params": [p for _, p in group["params"]]} for group in made]
 
 
 def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any) -> list[dict[str, Any]]:

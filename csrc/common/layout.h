@@ -1,4 +1,4 @@
-// A dense tensor in memory order as (kept K1, reduced R1, kept K2, reduced R2); see groups.py.
+// A dense tensor in memory order as (kept K1, reduced R1, kept K2, reduced R2); see core/groups.py.
 #pragma once
 #include <cstdint>
 

@@ -51,6 +51,9 @@ struct Hyperparameters {
 
   DeviceScalars device{};
 
+  // Whether the rule has a state to keep of a parameter: SGD with momentum.
+  bool keeps_state() const { return sgd.momentum != 0; }
+
   // Of numbers that the host knows; those that it does not count as 0.
   Thresholds<double> thresholds() const { return form_thresholds(sgd.lr, coefficients); }
 

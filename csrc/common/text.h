@@ -1,5 +1,6 @@
 // Texts of errors, without streams: where a toolchain links the C++ library statically, the first use of a
-// stream in the extension crashes. TORCH_CHECK makes one of all that is not a single const char*.
+// stream in the extension crashes. TORCH_CHECK makes one of all that is not a single const char*; so do
+// torch's functions that take plain sizes, and c10::impl::VirtualGuardImpl.
 #pragma once
 #include <string>
 #include <type_traits>

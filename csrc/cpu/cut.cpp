@@ -63,8 +63,8 @@ void cut_into_pieces(int32_t tensor, const Slot& slot, const Layout& L, std::vec
   int64_t rows = std::max(kPieceElements / width, int64_t{1});
   if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1, sums_kept / (width / L.R2))});
   rows = even_part(L.R1, rows);
-  // Where groups gone through together have fewer of these parts than there are threads, the columns are shared out too: that
-  // changes no sum.
+  // Where groups gone through together have fewer of these parts than there are threads, the columns are
+  // shared out too: that changes no sum.
   const int64_t row_parts = parts_of(L.R1, rows), chunks = L.K1 * parts_of(L.row_length(), width);
   const int64_t at_once = std::clamp(sums_kept / (row_parts * (width / L.R2)), int64_t{1}, chunks);
   const int64_t shares = parts_of(at::get_num_threads(), row_parts * at_once);

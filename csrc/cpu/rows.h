@@ -1,5 +1,5 @@
 // Loops over contiguous runs of memory, written so that the compiler vectorises them; every formula is
-// shrinkage.h's. rows.cpp compiles the bodies once per instruction set and picks one at run time.
+// sgd.h's or shrinkage.h's. rows.cpp compiles the bodies once per instruction set and picks one at run time.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>

@@ -205,7 +205,7 @@ class TileRunner {
   }
 
   void update_rows(int64_t r0, int64_t r1, bool keep_buf) {
-    if (z_in_w_ && r0 >= in_scratch_ && slot_.grad == nullptr) return;
+    if (z_in_w_ && r0 >= in_scratch_ && slot_.phase == Phase::prox_alone) return;
     ops_.sgd_update(update_, slot_.h->freeze == Freeze::element, rows(r0, r1), w(r0), grad(r0), buf(r0),
                     keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z(r0), scalars_);
   }

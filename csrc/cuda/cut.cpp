@@ -123,7 +123,7 @@ class Cutter {
       x.panel = work_.panels;
       x.chunk = int32_t(&x - chunks.data());
       x.chunks = int32_t(chunks.size());
-      x.slot = work_.scratch_bytes;
+      x.scratch = work_.scratch_bytes;
       work_.shared_blocks = std::max(work_.shared_blocks, shared_bytes(x));
     }
     const int64_t groups = chunks.front().groups();

@@ -55,7 +55,7 @@ struct Item {
   // Of a chunk: its panel, its place among the panel's chunks, where in the scratch the panel's part begins,
   // and the window of chunks that it belongs to.
   int32_t panel, chunk, chunks;
-  int64_t slot;
+  int64_t scratch;
   int32_t window_begin, window_size;
 
   CGES_FN int32_t groups() const { return kind == Kind::slab ? columns / run : 0; }

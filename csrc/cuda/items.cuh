@@ -75,16 +75,16 @@ template <typename A>
 struct Panel {
   int *arrived, *swept;   // chunks of this sweep that have left their sums; sweeps that are done
   GroupState<A>* states;  // [groups]
-  Sums<A>* slots;         // [chunks, groups]
+  Sums<A>* partials;      // [chunks, groups]
 
   __device__ Panel(const StepHead& table, const Item& item)
       : arrived(table.counters + kCounters + kPanelCounters * item.panel),
         swept(arrived + 1),
-        states(reinterpret_cast<GroupState<A>*>(table.scratch + item.slot)),
-        slots(reinterpret_cast<Sums<A>*>(table.scratch + item.slot + state_bytes<A>(item.groups()))) {}
+        states(reinterpret_cast<GroupState<A>*>(table.scratch + item.scratch)),
+        partials(reinterpret_cast<Sums<A>*>(table.scratch + item.scratch + state_bytes<A>(item.groups()))) {}
 };
 
-// A chunk's sums go to its slot; the last of the panel's chunks to arrive adds them all up and moves each
+// A chunk's sums go to its partials; the last of the panel's chunks to arrive adds them all up and moves each
 // group's search on by one sweep.
 template <typename T>
 __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& item,
@@ -93,7 +93,7 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
   using A = Compute<T>;
   const Panel<A> panel(table, item);
   const int groups = item.groups();
-  sum_groups(slab, item.run, groups, shared, panel.slots + int64_t(item.chunk) * groups);
+  sum_groups(slab, item.run, groups, shared, panel.partials + int64_t(item.chunk) * groups);
   const bool last = tell_all(shared.word, [&] {
     // this block's sums are there before it counts as arrived, and the others' before they are read
     __threadfence();
@@ -103,7 +103,8 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
   });
   if (!last) return;
   const int parts = sum_columns(item.chunks, groups, shared.entries, [&](int g) {
-    return [=, slot = panel.slots + g](int chunk, Sums<A>& sums) { sums += slot[int64_t(chunk) * groups]; };
+    return
+        [=, mine = panel.partials + g](int chunk, Sums<A>& sums) { sums += mine[int64_t(chunk) * groups]; };
   });
   __syncthreads();
   bool done = true;

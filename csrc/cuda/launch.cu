@@ -1,5 +1,5 @@
-// The CUDA executor's host side: what a device allows, the arguments of a step, its launches. A step of every parameter of
-// a model is up to three kernels per dtype; docs/design/cuda-executor.md says which, and why.
+// The CUDA executor's host side: what a device allows, the arguments of a step, its launches. A step of every
+// parameter of a model is up to three kernels per dtype; docs/design/cuda-executor.md says which, and why.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -29,20 +29,6 @@ void with_type(DType dtype, F f) {
       return f.template operator()<__half>();
   }
 }
-
-// The current device, for a while; torch keeps its own count of it.
-class OnDevice {
- public:
-  explicit OnDevice(int index) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(index), "cudaSetDevice");
-  }
-  OnDevice(const OnDevice&) = delete;
-  ~OnDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -83,7 +69,7 @@ bool clusters_fit(const Device& device) {
   const auto kernel = step_clusters<float, kMostArguments>;
   const Launch launch(kClusterSize, kThreads, device.shared_bytes, kClusterSize, nullptr);
   int resident = 0;
-  return allow_shared(kernel, device) == cudaSuccess &&
+  return cudaSetDevice(device.index) == cudaSuccess && allow_shared(kernel, device) == cudaSuccess &&
          cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess && resident > 0;
 }
 
@@ -156,7 +142,6 @@ Device describe_device(int index) {
         "cuda executor: expected a driver for CUDA 12.1 or newer, whose kernels take 32 KB of "
         "arguments, found one for CUDA " +
         version(driver) + "; update the driver, or use backend='triton'");
-  const OnDevice here(index);
   const int64_t reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock, index);
   const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index) / 2 - reserved;
   const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
@@ -170,7 +155,7 @@ Device describe_device(int index) {
 }
 
 void check_launchable(const Work& work, DType dtype, const Device& device) {
-  const OnDevice here(device.index);
+  check(cudaSetDevice(device.index), "cudaSetDevice");
   with_type(dtype, [&]<typename T>() {
     const auto check_kernels = [&]<int bytes>() {
       // This loads a kernel as well, which must not be left to a step that is captured in a graph.
@@ -192,7 +177,7 @@ void check_launchable(const Work& work, DType dtype, const Device& device) {
 void check_device(int index) { check_launchable({}, DType::f32, describe_device(index)); }
 
 void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched) {
-  const OnDevice here(device.index);
+  check(cudaSetDevice(device.index), "cudaSetDevice");
   const Work& work = step.work;
   const auto run = [&](auto kernel, auto& table, int64_t blocks, int threads, int64_t shared,
                        int cluster = 1) {

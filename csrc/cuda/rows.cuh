@@ -150,8 +150,8 @@ struct Packs {
 };
 
 // A strip of groups from its loads to its stores; or of elements, for which there is nothing to solve.
-// `plain`: the phase is running and there is nothing that only few ask for, all known when this is compiled; `wide`: all
-// accesses are of 16 bytes.
+// `plain`: the phase is running and there is nothing that only few ask for, all known when this is compiled;
+// `wide`: all accesses are of 16 bytes.
 template <typename T, bool plain, bool wide>
 __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, wide>& packs,
                                             const ParamGroup<Compute<T>>& h, Sums<Compute<T>>* exchange) {

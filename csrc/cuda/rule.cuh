@@ -33,7 +33,8 @@ struct ParamGroup {
 };
 
 // SGD as an update rule: how many tensors it keeps beside a weight (its states), which of them a step reads and
-// writes, and z. Kernels ask no more of a rule, so another (AdamW: two states) is another of these.
+// writes, and z. The kernels for rows ask no more of a rule, so another
+// (AdamW: two states) is another of these; the others call sgd_update themselves.
 // `plain`: what nearly everybody uses, known when this is compiled.
 template <typename A, bool plain>
 struct SgdRule {

@@ -1,6 +1,6 @@
 #include "plan/cuda_executor.h"
 
-#include <ATen/DeviceAccelerator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <algorithm>
 
@@ -12,6 +12,31 @@ c10::Device device_of(const TensorShape& tensor) {
   return tensor.device < 0 ? c10::Device(c10::kCPU)
                            : c10::Device(c10::kCUDA, c10::DeviceIndex(tensor.device));
 }
+
+// What torch knows of CUDA devices. Not by VirtualGuardImpl, which brings an output stream (see common/text.h),
+// nor by at::accelerator, which may be another one.
+const c10::impl::DeviceGuardImplInterface& cuda_devices() {
+  const auto* const devices = c10::impl::device_guard_impl_registry[size_t(c10::DeviceType::CUDA)].load();
+  TORCH_CHECK(devices != nullptr, "cuda executor: expected a torch built with CUDA, got one without");
+  return *devices;
+}
+
+c10::Stream current_stream(c10::Device device) { return cuda_devices().getStream(device); }
+
+// The current device for a while, as c10::DeviceGuard.
+class OnDevice {
+ public:
+  explicit OnDevice(c10::Device device) {
+    if (!device.is_cpu()) before_ = cuda_devices().exchangeDevice(device);
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (before_) cuda_devices().uncheckedSetDevice(*before_);
+  }
+
+ private:
+  std::optional<c10::Device> before_;
+};
 
 template <typename Item>
 at::Tensor upload(const std::vector<Item>& items, c10::Device device) {
@@ -31,6 +56,7 @@ at::Tensor empty(int64_t n, c10::ScalarType dtype, c10::Device device) {
 CudaExecutor::CudaExecutor(std::vector<TensorShape> tensors) {
   share_out(tensors);
   for (DeviceTables& tables : all_) {
+    const OnDevice here(tables.device);
     std::vector<TensorShape> mine;
     for (const size_t i : tables.tensors) mine.push_back(tensors[i]);
     tables.work = cuda::cut(mine, tables.dtype, tables.description);
@@ -49,18 +75,20 @@ void CudaExecutor::share_out(const std::vector<TensorShape>& tensors) {
       return x.device == device && x.dtype == tensor.dtype;
     });
     const auto place_in = [&](const DeviceTables& x) {
-      return std::find(x.groups.begin(), x.groups.end(), tensor.param_group) - x.groups.begin();
+      return std::find(x.param_groups.begin(), x.param_groups.end(), tensor.param_group) -
+             x.param_groups.begin();
     };
     if (tables == all_.rend() || tables->tensors.size() == cuda::kMaxTensors ||
         place_in(*tables) == cuda::max_param_groups(tensor.dtype)) {
+      const OnDevice here(device);
       const int index = std::max(tensor.device, 0);
-      all_.push_back({device, tensor.dtype, cuda::describe_device(index), {}, {}, {}, {}, {}, {}, {}, {}, 0});
+      all_.push_back({.device = device, .dtype = tensor.dtype, .description = cuda::describe_device(index)});
       tables = all_.rbegin();
     }
     const auto place = place_in(*tables);
-    if (place == int64_t(tables->groups.size())) tables->groups.push_back(tensor.param_group);
+    if (place == int64_t(tables->param_groups.size())) tables->param_groups.push_back(tensor.param_group);
     tables->tensors.push_back(i);
-    tables->param_groups.push_back(int32_t(place));
+    tables->places.push_back(int32_t(place));
   }
 }
 
@@ -74,13 +102,13 @@ void CudaExecutor::put_on_device(DeviceTables& tables) {
   tables.scratch = empty(work.scratch_bytes, at::kByte, tables.device);
   tables.counters =
       empty(cuda::kCounters + cuda::kPanelCounters * int64_t{work.panels}, at::kInt, tables.device).zero_();
-  if (!tables.device.is_cpu()) tables.stream = at::accelerator::getCurrentStream(tables.device.index()).id();
+  if (!tables.device.is_cpu()) tables.stream = current_stream(tables.device).id();
 }
 
 // The current stream; memory that was allocated on another one must outlive what is launched on this.
 void* CudaExecutor::stream_of(DeviceTables& tables) {
   if (tables.device.is_cpu()) return nullptr;
-  const c10::Stream stream = at::accelerator::getCurrentStream(tables.device.index());
+  const c10::Stream stream = current_stream(tables.device);
   if (stream.id() != tables.stream) {
     for (const at::Tensor* x : {&tables.strips, &tables.items, &tables.scratch, &tables.counters})
       x->record_stream(stream);
@@ -102,14 +130,15 @@ bool CudaExecutor::step(const std::vector<TensorAddresses>& addresses, const std
       my_phases.push_back(phases.at(i));
     }
     std::vector<Hyperparameters> of_groups;
-    for (const int64_t group : tables.groups) of_groups.push_back(hyperparameters.at(group));
+    for (const int64_t group : tables.param_groups) of_groups.push_back(hyperparameters.at(group));
     const auto* const strips = static_cast<const cuda::Strip*>(tables.strips.const_data_ptr());
     const auto* const items = static_cast<const cuda::Item*>(tables.items.const_data_ptr());
     const cuda::Item* const clusters = items + tables.work.blocks.size();
-    const ScalerTensors here = scaler.on(tables.device);
+    const OnDevice here(tables.device);
+    const ScalerTensors scale = scaler.on(tables.device);
     cuda::launch({tables.work, strips, items, clusters, clusters + tables.work.clusters.size(),
                   tables.scratch.mutable_data_ptr(), tables.counters.mutable_data_ptr<int32_t>(), mine,
-                  my_phases, tables.param_groups, of_groups, here.addresses()},
+                  my_phases, tables.places, of_groups, scale.addresses()},
                  tables.dtype, tables.description, stream_of(tables), launched);
   }
   return true;

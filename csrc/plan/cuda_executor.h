@@ -26,12 +26,12 @@ class CudaExecutor : public Executor {
     c10::Device device;
     DType dtype;
     cuda::Device description;
-    cuda::Work work;
-    std::vector<size_t> tensors;        // indices into all
-    std::vector<int32_t> param_groups;  // of each tensor, its place in `groups`
-    std::vector<int64_t> groups;        // indices of param groups
-    at::Tensor strips, items, scratch, counters;
-    c10::StreamId stream;  // that their memory is known to be used on
+    cuda::Work work{};
+    std::vector<size_t> tensors{};        // indices into all
+    std::vector<int32_t> places{};        // of each tensor, the place of its param group in `param_groups`
+    std::vector<int64_t> param_groups{};  // indices into all
+    at::Tensor strips{}, items{}, scratch{}, counters{};
+    c10::StreamId stream = 0;  // that their memory is known to be used on
   };
 
   void share_out(const std::vector<TensorShape>& tensors);

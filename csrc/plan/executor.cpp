@@ -1,5 +1,7 @@
 #include "plan/executor.h"
 
+#include <torch/csrc/utils/pybind.h>
+
 #include "cpu/executor.h"
 #include "plan/cuda_executor.h"
 
@@ -13,6 +15,8 @@ class CpuExecutor : public Executor {
   bool step(const std::vector<TensorAddresses>& addresses, const std::vector<Phase>& phases,
             const std::vector<Hyperparameters>& hyperparameters, const ScalerTensors& scaler) override {
     if (scaler.overflowed()) return false;
+    for (const Hyperparameters& h : hyperparameters)
+      TORCH_CHECK(!h.device.any(), "cpu executor: expected numbers, got addresses of some");
     std::vector<Hyperparameters> unscaling = hyperparameters;
     if (scaler.grad_scale.defined())
       for (Hyperparameters& h : unscaling) h.sgd.grad_sign /= scaler.grad_scale.item<double>();
@@ -21,6 +25,7 @@ class CpuExecutor : public Executor {
     for (size_t i = 0; i < tensors_.size(); ++i)
       if (phases.at(i) != Phase::skipped)
         slots.push_back({tensors_[i], addresses.at(i), phases[i], &unscaling.at(tensors_[i].param_group)});
+    const pybind11::gil_scoped_release no_gil;
     cpu::step(slots);
     return true;
   }

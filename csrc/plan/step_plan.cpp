@@ -35,8 +35,15 @@ bool same_memory_order(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayR
   return true;
 }
 
+// Uninitialised memory in the parameter's memory order, whatever its class. By torch's function of symbolic
+// sizes: that of plain ones brings an output stream, see common/text.h.
+at::Tensor new_like(const at::Tensor& param, at::TensorOptions options) {
+  return at::empty_strided_symint(c10::fromIntArrayRefUnchecked(param.sizes()),
+                                  c10::fromIntArrayRefUnchecked(param.strides()), options);
+}
+
 at::Tensor in_memory_order_of(const at::Tensor& param, const at::Tensor& x) {
-  return at::empty_like(param, x.options()).copy_(x.detach());
+  return new_like(param, x.options()).copy_(x.detach());
 }
 
 // Where something is wrong, Python finds it again and says so: one text for all executors.
@@ -211,14 +218,14 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
     if (!grad.defined()) continue;
     at.grad = settle(slot, "gradient", grad);
     phase = Phase::stateless;
-    if (hyperparameters_[slot.shape.param_group].sgd.momentum == 0) continue;
+    if (!hyperparameters_[slot.shape.param_group].keeps_state()) continue;
     buf = find_buffer(slot);
     if (buf.defined()) {
       at.buf = settle(slot, kSgdState, buf);
       phase = Phase::running;
       newcomers |= !buf.is_same(slot.buf);
     } else {  // what torch.optim.SGD creates at a parameter's first gradient
-      buf = at::empty_like(slot.param, slot.param.options());
+      buf = new_like(slot.param, slot.param.options());
       at.buf = buf.data_ptr();
       phase = Phase::first;
     }
@@ -237,7 +244,6 @@ void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
     launch(table_of(all.addresses, all.phases));
   } else {
     TORCH_CHECK(executor_, "StepPlan.run: expected a launch, as the plan has no executor, got None");
-    const py::gil_scoped_release no_gil;
     if (!executor_->step(all.addresses, all.phases, hyperparameters_, scaler)) return;
   }
   for (size_t i = 0; i < slots_.size(); ++i) {

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...core.groups import Layout, LayoutTuple
+from ...core.groups import GroupedLayout, Layout
 from ...core.hyperparameters import Hyperparameters
 from ...core.reference import MAX_SWEEPS, compute_dtype
 from .. import gathering
@@ -189,7 +189,7 @@ class TritonExecutor:
     def __init__(
         self,
         tensors: Sequence[Tensor],
-        layouts: Sequence[LayoutTuple],
+        layouts: Sequence[GroupedLayout],
         param_groups: Sequence[int],
         num_param_groups: int,
     ):
@@ -203,8 +203,8 @@ class TritonExecutor:
         for indices in places.values():
             tables = DeviceTables(
                 [tensors[i] for i in indices],
-                [Layout(*layouts[i][:4]) for i in indices],
-                [layouts[i][4] for i in indices],
+                [layouts[i].layout for i in indices],
+                [layouts[i].has_groups for i in indices],
                 [param_groups[i] for i in indices],
             )
             self.tables.append((np.array(indices), tables))
@@ -248,7 +248,7 @@ class TritonExecutor:
 class TritonPlan:
     """What ProxSGD drives: a StepPlan that checks and gathers, and the launches on what it has gathered."""
 
-    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[LayoutTuple]]):
+    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]):
         self._plan = BUILT.get("cpu", gathering).StepPlan(params, layouts)
         param_groups = [i for i, group in enumerate(params) for _ in group]
         tensors = list(chain(*params))

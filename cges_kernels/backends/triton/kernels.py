@@ -8,8 +8,8 @@ panel's search for (s, t) on, and the apply pass reads everything again. A ticke
 already taken, so nothing depends on how many programs are resident, and exact mode's further sweeps cost no
 further launch.
 
-Here is what both kernels do with a tile. The formulas carry the names of reference.py and shrinkage.h. The
-numbers come from tables in device memory, see tables.py. executor.py launches.
+Here is what both kernels do with a tile. The formulas carry the names of core/reference.py, sgd.h and
+shrinkage.h. The numbers come from tables in device memory, see tables.py. executor.py launches.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ from .tables import (
     Constant,
 )
 
-SLOT_BLOCK = Constant(2048)  # partial sums added at once
+SUM_BLOCK = Constant(2048)  # partial sums added at once
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def store_row(scratch, i, row, KEEP: tl.constexpr):
 @triton.jit
 def total(partials, row, chunks, KEEP: tl.constexpr):
     """The chunks' sums of one row, added in index order, whoever adds."""
-    BLOCK: tl.constexpr = SLOT_BLOCK // KEEP
+    BLOCK: tl.constexpr = SUM_BLOCK // KEEP
     block, keep = tl.arange(0, BLOCK)[:, None], tl.arange(0, KEEP)[None, :]
     sums = tl.zeros([KEEP], partials.dtype.element_ty)
     for start in range(0, chunks, BLOCK):
