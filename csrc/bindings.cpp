@@ -1,8 +1,10 @@
 // The Python module cges_kernels.backends._C.
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <string_view>
 
 #include "common/text.h"
 #include "plan/step_plan.h"
@@ -19,9 +21,14 @@ namespace {
 
 using namespace cges;
 
-// One of SCALARS of core/hyperparameters.py: a number or, of its class At, the address of one.
+// The fields of core/hyperparameters.py's Hyperparameters, a tuple of these in this order.
+constexpr std::array kFields = {"lr",       "momentum",  "dampening",   "weight_decay",
+                                "nesterov", "maximize",  "group_lasso", "exclusive_lasso",
+                                "l1",       "prox_mode", "freeze_zeros"};
+
+// One of SCALARS there: a number or, of its class At, the address of one.
 double take_scalar(py::handle value, const float*& address) {
-  if (!py::hasattr(value, "address")) return value.cast<double>();
+  if (PyFloat_Check(value.ptr()) || !py::hasattr(value, "address")) return value.cast<double>();
   address = reinterpret_cast<const float*>(value.attr("address").cast<int64_t>());
   return 0;
 }
@@ -34,19 +41,25 @@ Freeze to_freeze(py::handle mode) {
   return name == "group" ? Freeze::group : Freeze::element;
 }
 
-// From core/hyperparameters.py's Hyperparameters.
-Hyperparameters to_hyperparameters(py::handle h) {
-  const auto number = [&](const char* name) { return h.attr(name).cast<double>(); };
-  const auto flag = [&](const char* name) { return h.attr(name).cast<bool>(); };
+Hyperparameters to_hyperparameters(const py::tuple& fields) {
+  TORCH_CHECK_VALUE(
+      fields.size() == kFields.size(),
+      text("hyperparameters: expected ", kFields.size(), " fields, got ", fields.size()).c_str());
+  const auto field = [&](const char* name) -> py::handle {
+    const auto at = std::find(kFields.begin(), kFields.end(), std::string_view(name)) - kFields.begin();
+    return PyTuple_GET_ITEM(fields.ptr(), at);
+  };
+  const auto number = [&](const char* name) { return field(name).cast<double>(); };
+  const auto flag = [&](const char* name) { return field(name).cast<bool>(); };
   Hyperparameters made;
-  made.sgd = {take_scalar(h.attr("lr"), made.device.lr), number("momentum"), 1 - number("dampening"),
+  made.sgd = {take_scalar(field("lr"), made.device.lr), number("momentum"), 1 - number("dampening"),
               number("weight_decay"), flag("maximize") ? -1.0 : 1.0};
   made.nesterov = flag("nesterov");
-  made.coefficients = {take_scalar(h.attr("group_lasso"), made.device.group_lasso),
-                       take_scalar(h.attr("exclusive_lasso"), made.device.exclusive_lasso),
-                       take_scalar(h.attr("l1"), made.device.l1)};
-  made.exact = flag("exact");
-  made.freeze = to_freeze(h.attr("freeze_zeros"));
+  made.coefficients = {take_scalar(field("group_lasso"), made.device.group_lasso),
+                       take_scalar(field("exclusive_lasso"), made.device.exclusive_lasso),
+                       take_scalar(field("l1"), made.device.l1)};
+  made.exact = field("prox_mode").cast<std::string>() == "exact";
+  made.freeze = to_freeze(field("freeze_zeros"));
   return made;
 }
 
@@ -66,7 +79,7 @@ std::unique_ptr<Executor> executor_for(const std::string& name, const std::vecto
 
 // rows: of each tensor the addresses of w, gradient and buffer (0: none), and its phase.
 void step(Executor& executor, const std::vector<std::array<int64_t, 4>>& rows,
-          const std::vector<py::object>& hyperparameters, const std::optional<at::Tensor>& grad_scale,
+          const std::vector<py::tuple>& hyperparameters, const std::optional<at::Tensor>& grad_scale,
           const std::optional<at::Tensor>& found_inf) {
   std::vector<TensorAddresses> addresses;
   std::vector<Phase> phases;
@@ -78,7 +91,7 @@ void step(Executor& executor, const std::vector<std::array<int64_t, 4>>& rows,
     phases.push_back(Phase(phase));
   }
   std::vector<Hyperparameters> of_groups;
-  for (const py::object& h : hyperparameters) of_groups.push_back(to_hyperparameters(h));
+  for (const py::tuple& h : hyperparameters) of_groups.push_back(to_hyperparameters(h));
   executor.step(addresses, phases, of_groups, to_scaler(grad_scale, found_inf));
 }
 
@@ -117,7 +130,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("params"), py::arg("layouts"), py::arg("executor") = "")
       .def(
           "set_hyperparameters",
-          [](StepPlan& plan, int64_t group, py::handle h) {
+          [](StepPlan& plan, int64_t group, const py::tuple& h) {
             plan.set_hyperparameters(group, to_hyperparameters(h));
           },
           py::arg("group"), py::arg("hyperparameters"))
@@ -136,6 +149,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("emulated") = bool(CGES_EMULATED);
   // For tests: what Python says once more.
   m.attr("sgd_state") = kSgdState;
+  m.attr("fields") = kFields;
   m.attr("max_sweeps") = ShrinkageSolver<float>::kMaxSweeps;
   m.attr("phases") =
       py::dict(py::arg("SKIPPED") = int(Phase::skipped), py::arg("PROX_ALONE") = int(Phase::prox_alone),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.hyperparameters import SGD_STATE, Phase
+from cges_kernels.core.hyperparameters import SGD_STATE, Hyperparameters, Phase
 from cges_kernels.core.reference import MAX_SWEEPS
 
 ROOT = Path(__file__).parent.parent
@@ -143,6 +143,7 @@ def test_c_plus_plus_and_python_say_the_same():
     assert BUILT["cpu"].phases == {phase.name: int(phase) for phase in Phase}
     assert BUILT["cpu"].max_sweeps == MAX_SWEEPS
     assert BUILT["cpu"].sgd_state == SGD_STATE
+    assert tuple(BUILT["cpu"].fields) == Hyperparameters._fields
 
 
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")

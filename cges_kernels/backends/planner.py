@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..core.checks import check_distinct, check_param_group, named_layouts
+from ..core.checks import check_changed, check_distinct, check_param_group, named_layouts
 from ..core.groups import GroupedLayout
 from ..core.hyperparameters import (
     SCALARS,
@@ -96,6 +96,7 @@ class Planner:
         self._key: Any = None
         self._group_sizes: list[int] = []
         self._values: list[Any] = []
+        self._numbers: list[Any] = []  # the types of the values where no tensor is among them
         self._devices: list[torch.device | None] = []
 
     def check(self, param_groups: ParamGroups, first: int = 0) -> None:
@@ -210,8 +211,8 @@ class Planner:
             self._build(param_groups)
         for index, group in enumerate(param_groups):
             values = self._hyperparameters(index, group)
-            if self._differentiates(index, group) or values != self._values[index]:
-                self._take(index, group, Hyperparameters(*values))
+            if values != self._values[index] or self._differentiates(index, group):
+                self._take(index, group, Hyperparameters._make(values))
                 self._values[index] = values
 
     def _build(self, param_groups: ParamGroups) -> None:
@@ -239,6 +240,7 @@ class Planner:
                 ]
                 self.plans[executor] = make_plan(executor, params, *map(list, zip(*served)))
         self._values = [None] * len(param_groups)
+        self._numbers = [None] * len(param_groups)
         self._key = self._keys(param_groups)
 
     def _differentiates(self, index: int, group: dict[str, Any]) -> bool:
@@ -248,20 +250,28 @@ class Planner:
     def _hyperparameters(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
         """A param group's Hyperparameters, as a plain tuple where no tensor is among them."""
         values = values_of(group)
-        if self._differentiates(index, group) or not any(isinstance(x, Tensor) for x in values):
+        types = tuple(map(type, values))
+        if types == self._numbers[index] or self._differentiates(index, group):
             return values
-        return Hyperparameters.of(group, self._devices[index])
+        if any(issubclass(x, Tensor) for x in types):
+            return Hyperparameters.of(group, self._devices[index])
+        self._numbers[index] = types
+        return values
 
     def _take(self, index: int, group: dict[str, Any], hyperparameters: Hyperparameters) -> None:
-        """New hyperparameters of a param group: check them, and tell its plan."""
-        check_param_group(group)
-        if not hyperparameters.on_device:
-            self._warn_of_strength(index, group, float(scalar("b", hyperparameters.thresholds().b)))
+        """New hyperparameters of a param group: check what has changed, and tell its plan."""
+        if (before := self._values[index]) is not None:  # else _build has just checked it
+            new = zip(Hyperparameters._fields, hyperparameters, before)
+            check_changed(group, [key for key, value, was in new if value is not was])
+        may_be_strong = hyperparameters.exclusive_lasso != 0 and not hyperparameters.exact
+        if may_be_strong and not (self.warned or hyperparameters.on_device):
+            self._warn_of_strength(index, float(scalar("b", hyperparameters.thresholds().b)))
         self.plans[self.executors[index]].set_hyperparameters(index, hyperparameters)
 
-    def _warn_of_strength(self, index: int, group: dict[str, Any], b: float) -> None:
+    def _warn_of_strength(self, index: int, b: float) -> None:
+        """Once, where a param group in sequential mode zeroes far more than it is asked for."""
         strength = b * self._group_sizes[index]
-        if group["prox_mode"] == "sequential" and strength >= 1 and not self.warned:
+        if strength >= 1:
             self.warned = True
             warnings.warn(
                 f"param_groups[{index}]: lr*exclusive_lasso*group_size = {strength:.3g} >= 1: sequential "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,17 +13,21 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import hyperparameters
 from .groups import GroupedLayout, GroupSpec, check_spec, grouped_layout
 from .hyperparameters import COEFFICIENTS, FREEZE_MODES, PROX_MODES, SGD_STATE, scalar
 from .tensors import holds_values
 
 FLAGS = ("nesterov", "maximize", "differentiable", "capturable")
 WISHES = ("foreach", "fused")
+SCALARS = frozenset(hyperparameters.SCALARS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_coefficient(name: str, value: Any) -> None:
     """A finite number >= 0, or a tensor of one."""
+    if type(value) is float and 0 <= value < math.inf:
+        return  # nearly always, and quickly, as schedules change many
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
@@ -41,6 +45,23 @@ def check_penalty(options: Mapping[str, Any]) -> None:
     prox_mode = options.get("prox_mode", "sequential")
     if prox_mode not in PROX_MODES:
         raise ValueError(f"prox_mode: expected one of {PROX_MODES}, got {prox_mode!r}")
+
+
+def _check_not_negative(name: str, value: Any) -> None:
+    if not value >= 0:
+        raise ValueError(f"Invalid {name}: {value} (expected a number >= 0)")
+
+
+def check_changed(group: Mapping[str, Any], changed: Collection[str]) -> None:
+    """check_param_group where all but the keys ``changed`` were checked before; cheap for SCALARS."""
+    if not SCALARS.issuperset(changed):
+        return check_param_group(group)
+    for name in changed:
+        if name == "lr":
+            check_number(name, group[name])
+            _check_not_negative("learning rate", scalar(name, group[name]))
+        else:
+            check_coefficient(name, group[name])
 
 
 def check_number(name: str, value: Any) -> None:
@@ -62,13 +83,9 @@ def check_param_group(group: Mapping[str, Any]) -> None:
     for name in ("lr", "momentum", "dampening", "weight_decay"):
         check_number(name, group[name])
     check_flags(group)
-    for name, value in (
-        ("learning rate", scalar("lr", group["lr"])),
-        ("momentum value", group["momentum"]),
-        ("weight_decay value", group["weight_decay"]),
-    ):
-        if not value >= 0:
-            raise ValueError(f"Invalid {name}: {value} (expected a number >= 0)")
+    _check_not_negative("learning rate", scalar("lr", group["lr"]))
+    _check_not_negative("momentum value", group["momentum"])
+    _check_not_negative("weight_decay value", group["weight_decay"])
     if math.isnan(group["dampening"]):
         raise ValueError("Invalid dampening value: nan (expected a number)")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):

@@ -99,7 +99,7 @@ class Hyperparameters(NamedTuple):
     @property
     def on_device(self) -> bool:
         """Whether some are numbers on the device alone, so that only a kernel can form the thresholds."""
-        return any(self.addresses)
+        return At in map(type, self)
 
     def sgd(self) -> SGDOptions:
         """sgd_update's options, but for lr."""

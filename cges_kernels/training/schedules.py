@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..core.hyperparameters import COEFFICIENTS
 
+INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # keys of the full values in param groups
+
 
 def check_steps(name: str, value: Any, least: int = 0) -> None:
     """Raise a ValueError unless ``value`` is a whole number >= ``least``."""
@@ -46,7 +48,7 @@ class CoefficientScheduler:
     _state: tuple[str, ...] = ("last_epoch",)  # attributes of the state_dict
 
     def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
-        needed = [*COEFFICIENTS] + [f"initial_{key}" for key in COEFFICIENTS if last_epoch != -1]
+        needed = [*COEFFICIENTS] + [*(INITIAL.values() if last_epoch != -1 else ())]
         for i, group in enumerate(optimizer.param_groups):
             if missing := [key for key in needed if key not in group]:
                 raise ValueError(
@@ -74,8 +76,10 @@ class CoefficientScheduler:
         """
         factor = self.get_factor()
         for i, group in enumerate(self.optimizer.param_groups):
-            for key in COEFFICIENTS:
-                self._full[i, key] = group.setdefault(f"initial_{key}", self._full_value(i, key, group[key]))
+            for key, initial in INITIAL.items():
+                if initial not in group:
+                    group[initial] = self._full_value(i, key, group[key])
+                self._full[i, key] = group[initial]
         written = set()
         for (i, key), full in self._full.items():
             group = self.optimizer.param_groups[i]
@@ -247,7 +251,7 @@ class TargetDensity(CoefficientScheduler):
         return [
             group
             for group in self.optimizer.param_groups
-            if any(float(group.get(f"initial_{key}", group[key])) > 0 for key in COEFFICIENTS)
+            if any(float(group.get(INITIAL[key], group[key])) > 0 for key in COEFFICIENTS)
         ]
 
     def step(self) -> None:
