@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from cges_kernels import CoefficientWarmup, ProxSGD, cges_param_groups
+from cges_kernels import CoefficientWarmup, ProxSGD, TargetDensity, cges_param_groups
 
 pytestmark = [
     pytest.mark.slow,  # to import
@@ -153,9 +153,8 @@ def run_transformers(tmp_path, monkeypatch):
             transformers.TrainingArguments, **quiet, per_device_train_batch_size=4, save_steps=10
         )
         dataset = [dict(input_ids=row, labels=row) for row in ids]
-        scope = dict(
-            OURS, model=model, dataset=dataset, TrainingArguments=arguments, Trainer=transformers.Trainer
-        )
+        named = {name: getattr(transformers, name) for name in ("Trainer", "TrainerCallback")}
+        scope = dict(OURS, model=model, dataset=dataset, TrainingArguments=arguments, **named)
         exec(recipe, scope)
         return scope["trainer"]
 
@@ -163,7 +162,7 @@ def run_transformers(tmp_path, monkeypatch):
 
 
 def test_transformers(run_transformers):
-    """Its linear schedule ends at lr 0, and thresholds with it."""
+    """Its linear schedule ends at lr 0, and thresholds with it; the warm-up is a callback."""
     model, other = language_model(), language_model()
     seen = []
     hook = model.register_forward_pre_hook(lambda m, args, batch: seen.append(batch), with_kwargs=True)
@@ -172,17 +171,50 @@ def test_transformers(run_transformers):
     assert len(seen) == ACCUMULATED * STEPS
     optimizer = sparse_sgd(other)
     linear = LambdaLR(optimizer, lambda step: 1 - step / STEPS)
-    assert plain(other, optimizer, seen, lambda model, batch: model(**batch).loss, [linear]) > 1
+    schedulers = [linear, CoefficientWarmup(optimizer, 15)]
+    assert plain(other, optimizer, seen, lambda model, batch: model(**batch).loss, schedulers) > 1
     assert_alike(model, other)
     assert model.lm_head.weight is model.transformer.wte.weight and (model.lm_head.weight != 0).all()
 
 
-def test_transformers_resumes(run_transformers):
+RESUMED = 'train(resume_from_checkpoint="checkpoints/checkpoint-10")'
+AS_SCHEDULER = (
+    TRANSFORMERS.replace("optimizers=(optimizer, None)", "optimizers=(optimizer, warmup)")
+    .replace(", callbacks=[Warmup()]", "")
+    .replace("trainer = ", "warmup = CoefficientWarmup(optimizer, steps=15)\ntrainer = ")
+)
+
+
+def coefficients(optimizer):
+    keys = ("lr", "group_lasso", "exclusive_lasso", "l1")
+    return [{key: float(group[key]) for key in keys} for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("recipe", [TRANSFORMERS, AS_SCHEDULER], ids=["callback", "optimizers"])
+def test_transformers_resumes_in_the_middle_of_the_warmup(run_transformers, recipe):
+    """Rebuilt and loaded it ends where the run that went on ends."""
     model, resumed = language_model(), language_model()
-    run_transformers(model)
-    from_there = TRANSFORMERS.replace("train()", 'train(resume_from_checkpoint="checkpoints/checkpoint-10")')
-    assert run_transformers(resumed, from_there).state.global_step == STEPS
+    went_on = run_transformers(model, recipe)
+    again = run_transformers(resumed, recipe.replace("train()", RESUMED))
+    assert again.state.global_step == STEPS
     assert_alike(model, resumed)
+    assert coefficients(again.optimizer) == coefficients(went_on.optimizer)
+    full = sparse_sgd(language_model()).param_groups
+    assert coefficients(went_on.optimizer)[0]["exclusive_lasso"] == full[0]["exclusive_lasso"]
+
+
+def test_transformers_steps_a_schedule_of_coefficients(run_transformers):
+    """In lr's place: the Trainer asks it for lr, which stays."""
+    model, other = language_model(), language_model()
+    seen = []
+    hook = model.register_forward_pre_hook(lambda m, args, batch: seen.append(batch), with_kwargs=True)
+    trainer = run_transformers(model, AS_SCHEDULER)
+    hook.remove()
+    assert trainer.lr_scheduler.get_last_lr()[0] == 0.1
+    optimizer = sparse_sgd(other)
+    warmup = CoefficientWarmup(optimizer, 15)
+    assert plain(other, optimizer, seen, lambda model, batch: model(**batch).loss, [warmup]) > 1
+    assert_alike(model, other)
 
 
 # accelerate
@@ -207,8 +239,37 @@ def test_accelerate(run_accelerate):
     net = Net()
     other = copy.deepcopy(net)
     run_accelerate(net)
-    assert plain(other, sparse_sgd(other), batches()) > 1
+    optimizer = sparse_sgd(other)
+    assert plain(other, optimizer, batches(), schedulers=[CoefficientWarmup(optimizer, 15)]) > 1
     assert_alike(net, other)
+
+
+@pytest.mark.parametrize("make", [lambda o: CoefficientWarmup(o, 15), lambda o: TargetDensity(o, 0.5, 15)])
+def test_accelerate_resumes_in_the_middle_of_a_schedule(run_accelerate, tmp_path, make):
+    accelerate = pytest.importorskip("accelerate", reason=NEEDED)
+    data = list(batches())
+
+    def run(net, begin, end, load=None):
+        accelerator = accelerate.Accelerator(cpu=True)
+        optimizer = sparse_sgd(net)
+        model, optimizer, schedule = accelerator.prepare(net, optimizer, make(optimizer))
+        if load:
+            accelerator.load_state(load)
+        for x, y in data[begin:end]:
+            accelerator.backward(loss_fn(model(x), y))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        accelerator.save_state(tmp_path / f"{begin}-{end}")
+        return coefficients(optimizer)
+
+    net, resumed = Net(), Net()
+    start = copy.deepcopy(net)
+    whole = run(net, 0, 12)
+    middle = run(start, 0, 7)
+    assert middle != whole
+    assert run(resumed, 7, 12, tmp_path / "0-7") == whole
+    assert_same_bits(list(net.parameters()), list(resumed.parameters()))
 
 
 def by_mapping(optimizer, old, new):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..core.hyperparameters import COEFFICIENTS
 
@@ -38,11 +39,14 @@ def cubic(t: float) -> float:
     return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3
 
 
-class CoefficientScheduler:
+class CoefficientScheduler(LRScheduler):
     """What the schedules share; a subclass says the factor in :meth:`get_factor`.
 
     Build it, then call ``step()`` after each ``optimizer.step()``. A coefficient that is a tensor is changed
     in place.
+
+    It is an LRScheduler of torch's, so that trainers step it and keep it in their checkpoints as they do those.
+    It changes no lr; ``get_last_lr`` tells the optimizer's.
     """
 
     _state: tuple[str, ...] = ("last_epoch",)  # attributes of the state_dict
@@ -55,7 +59,9 @@ class CoefficientScheduler:
                     f"optimizer with last_epoch={last_epoch}: expected param groups with {needed}, "
                     f"got {type(optimizer).__name__} without {missing} in param_groups[{i}]"
                 )
-        self.optimizer, self.last_epoch = optimizer, last_epoch
+        # not by LRScheduler.__init__, which is all about lr
+        self.optimizer, self.last_epoch, self._step_count = optimizer, last_epoch, 0
+        self.base_lrs = self.get_lr()
         self._full: dict[tuple[int, str], Any] = {}  # for a loaded state_dict that has no initial_*
         self.step()
 
@@ -63,10 +69,19 @@ class CoefficientScheduler:
         """What the full values are multiplied by at ``last_epoch``."""
         raise NotImplementedError
 
-    def step(self) -> None:
-        """Move on by one optimizer step."""
+    def step(self, epoch: int | None = None) -> None:
+        """Move on by one optimizer step; ``epoch`` is there as LRScheduler has it, and must be None."""
+        if epoch is not None:
+            raise ValueError(f"epoch: expected None, as a schedule moves on step by step, got {epoch}")
         self.last_epoch += 1
+        self._step_count += 1
         self._apply()
+
+    def get_lr(self) -> list[Any]:
+        """The optimizer's lr in force, per param group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    get_last_lr = get_lr
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -254,7 +269,7 @@ class TargetDensity(CoefficientScheduler):
             if any(float(group.get(INITIAL[key], group[key])) > 0 for key in COEFFICIENTS)
         ]
 
-    def step(self) -> None:
+    def step(self, epoch: int | None = None) -> None:
         """Measure and move on by one optimizer step."""
         k = self.last_epoch + 1
         every = max(1, self.steps // 100)
@@ -262,7 +277,7 @@ class TargetDensity(CoefficientScheduler):
         if k % every == 0 or (k >= self.steps and self.freeze and not landed):
             self.density = self.measure()
             self._control(k, every)
-        super().step()
+        super().step(epoch)
 
     @torch.no_grad()
     def measure(self) -> float:
