@@ -270,3 +270,25 @@ def test_empty_and_single_element_tensors(backend):
         truth = reference.shrink(w.double(), reference.Thresholds(0.1, 0.1, 0.01))
         assert got.shape == w.shape
         torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", ["feature", "filter"])
+@pytest.mark.parametrize("exponent", [-30, -23, -20, -18, 16, 18, 20, 35])
+def test_very_small_and_very_large_weights(fused_backend, exponent, group_by, prox_mode):
+    """Beyond what float32 squares hold, norms are 0 or infinite: for all executors alike, and never NaN."""
+    scale, w = 10.0**exponent, torch.randn(40, 48).clamp(-1, 1)
+    given = dict(group_lasso=3 * scale, exclusive_lasso=0.002, l1=0.01 * scale)
+    for names in (["group_lasso"], ["exclusive_lasso"], list(given)):
+        options = dict({name: given[name] for name in names}, group_by=group_by, prox_mode=prox_mode)
+        found, expected = (prox(w * scale, **options, backend=b) for b in (fused_backend, "reference"))
+        assert not found.isnan().any()
+        torch.testing.assert_close(found / scale, expected / scale)
+        assert torch.equal(found == 0, expected == 0)
+        truth = prox(w.double() * scale, **options, backend="reference") / scale
+        if -19 < exponent < 18 or names == ["exclusive_lasso"]:  # functional.prox says so
+            torch.testing.assert_close((found.double() / scale), truth, rtol=1e-4, atol=1e-6)
+        elif exponent in (-30, 20):
+            killed, kept = (group.all() for group in (found == 0, found != 0))
+            assert names != ["group_lasso"] or (killed if exponent < 0 else kept)

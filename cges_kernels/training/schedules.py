@@ -45,8 +45,8 @@ class CoefficientScheduler(LRScheduler):
     Build it, then call ``step()`` after each ``optimizer.step()``. A coefficient that is a tensor is changed
     in place.
 
-    It is an LRScheduler of torch's, so that trainers step it and keep it in their checkpoints as they do those.
-    It changes no lr; ``get_last_lr`` tells the optimizer's.
+    It is an LRScheduler of torch's, so that trainers step it and keep it in their checkpoints as they do
+    those. It changes no lr; ``get_last_lr`` tells the optimizer's.
     """
 
     _state: tuple[str, ...] = ("last_epoch",)  # attributes of the state_dict
