@@ -1,5 +1,7 @@
 """Every executor against the float64 reference: specs, modes, dtypes, shapes, edges."""
 
+import itertools
+
 import pytest
 import torch
 from right import DTYPES, SPECS, as_large_as_may_be, check_step, fresh, one_step
@@ -12,6 +14,7 @@ from cges_kernels.core.groups import canonical_layout
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
 LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
 MODES = ("sequential", "exact")
+NAN, INF = float("nan"), float("inf")
 
 
 def coefficients(w, group_by, view=None, strength=1.0):
@@ -292,3 +295,38 @@ def test_very_small_and_very_large_weights(fused_backend, exponent, group_by, pr
         elif exponent in (-30, 20):
             killed, kept = (group.all() for group in (found == 0, found != 0))
             assert names != ["group_lasso"] or (killed if exponent < 0 else kept)
+
+
+PENALTIES = [
+    dict(zip(("group_lasso", "exclusive_lasso", "l1"), values))
+    for values in itertools.product((0.0, 0.4), (0.0, 0.3), (0.0, 0.2))
+    if any(values[:2])
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda x: "-".join(str(v) for v in x.values()))
+def test_a_group_of_one_is_a_group_with_zeros(backend, penalty, prox_mode, dtype):
+    """A closed form serves groups of one, a search the same groups with a zero more."""
+    edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
+    z = torch.cat([edges, torch.randn(1000)]).to(dtype)
+    wide = torch.stack([z, torch.zeros_like(z)], 1)
+    options = dict(penalty, prox_mode=prox_mode, group_by="filter", backend=backend)
+    one, two = prox(z[:, None], **options)[:, 0], prox(wide, **options)[:, 0]
+    whole = wide.isfinite().all(1)
+    torch.testing.assert_close(one[whole], two[whole])
+    assert torch.equal(one[whole] == 0, two[whole] == 0)
+    truth = prox(z[:, None], **{**options, "backend": "reference"})[:, 0]
+    assert torch.equal(one.isnan(), truth.isnan()) and torch.equal(one.isinf(), truth.isinf())
+
+
+@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_groups_of_one_stay_zero(fused_backend, prox_mode, freeze_zeros):
+    w, grad, buf = inputs((300, 1), torch.float32)
+    w[::3] = 0
+    options = dict(training(w, "filter", prox_mode), freeze_zeros=freeze_zeros)
+    check_step(fused_backend, w, grad, buf, **options)
+    new, new_buf = one_step(fused_backend, w, grad, buf, **options)
+    assert not new[::3].any() and not new_buf[::3].any() and new.any()

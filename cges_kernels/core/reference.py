@@ -133,10 +133,29 @@ def solve_shrinkage(
     sequential (thesis, Eq. 7 then Eq. 8): s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c).
     exact (the true proximal operator):    t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
     """
+    if all(z.shape[d] == 1 for d in dims):
+        return shrink_one(z, thresholds, prox_mode)
     stats = group_stats(z, thresholds.c, dims, with_count=prox_mode == "exact")
     if prox_mode == "sequential" or thresholds.b == 0:
         return sequential_shrinkage(stats, thresholds)
     return _solve_exact(z, dims, thresholds, stats)
+
+
+def shrink_one(z: Tensor, thresholds: Thresholds, prox_mode: str) -> tuple[Tensor, Tensor]:
+    """(s, t) of groups of one entry each, whose norms are both |u|: nothing to search for.
+
+    With s > 0 exact mode's equation is t = c + b*(|z| - t - a), so t = c + b/(1 + b) * (|u| - a).
+    """
+    a, b, c = thresholds
+    u = soft_magnitude(z, c)
+    s = group_scale(u, a)
+    if b == 0:
+        return s, torch.zeros_like(u) + c
+    if prox_mode == "sequential":
+        return s, c + b * u
+    dead = s == 0
+    rise = torch.where(dead, b * u, b / (1 + b) * (u - a))
+    return torch.where(dead, s, group_scale(u - rise, a)), c + rise
 
 
 def sequential_shrinkage(stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor]:

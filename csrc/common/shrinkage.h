@@ -7,8 +7,7 @@
 //   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by Newton's and Halley's steps in a bracket
 //
 // reference.py takes Newton's steps alone to find exact mode's t: both find the root of one equation, by other
-// steps, so their t agree to rounding and their sweeps do not. All else is the same, formula by formula;
-// shrink_one is a closed form of it.
+// steps, so their t agree to rounding and their sweeps do not. All else is the same, formula by formula.
 #pragma once
 #include "common/arithmetic.h"
 

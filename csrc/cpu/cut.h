@@ -46,8 +46,16 @@ Work cut(const std::vector<Slot>& slots);
 int64_t l2_bytes();
 int64_t z_bytes();
 
+// Whether every element is a group: nothing is summed, and shrink_one says what it becomes.
+inline bool has_ones(const Slot& slot) { return slot.has_groups && slot.layout.group_size() == 1; }
+
+inline bool freezes_elements(const Slot& slot) {
+  return slot.h->freeze == Freeze::element || (slot.h->freeze == Freeze::group && has_ones(slot));
+}
+
 inline bool needs_groups(const Slot& slot) {
-  return slot.has_groups && (slot.thresholds().need_norms() || slot.h->freeze == Freeze::group);
+  return slot.has_groups && !has_ones(slot) &&
+         (slot.thresholds().need_norms() || slot.h->freeze == Freeze::group);
 }
 
 // Groups are contiguous runs where nothing is kept behind them; without groups any run will do.
@@ -63,7 +71,7 @@ inline bool rows_alias(const Layout& L, int64_t element_size) {
 
 // Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.
 inline bool holds_z(const Slot& slot) {
-  return (slot.dtype == DType::f32 || slot.dtype == DType::f64) && slot.h->freeze != Freeze::element;
+  return (slot.dtype == DType::f32 || slot.dtype == DType::f64) && !freezes_elements(slot);
 }
 
 }  // namespace cges::cpu

@@ -58,6 +58,8 @@ struct RowOps {
   // w = s * soft(z, t) with one (s, t) per column, or one for the run; z may be w itself.
   void (*apply_columns)(const Rows&, const A* z, const A* s, const A* t, T* w);
   void (*apply_run)(int64_t n, const A* z, Shrinkage<A>, T* w);
+  // The same of elements that are each a group.
+  void (*apply_ones)(int64_t n, const A* z, const Thresholds<A>&, bool exact, T* w);
   // w = z, where nothing shrinks.
   void (*store)(int64_t n, const A* z, T* w);
 };

@@ -37,7 +37,7 @@ class TileRunner {
         thresholds_(slot.thresholds().template as<A>()),
         scalars_(slot.h->sgd.template as<A>()),
         update_{slot.phase, slot.h->nesterov, slot.h->sgd.weight_decay != 0},
-        freeze_groups_(slot.h->freeze == Freeze::group && slot.has_groups),
+        freeze_groups_(slot.h->freeze == Freeze::group && slot.has_groups && !has_ones(slot)),
         aliases_(rows_alias(layout, sizeof(T))),
         block_rows_(rows_of_block(kBlockBytes / (block_columns(layout, tile, kind) * sizeof(A)))),
         most_block_rows_(block_rows_ * (kSumRows / kBlockRows)),
@@ -70,11 +70,13 @@ class TileRunner {
     return std::bit_floor(std::clamp(fit, size_t{1}, size_t{kBlockRows}));
   }
 
-  // No norm is needed: w = soft(z, c), or z itself.
+  // No norm is needed: w = soft(z, c), or z itself; or each element is its own norm.
   void run_elementwise() {
     update_rows(tile_.r0, tile_.r1, /*keep_buf=*/true);
     const int64_t n = tile_.rows() * tile_.columns();
-    if (thresholds_.any())
+    if (has_ones(slot_) && thresholds_.need_norms())
+      ops_.apply_ones(n, z(tile_.r0), thresholds_, slot_.h->exact, w(tile_.r0));
+    else if (thresholds_.any())
       ops_.apply_run(n, z(tile_.r0), {A(1), thresholds_.c}, w(tile_.r0));
     else if (!z_in_w_)
       ops_.store(n, z(tile_.r0), w(tile_.r0));
@@ -206,7 +208,7 @@ class TileRunner {
 
   void update_rows(int64_t r0, int64_t r1, bool keep_buf) {
     if (z_in_w_ && r0 >= in_scratch_ && slot_.phase == Phase::prox_alone) return;
-    ops_.sgd_update(update_, slot_.h->freeze == Freeze::element, rows(r0, r1), w(r0), grad(r0), buf(r0),
+    ops_.sgd_update(update_, freezes_elements(slot_), rows(r0, r1), w(r0), grad(r0), buf(r0),
                     keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z(r0), scalars_);
   }
 
