@@ -15,7 +15,7 @@ from .core import reference
 from .core.checks import check_penalty, check_tensor, named_layouts
 from .core.groups import GroupSpec
 from .core.hyperparameters import Hyperparameters
-from .core.tensors import holds_values
+from .core.tensors import is_followed
 
 
 def prox_(
@@ -73,8 +73,9 @@ def prox(
         Omega(x) = sum_g  group_lasso*||x_g||_2 + (exclusive_lasso/2)*||x_g||_1^2 + l1*||x_g||_1
 
     and "sequential" applies the l1, the group and the exclusive thresholds one after another (Yoon and
-    Hwang 2017, Eq. 7 then 8), which shrinks more. The coefficients already contain the step size. A
-    ``w`` that requires grad takes the reference, which is differentiable.
+    Hwang 2017, Eq. 7 then 8), which shrinks more. The coefficients already contain the step size. Where a
+    derivative of ``w`` or a coefficient is asked for, or PyTorch traces, the reference serves, which is
+    differentiable.
 
     Norms of float32 and 16-bit tensors are sums of float32 squares. These hold for entries from 1e-19 to
     1e18 (groups of n: to 1.8e19/sqrt(n)). Larger ones have an infinite norm, so group lasso leaves them as
@@ -87,7 +88,7 @@ def prox(
     options: dict[str, Any] = dict(
         group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
     )
-    if (torch.is_grad_enabled() and w.requires_grad) or not holds_values(w):
+    if any(map(is_followed, (w, group_lasso, exclusive_lasso, l1))):
         check_penalty({**options, "prox_mode": prox_mode})
         choose_backend(backend, [w])
         w = w.clone()

@@ -42,9 +42,16 @@ def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
         return None  # torch refuses it
     for i, (ours, saved) in enumerate(zip(optimizer.param_groups, groups)):
         expected, got = (_plain_names(group.get("param_names") or ()) for group in (ours, saved))
-        if not expected or len(expected) != len(got) or expected == got:
+        if not expected or len(expected) != len(got) or len(got) != len(saved["params"]):
+            continue  # no names, or torch refuses it
+        if any(
+            isinstance(x, str) for x in saved["params"]
+        ):  # torch.distributed.checkpoint has put it in order
+            groups[i] = {**saved, "param_names": ours["param_names"]}
             continue
-        if sorted(expected) != sorted(got):
+        if expected == got:
+            continue
+        if sorted(expected) != sorted(got) or len(set(got)) != len(got):
             raise ValueError(
                 f"state_dict: expected param_groups[{i}]['param_names'] to hold {expected} in some order, "
                 f"got {got}; without 'param_names' state goes by the order of parameters"
@@ -207,8 +214,8 @@ class ProxSGD(Optimizer):
             kept.check(state["param_groups"])
         state = dict(state)
         backend = state.pop("_backend", "auto")
-        self._planner = Planner(backend if kept is None else kept.backend, _make_sharded_plan)
-        self._planner.warned = kept is not None and kept.warned
+        self._planner = Planner(backend, _make_sharded_plan) if kept is None else kept
+        self._planner.forget()
         super().__setstate__(state)
         self._follow_fused()
 

@@ -227,3 +227,32 @@ def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(backend, tmp_path):
     fit(resumed, optimizer, range(3, 6))
     for p, q in zip(everything(sgd), everything(optimizer)):
         torch.testing.assert_close(q, p)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_state_dict_of_another_order_goes_by_name(flat):
+    """It is in the new order already when it gets to load_state_dict."""
+
+    class Pair(nn.Module):
+        def __init__(self, order):
+            super().__init__()
+            for name in order:
+                setattr(self, name, nn.Linear(2, 2, bias=False))
+
+    def built(order):
+        model = Pair(order)
+        groups = [{"params": [(f"{n}.weight", model.get_submodule(n).weight) for n in order]}]
+        return model, ProxSGD(groups, lr=0.1, momentum=0.9, l1=1e-4)
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = built("ab")
+    for value, name in enumerate("ab", 1):
+        weight = model.get_submodule(name).weight
+        weight.grad = torch.full_like(weight, value)
+    optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    model, optimizer = built("ba")
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    for value, name in enumerate("ab", 1):
+        assert (optimizer.state[model.get_submodule(name).weight]["momentum_buffer"] == value).all()
+    assert optimizer.param_groups[0]["param_names"] == ["b.weight", "a.weight"]

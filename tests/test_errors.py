@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -81,6 +82,8 @@ BAD_OPTIONS = [
       for name in ("group_lasso", "exclusive_lasso", "l1") for value in (-0.5, NAN, INF, -INF)),
     (dict(group_lasso="much"), TypeError, ["group_lasso", "expected a number", "got 'much'"]),
     (dict(l1=None), TypeError, ["l1", "expected a number", "got None"]),
+    (dict(l1=torch.tensor(1)), TypeError, ["l1: expected .*floating-point tensor", "got torch.int64"]),
+    (dict(lr=np.array(0.1)), TypeError, ["lr: expected a number", "got array"]),
     (dict(l1=torch.tensor([0.1, 0.2])), ValueError, ["l1", "expected a number", r"got shape \(2,\)"]),
     (dict(lr=-0.1), ValueError, ["Invalid learning rate: -0.1"]),
     (dict(lr=NAN), ValueError, ["Invalid learning rate: nan"]),
@@ -172,6 +175,15 @@ def test_load_state_dict_refuses(backend, bad):
     assert_recovers(optimizer, params, backend)
 
 
+def test_load_state_dict_refuses_full_values_that_no_schedule_could_use():
+    optimizer, params = started("cpu")
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["initial_l1"] = "x"
+    with rejected(optimizer, TypeError, "initial_l1: expected a number", "got 'x'"):
+        optimizer.load_state_dict(state)
+    assert_recovers(optimizer, params, "cpu")
+
+
 def test_load_state_dict_refuses_a_backend_that_cannot_serve():
     optimizer, params = started("cpu")
     with rejected(optimizer, RuntimeError, "take the reference executor", "got backend='cpu'"):
@@ -198,11 +210,15 @@ def test_a_tensor_whose_memory_is_freed_is_refused(backend, function):
     w.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="expected a tensor with memory, got one whose memory is freed"):
         function(w, l1=0.1, backend=backend)
-    if backend == "reference":
-        return  # a step of it, as torch's own, asks nothing of parameters that it knows
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient", "momentum_buffer"])
+def test_a_step_of_freed_memory_is_refused(backend, which):
     optimizer, params = started(backend)
-    params[0].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="expected a tensor with memory, got one whose memory is freed"):
+    p = params[0]
+    freed = {"parameter": p, "gradient": p.grad, "momentum_buffer": optimizer.state[p]["momentum_buffer"]}
+    freed[which].untyped_storage().resize_(0)
+    with pytest.raises((ValueError, RuntimeError), match=r"\[0\]: expected .*memory, got .*(freed|none)"):
         optimizer.step()
 
 

@@ -7,6 +7,8 @@ import torch
 from right import DTYPES, SPECS, fresh
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cges_kernels import ProxSGD, explain, penalty, prox, prox_
 from cges_kernels.core.hyperparameters import PROX_MODES
@@ -332,3 +334,54 @@ def test_transforms_and_fake_tensors(prox_mode):
         RuntimeError, match=r"'cpu' cannot .*it serves tensors that hold values, got one of Fake"
     ):
         torch.vmap(lambda w: prox(w, backend="cpu", **options))(x)
+
+
+@pytest.mark.parametrize("prox_mode", PROX_MODES)
+def test_derivatives_through_transforms(prox_mode):
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    options = dict(group_lasso=0.1, exclusive_lasso=0.2, l1=0.1, prox_mode=prox_mode)
+
+    def total(x):
+        return sum(prox(w, **options).square().sum() for w in x)
+
+    def mapped(x):
+        return torch.func.vmap(lambda w: prox(w, **options))(x).square().sum()
+
+    wanted = torch.func.grad(total)(x)
+    torch.testing.assert_close(torch.func.grad(mapped)(x), wanted)
+    leaf = x.clone().requires_grad_()
+    mapped(leaf).backward()
+    torch.testing.assert_close(leaf.grad, wanted)
+
+    def of_l1(c):
+        return prox(x[0], **{**options, "l1": c}).square().sum()
+
+    c, h = torch.tensor(0.1, dtype=torch.float64), 1e-6
+    numeric = (of_l1(c + h) - of_l1(c - h)) / (2 * h)
+    torch.testing.assert_close(torch.func.grad(of_l1)(c), numeric, rtol=1e-5, atol=1e-7)
+    leaf = c.clone().requires_grad_()
+    of_l1(leaf).backward()
+    torch.testing.assert_close(leaf.grad, numeric, rtol=1e-5, atol=1e-7)
+    _, along = torch.func.jvp(lambda w: prox(w, **options), (x[0],), (x[1],))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], x[1])
+        torch.testing.assert_close(forward_ad.unpack_dual(prox(dual, **options)).tangent, along)
+        prox_([dual], **options)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
+
+
+def test_the_penalty_has_tangent_0_at_0():
+    zeros, ones = torch.zeros(4, 3), torch.ones(4, 3)
+    _, tangent = torch.func.jvp(lambda w: penalty(w, group_lasso=1.0), (zeros,), (ones,))
+    assert tangent.isfinite()
+    mapped = torch.func.vmap(lambda w: penalty(w, group_lasso=1.0))
+    assert not torch.func.grad(lambda x: mapped(x).sum())(torch.zeros(2, 4, 3)).any()
+
+
+def test_traces_hold_the_map():
+    w = torch.randn(4, 3)
+    traced = torch.jit.trace(lambda w: prox(w, l1=0.5), w)
+    graph = make_fx(lambda w: prox(w, l1=0.5), tracing_mode="real")(w)
+    other = torch.randn(4, 3)
+    for found in (traced(other), graph(other)):
+        torch.testing.assert_close(found, prox(other, l1=0.5))

@@ -860,3 +860,56 @@ def test_gradients_of_another_dtype_are_stepped_as_in_torch(momentum, declared):
         assert_same_bits([ours.state[p]["momentum_buffer"]], [theirs.state[q]["momentum_buffer"]])
     (p, _), (q, _) = trained(partial(ProxSGD, group_lasso=100.0)), trained(partial(ProxSGD, l1=3.0))
     assert not p.any() and (q == 0).any() and q.any()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(fused=True)])
+def test_a_gradient_of_another_dtype_may_come_later(options):
+    """The executor is chosen again, or the wish refused with its reason, in the step that meets it."""
+    p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    q.grad_dtype = None
+    optimizer = ProxSGD([p, q], lr=0.1, momentum=0.9, backend="auto", **options)
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    q.grad = torch.ones(4, 4, dtype=torch.bfloat16)
+    if options:
+        with pytest.raises(
+            RuntimeError, match=r"fused=True cannot .*\[1\]: expected a gradient of its own dtype"
+        ):
+            optimizer.step()
+        return
+    optimizer.step()
+    assert optimizer._planner.executors == ["reference"] and (q == 0.9).all()
+    q.grad = torch.ones(4, 4)
+    optimizer.state[q]["momentum_buffer"] = optimizer.state[q]["momentum_buffer"].float()
+    optimizer.step()
+    assert optimizer._planner.executors != ["reference"]
+
+
+@pytest.mark.parametrize("key", ["lr", "group_lasso", "l1"])
+def test_a_differentiable_step_checks_tensors_changed_in_place(key):
+    p = torch.ones(4, 4)
+    p.grad = torch.ones(4, 4)
+    value = torch.tensor(0.1)
+    optimizer = ProxSGD([p], differentiable=True, **{"lr": 0.1, key: value})
+    optimizer.step()
+    value.fill_(-5.0)
+    with pytest.raises(ValueError, match="-5"):
+        optimizer.step()
+
+
+def test_a_list_changed_in_place_is_noticed(backend):
+    p = nn.Parameter(torch.randn(4, 4))
+    p.grad = torch.zeros(4, 4)
+    other = nn.Parameter(p.detach().clone())
+    other.grad = torch.zeros(4, 4)
+    options = dict(lr=1.0, group_lasso=0.1, group_by=(1,), backend=backend)
+    optimizer = ProxSGD([p], view=[2, 8], **options)
+    optimizer.step()
+    other.data.copy_(p.data)
+    optimizer.param_groups[0]["view"][:] = [16, 1]
+    optimizer.step()
+    ProxSGD([other], view=[16, 1], **options).step()
+    assert_same_bits([p], [other])
+    optimizer.param_groups[0]["view"][:] = [3, 3]
+    with pytest.raises(ValueError, match=r"view: expected .* got \(3, 3\)"):
+        optimizer.step()

@@ -3,8 +3,10 @@
 import copy
 import itertools
 import math
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -438,7 +440,26 @@ def test_parameters_without_names_fit_a_zero_redundancy_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["group_lasso", "weight_decay"])
-@pytest.mark.parametrize("value", ["1e-3", None])
+@pytest.mark.parametrize("value", ["1e-3", None, b"ab", {0.1}, ["0.1"]])
 def test_a_coefficient_that_is_no_number_is_refused(key, value):
-    with pytest.raises(TypeError, match=f"{key}: expected a number or one value per layer, got {value!r}"):
+    text = re.escape(f"{key}: expected a number or one value per layer, got {value!r}")
+    with pytest.raises(TypeError, match=text):
         sparsity_param_groups(nn.Linear(3, 2), **{key: value})
+    for wrong in (dict(names="False"), dict(lam="1e-3")):
+        helper = cges_param_groups if "lam" in wrong else sparsity_param_groups
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected a (bool|number), got"):
+            helper(nn.Linear(3, 2), **wrong)
+
+
+def test_coefficients_may_be_tensors_and_arrays():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    for value in (torch.tensor([0.25, 0.5]), np.array([0.25, 0.5]), (0.25, torch.tensor(0.5))):
+        groups = sparsity_param_groups(model, l1=value)
+        assert [group["l1"] for group in groups] == [0.25, 0.5, 0.0]
+    assert sparsity_param_groups(model, l1=torch.tensor(0.25))[0]["l1"] == 0.25
+
+
+def test_a_parametrized_conv1d_is_named():
+    model = nn.Sequential(parametrizations.weight_norm(Conv1D(4, 3)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"no penalty for \['0.weight'\]"):
+        sparsity_param_groups(model, l1=0.1)

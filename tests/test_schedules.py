@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR, StepLR
 
 from cges_kernels import CubicRamp, ProxSGD, TargetDensity, cges_param_groups, sparsity_report
 from cges_kernels.demo.data import load_digits
@@ -384,3 +385,71 @@ def test_control_fills_tensor_coefficients_in_place():
     tensor = optimizer.param_groups[0]["group_lasso"]
     TargetDensity(optimizer, 0.5, 10)
     assert optimizer.param_groups[0]["group_lasso"] is tensor and tensor.item() == pytest.approx(0.008)
+
+
+# Beside and within torch's schedulers
+
+
+def stepped(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_chain_with_an_lr_scheduler(make):
+    optimizer, other = (stepped(ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8)) for _ in range(2))
+    chain = ChainedScheduler([make(optimizer), StepLR(optimizer, 1, gamma=0.5)])
+    alone = make(other)
+    for k in range(1, 5):
+        optimizer.step()
+        chain.step()
+        other.step()
+        alone.step()
+        assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**k
+        assert chain._schedulers[0].get_last_coefficients() == alone.get_last_coefficients()
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_sequence_is_refused(make):
+    """It sets schedules back, and starts them by what sets lr."""
+    optimizer = stepped(ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8))
+    schedules = [StepLR(optimizer, 1), make(optimizer)]
+    with pytest.raises(RuntimeError, match=r"last_epoch: expected 0 or more, got -1. SequentialLR"):
+        SequentialLR(optimizer, schedules, [5])
+
+
+def test_lr_is_told_and_not_changed():
+    lr = torch.tensor(0.1)
+    optimizer = ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=lr, l1=0.8)
+    warmup = CoefficientWarmup(optimizer, 4)
+    (told,) = warmup.get_last_lr()
+    assert told == lr and told is not lr and optimizer.param_groups[0]["lr"] is lr
+
+
+def test_param_groups_may_go_and_others_come():
+    def group(l1):
+        return {"params": [nn.Parameter(torch.ones(2, 2))], "l1": l1}
+
+    optimizer = ProxSGD([group(1.0), group(2.0)], lr=0.1)
+    warmup = CoefficientWarmup(optimizer, 2)
+    optimizer.param_groups.pop()
+    warmup.step()
+    optimizer.add_param_group(group(7.0))
+    warmup.step()
+    assert [row["l1"] for row in warmup.get_last_coefficients()] == [1.0, 7.0]
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_what_does_not_fit_changes_nothing(make):
+    optimizer = ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8)
+    schedule = make(optimizer)
+    before = schedule.state_dict(), schedule.get_last_coefficients()
+    with pytest.raises(ValueError, match="epoch: expected None"):
+        schedule.step(3)
+    with pytest.raises(ValueError, match=r"state_dict: expected .* without \['last_epoch'\]"):
+        schedule.load_state_dict({key: 7 for key in schedule.state_dict() if key != "last_epoch"})
+    assert (schedule.state_dict(), schedule.get_last_coefficients()) == before
+    with pytest.raises(TypeError, match="freeze: expected a bool, got 'False'"):
+        TargetDensity(optimizer, 0.5, 4, freeze="False")

@@ -370,6 +370,18 @@ def test_names_that_differ_by_a_wrapper_alone_are_told_apart(backend):
         assert_same_bits([second.state[p]["momentum_buffer"]], [first.state[p]["momentum_buffer"]])
 
 
+def test_names_that_stand_twice_are_refused(backend):
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    first, second = (named_optimizer(params, "abc", backend=backend) for _ in range(2))
+    train(first, params, range(1))
+    state = first.state_dict()
+    state["param_groups"][0]["param_names"] = ["a", "c", "c"]
+    second.param_groups[0]["param_names"] = ["c", "a", "c"]
+    with pytest.raises(ValueError, match=r"to hold \['c', 'a', 'c'\] in some order"):
+        second.load_state_dict(state)
+    assert not second.state
+
+
 def test_a_hook_may_give_the_names(backend):
     """It runs before names are compared."""
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]

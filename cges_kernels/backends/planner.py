@@ -51,7 +51,8 @@ def param_names(param_groups: ParamGroups, index: int) -> list[str]:
 
 
 def _identity(p: Tensor) -> tuple[Any, ...]:
-    return id(p), p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
+    place = p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
+    return id(p), has_other_gradient(p), *place
 
 
 def is_sharded(p: Tensor) -> TypeGuard[DTensor]:
@@ -110,11 +111,15 @@ class Planner:
 
     def gather(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
         """Whatever may fail, before anything is written."""
-        for _ in range(2):
+        for again in (True, False):
             self._prepare(param_groups)
-            if all(plan.gather(self._served(param_groups, e), state) for e, plan in self.plans.items()):
-                return
-            self.forget()  # a parameter moved or was replaced
+            try:
+                if all(plan.gather(self._served(param_groups, e), state) for e, plan in self.plans.items()):
+                    return
+            except RuntimeError:
+                if not (again and self._has_other_gradients(param_groups)):
+                    raise
+            self.forget()  # a parameter moved or was replaced, or its executor does not serve its gradient
         raise RuntimeError("expected parameters that stay in place during a step, got some that moved twice")
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -195,11 +200,18 @@ class Planner:
             )
         return choose_backend("reference", local)
 
+    def _has_other_gradients(self, param_groups: ParamGroups) -> bool:
+        """Whether some parameters' gradients have come to be of another dtype since executors were chosen."""
+        groups = (group for group, e in zip(param_groups, self.executors) if e != "reference")
+        return any(has_other_gradient(p) for group in groups for p in group["params"])
+
     def _keys(self, param_groups: ParamGroups) -> list[tuple[Any, ...]]:
         """What a group's executor and layouts depend on; a plan itself compares its parameters."""
         keys = []
         for index, group in enumerate(param_groups):
             key = _executor_options_of(group)
+            if list in map(type, key):  # which may change in place
+                key = tuple(tuple(x) if isinstance(x, list) else x for x in key)
             if index >= len(self.executors) or self.executors[index] == "reference":
                 key = (*key, *(_identity(p) for p in group["params"]))
             keys.append(key)
@@ -211,7 +223,7 @@ class Planner:
             self._build(param_groups)
         for index, group in enumerate(param_groups):
             values = self._hyperparameters(index, group)
-            if values != self._values[index] or self._differentiates(index, group):
+            if self._differentiates(index, group) or values != self._values[index]:
                 self._take(index, group, Hyperparameters._make(values))
                 self._values[index] = values
 
@@ -255,6 +267,8 @@ class Planner:
             return values
         if any(issubclass(x, Tensor) for x in types):
             return Hyperparameters.of(group, self._devices[index])
+        if self._numbers[index] is not None:
+            check_param_group(group)  # what is of another type may be equal, and yet be nothing to go on with
         self._numbers[index] = types
         return values
 
@@ -262,7 +276,8 @@ class Planner:
         """New hyperparameters of a param group: check what has changed, and tell its plan."""
         if (before := self._values[index]) is not None:  # else _build has just checked it
             new = zip(Hyperparameters._fields, hyperparameters, before)
-            check_changed(group, [key for key, value, was in new if value is not was])
+            changed = [key for key, value, was in new if value is not was or isinstance(value, Tensor)]
+            check_changed(group, changed)
         may_be_strong = hyperparameters.exclusive_lasso != 0 and not hyperparameters.exact
         if may_be_strong and not (self.warned or hyperparameters.on_device):
             self._warn_of_strength(index, float(scalar("b", hyperparameters.thresholds().b)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import reference
 from ..core.checks import checked_inputs
 from ..core.hyperparameters import SGD_STATE, Hyperparameters
+from ..core.tensors import is_freed
 from .plan import Spec
 
 
@@ -55,6 +56,8 @@ class ReferencePlan:
                     continue
                 options = dict(self._options[g], group_by=group_by, view=view)
                 name = f"param_groups[{g}]['params'][{i}]"
+                if is_freed(p):
+                    raise RuntimeError(f"{name}: expected a parameter that holds memory, got none")
                 inputs = checked_inputs(name, p, state.get(p, {}), self._keeps_state[g])
                 gathered.append((options, p, *inputs))
         self._gathered, self._state = gathered, state

@@ -18,6 +18,7 @@ from ..core import reference
 from ..core.checks import check_distinct, named_layouts
 from ..core.groups import GroupedLayout, GroupSpec
 from ..core.hyperparameters import Hyperparameters, Phase
+from ..core.tensors import is_followed
 from .extension import BUILT, Executor
 from .graphs import is_capturing
 from .registry import choose_backend
@@ -113,7 +114,8 @@ def prox_in_place(
                 f"{name}: expected torch.no_grad() around a change of a tensor that requires grad"
             )
     check_distinct(names, tensors)
-    executor = choose_backend(backend, tensors)
+    followed = backend == "auto" and any(map(is_followed, tensors))
+    executor = choose_backend("reference" if followed else backend, tensors)
     if executor == "reference":
         options: dict[str, Any] = dict(group_by=group_by, view=view, prox_mode=hyperparameters.prox_mode)
         for w in tensors:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import hyperparameters
 from .groups import GroupedLayout, GroupSpec, check_spec, grouped_layout
-from .hyperparameters import COEFFICIENTS, FREEZE_MODES, PROX_MODES, SGD_STATE, scalar
-from .tensors import holds_values
+from .hyperparameters import COEFFICIENTS, FREEZE_MODES, INITIAL, PROX_MODES, SGD_STATE, scalar
+from .tensors import holds_values, is_freed
 
 FLAGS = ("nesterov", "maximize", "differentiable", "capturable")
 WISHES = ("foreach", "fused")
@@ -32,7 +32,9 @@ def check_coefficient(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
-    number = float(value)
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
+    number = float(scalar(name, value))
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
 
@@ -66,7 +68,7 @@ def check_changed(group: Mapping[str, Any], changed: Collection[str]) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """TypeError unless it is a number, of Python or NumPy, or a tensor; text that spells one is none."""
-    if not hasattr(type(value), "__float__"):
+    if not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
@@ -94,6 +96,9 @@ def check_param_group(group: Mapping[str, Any]) -> None:
             f"got momentum={group['momentum']}, dampening={group['dampening']}"
         )
     check_penalty(group)
+    for initial in INITIAL.values():
+        if initial in group:
+            check_coefficient(initial, group[initial])
     if group["freeze_zeros"] not in FREEZE_MODES:
         raise ValueError(f"freeze_zeros: expected one of {FREEZE_MODES}, got {group['freeze_zeros']!r}")
     if group["fused"] and group["differentiable"]:
@@ -119,7 +124,7 @@ def check_tensor(name: str, w: Any) -> None:
         raise ValueError(f"{name}: expected a tensor with memory, got one on the meta device")
     if w.is_neg():
         raise ValueError(f"{name}: expected a tensor that holds its values, got a lazily negated view")
-    if holds_values(w) and not is_traceable_wrapper_subclass(w) and w.numel() and w.data_ptr() == 0:
+    if is_freed(w):
         raise ValueError(f"{name}: expected a tensor with memory, got one whose memory is freed")
 
 
@@ -155,6 +160,8 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
         )
     if is_traceable_wrapper_subclass(x) and not is_traceable_wrapper_subclass(param):
         raise RuntimeError(f"{name}: expected a plain tensor as its {what}, got {type(x).__name__}")
+    if is_freed(x):
+        raise RuntimeError(f"{name}: expected a {what} that holds memory, got none")
     return x
 
 

@@ -29,6 +29,7 @@ def keeps_state(group: Mapping[str, Any]) -> bool:
 
 # The prox.
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
+INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # schedules keep full values in param groups there
 PROX_MODES = ("sequential", "exact")
 FREEZE_MODES = (None, "group", "element")
 

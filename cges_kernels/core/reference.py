@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .groups import GroupSpec, has_groups, reduced_dims, viewed
-from .tensors import holds_values
+from .tensors import holds_values, is_followed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -110,7 +110,7 @@ def group_stats(z: Tensor, t: Scalar, dims: tuple[int, ...], with_count: bool = 
         return GroupStats(u.sign(), u, u)
     alive = u.sign().sum(dims, keepdim=True) if with_count else None
     l1 = u.sum(dims, keepdim=True)
-    if u.requires_grad:
+    if u.requires_grad or not holds_values(u):
         l2 = torch.linalg.vector_norm(u, dim=dims, keepdim=True)  # its gradient at 0 is 0
     else:
         l2 = u.square_().sum(dims, keepdim=True).sqrt()  # ten times faster than vector_norm across rows
@@ -222,7 +222,8 @@ def _solve_exact(
                 break
             stats = group_stats(z, search.t, dims, with_count=True)
     s, t = search.s, search.t
-    if torch.is_grad_enabled() and z.requires_grad:  # one more step carries the implicit derivative
+    followed = z.requires_grad or any(map(is_followed, (z, *thresholds)))
+    if torch.is_grad_enabled() and followed:  # one more step carries the implicit derivative
         t = _newton(t, group_stats(z, t, dims, with_count=True), thresholds)[2]
         s = group_scale(group_stats(z, t, dims).l2, thresholds.a)
     return s, t
@@ -258,7 +259,7 @@ def shrink(
     else:
         s, t = solve_shrinkage(x, reduced_dims(v.dim(), group_by), thresholds, prox_mode)
     w = apply_shrinkage(x, s, t).to(z.dtype)
-    w = w + 0.0 if w.requires_grad else w.add_(0.0)  # every zero becomes +0.0
+    w = w + 0.0 if w.requires_grad or not holds_values(w) else w.add_(0.0)  # every zero becomes +0.0
     return w.reshape(z.shape)
 
 

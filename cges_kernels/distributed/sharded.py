@@ -21,6 +21,7 @@ from ..backends.registry import make_plan
 from ..core.checks import check_distinct, checked_inputs, named_layouts
 from ..core.groups import GroupedLayout, canonical_layout, has_groups, reduced_dims
 from ..core.hyperparameters import SGD_STATE, Hyperparameters
+from ..core.tensors import has_other_gradient
 from .crossing import CrossingTensor, agree_on_groups
 from .meshes import Pack, Packs
 from .placements import (
@@ -248,6 +249,8 @@ def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, GroupedL
     local = local_part(p).detach()
     if not isinstance(p, DTensor):
         return _Slot(name, group, p, local, None, (), (), _place(local)), layout, spec
+    if has_other_gradient(p):
+        local.grad_dtype = None  # any
     became = {d: d for d in sharded_dims(name, p)}
     if view is not None:
         view, became = local_view(name, p, local, view)

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -85,7 +86,8 @@ def _kind_of(module: nn.Module) -> _Kind | None:
         return _Kind(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
     if isinstance(module, nn.MultiheadAttention):
         return _Kind(r"(in|q|k|v)_proj_weight")
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's: [in, out]
+    # Hugging Face's: [in, out]
+    if hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__):
         return _Kind("weight", transposed=True)
     return _Kind("weight") if isinstance(module, nn.Linear) else None
 
@@ -187,9 +189,12 @@ def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
 
 def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
     """One checked coefficient per layer from a number or a sequence."""
-    if isinstance(value, str) or not isinstance(value, (Real, Iterable)):
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.tolist()
+    given = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+    if not all(isinstance(x, (Real, Tensor)) for x in given):
         raise TypeError(f"{key}: expected a number or one value per layer, got {value!r}")
-    values = [float(value)] * num_layers if isinstance(value, Real) else [float(x) for x in value]
+    values = [float(x) for x in given] * (1 if isinstance(value, Sequence) else num_layers)
     if len(values) != num_layers:
         raise ValueError(f"{key}: expected a number or {num_layers} values, one per layer, got {len(values)}")
     if not all(x >= 0 and math.isfinite(x) for x in values):
@@ -271,6 +276,8 @@ def sparsity_param_groups(
         ValueError: a wrong number of values, a negative one, unknown names, a lazy parameter, no layer at
             all, or a layer on which ``group_by`` has no layout.
     """
+    if not isinstance(names, bool):
+        raise TypeError(f"names: expected a bool, got {names!r}")
     weights = regularised_weights(model, include)
     if include is None:
         warn_of_computed_weights(model, "no penalty")
@@ -301,6 +308,8 @@ def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any)
 
     mu is exclusivity_schedule(L, m); ``same`` are the other arguments of :func:`sparsity_param_groups`.
     """
+    if not isinstance(lam, Real):
+        raise TypeError(f"lam: expected a number, got {lam!r}")
     mu = exclusivity_schedule(len(regularised_weights(model, same.get("include"))), m)
     alpha, beta = [lam * (1 - x) for x in mu], [lam * x for x in mu]
     return sparsity_param_groups(model, group_lasso=alpha, exclusive_lasso=beta, **same)

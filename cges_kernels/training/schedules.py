@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..core.hyperparameters import COEFFICIENTS
-
-INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # keys of the full values in param groups
+from ..core.hyperparameters import COEFFICIENTS, INITIAL
 
 
 def check_steps(name: str, value: Any, least: int = 0) -> None:
@@ -34,6 +32,17 @@ def check_density(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a fraction of nonzero weights in (0, 1], got {value!r}")
 
 
+def check_no_epoch(epoch: int | None) -> None:
+    """Raise a ValueError unless ``epoch``, an argument of LRScheduler.step, is None."""
+    if epoch is not None:
+        raise ValueError(f"epoch: expected None, as a schedule moves on step by step, got {epoch}")
+
+
+def _place(x: Tensor) -> tuple[Any, int]:
+    """What tells whether two coefficients are one: where they lie; of DTensors, who they are."""
+    return x.device, x.data_ptr() or id(x)
+
+
 def cubic(t: float) -> float:
     """1 - (1 - t)^3 for t in [0, 1], 0 before and 1 behind: steep first, level at the end."""
     return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3
@@ -43,7 +52,8 @@ class CoefficientScheduler(LRScheduler):
     """What the schedules share; a subclass says the factor in :meth:`get_factor`.
 
     Build it, then call ``step()`` after each ``optimizer.step()``. A coefficient that is a tensor is changed
-    in place.
+    in place, also where several param groups share it; it may not be in two optimizers. One schedule of
+    coefficients to an optimizer, beside those of lr, also in a ChainedScheduler with them.
 
     It is an LRScheduler of torch's, so that trainers step it and keep it in their checkpoints as they do
     those. It changes no lr; ``get_last_lr`` tells the optimizer's.
@@ -60,10 +70,23 @@ class CoefficientScheduler(LRScheduler):
                     f"got {type(optimizer).__name__} without {missing} in param_groups[{i}]"
                 )
         # not by LRScheduler.__init__, which is all about lr
-        self.optimizer, self.last_epoch, self._step_count = optimizer, last_epoch, 0
+        self.optimizer, self._last_epoch, self._step_count = optimizer, last_epoch, 0
         self.base_lrs = self.get_lr()
-        self._full: dict[tuple[int, str], Any] = {}  # for a loaded state_dict that has no initial_*
         self.step()
+
+    @property
+    def last_epoch(self) -> int:
+        """The index of the last step taken."""
+        return self._last_epoch
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        if value < self._last_epoch:
+            raise RuntimeError(
+                f"last_epoch: expected {self._last_epoch} or more, got {value}. SequentialLR, which sets "
+                f"schedules back, does not serve {type(self).__name__}: step it beside"
+            )
+        self._last_epoch = value
 
     def get_factor(self) -> float:
         """What the full values are multiplied by at ``last_epoch``."""
@@ -71,15 +94,15 @@ class CoefficientScheduler(LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """Move on by one optimizer step; ``epoch`` is there as LRScheduler has it, and must be None."""
-        if epoch is not None:
-            raise ValueError(f"epoch: expected None, as a schedule moves on step by step, got {epoch}")
+        check_no_epoch(epoch)
         self.last_epoch += 1
         self._step_count += 1
         self._apply()
 
     def get_lr(self) -> list[Any]:
-        """The optimizer's lr in force, per param group."""
-        return [group["lr"] for group in self.optimizer.param_groups]
+        """The optimizer's lr in force, per param group; copies of tensors."""
+        lrs = (group["lr"] for group in self.optimizer.param_groups)
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
     get_last_lr = get_lr
 
@@ -89,29 +112,33 @@ class CoefficientScheduler(LRScheduler):
 
         So every full value is known before anything is written.
         """
-        factor = self.get_factor()
-        for i, group in enumerate(self.optimizer.param_groups):
+        factor, groups = self.get_factor(), self.optimizer.param_groups
+        for group in groups:
             for key, initial in INITIAL.items():
                 if initial not in group:
-                    group[initial] = self._full_value(i, key, group[key])
-                self._full[i, key] = group[initial]
+                    group[initial] = self._full_value(group[key])
         written = set()
-        for (i, key), full in self._full.items():
-            group = self.optimizer.param_groups[i]
-            if not isinstance(group[key], Tensor):
-                group[key] = full * factor
-            elif group[key].data_ptr() not in written:
-                written.add(group[key].data_ptr())
-                group[key].copy_(full * factor)
+        for group in groups:
+            for key, initial in INITIAL.items():
+                if not isinstance(group[key], Tensor):
+                    group[key] = group[initial] * factor
+                elif _place(group[key]) not in written:
+                    written.add(_place(group[key]))
+                    group[key].copy_(group[initial] * factor)
 
-    def _full_value(self, i: int, key: str, now: Any) -> Any:
-        """Of a coefficient whose param group does not tell: as remembered, or what it is at the start."""
-        if (i, key) in self._full or not isinstance(now, Tensor):
-            return self._full.get((i, key), now)
-        for place, full in self._full.items():  # a group that came later may share a tensor that was scaled
-            other = self.optimizer.param_groups[place[0]][place[1]]
-            if isinstance(other, Tensor) and other.data_ptr() == now.data_ptr():
-                return full.clone()
+    def _full_value(self, now: Any) -> Any:
+        """Of a coefficient whose param group does not tell: what it is, if no other has scaled it."""
+        if not isinstance(now, Tensor):
+            return now
+        for group in self.optimizer.param_groups:
+            for key, initial in INITIAL.items():
+                known = group.get(initial)
+                if (
+                    isinstance(known, Tensor)
+                    and isinstance(group[key], Tensor)
+                    and _place(group[key]) == _place(now)
+                ):
+                    return known.clone()
         return now.clone()
 
     def get_last_coefficients(self) -> list[dict[str, float]]:
@@ -124,8 +151,10 @@ class CoefficientScheduler(LRScheduler):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from ``state_dict`` and set the coefficients to match."""
+        if missing := [key for key in self._state if key not in state_dict]:
+            raise ValueError(f"state_dict: expected {list(self._state)}, got one without {missing}")
         for key in self._state:
-            setattr(self, key, state_dict[key])
+            setattr(self, "_last_epoch" if key == "last_epoch" else key, state_dict[key])
         self._apply()
 
 
@@ -243,6 +272,8 @@ class TargetDensity(CoefficientScheduler):
     ) -> None:
         check_density("density", density)
         check_steps("steps", steps, 1)
+        if not isinstance(freeze, bool):
+            raise TypeError(f"freeze: expected a bool, got {freeze!r}")
         self.target, self.steps, self.freeze = float(density), steps, freeze
         self.density = 1.0  # as last measured
         self.factor = self.START  # times the initial coefficients, where the landing does not weaken them
@@ -271,6 +302,7 @@ class TargetDensity(CoefficientScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """Measure and move on by one optimizer step."""
+        check_no_epoch(epoch)
         k = self.last_epoch + 1
         every = max(1, self.steps // 100)
         landed = self.frozen and self.density <= self.target + self.TOLERANCE / 2
