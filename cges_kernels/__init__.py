@@ -13,7 +13,8 @@ from .reporting.history import SparsityHistory
 from .reporting.report import sparsity_report
 from .training.prune import density_schedule, prune_to_density
 from .training.recipes import cges_param_groups, exclusivity_schedule, sparsity_param_groups
-from .training.schedules import CoefficientWarmup, CubicRamp, TargetDensity
+from .training.schedules import CoefficientWarmup, CubicRamp
+from .training.target_density import TargetDensity
 
 try:
     __version__ = _metadata.version("cges_kernels")  # pyproject.toml's

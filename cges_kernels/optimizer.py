@@ -18,14 +18,13 @@ from .core import reference
 from .core.checks import check_companion, check_param_group
 from .core.groups import GroupSpec
 from .core.hyperparameters import COEFFICIENTS, SGD_OPTIONS, SGD_STATE, keeps_state
+from .core.names import by_name
 
 # torch's own; before 2.13 it knew CUDA alone
 _capture_health_check: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
     or Optimizer._cuda_graph_capture_health_check
 )
-# The names that DDP, torch.compile, FSDP and activation checkpointing have for what they wrap.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
 
 
@@ -33,39 +32,6 @@ def _make_sharded_plan(*args: Any) -> Plan:
     from .distributed.sharded import ShardedPlan  # only here: torch.distributed takes its time
 
     return ShardedPlan(*args)
-
-
-def _by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """The state_dict with its parameters in the optimizer's order, group by group, where both have names."""
-    groups = list(state_dict["param_groups"])
-    if len(groups) != len(optimizer.param_groups):
-        return None  # torch refuses it
-    for i, (ours, saved) in enumerate(zip(optimizer.param_groups, groups)):
-        expected, got = (_plain_names(group.get("param_names") or ()) for group in (ours, saved))
-        if not expected or len(expected) != len(got) or len(got) != len(saved["params"]):
-            continue  # no names, or torch refuses it
-        if any(
-            isinstance(x, str) for x in saved["params"]
-        ):  # torch.distributed.checkpoint has put it in order
-            groups[i] = {**saved, "param_names": ours["param_names"]}
-            continue
-        if expected == got:
-            continue
-        if sorted(expected) != sorted(got) or len(set(got)) != len(got):
-            raise ValueError(
-                f"state_dict: expected param_groups[{i}]['param_names'] to hold {expected} in some order, "
-                f"got {got}; without 'param_names' state goes by the order of parameters"
-            )
-        place = {name: k for k, name in enumerate(got)}
-        params = [saved["params"][place[name]] for name in expected]
-        groups[i] = {**saved, "params": params, "param_names": ours["param_names"]}
-    return {**state_dict, "param_groups": groups}
-
-
-def _plain_names(names: Sequence[str]) -> list[str]:
-    """Parameters' names without what wrappers of modules put into them, unless two would become one."""
-    plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
-    return plain if len(set(plain)) == len(plain) else list(names)
 
 
 class ProxSGD(Optimizer):
@@ -185,7 +151,7 @@ class ProxSGD(Optimizer):
             ValueError, TypeError, RuntimeError: what does not fit these parameters, or what step() would
                 refuse (a spec, a coefficient, lr, a buffer's shape); nothing is loaded.
         """
-        by_name = self.register_load_state_dict_pre_hook(_by_name)  # after hooks that may change names
+        hook = self.register_load_state_dict_pre_hook(by_name)  # after hooks that may change names
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
@@ -194,7 +160,7 @@ class ProxSGD(Optimizer):
                 raise
             raise ValueError(f"state_dict: expected {expected} param groups, got {got}") from error
         finally:
-            by_name.remove()
+            hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_backend": self._planner.backend}
