@@ -259,7 +259,7 @@ class ProxSGD(Optimizer):
                 params.append(p)
                 grads.append(p.grad)
                 if keeps_state(group):
-                    buffers.append(self.state[p].get(SGD_STATE))
+                    buffers.append(self.state.get(p, {}).get(SGD_STATE))
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
