@@ -21,13 +21,15 @@ def has_other_gradient(p: Tensor) -> bool:
 
 def is_followed(x: object) -> bool:
     """Whether PyTorch is to follow what is computed from it: for a derivative, a transform or a trace."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor):
         return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False  # what follows cannot be traced
     if torch.jit.is_tracing() or get_proxy_mode() is not None or not holds_values(x):
         return True
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    return x.requires_grad and torch.is_grad_enabled()
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def is_freed(x: Tensor) -> bool:
