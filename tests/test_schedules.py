@@ -136,6 +136,7 @@ def test_a_shared_tensor_goes_as_a_number_does(make, share):
     found, groups = run(*given)
     torch.testing.assert_close(found, wanted)
     assert found.any() and groups[0]["l1"] is tensor
+    assert tensor._version == 1 + 5  # written once, when the schedule was made and in each of its steps
 
 
 def test_a_later_group_may_share_a_tensor_that_was_scaled():
