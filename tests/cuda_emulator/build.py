@@ -1,5 +1,10 @@
-"""Compiles .cu files against the emulator, with or without a sanitizer."""
+"""Compiles .cu files against the emulator, with or without a sanitizer.
 
+Tests run in several processes: the second to ask for a file waits until the first has made it.
+"""
+
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -36,10 +41,19 @@ def build(output, sources, sanitize=None, defines=(), shared=True, extra_flags=(
     command = [str(part) for part in command]
     stamp = folder / "link"
     inputs = [*objects, *(path for path in link if Path(path).exists())]
-    if not fresh(output, inputs) or not stamp.exists() or stamp.read_text() != " ".join(command):
-        run(command)
-        stamp.write_text(" ".join(command))
+    with one_process_in(folder):
+        if not fresh(output, inputs) or not stamp.exists() or stamp.read_text() != " ".join(command):
+            run(command)
+            stamp.write_text(" ".join(command))
     return Path(output)
+
+
+@contextlib.contextmanager
+def one_process_in(folder):
+    """Others wait here until this one has left."""
+    with (Path(folder) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back with the file
+        yield
 
 
 def compile_objects(folder, sources, sanitize=None, defines=(), extra_flags=()):
@@ -62,7 +76,7 @@ def compile_objects(folder, sources, sanitize=None, defines=(), extra_flags=()):
             run([*command, "-MMD", "-c", "-o", str(object_file)])
         return object_file
 
-    with ThreadPoolExecutor(2) as pool:
+    with one_process_in(folder), ThreadPoolExecutor(2) as pool:
         return list(pool.map(compile_one, sources))
 
 
