@@ -151,6 +151,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("sgd_state") = kSgdState;
   m.attr("fields") = kFields;
   m.attr("max_sweeps") = ShrinkageSolver<float>::kMaxSweeps;
+  m.attr("sorted") = kSorted;
   m.attr("phases") =
       py::dict(py::arg("SKIPPED") = int(Phase::skipped), py::arg("PROX_ALONE") = int(Phase::prox_alone),
                py::arg("STATELESS") = int(Phase::stateless), py::arg("FIRST") = int(Phase::first),

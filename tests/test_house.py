@@ -11,7 +11,7 @@ import pytest
 
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core.hyperparameters import SGD_STATE, Hyperparameters, Phase
-from cges_kernels.core.reference import MAX_SWEEPS
+from cges_kernels.core.reference import MAX_SWEEPS, SORTED
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cges_kernels"
@@ -141,7 +141,7 @@ def test_the_design_pages_name_files_that_exist():
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 def test_c_plus_plus_and_python_say_the_same():
     assert BUILT["cpu"].phases == {phase.name: int(phase) for phase in Phase}
-    assert BUILT["cpu"].max_sweeps == MAX_SWEEPS
+    assert BUILT["cpu"].max_sweeps == MAX_SWEEPS and BUILT["cpu"].sorted == SORTED
     assert BUILT["cpu"].sgd_state == SGD_STATE
     assert tuple(BUILT["cpu"].fields) == Hyperparameters._fields
 

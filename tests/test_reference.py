@@ -15,7 +15,7 @@ from torch import nn
 
 from cges_kernels.core import reference
 from cges_kernels.core.hyperparameters import PROX_MODES
-from cges_kernels.core.reference import MAX_SWEEPS, Thresholds, shrink
+from cges_kernels.core.reference import MAX_SWEEPS, SORTED, Thresholds, shrink
 
 SHAPES = [(9, 6), (1, 5), (5, 1), (4, 3, 2), (6, 4, 3, 3), (250, 2)]
 KEPT = {
@@ -228,6 +228,41 @@ def test_exact_mode_takes_few_sweeps(monkeypatch):
     assert max(others) <= 13 and np.mean(others) <= 4.5
     # one read of the group before the first sweep, and one after each
     assert max(barely_alive) <= MAX_SWEEPS + 1 and np.mean(barely_alive) <= 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("a", [0.0, 1e-8])
+def test_a_weak_exclusive_lasso_takes_few_sweeps(monkeypatch, a, dtype):
+    """The root is the sequential t then, to rounding: an end of the bracket where a = 0."""
+    counts = []
+
+    def counted(*args, **options):
+        counts[-1] += 1
+        return group_stats(*args, **options)
+
+    group_stats = reference.group_stats
+    monkeypatch.setattr(reference, "group_stats", counted)
+    for n in (SORTED + 1, 100):
+        for exponent in range(-4, -24, -2):
+            counts.append(0)
+            reference.solve_shrinkage(
+                normal(n, 50).to(dtype), (0,), Thresholds(a, 10.0**exponent, 0.0), "exact"
+            )
+    assert max(counts) <= 4
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3])
+@pytest.mark.parametrize("b", [1e-6, 0.1, 10.0, 1e6])
+def test_sorting_finds_the_root(b, c):
+    for n in range(2, SORTED + 1):
+        z = normal(n, 5, 2) * torch.logspace(-2, 2, 5, dtype=torch.float64)[:, None]
+        z[0, 0] = z[1, 0] = 0.5  # neighbours in order, one root
+        s, t = reference.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
+        assert s.shape == t.shape == (1, 5, 2) and (s == 1).all()
+        for i, j in itertools.product(range(5), range(2)):
+            assert t[0, i, j].item() == pytest.approx(
+                float(by_bisection(z[:, i, j], 0.0, b, c)[1]), rel=1e-14
+            )
 
 
 def test_groups_are_solved_independently_of_each_other():

@@ -21,6 +21,7 @@ Everything here is differentiable. Maximum and sign are written so that NaN surv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Scalar: TypeAlias = float | Tensor  # a tensor where autograd is to go through a hyperparameter
 
 MAX_SWEEPS = 24  # of exact mode's search; 13 were enough for the hardest groups seen
+SORTED = 8  # elements of groups, at most, that exact mode sorts instead where there is no group lasso
 
 
 class Thresholds(NamedTuple):
@@ -135,6 +137,8 @@ def solve_shrinkage(
     """
     if all(z.shape[d] == 1 for d in dims):
         return shrink_one(z, thresholds, prox_mode)
+    if prox_mode == "exact" and thresholds.a == 0 and prod(z.shape[d] for d in dims) <= SORTED:
+        return shrink_sorted(z, dims, thresholds)
     stats = group_stats(z, thresholds.c, dims, with_count=prox_mode == "exact")
     if prox_mode == "sequential" or thresholds.b == 0:
         return sequential_shrinkage(stats, thresholds)
@@ -156,6 +160,22 @@ def shrink_one(z: Tensor, thresholds: Thresholds, prox_mode: str) -> tuple[Tenso
     dead = s == 0
     rise = torch.where(dead, b * u, b / (1 + b) * (u - a))
     return torch.where(dead, s, group_scale(u - rise, a)), c + rise
+
+
+def shrink_sorted(z: Tensor, dims: tuple[int, ...], thresholds: Thresholds) -> tuple[Tensor, Tensor]:
+    """(s, t) of exact mode without group lasso, where t = c + b*sum(max(|z| - t, 0)) is linear between
+    neighbouring |z|: the largest of c and the roots that the k largest |z| have alone, for each k.
+    """
+    _, b, c = thresholds
+    kept = [d for d in range(z.dim()) if d not in dims]
+    magnitudes = z.abs().permute(*kept, *dims).flatten(len(kept))
+    sums = magnitudes.sort(dim=-1, descending=True).values.cumsum(-1)
+    k = torch.arange(1, sums.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    t = ((c + b * sums) / (1 + b * k)).amax(-1)
+    t = torch.maximum(t, torch.zeros_like(t) + c).reshape(
+        [1 if d in dims else n for d, n in enumerate(z.shape)]
+    )
+    return torch.ones_like(t), t
 
 
 def sequential_shrinkage(stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
@@ -190,8 +210,12 @@ class Search(NamedTuple):
 
 
 def start_search(stats: GroupStats, thresholds: Thresholds) -> Search:
-    """The search at t = c, where ``stats`` are; the root lies between that and the sequential t."""
+    """The search at t = c, where ``stats`` are.
+
+    The root lies between that and the sequential t; it may be that t itself, to rounding.
+    """
     s, high = sequential_shrinkage(stats, thresholds)
+    high = high * (1 + 4 * torch.finfo(high.dtype).eps)
     low = torch.zeros_like(high) + thresholds.c
     return Search(s, low, low, high, torch.zeros_like(low, dtype=torch.bool))
 

@@ -88,6 +88,16 @@ CGES_FN Shrinkage<T> shrink_one(T z, const Thresholds<T>& h, bool exact) {
   return {group_scale(u - rise, h.a), h.c + rise};
 }
 
+// Without group lasso exact mode's equation t = c + b*sum(max(|z| - t, 0)) is linear between neighbouring |z|, and
+// the k largest alone, whose sum is given, have this root. The largest of these roots and c is t: where there are
+// few elements, to sort them is quicker than a search.
+constexpr int kSorted = 8;  // reference.py's SORTED
+
+template <typename T>
+CGES_FN T root_of_largest(T sum, int k, const Thresholds<T>& h) {
+  return (h.c + h.b * sum) / (T(1) + h.b * T(k));
+}
+
 // One group's search for (s, t). Feed it the group's sums at `at.t`, from t = c on, until it is done.
 template <typename T>
 struct ShrinkageSolver {
@@ -105,46 +115,54 @@ struct ShrinkageSolver {
   }
 
   CGES_FN void solve_shrinkage(const GroupStats<T>& sums, const Thresholds<T>& h, bool exact, T epsilon) {
-    const T l2 = std::sqrt(sums.l2_squared);
-    at.s = group_scale(l2, h.a);
-    if (h.b == T(0) || !exact) {
-      if (h.b != T(0)) at.t = h.c + h.b * sums.l1;
-      done = true;
-      return;
-    }
-    if (sweeps == 0) {
-      low = h.c;
-      high = h.c + h.b * sums.l1;
-    }
-    step(sums, l2, h, epsilon);
+    if (h.b == T(0) || !exact) return settle(sums, h);
+    if (sweeps == 0) bracket(sums, h, epsilon);
+    sweep(sums, h, epsilon);
+    done = done || ++sweeps == kMaxSweeps;
   }
 
- private:
+  // Sequential mode, and exact mode where nothing depends on t.
+  CGES_FN void settle(const GroupStats<T>& sums, const Thresholds<T>& h) {
+    at.s = group_scale(std::sqrt(sums.l2_squared), h.a);
+    if (h.b != T(0)) at.t = h.c + h.b * sums.l1;
+    done = true;
+  }
+
+  // The root lies between c, where the sums are, and the sequential t; it may be that t itself, to rounding.
+  CGES_FN void bracket(const GroupStats<T>& sums, const Thresholds<T>& h, T epsilon) {
+    low = h.c;
+    high = (h.c + h.b * sums.l1) * (T(1) + T(4) * epsilon);
+  }
+
+  // One step of the search.
   // excess(t) = t - c - b*s*||u||_1 rises through the root with slope 1 + b*(k*s + a*||u||_1^2/||u||_2^3),
   // ever more slowly. From the left Newton's steps are short, so there it is Halley's: as k elements fall below
   // t one by one, ||u||_1 bends by k^2/||u||_1 if |z| is spread exponentially, by half of that if evenly; we
   // take 0.8. Of a few elements each makes a corner of its own; there Newton's steps are the better ones.
-  CGES_FN void step(const GroupStats<T>& sums, T l2, const Thresholds<T>& h, T epsilon) {
-    const T t = at.t, ratio = sums.l1 / l2;
+  // Nothing branches here, so that loops over groups are vectorised. `few`: of at most kFew elements.
+  template <bool few = false>
+  CGES_FN void sweep(const GroupStats<T>& sums, const Thresholds<T>& h, T epsilon) {
+    const T l2 = std::sqrt(sums.l2_squared), ratio = sums.l1 / l2, t = at.t;
+    at.s = group_scale(l2, h.a);
     const T excess = t - h.c - h.b * at.s * sums.l1;
-    const T bend = h.a != T(0) ? h.a * ratio * ratio / l2 : T(0);
+    const T bend = h.a != T(0) ? h.a / l2 * ratio * ratio : T(0);
     T slope = at.s == T(0) ? T(1) : T(1) + h.b * (sums.count * at.s + bend);
-    if (excess < T(0)) {
+    if constexpr (!few) {
       const T most = h.b * at.s, part = -excess / sums.l1;  // at most that; NaN where both are infinite
       const T many = sums.count > kFew ? sums.count - kFew : T(0);
-      slope -= T(0.4) * ((part < most ? part : most) * many) * (most * many / slope);  // neither overflows
+      const T less =
+          T(0.4) * ((part < most ? part : most) * many) * (most * many / slope);  // neither overflows
+      slope -= excess < T(0) ? less : T(0);
     }
-    T next = t - excess / slope;
-    if (excess < T(0)) low = t;
-    if (excess > T(0)) high = t;
+    const T newton = t - excess / slope;
+    low = excess < T(0) ? t : low;
+    high = excess > T(0) ? t : high;
+    // NaN counts as near, and stays.
     const T tolerance = T(4) * epsilon;
-    done = !(std::fabs(next - t) > tolerance * std::fabs(next));  // NaN counts as done, and stays
-    if (!done && (next <= low || next >= high)) {
-      next = low + (high - low) / T(2);
-      done = !(std::fabs(next - t) > tolerance * std::fabs(next));
-    }
-    at.t = next;
-    done = done || ++sweeps == kMaxSweeps;
+    const bool near = !(std::fabs(newton - t) > tolerance * std::fabs(newton));
+    const bool inside = (newton > low) & (newton < high);
+    at.t = near | inside ? newton : low + (high - low) / T(2);
+    done = !(std::fabs(at.t - t) > tolerance * std::fabs(at.t));
   }
 };
 

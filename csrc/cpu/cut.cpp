@@ -8,12 +8,13 @@
 namespace cges::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
-constexpr int64_t kLeastElements = 32768;  // of a tile, where a tensor has so many
-constexpr int64_t kTiles = 4;              // but it has so many to share out, unless they get too small
-constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of more than one group
-constexpr int64_t kLeastRowBytes = 256;    // of z: panels of narrower rows lose more than pieces do
-constexpr int64_t kWholeRowBytes = 16384;  // at most, for pieces to be preferred to panels
+constexpr int64_t kTileElements = 131072;   // enough to amortise a tile
+constexpr int64_t kLeastElements = 32768;   // of a tile, where a tensor has so many
+constexpr int64_t kTiles = 4;               // but it has so many to share out, unless they get too small
+constexpr int64_t kMaxRowBytes = 8192;      // of z, in a tile of more than one group
+constexpr int64_t kShortRunsBytes = 32768;  // of z, in a tile of short groups that are runs
+constexpr int64_t kLeastRowBytes = 256;     // of z: panels of narrower rows lose more than pieces do
+constexpr int64_t kWholeRowBytes = 16384;   // at most, for pieces to be preferred to panels
 
 // Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each
 // leaves sums of all these groups.
@@ -91,14 +92,16 @@ void cut(int32_t tensor, const Slot& slot, Work& out) {
   const Layout L = working_layout(slot);
   if (L.numel() == 0) return;
   const int64_t size = element_size(slot.dtype), z_size = size_of_z(slot);
-  const bool by_columns = summed_by_columns(L), divisible = by_columns || L.R2 >= kNarrow;
+  const bool by_columns = summed_by_columns(L),
+             divisible = !has_short_groups(slot) && (by_columns || L.R2 >= kNarrow);
   // Of z. Panels may lie in the next cache in part; a run that scratch has to hold leaves room for the rest.
   const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(slot) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
   if (divisible && (L.R1 * least > capacity || better_in_pieces(slot, L, size)))
     return cut_into_pieces(tensor, slot, L, out.large);
   const int64_t elements = std::clamp(L.numel() / kTiles, kLeastElements, kTileElements);
-  const int64_t most = (needs_groups(slot) ? kMaxRowBytes : kPieceRowBytes) / z_size;
+  const bool runs = has_short_groups(slot) && L.R1 == 1;
+  const int64_t most = (runs ? kShortRunsBytes : needs_groups(slot) ? kMaxRowBytes : kPieceRowBytes) / z_size;
   int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, most);
   columns = std::max(std::min(columns, z_limit / z_size / L.R1), least);
   // Whole groups, and whole line pairs where possible.

@@ -58,6 +58,11 @@ inline bool needs_groups(const Slot& slot) {
          (slot.thresholds().need_norms() || slot.h->freeze == Freeze::group);
 }
 
+// Whether they are so small that many are solved side by side.
+inline bool has_short_groups(const Slot& slot) {
+  return needs_groups(slot) && slot.thresholds().need_norms() && slot.layout.group_size() <= kShortGroup;
+}
+
 // Groups are contiguous runs where nothing is kept behind them; without groups any run will do.
 inline Layout working_layout(const Slot& slot) {
   return needs_groups(slot) ? slot.layout.rows_last() : Layout{1, 1, slot.layout.numel(), 1};

@@ -6,6 +6,7 @@
 //   rows ("filter"):      a run of whole contiguous groups
 //   columns ("feature"):  all R1 rows of a panel of neighbouring columns, cache lines wide
 //   no groups:            a run of elements
+//   short groups:         up to 16 elements each, many of which are solved side by side (short_groups.h)
 // z is in w itself: what was read is written at once, and shrunk in place. Scratch is for what w cannot hold
 // (16 bits, or zeros still needed) and for what is swept often (exact mode).
 //
@@ -25,6 +26,7 @@
 #include <numeric>
 
 #include "cpu/cut.h"
+#include "cpu/short_groups.h"
 #include "cpu/tile.h"
 
 namespace cges::cpu {
@@ -91,11 +93,16 @@ void with_type(DType dtype, F f) {
 void run_whole_tiles(const std::vector<Slot>& slots, const std::vector<Tile>& tiles) {
   parallel_for_each(tiles, Order::forward, [&](const Tile& all) {
     const Slot& slot = slots[all.tensor];
-    const bool grouped = needs_groups(slot);
+    const Layout layout = working_layout(slot);
+    const bool grouped = needs_groups(slot), small = has_short_groups(slot);
     with_type(slot.dtype, [&]<typename T>() {
       for (Tile tile = all; tile.k1 < tile.k1_end; ++tile.k1) {
-        TileRunner<T> runner(slot, working_layout(slot), tile,
-                             grouped ? TileKind::whole : TileKind::elementwise, thread_scratch());
+        if (small) {
+          run_short_groups<T>(slot, layout, tile, thread_scratch());
+          continue;
+        }
+        TileRunner<T> runner(slot, layout, tile, grouped ? TileKind::whole : TileKind::elementwise,
+                             thread_scratch());
         grouped ? runner.run_whole() : runner.run_elementwise();
       }
     });

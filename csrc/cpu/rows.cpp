@@ -1,11 +1,15 @@
 #include "cpu/rows.h"
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <utility>
 
 // The bodies for plain x86-64 (or any other processor), AVX2 and AVX-512: what a wheel may ship.
 namespace cges::cpu::baseline {
+constexpr int kVectorBytes = 16;
 #include "cpu/rows.inc"
-}
+}  // namespace cges::cpu::baseline
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CGES_DISPATCH 1
@@ -13,15 +17,17 @@ namespace cges::cpu::baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2")
 namespace cges::cpu::avx2 {
+constexpr int kVectorBytes = 32;
 #include "cpu/rows.inc"
-}
+}  // namespace cges::cpu::avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")
 namespace cges::cpu::avx512 {
+constexpr int kVectorBytes = 64;
 #include "cpu/rows.inc"
-}
+}  // namespace cges::cpu::avx512
 #pragma GCC pop_options
 #endif
 

@@ -10,8 +10,10 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kLine = 64;     // bytes of a cache line
-constexpr int64_t kSumRows = 32;  // rows summed in the compute type before double takes over
+constexpr int64_t kLine = 64;        // bytes of a cache line
+constexpr int64_t kShortGroup = 16;  // elements of a group, at most, for many to be solved side by side
+constexpr int64_t kTogether = 64;    // groups
+constexpr int64_t kSumRows = 32;     // rows summed in the compute type before double takes over
 
 struct RowUpdate {  // which sgd_update
   Phase phase;
@@ -60,6 +62,12 @@ struct RowOps {
   void (*apply_run)(int64_t n, const A* z, Shrinkage<A>, T* w);
   // The same of elements that are each a group.
   void (*apply_ones)(int64_t n, const A* z, const Thresholds<A>&, bool exact, T* w);
+  // (s, t) of groups of at most kShortGroup elements: `rows` runs of `run` elements, `stride` apart in z, which
+  // goes on for 3 elements more. There is room for whole multiples of kTogether groups in s and t.
+  void (*solve_short)(int64_t groups, int64_t rows, int64_t run, const A* z, int64_t stride,
+                      const Thresholds<A>&, bool exact, A* s, A* t);
+  // w = s * soft(z, t) of neighbouring runs, each with its own (s, t); z may not be w.
+  void (*apply_short)(int64_t groups, int64_t run, const A* z, const A* s, const A* t, T* w);
   // w = z, where nothing shrinks.
   void (*store)(int64_t n, const A* z, T* w);
 };

@@ -175,7 +175,7 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
     settled = tl.where(b == 0, c, c + b * l1)  # sequential mode's t
     finished = done == done
     if EXACT:  # Newton's and Halley's steps to the root of excess, in a shrinking bracket; see shrinkage.h
-        high = tl.where(sweep == 0, settled, high)
+        high = tl.where(sweep == 0, settled * (1 + 4 * EPS), high)
         excess = t - c - b * scale * l1
         ratio = divide(l1, l2)
         bend = tl.where(a == 0, 0.0, divide(a * ratio * ratio, l2))
