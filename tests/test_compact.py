@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 pytest.importorskip("torch_pruning")
 
 from cges_kernels import compact, load_compacted, save_compacted, sparsity_report
-from cges_kernels.compaction.fold import inputs_of_layers
+from cges_kernels.compaction.unknown import inputs_of_layers
 from cges_kernels.demo.training import LeNet
 from cges_kernels.demo.training import compacted as compacted_by_hand
 from cges_kernels.training.recipes import regularised_weights
@@ -396,7 +397,17 @@ def test_a_model_that_refuses_nan():
         model.b.weight[:, 1] = 0
     result = compact(model, torch.randn(2, 3))
     assert shapes(result) == {"a.weight": (3, 3), "b.weight": (2, 3)}
-    assert result.kept["Net"].endswith("fails on NaN or Inf with ValueError: not finite")
+    assert result.kept["Net"] == "constants stay: its forward pass may go other ways for other inputs"
+
+
+def test_a_model_that_fails_on_nan():
+    def forward(self, x):
+        if math.isnan(x.mean().item()):
+            raise ValueError("not a number")
+        return self.b(F.relu(self.a(x)))
+
+    result = compact(net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), torch.randn(2, 3))
+    assert result.kept["Net"].endswith("fails on NaN or Inf with ValueError: not a number")
 
 
 def test_constants_are_found_through_everything():

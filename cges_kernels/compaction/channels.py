@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .fold import CONVOLUTION, PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, columns, is_floating
+from .layers import CONVOLUTION, PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, columns, is_floating
 
 # Kinds of nodes, by Torch-Pruning's names, through which a channel passes without touching another one.
 CHANNELWISE = {"BN", "IN", "PRELU", "ELEMENTWISE", "CONCAT", "SPLIT", "SLICE", "RESHAPE", "PARAMETER"}

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map
 from ..reporting.explain import Table
 from ..reporting.report import sparsity_report
 from .channels import Refused, gather_inputs, import_torch_pruning, remove_unread, restore_inputs
-from .fold import fold_constants, is_floating
+from .fold import fold_constants
+from .layers import is_floating
+from .probes import Probes
 from .tracing import (
     check_modules,
     compare,
@@ -22,7 +24,6 @@ from .tracing import (
     latencies,
     not_used_once,
     outputs,
-    random_like,
     trace,
 )
 
@@ -38,6 +39,7 @@ class Compaction:
     latency_ms: tuple[float, float]  # of the same, median
     max_difference: float  # between the outputs on the example
     kept: dict[str, str]  # by layer: what is dead and had to stay, and why
+    varied: tuple[str, ...]  # in what the inputs differed on which outputs were compared
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the model, as plain numbers and text."""
@@ -47,6 +49,7 @@ class Compaction:
             "layers": {name: {"before": a, "after": b} for name, (a, b) in self.layers.items()},
             "max_difference": self.max_difference,
             "kept": self.kept,
+            "varied": list(self.varied),
         }
 
     def __str__(self) -> str:
@@ -63,6 +66,7 @@ class Compaction:
         ]
         lines = [str(Table(("", "before", "after", "left"), tuple(rows)))]
         lines.append(f"largest difference between outputs: {self.max_difference:.2g}")
+        lines.append(f"tried with other {', '.join(self.varied) or 'inputs: none'}")
         lines += [f"{name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
@@ -81,8 +85,10 @@ def compact(model: nn.Module, example_input: Any, *, keep: Collection[str] = ())
     itself (``layer.read_inputs``). A network that is dead throughout keeps one channel per layer.
 
     Constants are those for inputs of the example's size: behind zero padding and pooling, another size may
-    give others. Every change is checked on the example and on random inputs like it, in float64 where the
-    model allows; one that shows in the outputs is undone, and ``kept`` says so.
+    give others. Whatever a tensor holds that is passed counts as unknown: numbers, token ids and masks alike;
+    numbers and flags that are no tensors stay as they are. Every change is checked on the example and on
+    other inputs (``varied`` says in what they differ), in float64 where the model allows; one that shows in
+    the outputs is undone, and ``kept`` says so.
 
     Args:
         model: left as it is.
@@ -92,7 +98,8 @@ def compact(model: nn.Module, example_input: Any, *, keep: Collection[str] = ())
     Raises:
         ImportError: torch-pruning is not installed.
         ValueError: the model cannot be traced: its forward pass fails on the example, it cuts every gradient,
-            or a module is scripted or computes its weight from others; the module is named.
+            or a module is scripted or computes its weight from others; the module is named. Or it takes no
+            other integers or truth values than the example's.
         RuntimeError: the outputs differ after all by more than rounding.
 
     Example:
@@ -104,7 +111,7 @@ def compact(model: nn.Module, example_input: Any, *, keep: Collection[str] = ())
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     check_modules(model, keep)
     with torch.random.fork_rng(devices=cuda_devices(model, args)):
-        small, kept = _compacted(model, args, {name: "asked for" for name in keep})
+        small, kept, varied = _compacted(model, args, {name: "asked for" for name in keep})
         difference, within = compare(outputs(small, args), outputs(model, args))
         if not within:
             raise RuntimeError(
@@ -125,6 +132,7 @@ def compact(model: nn.Module, example_input: Any, *, keep: Collection[str] = ())
         latency_ms=latency_ms,
         max_difference=difference,
         kept=kept,
+        varied=tuple(varied),
     )
 
 
@@ -140,23 +148,28 @@ def _flops(model: nn.Module, args: tuple[Any, ...]) -> float:
 
 def _compacted(
     model: nn.Module, args: tuple[Any, ...], kept: dict[str, str]
-) -> tuple[nn.Module, dict[str, str]]:
-    """The small model, in the modes and dtypes of ``model``, and what stayed."""
+) -> tuple[nn.Module, dict[str, str], list[str]]:
+    """The small model, in the modes and dtypes of ``model``, what stayed, and in what probes differed."""
     fixed: dict[str, str] = {}
+    probes: Probes | None = None
     while True:  # each round without one more change that showed in the outputs
         small, args_here = _working_copy(model, args)
         calls, cut = trace(small, args_here)
         fixed |= not_used_once(small, calls)
-        if (stayed := _reduce(small, args_here, kept, fixed)) is not None:
+        probes = probes or Probes(small, args_here)
+        if (stayed := _reduce(small, probes.args, kept, fixed)) is not None:
             _restore_kind(small, model)
-            return small, stayed | cut
+            return small, stayed | cut, probes.varied
 
 
 def _reduce(
-    small: nn.Module, args: tuple[Any, ...], kept: dict[str, str], fixed: dict[str, str]
+    small: nn.Module, probes: list[tuple[Any, ...]], kept: dict[str, str], fixed: dict[str, str]
 ) -> dict[str, str] | None:
-    """Make ``small`` smaller in place; what stayed and why. None where ``kept`` or ``fixed`` had to grow."""
-    probes = [args, random_like(args)]
+    """Make ``small`` smaller in place; what stayed and why. None where ``kept`` or ``fixed`` had to grow.
+
+    The first of ``probes`` is the example.
+    """
+    args = probes[0]
     expected = [outputs(small, probe) for probe in probes]
 
     def check(name: str) -> None:

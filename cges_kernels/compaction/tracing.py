@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..reporting.report import evaluating
-from .fold import WEIGHTED, is_floating
+from .layers import WEIGHTED, is_floating
 
 # By how much outputs may differ, relative to the largest of them.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -94,19 +94,6 @@ def not_used_once(model: nn.Module, calls: Counter[str]) -> dict[str, str]:
             reasons[name] = "its weight is used without calling it"
     tied = (names for names in owners.values() if len(names) > 1)
     return reasons | {name: "its weight is tied" for names in tied for name in names}
-
-
-def random_like(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with each floating tensor replaced by normal numbers of its mean and spread."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(x: Any) -> Any:
-        if not is_floating(x) or x.numel() == 0:
-            return x
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        return noise * (x.std(correction=0) + 1) + x.mean()
-
-    return tree_map(draw, args)
 
 
 def cuda_devices(model: nn.Module, args: tuple[Any, ...]) -> list[torch.device]:

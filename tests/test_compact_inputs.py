@@ -1,0 +1,176 @@
+"""What a caller passes is unknown to compact(), whatever its dtype."""
+
+import pytest
+import torch
+from test_compact import net, shapes
+from torch import nn
+from torch.nn import functional as F
+
+from cges_kernels import compact
+from cges_kernels.compaction.unknown import inputs_of_layers
+
+pytest.importorskip("torch_pruning")
+
+
+def layers(**options):
+    """One layer with four inputs, and one that reads all of its outputs."""
+    return {"a": nn.Linear(4, 6), "b": nn.Linear(6, 3), **options}
+
+
+def pixels(self, x):
+    return self.b(self.a(x.float().view(len(x), -1)[:, :4] / 255).relu())
+
+
+def timestep(self, x, t):
+    return self.b(self.a(x).relu() * self.scale(t[:, None] / 1000).sigmoid())
+
+
+def masked(self, x, mask):
+    return self.b(self.a(x.masked_fill(mask, 0)).relu())
+
+
+def multiplied(self, x, mask):
+    return self.b(self.a(x).relu() * (self.scale(mask[:, :1].to(x.dtype))))
+
+
+def functional_embedding(self, tokens):
+    return self.b(self.a(F.embedding(tokens, self.table)).relu())
+
+
+def one_hot(self, tokens):
+    return self.b(self.a((tokens[..., None] == torch.arange(4)).float()).relu())
+
+
+def indexed(self, x, i):
+    return self.b(self.a(self.table[i]).relu() + x.new_zeros(()))
+
+
+def chosen_by_numbers(self, x):
+    return self.b(self.a(self.table[x.argmax(-1)]).relu())
+
+
+def rounded(self, x):
+    return self.b(self.a((x > 0).long().cumsum(-1).float()).relu())
+
+
+def written_into_a_view(self, tokens):
+    ids = torch.zeros_like(tokens)
+    ids[:, :2] = tokens[:, :2]
+    return self.b(self.a(ids[:, :4].float()).relu())
+
+
+def with_table(forward):
+    model = net(forward, **layers(scale=nn.Linear(1, 6)))
+    model.table = nn.Parameter(torch.randn(4, 4))
+    return model
+
+
+INTEGERS = {
+    pixels: (torch.zeros(2, 1, 2, 2, dtype=torch.uint8),),
+    timestep: (torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)),
+    masked: (torch.randn(2, 4), torch.zeros(2, 4, dtype=torch.bool)),
+    multiplied: (torch.randn(2, 4), torch.zeros(2, 4, dtype=torch.bool)),
+    functional_embedding: (torch.zeros(2, 5, dtype=torch.int64),),
+    one_hot: (torch.zeros(2, 5, dtype=torch.int32),),
+    indexed: (torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)),
+    chosen_by_numbers: (torch.randn(2, 4),),
+    rounded: (torch.randn(2, 4),),
+    written_into_a_view: (torch.zeros(2, 5, dtype=torch.int64),),
+}
+
+
+def other(x):
+    if x.is_floating_point():
+        return torch.randn_like(x)
+    return ~x if x.dtype == torch.bool else torch.randint(0, 4, x.shape).to(x.dtype)
+
+
+@pytest.mark.parametrize("forward", INTEGERS, ids=lambda f: f.__name__)
+def test_a_dense_model_stays_as_it_is(forward):
+    model, example = with_table(forward), INTEGERS[forward]
+    assert all(x.isnan().all() for x in inputs_of_layers(model.eval(), example).values())
+    result = compact(model, example)
+    assert result.parameters[0] == result.parameters[1] and not result.layers and not result.kept
+    for _ in range(3):
+        args = tuple(map(other, example))
+        torch.testing.assert_close(result.model(*args), model(*args))
+
+
+@pytest.mark.parametrize("forward", INTEGERS.keys() - {timestep, multiplied}, ids=lambda f: f.__name__)
+def test_dead_units_still_go(forward):
+    model, example = with_table(forward), INTEGERS[forward]
+    with torch.no_grad():
+        model.a.weight[:2] = 0
+    result = compact(model, example)
+    assert shapes(result)["a.weight"] == (4, 4) and shapes(result)["b.weight"] == (3, 4)
+    args = tuple(map(other, example))
+    torch.testing.assert_close(result.model(*args), model(*args))
+
+
+def test_what_depends_on_shapes_alone_is_constant():
+    def forward(self, tokens):
+        mask = torch.ones_like(tokens)[:, :4] * tokens.new_full((1,), 2)
+        return self.b(self.a(mask.float()))
+
+    found = inputs_of_layers(net(forward, **layers()).eval(), (torch.zeros(2, 5, dtype=torch.int64),))
+    assert found["a"].tolist() == [2.0] * 4
+
+
+ASKING = {
+    "any": lambda mask: mask.any(),
+    "item": lambda mask: mask.sum().item() > 3,
+    "list": lambda mask: mask.tolist()[0][0],
+    "array": lambda mask: mask.numpy()[0, 0],
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_forward_pass_that_branches_on_a_mask_keeps_its_constants(ask):
+    def forward(self, x, mask):
+        return self.b(self.a(x).relu() if ask(mask) else x.new_ones(len(x), 6))
+
+    model = net(forward, **layers())
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    with torch.no_grad():
+        model.a.weight[0] = 0
+    result = compact(model, (torch.randn(2, 4), ~mask))
+    assert result.kept["Net"] == "constants stay: its forward pass may go other ways for other inputs"
+    for m in (mask, ~mask):
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(result.model(x, m), model(x, m))
+
+
+def test_what_was_varied_is_told():
+    model = with_table(timestep)
+    result = compact(model, INTEGERS[timestep])
+    assert result.varied == ("numbers", "integers of tensor 1", "batch")
+    assert result.to_dict()["varied"] == list(result.varied)
+    assert "tried with other numbers, integers of tensor 1, batch" in str(result)
+
+
+def test_length_is_varied_where_the_model_takes_it():
+    result = compact(with_table(functional_embedding), INTEGERS[functional_embedding])
+    assert result.varied == ("integers of tensor 0", "batch", "length")
+
+
+def test_a_model_that_takes_one_mask_alone_is_refused():
+    def forward(self, x, mask):
+        if mask.sum() != 3:
+            raise ValueError("three, please")
+        return self.b(self.a(x))
+
+    model = net(forward, **layers())
+    mask = torch.tensor([[True, True, False, True]])
+    with pytest.raises(ValueError, match=r"other values of tensor 1 \(torch.bool, \[1, 4\]\).*three, please"):
+        compact(model, (torch.randn(1, 4), mask))
+
+
+def test_token_ids_stay_within_the_smallest_embedding():
+    def forward(self, tokens, positions):
+        return self.b(self.a(self.tokens(tokens) + self.positions(positions)).relu())
+
+    model = net(forward, **layers(tokens=nn.Embedding(9, 4), positions=nn.Embedding(5, 4)))
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append([int(x.max()) for x in args]))
+    compact(model, tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in range(2)))
+    assert max(x[0] for x in seen) == max(x[1] for x in seen) == 4
