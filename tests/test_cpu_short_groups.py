@@ -1,5 +1,7 @@
 """Groups of 2 to 16 elements, which the CPU executor solves side by side."""
 
+import itertools
+
 import pytest
 import torch
 from right import DTYPES, check_step, fresh, one_step
@@ -10,6 +12,7 @@ from cges_kernels.backends.extension import BUILT
 
 pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 
+NORMS = ("group_lasso", "exclusive_lasso")
 SIZES = range(2, 18)  # to the first that is not short
 # Groups of n that are runs of memory, columns, both, or few to a matrix, as (shape, dims).
 LAYOUTS = {
@@ -52,18 +55,27 @@ def test_terms_alone_in_groups_of_all_strengths(prox_mode, terms):
         check_step("cpu", w, fresh(w.shape), None, lr=0.5, prox_mode=prox_mode, **options)
 
 
+@pytest.mark.parametrize("b", [1e-4, 1.0, 1e4, 1e8])
+def test_equal_magnitudes(b):
+    """A search would step from side to side of the corner that they make."""
+    for n in SIZES[:-1]:
+        w = torch.tensor([-1.1, 1.1]).repeat(n)[:n].expand(70, n).contiguous()
+        got = prox(w, exclusive_lasso=b, group_by="filter", prox_mode="exact", backend="cpu")
+        torch.testing.assert_close(got, w / (1 + b * n), rtol=0, atol=2.5e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("freeze_zeros", ["group", "element"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_zero_stays_zero(layout, freeze_zeros, prox_mode, dtype):
-    for n in (2, 5, 16):
+    for n, left_out in itertools.product((2, 5, 16), [(), NORMS, (*NORMS, "l1")]):
         shape, dims = LAYOUTS[layout](n, 205)
         w, grad, buf = inputs(shape, dtype)
         groups = w.movedim(dims[0], -1)
         groups[..., 1::3, :] = 0.0
         groups[..., 0] = 0.0
-        options = dict(training(w, dims, prox_mode), freeze_zeros=freeze_zeros)
+        options = dict(training(w, dims, prox_mode), freeze_zeros=freeze_zeros) | dict.fromkeys(left_out, 0.0)
         check_step("cpu", w, grad, buf, **options)
         new, new_buf = (x.movedim(dims[0], -1) for x in one_step("cpu", w, grad, buf, **options))
         assert not new[..., 1::3, :].any() and not new_buf[..., 1::3, :].any()

@@ -265,6 +265,17 @@ def test_sorting_finds_the_root(b, c):
             )
 
 
+@pytest.mark.parametrize("n", [2, SORTED, SORTED + 1])
+def test_a_weak_exclusive_lasso_has_its_gradient(n):
+    """In float32 t is c to rounding."""
+    z = normal(n, 100).float()
+    b = torch.tensor(1e-8, requires_grad=True)
+    shrink(z, Thresholds(0.0, b, 0.3), prox_mode="exact").abs().sum().backward()
+    above = (z.abs().double() - 0.3).relu()
+    expected = -((above > 0).sum(0) * above.sum(0)).sum()  # dt/db = sum(max(|z| - c, 0))
+    assert b.grad.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_groups_are_solved_independently_of_each_other():
     """One that needs many sweeps does not disturb one that needs few."""
     scale = torch.logspace(-3, 3, 30, dtype=torch.float64)

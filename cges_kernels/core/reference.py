@@ -13,7 +13,8 @@ so it is: per-group statistics -> two numbers (s, t) per group -> one elementwis
 (csrc/common/ sgd.h and shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
 form_thresholds, sgd_update, group_stats, solve_shrinkage, apply_shrinkage. They compute the same, and by the
 same formulas but for exact mode's t: there only the equation and its root are the same. From the left of the
-root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs.
+root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs; and without
+group lasso this file and the CPU's executor sort small groups (shrink_sorted), where the others search.
 
 Everything here is differentiable. Maximum and sign are written so that NaN survives and zeros are +0.0.
 """
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 Scalar: TypeAlias = float | Tensor  # a tensor where autograd is to go through a hyperparameter
 
 MAX_SWEEPS = 24  # of exact mode's search; 13 were enough for the hardest groups seen
-SORTED = 8  # elements of groups, at most, that exact mode sorts instead where there is no group lasso
+SORTED = 16  # elements of groups, at most, that exact mode sorts instead where there is no group lasso
 
 
 class Thresholds(NamedTuple):
@@ -164,17 +165,18 @@ def shrink_one(z: Tensor, thresholds: Thresholds, prox_mode: str) -> tuple[Tenso
 
 def shrink_sorted(z: Tensor, dims: tuple[int, ...], thresholds: Thresholds) -> tuple[Tensor, Tensor]:
     """(s, t) of exact mode without group lasso, where t = c + b*sum(max(|z| - t, 0)) is linear between
-    neighbouring |z|: the largest of c and the roots that the k largest |z| have alone, for each k.
+    neighbouring |z|. The k largest alone, whose sum of |z| - c is h_k, have the root c + b*h_k/(1 + b*k); the
+    largest of these and c is t.
     """
     _, b, c = thresholds
     kept = [d for d in range(z.dim()) if d not in dims]
-    magnitudes = z.abs().permute(*kept, *dims).flatten(len(kept))
-    sums = magnitudes.sort(dim=-1, descending=True).values.cumsum(-1)
-    k = torch.arange(1, sums.shape[-1] + 1, dtype=z.dtype, device=z.device)
-    t = ((c + b * sums) / (1 + b * k)).amax(-1)
-    t = torch.maximum(t, torch.zeros_like(t) + c).reshape(
-        [1 if d in dims else n for d, n in enumerate(z.shape)]
-    )
+    above = (z.abs() - c).permute(*kept, *dims).flatten(len(kept))
+    h, rises = torch.zeros_like(above[..., 0]), []
+    for k, largest in enumerate(above.sort(dim=-1, descending=True).values.unbind(-1), start=1):
+        h = h + largest
+        rises.append(b * h / (1 + b * k))
+    t = c + torch.stack(rises).amax(0).relu()
+    t = t.reshape([1 if d in dims else n for d, n in enumerate(z.shape)])
     return torch.ones_like(t), t
 
 

@@ -4,10 +4,11 @@
 //   z = what the update rule would write (sgd.h);  a = lr*alpha, b = lr*beta, c = lr*gamma;  u = soft(z, c)
 //   w = s * soft(z, t)
 //   sequential:  s = max(1 - a/||u||_2, 0),  t = c + b*||u||_1
-//   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by Newton's and Halley's steps in a bracket
+//   exact:       t = c + b * s(t) * ||soft(z, t)||_1,  solved by Newton's and Halley's steps in a bracket; small
+//                groups have closed forms in part
 //
 // reference.py takes Newton's steps alone to find exact mode's t: both find the root of one equation, by other
-// steps, so their t agree to rounding and their sweeps do not. All else is the same, formula by formula.
+// steps, so their t agree to rounding and their sweeps do not. All else is the same.
 #pragma once
 #include "common/arithmetic.h"
 
@@ -88,14 +89,14 @@ CGES_FN Shrinkage<T> shrink_one(T z, const Thresholds<T>& h, bool exact) {
   return {group_scale(u - rise, h.a), h.c + rise};
 }
 
-// Without group lasso exact mode's equation t = c + b*sum(max(|z| - t, 0)) is linear between neighbouring |z|, and
-// the k largest alone, whose sum is given, have this root. The largest of these roots and c is t: where there are
-// few elements, to sort them is quicker than a search.
-constexpr int kSorted = 8;  // reference.py's SORTED
+// Without group lasso exact mode's equation t = c + b*sum(max(|z| - t, 0)) is linear between neighbouring |z|. The k
+// largest alone, whose sum of |z| - c is given, have a root this far above c; t is the largest of these roots and c.
+// The CPU's executor and reference.py sort groups of at most so many elements; the others search.
+constexpr int kSorted = 16;  // reference.py's SORTED
 
 template <typename T>
-CGES_FN T root_of_largest(T sum, int k, const Thresholds<T>& h) {
-  return (h.c + h.b * sum) / (T(1) + h.b * T(k));
+CGES_FN T rise_of_largest(T sum, int k, const Thresholds<T>& h) {
+  return h.b * sum / (T(1) + h.b * T(k));
 }
 
 // One group's search for (s, t). Feed it the group's sums at `at.t`, from t = c on, until it is done.

@@ -60,7 +60,7 @@ inline bool needs_groups(const Slot& slot) {
 
 // Whether they are so small that many are solved side by side.
 inline bool has_short_groups(const Slot& slot) {
-  return needs_groups(slot) && slot.thresholds().need_norms() && slot.layout.group_size() <= kShortGroup;
+  return needs_groups(slot) && slot.layout.group_size() <= kShortGroup;
 }
 
 // Groups are contiguous runs where nothing is kept behind them; without groups any run will do.

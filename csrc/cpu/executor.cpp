@@ -6,9 +6,9 @@
 //   rows ("filter"):      a run of whole contiguous groups
 //   columns ("feature"):  all R1 rows of a panel of neighbouring columns, cache lines wide
 //   no groups:            a run of elements
-//   short groups:         up to 16 elements each, many of which are solved side by side (short_groups.h)
 // z is in w itself: what was read is written at once, and shrunk in place. Scratch is for what w cannot hold
-// (16 bits, or zeros still needed) and for what is swept often (exact mode).
+// (16 bits, or zeros still needed) and for what is swept often (exact mode). Groups of a few elements are solved
+// side by side, a block at a time, whose z is in scratch too (short_groups.h).
 //
 // A group that does not fit is cut into pieces, long runs of memory: one pass updates and sums, the sums of
 // pieces are added in index order, and a second pass applies (28 bytes per element, less what the caches

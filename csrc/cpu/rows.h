@@ -10,10 +10,10 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kLine = 64;        // bytes of a cache line
-constexpr int64_t kShortGroup = 16;  // elements of a group, at most, for many to be solved side by side
-constexpr int64_t kTogether = 64;    // groups
-constexpr int64_t kSumRows = 32;     // rows summed in the compute type before double takes over
+constexpr int64_t kLine = 64;             // bytes of a cache line
+constexpr int64_t kShortGroup = kSorted;  // elements of a group, at most, for many to be solved side by side
+constexpr int64_t kTogether = 64;         // groups
+constexpr int64_t kSumRows = 32;          // rows summed in the compute type before double takes over
 
 struct RowUpdate {  // which sgd_update
   Phase phase;
