@@ -13,7 +13,7 @@ so it is: per-group statistics -> two numbers (s, t) per group -> one elementwis
 (csrc/common/ sgd.h and shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
 form_thresholds, sgd_update, group_stats, solve_shrinkage, apply_shrinkage. They compute the same, and by the
 same formulas but for exact mode's t: there only the equation and its root are the same. From the left of the
-root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs; and without
+root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs. Without
 group lasso this file and the CPU's executor sort small groups (shrink_sorted), where the others search.
 
 Everything here is differentiable. Maximum and sign are written so that NaN survives and zeros are +0.0.
