@@ -96,11 +96,8 @@ void run_whole_tiles(const std::vector<Slot>& slots, const std::vector<Tile>& ti
     const Layout layout = working_layout(slot);
     const bool grouped = needs_groups(slot), small = has_short_groups(slot);
     with_type(slot.dtype, [&]<typename T>() {
+      if (small) return ShortGroups<T>(slot, layout, thread_scratch()).run(all);
       for (Tile tile = all; tile.k1 < tile.k1_end; ++tile.k1) {
-        if (small) {
-          run_short_groups<T>(slot, layout, tile, thread_scratch());
-          continue;
-        }
         TileRunner<T> runner(slot, layout, tile, grouped ? TileKind::whole : TileKind::elementwise,
                              thread_scratch());
         grouped ? runner.run_whole() : runner.run_elementwise();

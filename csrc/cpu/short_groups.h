@@ -8,54 +8,124 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kShortBlock = 1024;  // elements, about
+constexpr int64_t kShortBlock = 2048;  // elements, about
 
 template <typename T>
-void run_short_groups(const Slot& slot, const Layout& L, const Tile& tile, Scratch& scratch) {
+class ShortGroups {
+ public:
   using A = Compute<T>;
-  const RowOps<T>& ops = row_ops<T>();
-  const auto thresholds = slot.thresholds().template as<A>();
-  const auto scalars = slot.h->sgd.template as<A>();
-  const RowUpdate update{slot.phase, slot.h->nesterov, slot.h->sgd.weight_decay != 0};
-  const bool freeze = slot.h->freeze == Freeze::group, exact = slot.h->exact;
-  const int64_t rows = L.R1, run = L.R2, groups = tile.columns() / run;
-  const int64_t block = std::max(kShortBlock / (L.group_size() * kTogether), int64_t{1}) * kTogether;
 
-  scratch.reset();
-  A* const s = scratch.take<A>(block);
-  A* const t = scratch.take<A>(block);
-  A* const z = scratch.take<A>(block * L.group_size() + 3);  // see solve_short
-  A* const alive = scratch.take<A>(block * run);             // by column
-  for (int64_t g0 = 0; g0 < groups; g0 += block) {
-    const int64_t n = std::min(block, groups - g0), columns = n * run, stride = L.row_length();
-    const int64_t at = L.offset(tile.k1, 0, 0) + tile.c0 + g0 * run;
-    T* const w = static_cast<T*>(slot.w) + at;
-    T* const buf = slot.buf ? static_cast<T*>(slot.buf) + at : nullptr;
-    const T* const grad = slot.grad ? static_cast<const T*>(slot.grad) + at : nullptr;
+  ShortGroups(const Slot& slot, const Layout& layout, Scratch& scratch)
+      : slot_(slot),
+        L_(layout),
+        thresholds_(slot.thresholds().template as<A>()),
+        scalars_(slot.h->sgd.template as<A>()),
+        update_{slot.phase, slot.h->nesterov, slot.h->sgd.weight_decay != 0},
+        freeze_(slot.h->freeze == Freeze::group),
+        most_(std::max(kShortBlock / (layout.group_size() * kTogether), int64_t{1}) * kTogether),
+        scratch_(scratch) {}
 
-    if (freeze) std::fill_n(alive, columns, A(0));
-    for (int64_t r = 0; freeze && r < rows; ++r) ops.find_alive(columns, w + r * stride, alive);
-    for (int64_t g = 0; freeze && run > 1 && g < n; ++g) {
-      A* const of_group = alive + g * run;
-      std::fill_n(of_group, run, *std::max_element(of_group, of_group + run));
+  void run(const Tile& tile) {
+    const int64_t matrices = most_ / L_.K2;
+    if (tile.columns() == L_.row_length() && L_.R1 > 1 && L_.K2 <= kTogether / 2)
+      for (int64_t k1 = tile.k1; k1 < tile.k1_end; k1 += matrices)
+        run_matrices(k1, std::min(matrices, tile.k1_end - k1));
+    else
+      for (int64_t k1 = tile.k1; k1 < tile.k1_end; ++k1)
+        for (int64_t c = tile.c0; c < tile.c1; c += most_ * L_.R2)
+          run_columns(k1, c, std::min(most_ * L_.R2, tile.c1 - c));
+  }
+
+ private:
+  T* w(int64_t at) const { return static_cast<T*>(slot_.w) + at; }
+  T* buf(int64_t at) const { return slot_.buf ? static_cast<T*>(slot_.buf) + at : nullptr; }
+  const T* grad(int64_t at) const { return slot_.grad ? static_cast<const T*>(slot_.grad) + at : nullptr; }
+
+  // Columns [c, c + columns) of the matrix at k1.
+  void run_columns(int64_t k1, int64_t c, int64_t columns) {
+    const int64_t at = L_.offset(k1, 0, 0) + c, stride = L_.row_length();
+    A* const z = take_block(columns);
+    find_alive(columns, w(at), stride);
+    const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
+    ops_.sgd_update(update_, freezes_elements(slot_), m, w(at), grad(at), buf(at), buf(at), stride, z,
+                    scalars_);
+    shrink(columns, z, w(at), stride);
+    for (int64_t r = 0; freeze_ && slot_.buf && r < L_.R1; ++r)
+      ops_.mask(columns, alive_, buf(at) + r * stride);
+  }
+
+  // Some small matrices from k1 on, one run of memory: they are put side by side, as one wide matrix.
+  void run_matrices(int64_t k1, int64_t matrices) {
+    const int64_t at = L_.offset(k1, 0, 0), columns = matrices * L_.row_length(), n = L_.R1 * columns;
+    A* const wide = take_block(columns);
+    A* const z = scratch_.take<A>(n);
+    T* const result = scratch_.take<T>(n);
+    const auto each_row = [&](auto f) {  // of each matrix: f(element, element when side by side)
+      for (int64_t q = 0; q < matrices; ++q)
+        for (int64_t r = 0; r < L_.R1; ++r)
+          f((q * L_.R1 + r) * L_.row_length(), r * columns + q * L_.row_length());
+    };
+    const auto copy = [&](const auto* from, auto* to) {
+      for (int64_t i = 0; i < L_.row_length(); ++i) to[i] = from[i];
+    };
+    if (freeze_) each_row([&](int64_t i, int64_t j) { copy(w(at + i), result + j); });
+    find_alive(columns, result, columns);
+    const Rows m{1, n, n, n, 0, 1, false, false};
+    ops_.sgd_update(update_, freezes_elements(slot_), m, w(at), grad(at), buf(at), buf(at), n, z, scalars_);
+    each_row([&](int64_t i, int64_t j) { copy(z + i, wide + j); });
+    shrink(columns, wide, result, columns);
+    each_row([&](int64_t i, int64_t j) { copy(result + j, w(at + i)); });
+    if (freeze_ && slot_.buf)
+      each_row([&](int64_t i, int64_t j) { ops_.mask(L_.row_length(), alive_ + j % columns, buf(at + i)); });
+  }
+
+  // Room for z, and for what its groups need.
+  A* take_block(int64_t columns) {
+    scratch_.reset();
+    s_ = scratch_.take<A>(most_);
+    t_ = scratch_.take<A>(most_);
+    alive_ = scratch_.take<A>(columns);
+    return scratch_.take<A>(L_.R1 * columns + 3);  // see solve_short
+  }
+
+  // By column, where groups are frozen.
+  void find_alive(int64_t columns, const T* w, int64_t stride) {
+    if (!freeze_) return;
+    std::fill_n(alive_, columns, A(0));
+    for (int64_t r = 0; r < L_.R1; ++r) ops_.find_alive(columns, w + r * stride, alive_);
+    for (A* group = alive_; L_.R2 > 1 && group < alive_ + columns; group += L_.R2)
+      std::fill_n(group, L_.R2, *std::max_element(group, group + L_.R2));
+  }
+
+  // w, whose rows are `stride` apart, from z, whose rows are not.
+  void shrink(int64_t columns, const A* z, T* w, int64_t stride) {
+    const int64_t groups = columns / L_.R2;
+    if (thresholds_.need_norms()) {
+      ops_.solve_short(groups, L_.R1, L_.R2, z, columns, thresholds_, slot_.h->exact, s_, t_);
+      const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
+      if (L_.R2 == 1) ops_.apply_columns(m, z, s_, t_, w);
     }
-    const Rows m{rows, columns, stride, columns, 0, rows, false, false};
-    ops.sgd_update(update, freezes_elements(slot), m, w, grad, buf, buf, stride, z, scalars);
-    if (thresholds.need_norms()) ops.solve_short(n, rows, run, z, columns, thresholds, exact, s, t);
-    if (thresholds.need_norms() && run == 1) ops.apply_columns(m, z, s, t, w);
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* const z_row = z + r * columns;
-      T* const w_row = w + r * stride;
-      if (!thresholds.any())
-        ops.store(columns, z_row, w_row);
-      else if (!thresholds.need_norms())
-        ops.apply_run(columns, z_row, {A(1), thresholds.c}, w_row);
-      else if (run > 1)
-        ops.apply_short(n, run, z_row, s, t, w_row);
-      if (freeze) ops.mask(columns, alive, w_row);
-      if (freeze && buf != nullptr) ops.mask(columns, alive, buf + r * stride);
+    for (int64_t r = 0; r < L_.R1; ++r, z += columns, w += stride) {
+      if (!thresholds_.any())
+        ops_.store(columns, z, w);
+      else if (!thresholds_.need_norms())
+        ops_.apply_run(columns, z, {A(1), thresholds_.c}, w);
+      else if (L_.R2 > 1)
+        ops_.apply_short(groups, L_.R2, z, s_, t_, w);
+      if (freeze_) ops_.mask(columns, alive_, w);
     }
   }
-}
+
+  const Slot& slot_;  // outlives this object
+  const Layout L_;
+  const Thresholds<A> thresholds_;
+  const SgdScalars<A> scalars_;
+  const RowUpdate update_;
+  const bool freeze_;
+  const int64_t most_;  // groups at a time
+  Scratch& scratch_;
+  A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;
+  const RowOps<T>& ops_ = row_ops<T>();
+};
 
 }  // namespace cges::cpu
