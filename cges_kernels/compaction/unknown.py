@@ -100,16 +100,18 @@ class _Unknowns(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        numbers = [~x.isfinite() for x in given if is_floating(x) and not self._paused]
         out = func(*args, **(kwargs or {}))
         if self._paused or func.overloadpacket in OF_SHAPES:
             return out
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         integers = [where for x in given if not is_floating(x) and (where := self.unknown(x)) is not None]
         changes = func._schema.is_mutable
         elementwise = torch.Tag.pointwise in func.tags or func.overloadpacket in ELEMENTWISE
         for x in tree_leaves(out):
-            sources = integers if is_floating(x) else [*integers, *(w for w in numbers if bool(w.any()))]
+            sources = integers
+            if not is_floating(x):
+                numbers = (~y.isfinite() for y in given if is_floating(y))
+                sources = [*integers, *(where for where in numbers if bool(where.any()))]
             if not sources:
                 continue
             if not isinstance(x, Tensor):
