@@ -55,9 +55,8 @@ class Probes:
         for i, x in enumerate(leaves):
             if not isinstance(x, Tensor) or is_floating(x) or not x.numel():
                 continue
-            failures = [
-                self._try(model, [*floating[:i], other, *floating[i + 1 :]]) for other in self._others(x)
-            ]
+            others = (other for other in self._others(x) if not torch.equal(other, x))
+            failures = [self._try(model, [*floating[:i], other, *floating[i + 1 :]]) for other in others]
             if None not in failures:
                 raise ValueError(
                     f"example_input: expected a model that takes other values of tensor {i} ({x.dtype}, "
@@ -78,7 +77,7 @@ class Probes:
         low, high = int(x.min()), int(x.max())
         bound = 255 if x.dtype == torch.uint8 else (self._entries or 2) - 1
         wide, narrow = (self._integers(x, *ends) for ends in ((min(low, 0), max(high, bound)), (low, high)))
-        return [other for other in (wide, narrow, x + 1, x - 1) if not torch.equal(other, x)]
+        return [wide, narrow, x + 1, x - 1]
 
     def _integers(self, x: Tensor, low: int, high: int) -> Tensor:
         return torch.randint(low, high + 1, x.shape, generator=self._generator).to(x)

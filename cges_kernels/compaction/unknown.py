@@ -33,11 +33,10 @@ OF_SHAPES = {
     *(aten.rand_like, aten.randn_like, aten.randint_like),
     *(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided),
 }
-
-
-# Those that torch does not tag as pointwise.
+# Elementwise ones that torch does not tag as pointwise.
 ELEMENTWISE = {aten._to_copy, aten.masked_fill, aten.where}
-READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+# What reads a tensor's memory without an operation that a dispatch mode sees.
+READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
 
 class Branches(Exception):
@@ -48,7 +47,7 @@ class Branches(Exception):
 
 
 class _Lists(TorchFunctionMode):
-    """Refuses what reads a tensor's memory without an operation of torch."""
+    """Refuses to read what is unknown out of torch."""
 
     def __init__(self, unknowns: _Unknowns) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class _Unknowns(TorchDispatchMode):
         self.inputs: dict[str, Tensor] = {}
         self._read_with: dict[nn.Module, Tensor] = {}
         # Unknown integers and truth values, by the memory that they lie in, which is held so that no other
-        # takes it; and which of their elements are unknown, if not all are.
+        # takes it; and which of their elements are unknown.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
         self._paused = False
 
@@ -105,7 +104,6 @@ class _Unknowns(TorchDispatchMode):
             return out
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         integers = [where for x in given if not is_floating(x) and (where := self.unknown(x)) is not None]
-        changes = func._schema.is_mutable
         elementwise = torch.Tag.pointwise in func.tags or func.overloadpacket in ELEMENTWISE
         for x in tree_leaves(out):
             sources = integers
@@ -119,7 +117,7 @@ class _Unknowns(TorchDispatchMode):
                     raise Branches
                 continue
             where = torch.ones_like(x, dtype=torch.bool)
-            if elementwise and not changes:
+            if elementwise:
                 where = reduce(torch.logical_or, sources, torch.zeros_like(where))
             if is_floating(x):
                 x.masked_fill_(where, self.marker)
