@@ -53,6 +53,14 @@ def rounded(self, x):
     return self.b(self.a((x > 0).long().cumsum(-1).float()).relu())
 
 
+def bits(self, codes):
+    return self.b(self.a(((codes[:, None] >> torch.arange(4)) & 1).float()).relu())
+
+
+def complex_numbers(self, x):
+    return self.b(self.a(torch.view_as_real(x).flatten(1)).relu())
+
+
 def written_into_a_view(self, tokens):
     ids = torch.zeros_like(tokens)
     ids[:, :2] = tokens[:, :2]
@@ -75,12 +83,14 @@ INTEGERS = {
     indexed: (torch.randn(2, 4), torch.zeros(2, dtype=torch.int64)),
     chosen_by_numbers: (torch.randn(2, 4),),
     rounded: (torch.randn(2, 4),),
+    bits: (torch.zeros(2, dtype=torch.int32),),
+    complex_numbers: (torch.zeros(2, 2, dtype=torch.complex64),),
     written_into_a_view: (torch.zeros(2, 5, dtype=torch.int64),),
 }
 
 
 def other(x):
-    if x.is_floating_point():
+    if x.is_floating_point() or x.is_complex():
         return torch.randn_like(x)
     return ~x if x.dtype == torch.bool else torch.randint(0, 4, x.shape).to(x.dtype)
 

@@ -13,13 +13,17 @@ from .layers import is_floating
 Arguments = tuple[Any, ...]
 
 
+def _is_inexact(x: Any) -> bool:
+    return is_floating(x) or (isinstance(x, Tensor) and x.is_complex())
+
+
 class Probes:
     """Arguments on which two models are compared: the example, and as many others as the model takes.
 
-    Floating tensors become normal numbers of the example's mean and spread. Integers are drawn from between
-    the example's, from 0 to 255 (uint8) or to the last entry of the model's smallest embedding, and moved by
-    one; truth values are inverted, all true and all false. Then the batch (the first dim, where all tensors
-    have one size there) and the length (the second) are doubled. Other arguments stay.
+    Floating and complex tensors become normal numbers of the example's mean and spread. Integers are drawn
+    from between the example's, from 0 to 255 (uint8) or to the last entry of the model's smallest embedding,
+    and moved by one; truth values are inverted, all true and all false. Then the batch (the first dim, where
+    all tensors have one size there) and the length (the second) are doubled. Other arguments stay.
 
     Args:
         model: in eval mode; it is run on each of them.
@@ -43,17 +47,17 @@ class Probes:
         self._vary_values(model, leaves)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         for dim, name in enumerate(("batch", "length")):
-            if tensors and len({x.shape[dim] if x.dim() > dim else None for x in tensors}) == 1:
+            if all(x.dim() > dim for x in tensors) and len({x.shape[dim] for x in tensors}) == 1:
                 longer = [torch.cat([x, x], dim) if isinstance(x, Tensor) else x for x in leaves]
                 if self._try(model, longer) is None:
                     self.varied.append(name)
 
     def _vary_values(self, model: nn.Module, leaves: list[Any]) -> None:
-        floating = [self._normal(x) if is_floating(x) else x for x in leaves]
-        if any(map(is_floating, leaves)) and self._try(model, floating) is None:
+        floating = [self._normal(x) if _is_inexact(x) else x for x in leaves]
+        if any(map(_is_inexact, leaves)) and self._try(model, floating) is None:
             self.varied.append("numbers")
         for i, x in enumerate(leaves):
-            if not isinstance(x, Tensor) or is_floating(x) or not x.numel():
+            if not isinstance(x, Tensor) or _is_inexact(x) or not x.numel():
                 continue
             others = (other for other in self._others(x) if not torch.equal(other, x))
             failures = [self._try(model, [*floating[:i], other, *floating[i + 1 :]]) for other in others]
@@ -68,7 +72,8 @@ class Probes:
     def _normal(self, x: Tensor) -> Tensor:
         if not x.numel():
             return x
-        noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float64).to(x)
+        dtype = torch.complex128 if x.is_complex() else torch.float64
+        noise = torch.randn(x.shape, generator=self._generator, dtype=dtype).to(x)
         return noise * (x.std(correction=0) + 1) + x.mean()
 
     def _others(self, x: Tensor) -> list[Tensor]:
