@@ -56,7 +56,7 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
 def check_paths(dtype: torch.dtype, clusters: bool) -> None:
     """That the CUDA executor takes every path that it has here."""
     paths = cuda_paths([(spec, shape) for spec, shapes in GROUPS.items() for shape in shapes], dtype)
-    wanted = {"rows", "block", "ticket", *(["cluster"] if clusters else [])}
+    wanted = {"rows", "tile", "ticket", *(["cluster"] if clusters else [])}
     taken = {path for path, blocks in paths.items() if blocks}
     if taken != wanted:
         sys.exit(f"bench.smoke: expected the paths {sorted(wanted)} with {dtype}, got {paths}")

@@ -490,7 +490,7 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     assert "| feature 50257x1024 | a copy | 55% |" in text and "| tensor 4096x4096 | a copy | - |" in text
     assert "](bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
     if "cuda" in backends:
-        paths = {"rows": 0, "block": 1, "cluster": 0, "ticket": 0}
+        paths = {"rows": 0, "tile": 1, "cluster": 0, "ticket": 0}
         assert results["cuda: feature 50257x1024 bf16"]["paths"] == paths
         assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
         assert "| feature 50257x1024 | a copy | 70%/45% |" in text

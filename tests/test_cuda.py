@@ -112,7 +112,7 @@ def test_a_device_without_clusters(device, shape, group_by, prox_mode, dtype):
 @on_emulator
 def test_a_device_without_room_for_a_cluster(device):
     """Such as a part of a partitioned GPU: two multiprocessors, where eight blocks need four."""
-    shape = (2500, 32)
+    shape = (3500, 32)
     assert paths(shape)[2] > 0
     device["multiprocessors"] = 2
     assert paths(shape)[2] == 0 and paths(shape)[3] > 0
@@ -159,8 +159,8 @@ def test_no_count_overflows(rows, columns):
     ("shapes", "dtypes", "expected"),
     [
         ([BLOCK, (7,), (3, 40)], [torch.float32], 1),
-        ([BLOCK, TICKET], [torch.float32], 1),
-        ([BLOCK, CLUSTER, TICKET], [torch.float32], 2),
+        ([BLOCK, TICKET], [torch.float32], 2),
+        ([BLOCK, CLUSTER, TICKET], [torch.float32], 3),
         ([CLUSTER], [torch.float32], 1),
         ([BLOCK, CLUSTER], [torch.float32, torch.bfloat16], 4),
         ([(2, 2)] * 1001, [torch.float32], 2),  # a launch's arguments hold 1,000 tensors
@@ -403,7 +403,7 @@ def test_the_profiler_sees_the_launches(large):
         optimizer.step()
         torch.cuda.synchronize()
     kernels = [e.key for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    ours = [name for name in kernels if re.search("step_(rows|blocks|clusters)", name)]
+    ours = [name for name in kernels if re.search("step_(rows|tiles|clusters|chunks)", name)]
     rows, blocks, clusters, tickets = paths_together(large)
     assert len(ours) == bool(rows) + bool(blocks or tickets) + bool(clusters)
     assert not [name for name in kernels if name not in ours and "emset" not in name]

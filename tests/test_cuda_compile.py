@@ -15,15 +15,19 @@ from cuda_emulator.build import CSRC
 from cges_kernels.backends.extension import BUILT
 
 DTYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
-KERNELS = {
-    (name, dtype) for name in ("step_rows", "step_blocks", "step_clusters") for dtype in DTYPES.values()
-}
+NAMES = ("step_rows", "step_tiles", "step_clusters", "step_chunks")
+KERNELS = {(name, dtype) for name in NAMES for dtype in DTYPES.values()}
 # Of a block of 256 threads; a multiprocessor has 65,536. For rows as many as fill it at three blocks, and at
-# four of those that are plain and of 16 bits; with float64, and elsewhere, at two.
+# four of those that are plain and of 16 bits; with float64, and elsewhere, at two. A block for tiles has 512
+# threads, and a multiprocessor to itself.
 REGISTERS = 128
 REGISTERS_OF_ROWS = {"float32": (80, 80), "float64": (128, 128), "bfloat16": (80, 64), "float16": (80, 64)}
 # Instructions that an element adds to a path of the kernels for rows, of 32 and 16 bits (wanted there: 32).
-INSTRUCTIONS = {"plain": (32, 30), "general": (45, 53)}
+INSTRUCTIONS = {"plain": (32, 30), "general": (49, 53)}
+INSTRUCTIONS_OF_TILES = {
+    "plain": (32, 30),
+    "general": (51, 50),
+}  # both tiles' of the loop, some of them passed by
 
 pytestmark = [
     pytest.mark.skipif(  # not "cuda": that may be the emulator
@@ -62,13 +66,27 @@ def dump(option, path=None):
             yield architecture, kernel, line
 
 
-def opcodes(path=None):
-    """(architecture, kernel) -> the opcodes that it holds, in order."""
+def assembly(path=None):
+    """(architecture, kernel) -> its instructions in order, as (address, opcode, what follows it)."""
     found = defaultdict(list)
     for architecture, kernel, line in dump("--dump-sass", path):
-        if opcode := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
-            found[architecture, kernel].append(opcode[1])
+        pattern = r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)(.*)"
+        if here := re.match(pattern, line):
+            found[architecture, kernel].append((int(here[1], 16), here[2], here[3]))
     return found
+
+
+def opcodes(path=None):
+    """(architecture, kernel) -> the opcodes that it holds, in order."""
+    return {key: [opcode for _, opcode, _ in found] for key, found in assembly(path).items()}
+
+
+def loops(instructions):
+    """The opcodes of each loop of a kernel: from where a branch leads back to, to that branch."""
+    for end, (address, opcode, rest) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) <= address:
+            yield [opcode for at, opcode, _ in instructions[: end + 1] if at >= int(target[1], 16)]
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +113,11 @@ def test_registers_and_no_spills():
 
 
 def test_wide_accesses(instructions):
-    """Of 16 bytes there are in every kernel; only z of panels goes through shared memory."""
+    """Of 16 bytes there are in every kernel. All but rows have z in shared memory; tiles come by asynchronous
+    copies."""
     for (architecture, kernel), found in instructions.items():
-        patterns = [r"LDG\.E.*\.128", r"STG\.E.*\.128"]
+        read = r"LDGSTS\.E.*\.128" if kernel[0] == "step_tiles" else r"LDG\.E.*\.128"
+        patterns = [read, r"STG\.E.*\.128"]
         patterns += [] if kernel[0] == "step_rows" else [r"LDS\.128", r"STS\.128"]
         for wanted in patterns:
             assert any(re.match(wanted, x) for x in found), (architecture, kernel, wanted)
@@ -141,3 +161,18 @@ def test_instructions_that_an_element_adds(tmp_path, path):
     for dtype, most in zip(("float32", "bfloat16"), INSTRUCTIONS[path]):
         added = (counts[1][dtype] - counts[0][dtype]) / 16
         assert 10 < added <= most, (dtype, added)
+
+
+@pytest.mark.parametrize("path", ["plain", "general"])
+def test_instructions_that_an_element_takes_in_a_tile(path):
+    """In the loops that write one tile back and take in the next, where all accesses are of 16 bytes."""
+    for (architecture, (name, dtype, more)), found in assembly().items():
+        if name != "step_tiles" or architecture != 90 or more[-1] != (path == "plain"):
+            continue
+        if dtype not in ("float32", "bfloat16"):
+            continue
+        elements = {"float32": 4, "bfloat16": 8}[dtype]
+        wide = [len(x) for x in loops(found) if sum(y.startswith("LDGSTS") for y in x) == 3]
+        assert len(wide) == 2  # of a plain step and of others
+        most = INSTRUCTIONS_OF_TILES[path][dtype == "bfloat16"]
+        assert 10 * elements < min(wide) and max(wide) <= most * elements, (dtype, more, wide)

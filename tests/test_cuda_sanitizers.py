@@ -17,7 +17,14 @@ from emulated import build_extension
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of_256"  # slow, or the same accesses
-ALL_OF_IT = ["test_cuda.py", "test_cuda_rows.py", "test_executors.py", "-k", f"cuda and not ({LEFT_OUT})"]
+ALL_OF_IT = [
+    "test_cuda.py",
+    "test_cuda_rows.py",
+    "test_cuda_tiles.py",
+    "test_executors.py",
+    "-k",
+    f"cuda and not ({LEFT_OUT})",
+]
 SMALL_CASES = ["test_cuda.py", "-k", "one_small_step"]
 
 pytestmark = [

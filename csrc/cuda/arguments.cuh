@@ -11,9 +11,11 @@ constexpr int kFewArguments = 5120, kFewTensors = 176;
 // What travels with each step: of a launch,
 struct StepHead {
   const Strip* strips;
-  const Item *items, *chunks;
+  const Tile* tiles;
+  const Item *clusters, *chunks;
   unsigned char* scratch;
   int32_t* counters;
+  int32_t tile_count, slots;  // and how many of the latter the ring has
   int32_t tickets, stages, panels;
   LossScale loss_scale;
 

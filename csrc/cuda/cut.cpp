@@ -8,11 +8,14 @@ namespace cges::cuda {
 namespace {
 
 constexpr int64_t kSlab = 16384;  // elements of a block: enough to amortise it, few enough to share out
+constexpr int64_t kLongerRing = (kMostSlots - kLeastSlots) * kSlotBytes;
+constexpr int64_t kSmallTile = 8192;  // not cut any smaller, so that all multiprocessors have one
+// Bytes of each row that a tile holds: at 256 the memory delivers all it can, at 128 nine tenths of that,
+// at 64 half.
+constexpr int64_t kTileRowBytes = 256, kNarrowRowBytes = 128, kLeastRowBytes = 64;
 // Accesses of a tensor by one thread of a strip, where not more are needed: of 16 bytes, and of one element.
 constexpr int64_t kPacks = 2, kSingles = 8;
 constexpr int64_t kSectorBytes = 32;
-constexpr int64_t kRowBytes = 128;    // of a panel: narrower ones where no more fits,
-constexpr int64_t kMinRowBytes = 64;  // to half of it: at less, half of what the memory delivers is wasted
 constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of clusters and of panels in chunks
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -43,7 +46,7 @@ class Cutter {
   }
 
   Work finish() {
-    const bool rows_run = !rows_.empty() || work_.blocks.size() + work_.chunks.size() == 0;
+    const bool rows_run = !rows_.empty() || work_.tiles.empty();
     // Small blocks go and come more evenly, so they have all threads only where a group needs them.
     work_.strip_threads = kThreads / 2;
     for (const Rows& x : rows_)
@@ -56,33 +59,35 @@ class Cutter {
       else
         add_elements(x.groups);
     }
-    // The longest first: what is left over at the end is then short.
-    std::stable_sort(work_.blocks.begin(), work_.blocks.end(), [](const Item& a, const Item& b) {
-      return int64_t(a.rows) * a.columns > int64_t(b.rows) * b.columns;
-    });
+    // The largest first: what is left over at the end is then small.
+    std::stable_sort(work_.tiles.begin(), work_.tiles.end(),
+                     [](const Tile& a, const Tile& b) { return elements_of(a) > elements_of(b); });
+    // What is cut leaves room for the shortest ring; a longer one is a matter of speed, not of bits.
+    work_.slots = work_.shared_tiles + kLongerRing <= device_.tile_bytes ? kMostSlots : kLeastSlots;
+    if (work_.slots == kMostSlots) work_.shared_tiles += kLongerRing;
     add_windows();
     return std::move(work_);
   }
 
  private:
+  static int64_t elements_of(const Tile& x) { return int64_t{x.rows} * x.columns * (x.across / x.lanes); }
+
   // n contiguous elements as rows of all of a block's threads.
-  Item span(Item::Kind kind, int64_t begin, int64_t n) const {
+  Item span(int64_t begin, int64_t n) const {
     const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
-    return item(kind, begin, columns, rows, columns, n - (rows - 1) * columns, columns);
+    return item(begin, columns, rows, columns, n - (rows - 1) * columns, columns);
   }
-  Item span(int64_t begin, int64_t n) const { return span(Item::Kind::slab, begin, n); }  // of one group
 
   Item panel(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t run) const {
-    return item(Item::Kind::slab, begin, pitch, rows, columns, columns, run);
+    return item(begin, pitch, rows, columns, columns, run);
   }
 
-  Item item(Item::Kind kind, int64_t begin, int64_t pitch, int64_t rows, int64_t columns,
-            int64_t last_columns, int64_t run) const {
+  Item item(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t last_columns,
+            int64_t run) const {
     Item made{};
     made.begin = begin;
     made.pitch = pitch;
     made.tensor = tensor_;
-    made.kind = kind;
     made.rows = int32_t(rows);
     made.columns = int32_t(columns);
     made.last_columns = int32_t(last_columns);
@@ -104,16 +109,60 @@ class Cutter {
     return columns <= (groups == 1 ? row_of_threads() : kThreads) &&
            shared_bytes(rows, columns, groups) <= device_.shared_bytes;
   }
+
+  // n contiguous elements, at most one group, as rows of all threads of a block for tiles.
+  Tile tile_of_run(Tile::Kind kind, int64_t begin, int64_t n) const {
+    const int64_t columns = std::min(n, kTileThreads * vector_), rows = ceil_div(n, columns);
+    Tile made = tile(begin, columns, rows, columns, columns, 1);
+    made.kind = kind;
+    made.last_columns = uint16_t(n - (rows - 1) * columns);
+    return made;
+  }
+  Tile tile(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t run,
+            int64_t matrices) const {
+    const int64_t lanes = ceil_div(columns, vector_), across = lanes * matrices, down = kTileThreads / across;
+    Tile made{};
+    made.begin = begin;
+    made.pitch = pitch;
+    made.rows = int32_t(rows);
+    made.tensor = uint16_t(tensor_);
+    made.kind = Tile::Kind::groups;
+    made.columns = made.last_columns = uint16_t(columns);
+    made.run = uint16_t(run);
+    made.groups_each = uint16_t(columns / run);
+    made.groups = uint16_t(made.groups_each * matrices);
+    made.lanes = uint16_t(lanes);
+    made.across = uint16_t(across);
+    made.down = uint16_t(down);
+    made.passes = uint16_t(ceil_div(rows, down));
+    made.across_inverse = uint32_t(ceil_div(Tile::kOne, across));
+    return made;
+  }
+  // Bytes of shared memory that a tile of so many rows needs, with `across` threads side by side.
+  int64_t tile_bytes(int64_t rows, int64_t across) const {
+    const int64_t passes = ceil_div(rows, kTileThreads / across);
+    return TileMemory<A>(kLeastSlots).z + passes * kTileThreads * vector_ * int64_t(sizeof(A));
+  }
+  // Whether a block can take it: whether its threads reach across, each has at most one group to solve, and
+  // z fits.
+  bool tile_fits(int64_t rows, int64_t columns, int64_t run, int64_t matrices) const {
+    const int64_t across = ceil_div(columns, vector_) * matrices;
+    return across <= kTileThreads && columns / run * matrices <= kTileThreads &&
+           tile_bytes(rows, across) <= device_.tile_bytes;
+  }
+  bool run_fits(int64_t n) const {
+    return tile_bytes(ceil_div(n, kTileThreads * vector_), kTileThreads) <= device_.tile_bytes;
+  }
+  void push(const Tile& x) {
+    work_.tiles.push_back(x);
+    work_.shared_tiles = std::max(work_.shared_tiles, tile_bytes(x.rows, x.across));
+  }
   // Elements of a span of at most `wish` that fits a block: whole rows of all threads.
   int64_t span_size(int64_t wish) const {
     const int64_t most = (device_.shared_bytes - SharedLayout<A>(1).z) / int64_t(sizeof(A));
     return std::max(std::min(wish, most) / row_of_threads(), int64_t{1}) * row_of_threads();
   }
 
-  void push(const Item& x) {
-    work_.blocks.push_back(x);
-    work_.shared_blocks = std::max(work_.shared_blocks, shared_bytes(x));
-  }
   void push_cluster_part(const Item& x) {
     work_.clusters.push_back(x);
     work_.shared_clusters = std::max(work_.shared_clusters, shared_bytes(x));
@@ -124,7 +173,7 @@ class Cutter {
       x.chunk = int32_t(&x - chunks.data());
       x.chunks = int32_t(chunks.size());
       x.scratch = work_.scratch_bytes;
-      work_.shared_blocks = std::max(work_.shared_blocks, shared_bytes(x));
+      work_.shared_chunks = std::max(work_.shared_chunks, shared_bytes(x));
     }
     const int64_t groups = chunks.front().groups();
     work_.scratch_bytes += state_bytes<A>(groups) + round_up(chunks.size() * groups * sizeof(Sums<A>), 16);
@@ -154,8 +203,10 @@ class Cutter {
   }
 
   void add_elements(int64_t n) {
-    const int64_t each = span_size(kSlab / 2);
-    for (int64_t i = 0; i < n; i += each) push(span(Item::Kind::elements, i, std::min(each, n - i)));
+    const int64_t row = kTileThreads * vector_;
+    int64_t each = row;
+    while (2 * each <= kSlab && run_fits(2 * each)) each *= 2;
+    for (int64_t i = 0; i < n; i += each) push(tile_of_run(Tile::Kind::elements, i, std::min(each, n - i)));
   }
 
   // Contiguous groups of a tensor.
@@ -208,8 +259,8 @@ class Cutter {
   void add_long_rows(int64_t groups, int64_t n) {
     const int64_t total = groups * n, part = round_up(ceil_div(n, kClusterSize), vector_);
     for (int64_t i = 0; i < total; i += n) {
-      if (span_fits(n))
-        push(span(i, n));
+      if (run_fits(n))
+        push(tile_of_run(Tile::Kind::groups, i, n));
       else if (device_.clusters && span_fits(part))
         for (int64_t j = 0; j < kClusterSize * part; j += part)
           push_cluster_part(span(i + j, std::clamp<int64_t>(n - j, 0, part)));
@@ -218,30 +269,80 @@ class Cutter {
     }
   }
 
-  // At each k1 a matrix of R1 rows and K2*R2 columns, cut into panels of whole groups.
+  // At each k1 a matrix of R1 rows and K2*R2 columns.
   void add_matrices(const Layout& L) {
-    const int64_t part = ceil_div(L.R1, kClusterSize);
-    int64_t whole = 0, cluster = 0;
-    // Panels that begin where a wide access may come first, then those that need no cluster.
-    for (const bool aligned : {true, false}) {
-      if (!aligned || L.row_length() % vector_ == 0) {
-        whole = widest(L, L.R1, kThreads, aligned);
-        if (whole == 0 && device_.clusters) cluster = widest(L, part, kPanelColumns, aligned);
-      }
-      if (whole + cluster > 0) break;
+    if (const int64_t columns = tile_columns(L); columns > 0)
+      add_tiles(L, columns);
+    else
+      add_panels(L);
+  }
+
+  // Tiles of so many columns; where that is all of them, of as many matrices as make a good one.
+  void add_tiles(const Layout& L, int64_t columns) {
+    const int64_t pitch = L.row_length(), each = columns == pitch ? tile_matrices(L) : 1;
+    for (int64_t k1 = 0; k1 < L.K1; k1 += each)
+      for (int64_t c = 0; c < pitch; c += columns)
+        push(tile(L.offset(k1, 0, 0) + c, pitch, L.R1, std::min(columns, pitch - c), L.R2,
+                  std::min(each, L.K1 - k1)));
+  }
+
+  // Whether so many tiles of so many elements should rather be more and smaller: where not every other
+  // multiprocessor has one.
+  bool too_few(int64_t tiles, int64_t elements) const {
+    return tiles < device_.multiprocessors / 2 && elements > kSmallTile;
+  }
+
+  // Columns of a tile that holds all rows: whole groups, and if possible whole accesses of 16 bytes; 0
+  // where none fits.
+  int64_t tile_columns(const Layout& L) const {
+    const int64_t pitch = L.row_length();
+    for (const int64_t step : {std::lcm(L.R2, vector_), L.R2}) {
+      // Narrow accesses are worth it where there are no others, or no clusters.
+      if (step % vector_ != 0 && pitch % vector_ == 0 && device_.clusters) break;
+      const auto of_bytes = [&](int64_t bytes) { return std::min(round_up(bytes / size_, step), pitch); };
+      const auto fits = [&](int64_t columns) { return tile_fits(L.R1, columns, L.R2, 1); };
+      int64_t bytes = kTileRowBytes;
+      // Without clusters, what does not fit would cross the memory twice.
+      const int64_t least = device_.clusters ? kNarrowRowBytes : kLeastRowBytes;
+      while (bytes > least && !fits(of_bytes(bytes))) bytes /= 2;
+      if (!fits(of_bytes(bytes))) continue;
+      while (of_bytes(bytes) < pitch && 2 * bytes * L.R1 <= kSlab * size_ && fits(of_bytes(2 * bytes)))
+        bytes *= 2;
+      while (bytes > kLeastRowBytes && of_bytes(bytes / 2) < of_bytes(bytes) &&
+             too_few(L.K1 * ceil_div(pitch, of_bytes(bytes)), L.R1 * of_bytes(bytes)))
+        bytes /= 2;
+      return of_bytes(bytes);
     }
-    const int64_t columns = whole + cluster > 0 ? whole + cluster : panel_columns(L), pitch = L.row_length();
+    return 0;
+  }
+
+  // Matrices side by side in a tile.
+  int64_t tile_matrices(const Layout& L) const {
+    const int64_t elements = L.R1 * L.row_length();
+    int64_t matrices = std::clamp<int64_t>(kSlab / elements, 1, L.K1);
+    while (matrices > 1 && (!tile_fits(L.R1, L.row_length(), L.R2, matrices) ||
+                            too_few(ceil_div(L.K1, matrices), matrices * elements)))
+      matrices = ceil_div(matrices, 2);
+    return matrices;
+  }
+
+  // Panels for clusters or, if they do not fit these, of chunks.
+  void add_panels(const Layout& L) {
+    const int64_t part = ceil_div(L.R1, kClusterSize), pitch = L.row_length();
+    int64_t cluster = 0;
+    if (device_.clusters && pitch % vector_ == 0) cluster = widest(L, part, true);
+    if (device_.clusters && cluster == 0) cluster = widest(L, part, false);
+    const int64_t columns = cluster > 0 ? cluster : panel_columns(L);
     for (int64_t k1 = 0; k1 < L.K1; ++k1)
       for (int64_t c = 0; c < pitch; c += columns) {
         const int64_t begin = L.offset(k1, 0, 0) + c, width = std::min(columns, pitch - c);
-        if (whole > 0)
-          push(panel(begin, pitch, L.R1, width, L.R2));
-        else if (cluster > 0)
-          for (int64_t r = 0; r < kClusterSize * part; r += part)
-            push_cluster_part(
-                panel(begin + r * pitch, pitch, std::clamp<int64_t>(L.R1 - r, 0, part), width, L.R2));
-        else
+        if (cluster == 0) {
           push_panel(chunks_of_panel(L, begin, width));
+          continue;
+        }
+        for (int64_t r = 0; r < kClusterSize * part; r += part)
+          push_cluster_part(
+              panel(begin + r * pitch, pitch, std::clamp<int64_t>(L.R1 - r, 0, part), width, L.R2));
       }
   }
 
@@ -252,12 +353,12 @@ class Cutter {
     return {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)};
   }
 
-  // The most columns, up to some kSlab elements, with which `rows` rows fit a block; 0 where not even the
-  // narrowest panel worth it does.
-  int64_t widest(const Layout& L, int64_t rows, int64_t most, bool aligned) const {
-    const int64_t wish = std::clamp(kSlab / rows, kRowBytes / size_, most);
+  // The most columns, up to some kSlab elements, with which `rows` rows fit a block of a cluster; 0 where
+  // not even the narrowest panel worth it does.
+  int64_t widest(const Layout& L, int64_t rows, bool aligned) const {
+    const int64_t wish = std::clamp(kSlab / rows, kNarrowRowBytes / size_, kPanelColumns);
     for (const int64_t step : panel_steps(L, aligned)) {
-      const int64_t narrowest = round_up(kMinRowBytes / size_, step);
+      const int64_t narrowest = round_up(kLeastRowBytes / size_, step);
       for (int64_t c = std::max(wish / step * step, narrowest); c >= narrowest; c -= step) {
         const int64_t width = std::min(c, L.row_length());
         if (panel_fits(rows, width, ceil_div(width, L.R2))) return width;
@@ -270,7 +371,9 @@ class Cutter {
   int64_t panel_columns(const Layout& L) const {
     if (L.R2 > kThreads) return L.R2;
     int64_t columns = std::min<int64_t>(kPanelColumns, kThreads);
-    while (columns > kMinPanelColumns && 3 * size_ * L.R1 * columns > device_.l2_bytes / 2) columns /= 2;
+    while (columns > kMinPanelColumns && (3 * size_ * L.R1 * columns > device_.l2_bytes / 2 ||
+                                          !panel_fits(1, columns, ceil_div(columns, L.R2))))
+      columns /= 2;
     for (const int64_t step : panel_steps(L, true))
       if (step <= columns) return columns / step * step;
     return std::max(columns / L.R2, int64_t{1}) * L.R2;

@@ -25,8 +25,8 @@ constexpr int kMaxTensors = 1000;
 template <int bytes>
 constexpr int kElementsOfThread = bytes == 8 ? CGES_ROW_ELEMENTS / 2 : CGES_ROW_ELEMENTS;
 
-// A block's work in the kernels for rows: contiguous groups, one after the other; or elements on their own, each
-// a group (ones) or in none (elements), as if they were one group.
+// A block's work in the kernels for rows: contiguous groups, one after the other; or elements on their own,
+// each a group (ones) or in none (elements), as if they were one group.
 struct alignas(16) Strip {
   enum class Kind : int32_t { elements, ones, groups };
 
@@ -38,16 +38,58 @@ struct alignas(16) Strip {
   int32_t width;         // elements side by side that a thread has: 16 bytes, or one
 };
 
-// A block's work in the other kernels: rows x columns elements of one tensor, the columns contiguous.
-//   elements: no groups
-//   slab:     whole groups, or a block's part of a cluster's or a panel's
-struct Item {
-  enum class Kind : int32_t { elements, slab };
+constexpr int kTileThreads = 2 * kThreads;  // of a block of the kernel for tiles
+// A ring of slots, each for what all threads read of one row: 16 bytes of a weight, its gradient and its
+// state. All but one of them are under way: two where there is shared memory enough.
+constexpr int kRingArrays = 3, kMostSlots = 3, kLeastSlots = 2;
+constexpr int64_t kSlotBytes = kRingArrays * kTileThreads * int64_t{16};
+
+// What such a block has on its chip at a time: whole groups, or elements without groups. Matrices of rows x
+// columns elements, one after the other in memory; or, of one matrix, some of its columns. The block's
+// threads lie `across` its columns, each with 16 bytes of them, and `down` its rows; then they pass on to
+// the next rows.
+struct alignas(16) Tile {
+  enum class Kind : uint16_t { elements, groups };
+  static constexpr uint32_t kOne = 1u << 20;
 
   int64_t begin;  // the first element
   int64_t pitch;  // elements from one row to the next
-  int32_t tensor;
+  int32_t rows;
+  uint16_t tensor;
   Kind kind;
+  uint16_t columns, last_columns;  // of the last row, which may be shorter
+  uint16_t run;                    // adjacent columns of one group
+  uint16_t groups_each, groups;    // of one matrix, of all
+  uint16_t lanes, across, down;    // threads side by side in one matrix, in all; rows at once
+  uint16_t passes;                 // until all rows have had their turn; 0: there is no tile
+  uint32_t across_inverse;         // kOne / across, upwards
+
+  // Which of the `down` rows has thread t. The quotient is exact for fewer than 1,024 threads.
+  CGES_FN int row_of(int t) const { return int(uint32_t(t) * across_inverse / kOne); }
+  bool operator==(const Tile&) const = default;
+};
+static_assert(sizeof(Tile) == 48 && kTileThreads <= 1024);
+// Passes that a block makes at least, so that the ring never spans three tiles.
+constexpr int kLeastPasses = kMostSlots - 1;
+// Of a queue of tiles: the one before, the present one and the next, and two that are on their way.
+constexpr int kQueue = 8;
+
+// A block's shared memory in that kernel, in bytes from its beginning: the queue of tiles, each group's (s,
+// t) and whether it is alive, the ring, z.
+template <typename A>
+struct TileMemory {
+  int64_t found = kQueue * int64_t(sizeof(Tile)),
+          alive = found + kTileThreads * int64_t(sizeof(Shrinkage<A>)), ring = alive + kTileThreads * 4, z;
+
+  CGES_FN explicit TileMemory(int slots) : z(ring + slots * kSlotBytes) {}
+};
+
+// A block's work in the kernels for larger groups: rows x columns elements of one tensor, the columns
+// contiguous, which are a block's part of a cluster's or a panel's groups.
+struct Item {
+  int64_t begin;  // the first element
+  int64_t pitch;  // elements from one row to the next
+  int32_t tensor;
   int32_t rows, columns;
   int32_t last_columns;  // columns of the last row, which may be shorter
   int32_t run;           // adjacent columns of one group
@@ -58,7 +100,7 @@ struct Item {
   int64_t scratch;
   int32_t window_begin, window_size;
 
-  CGES_FN int32_t groups() const { return kind == Kind::slab ? columns / run : 0; }
+  CGES_FN int32_t groups() const { return columns / run; }
 };
 
 // What one group adds up to.
@@ -89,14 +131,14 @@ CGES_FN int64_t state_bytes(int64_t groups) {
   return round_up(groups * sizeof(GroupState<A>), 16);
 }
 
-// A block's shared memory, in bytes from its beginning. The arrays by group are there where groups are.
+// A block's shared memory in the kernels for larger groups, in bytes from its beginning.
 template <typename A>
 struct SharedLayout {
   int64_t entries, exchange, solvers, alive, z;
 
   CGES_FN explicit SharedLayout(int64_t groups)
       : entries(16),  // the first word is what one thread tells all
-        exchange(entries + (groups > 0 ? kThreads * int64_t(sizeof(Sums<A>)) : 0)),
+        exchange(entries + kThreads * int64_t(sizeof(Sums<A>))),
         solvers(exchange + 2 * groups * int64_t(sizeof(Sums<A>))),
         alive(solvers + groups * int64_t(sizeof(ShrinkageSolver<A>))),
         z(round_up(alive + groups * 4, 16)) {}
@@ -106,6 +148,7 @@ struct Device {
   int index = 0;
   int64_t multiprocessors = 1;
   int64_t shared_bytes = 0;  // that a block may have so that two fit a multiprocessor
+  int64_t tile_bytes = 0;    // that a block alone may have
   int64_t l2_bytes = 0;
   bool clusters = false;
 };
@@ -114,13 +157,16 @@ struct Device {
 constexpr int kCounters = 2, kPanelCounters = 2;
 
 struct Work {
-  std::vector<Strip> strips;                       // one block each,
-  int32_t strip_threads = 0;                       // of so many threads
-  bool ones = false;                               // whether there are strips of them
-  std::vector<Item> blocks;                        // one block each
-  std::vector<Item> clusters;                      // kClusterSize of them a cluster
-  std::vector<Item> chunks;                        // of panels, in windows of whole ones
-  int64_t shared_blocks = 0, shared_clusters = 0;  // bytes of shared memory
+  std::vector<Strip> strips;   // one block each,
+  int32_t strip_threads = 0;   // of so many threads
+  bool ones = false;           // whether there are strips of them
+  std::vector<Tile> tiles;     // shared out to as many blocks as run at once
+  int32_t tile_blocks = 0;     // which prepare() finds out
+  int32_t slots = 0;           // of the ring
+  std::vector<Item> clusters;  // kClusterSize of them a cluster, one block each
+  std::vector<Item> chunks;    // of panels, in windows of whole ones
+  // bytes of shared memory
+  int64_t shared_tiles = 0, shared_clusters = 0, shared_chunks = 0;
   int64_t scratch_bytes = 0;
   int32_t panels = 0;
 };
@@ -135,8 +181,9 @@ Work cut(const std::vector<TensorShape>& tensors, DType dtype, const Device& dev
 // One step of at most kMaxTensors tensors of one dtype and device.
 struct Step {
   const Work& work;
-  const Strip* strips;
-  const Item *blocks, *clusters, *chunks;  // work's, in device memory
+  const Strip* strips;  // work's, in device memory
+  const Tile* tiles;
+  const Item *clusters, *chunks;
   void* scratch;
   int32_t* counters;  // zeros before the first step; every step leaves zeros
   const std::vector<TensorAddresses>& tensors;
@@ -148,8 +195,8 @@ struct Step {
 
 // What follows throws std::runtime_error where the driver or the device cannot.
 Device describe_device(int index);
-void check_device(int index);                                                // that this build runs on it
-void check_launchable(const Work& work, DType dtype, const Device& device);  // before anything is written
+void check_device(int index);                                 // that this build runs on it
+void prepare(Work& work, DType dtype, const Device& device);  // loads its kernels, before anything is written
 // `launched` tells whether an earlier part of this step has been launched, for the error, and becomes true.
 void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched);
 

@@ -1,4 +1,5 @@
-// The groups of a slab whose z is in shared memory: sums, solve, apply; contiguous ones, and those of a panel.
+// The groups of a slab whose z is in shared memory: sums, solve, apply; contiguous ones, and those of a
+// panel.
 #pragma once
 #include <limits>
 
@@ -118,7 +119,7 @@ __device__ __forceinline__ void mark_alive(const Slab<T>& slab, int run, unsigne
     if (alive >> v & 1) atomicOr(&groups[(slab.column + v) / run], 1);
 }
 
-// w = s * soft(z, t) with each group's own s and t; without groups, w = soft(z, c).
+// w = s * soft(z, t) with each group's own s and t.
 template <typename T>
 __device__ __forceinline__ void apply_slab(const Slab<T>& slab, int run, int groups,
                                            const ParamGroup<Compute<T>>& h,
@@ -129,10 +130,10 @@ __device__ __forceinline__ void apply_slab(const Slab<T>& slab, int run, int gro
 #pragma unroll
   for (int v = 0; v < Slab<T>::kVector; ++v) {
     const int g = min(slab.column + v, slab.columns - 1) / run;
-    at[v] = groups > 0 ? shared.solvers[g].at : Shrinkage<A>{A(1), h.thresholds.c};
-    if (groups > 0 && shared.alive[g] == 0) dead |= 1u << v;
+    at[v] = shared.solvers[g].at;
+    if (shared.alive[g] == 0) dead |= 1u << v;
   }
-  const bool shrinks = groups > 0 ? h.thresholds.any() : h.thresholds.c != A(0);
+  const bool shrinks = h.thresholds.any();
   if (shrinks && dead == 0)  // the usual, without a question per element
     return store_slab(slab, shared.z, [&](A z, int v) { return apply_shrinkage<T>(z, at[v]); });
   store_slab(slab, shared.z,

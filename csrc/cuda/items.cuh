@@ -1,4 +1,4 @@
-// How one block goes about its item: alone, in a cluster, or with a ticket for a chunk of a panel.
+// How one block goes about its item: as one of a cluster, or with a ticket for a chunk of a panel.
 #pragma once
 #include <cooperative_groups.h>
 
@@ -24,35 +24,30 @@ namespace cg = cooperative_groups;
 constexpr unsigned kSpinNanoseconds = 64;
 constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer waits for ever
 
-// Searches for each group's s and t with z in shared memory. In a cluster each block holds some of the rows,
-// and all of them add up all blocks' sums, in the same order.
-template <typename T, bool clustered>
-__device__ __forceinline__ void solve_slab(const Slab<T>& slab, int run, int groups,
-                                           const ParamGroup<Compute<T>>& h,
-                                           const SharedArrays<Compute<T>>& shared) {
+// Searches for each group's s and t with z in shared memory. Each block of a cluster holds some of the
+// rows, and all of them add up all blocks' sums, in the same order.
+template <typename T>
+__device__ __forceinline__ void solve_cluster(const Slab<T>& slab, int run, int groups,
+                                              const ParamGroup<Compute<T>>& h,
+                                              const SharedArrays<Compute<T>>& shared) {
+#if CGES_CLUSTERS
   using A = Compute<T>;
   for (int sweep = 0;; ++sweep) {
     Sums<A>* const mine = shared.exchange + sweep % 2 * groups;  // neighbours may still read the other half
     sum_groups(slab, run, groups, shared, mine);
     bool done = true;
-#if CGES_CLUSTERS
-    if constexpr (clustered) cg::this_cluster().sync();
-#endif
+    cg::this_cluster().sync();
     for (int g = threadIdx.x; g < groups; g += kThreads) {
-      Sums<A> sums = mine[g];
-#if CGES_CLUSTERS
-      if constexpr (clustered) {
-        sums = {};
-        for (unsigned rank = 0; rank < kClusterSize; ++rank)
-          sums += cg::this_cluster().map_shared_rank(mine, rank)[g];
-      }
-#endif
+      Sums<A> sums{};
+      for (unsigned rank = 0; rank < kClusterSize; ++rank)
+        sums += cg::this_cluster().map_shared_rank(mine, rank)[g];
       solve(shared.solvers[g], sums, h);
       shared.alive[g] = sums.alive != A(0);
       done &= shared.solvers[g].done;
     }
     if (__syncthreads_and(done)) return;
   }
+#endif
 }
 
 // Until *counter >= at_least; what was written before it got there is then visible.
@@ -151,14 +146,14 @@ __device__ __forceinline__ void run_item(const Table& table, const Item& item, i
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
   const Slab<T> slab(table.tensors[item.tensor], table.phase(item.tensor), item);
-  const bool is_chunk = !clustered && item.chunks > 0, applies = !is_chunk || stage == table.stages;
+  const bool applies = clustered || stage == table.stages;
   start_groups(shared, groups, h);
-  if (is_chunk && !resume_chunk(table, item, h, stage, shared)) return;
+  if (!clustered && !resume_chunk(table, item, h, stage, shared)) return;
   const unsigned alive = update_slab(slab, h, applies, shared.z);
-  if (groups > 0 && h.freeze == Freeze::group && stage == 0) mark_alive(slab, run, alive, shared.alive);
+  if (h.freeze == Freeze::group && stage == 0) mark_alive(slab, run, alive, shared.alive);
   __syncthreads();
   if (!applies) return sweep_chunk(table, item, h, slab, stage, shared);
-  if (h.need_sums() && groups > 0 && !is_chunk) solve_slab<T, clustered>(slab, run, groups, h, shared);
+  if (clustered && h.need_sums()) solve_cluster(slab, run, groups, h, shared);
   apply_slab(slab, run, groups, h, shared);
 }
 

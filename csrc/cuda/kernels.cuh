@@ -1,18 +1,20 @@
 // The CUDA executor's kernels:
 //   step_rows      contiguous groups and elements without groups, in registers
-//   step_blocks    whole groups in a block's shared memory; and chunks of those that nothing holds, by tickets
+//   step_tiles     whole groups in a block's shared memory; elements without groups where there are no rows
 //   step_clusters  groups in the shared memory of eight blocks
-// From here: arguments.cuh; rows.cuh; items.cuh (a block's work), groups.cuh (sums, solve, apply), slab.cuh; rule.cuh
-// (the update), memory.cuh (accesses).
+//   step_chunks    parts of groups that nothing holds, by tickets
+// From here: arguments.cuh; rows.cuh; tiles.cuh, ring.cuh (what they read); items.cuh (a block's work in
+// the last two), groups.cuh (sums, solve, apply), slab.cuh; rule.cuh (the update), memory.cuh (accesses).
 #pragma once
 #include "cuda/items.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/tiles.cuh"
 
 namespace cges::cuda {
 namespace {
 
-// Blocks of kThreads that a multiprocessor is to hold, which bounds a thread's registers: 128 at two, 80 at three, 64 at
-// four.
+// Blocks of kThreads that a multiprocessor is to hold, which bounds a thread's registers: 128 at two, 80 at
+// three, 64 at four.
 constexpr int kBlocks = 2;
 template <typename T, bool plain>
 constexpr int kRowBlocks = sizeof(T) == 8            ? 2
@@ -28,25 +30,28 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<T, plain>)
   run_strip<plain, T>(table, strip, reinterpret_cast<Sums<Compute<T>>*>(memory));
 }
 
+template <typename T, int bytes, bool plain>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    step_tiles(const __grid_constant__ StepTableOf<T, bytes> table) {
+  CGES_SHARED(memory);
+  if (table.overflowed()) return;
+  const TileMemory<Compute<T>> at(table.slots);
+  TileWalk<T, plain, StepTableOf<T, bytes>>(table, memory, at).run();
+}
+
 template <typename T, int bytes>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    step_blocks(const __grid_constant__ StepTableOf<T, bytes> table) {
+    step_chunks(const __grid_constant__ StepTableOf<T, bytes> table) {
   CGES_SHARED(memory);
   if (table.overflowed()) return;
   int* const word = reinterpret_cast<int*>(memory);
-  const bool has_ticket = blockIdx.x < unsigned(table.tickets);
-  const Item* item = table.items + (int64_t(blockIdx.x) - table.tickets);
-  int stage = 0;
-  if (has_ticket) {  // they go window by window; in a window, stage by stage
-    const int ticket = take_ticket(table.counters, word), tickets_each = table.stages + 1;
-    const Item& any = table.chunks[ticket / tickets_each];  // of the window
-    const int rest = ticket - any.window_begin * tickets_each;
-    stage = rest / any.window_size;
-    item = table.chunks + any.window_begin + rest % any.window_size;
-  }
-  const Item mine = *item;
-  if (table.steps(mine.tensor)) run_item<T, false>(table, mine, stage, memory);
-  if (has_ticket) end_ticket(table, word);
+  // They go window by window; in a window, stage by stage.
+  const int ticket = take_ticket(table.counters, word), tickets_each = table.stages + 1;
+  const Item& any = table.chunks[ticket / tickets_each];  // of the window
+  const int rest = ticket - any.window_begin * tickets_each;
+  const Item mine = table.chunks[any.window_begin + rest % any.window_size];
+  if (table.steps(mine.tensor)) run_item<T, false>(table, mine, rest / any.window_size, memory);
+  end_ticket(table, word);
 }
 
 template <typename T, int bytes>
@@ -54,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     step_clusters(const __grid_constant__ StepTableOf<T, bytes> table) {
 #if CGES_CLUSTERS
   CGES_SHARED(memory);
-  const Item item = table.items[blockIdx.x];
+  const Item item = table.clusters[blockIdx.x];
   if (table.overflowed() || !table.steps(item.tensor)) return;
   run_item<T, true>(table, item, 0, memory);
   cg::this_cluster().sync();  // nobody leaves while others read its sums

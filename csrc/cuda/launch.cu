@@ -1,5 +1,5 @@
 // The CUDA executor's host side: what a device allows, the arguments of a step, its launches. A step of every
-// parameter of a model is up to three kernels per dtype; docs/design/cuda-executor.md says which, and why.
+// parameter of a model is up to four kernels per dtype; docs/design/cuda-executor.md says which, and why.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -59,8 +59,8 @@ std::string version(int number) {
 }
 
 template <typename Kernel>
-cudaError_t allow_shared(Kernel kernel, const Device& device) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_bytes));
+cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
 // Whether the device can hold one cluster with all the shared memory that a block may have: parts of a
@@ -69,7 +69,8 @@ bool clusters_fit(const Device& device) {
   const auto kernel = step_clusters<float, kMostArguments>;
   const Launch launch(kClusterSize, kThreads, device.shared_bytes, kClusterSize, nullptr);
   int resident = 0;
-  return cudaSetDevice(device.index) == cudaSuccess && allow_shared(kernel, device) == cudaSuccess &&
+  return cudaSetDevice(device.index) == cudaSuccess &&
+         allow_shared(kernel, device.shared_bytes) == cudaSuccess &&
          cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess && resident > 0;
 }
 
@@ -81,8 +82,8 @@ ParamGroup<A> to_param_group(const Hyperparameters& h) {
   return {h.sgd.as<A>(), thresholds.as<A>(), h.nesterov, h.exact, h.freeze, h.device};
 }
 
-// Whether a step whose phase is running is of the kind that has a path of its own: nothing is asked for that only
-// few ask for, and every number is known on the host.
+// Whether a step whose phase is running is of the kind that has a path of its own: nothing is asked for
+// that only few ask for, and every number is known on the host.
 bool is_plain(const Hyperparameters& h, const LossScale& loss_scale) {
   return !h.nesterov && h.freeze == Freeze::none && !h.searches() && !h.device.any() &&
          loss_scale.grad_scale == nullptr;
@@ -93,6 +94,10 @@ template <typename A, int bytes>
 bool fill(StepTable<A, bytes>& table, const Step& step) {
   static_assert(sizeof(table) <= bytes && StepTable<A, bytes>::kParamGroups > 0);
   bool all_plain = !step.work.ones;
+  table.tiles = step.tiles;
+  table.tile_count = int32_t(step.work.tiles.size());
+  table.slots = step.work.slots;
+  table.clusters = step.clusters;
   table.chunks = step.chunks;
   table.scratch = static_cast<unsigned char*>(step.scratch);
   table.counters = step.counters;
@@ -149,32 +154,47 @@ Device describe_device(int index) {
   device.index = index;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   device.shared_bytes = std::min({half, most, shared_limit});
+  // Where small groups are to count as large, the limit is z's: what is around it there must be.
+  const int64_t around = TileMemory<double>(kLeastSlots).z;
+  device.tile_bytes = shared_limit < most - around ? around + shared_limit : most;
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   device.clusters = attribute(cudaDevAttrClusterLaunch, index) != 0 && clusters_fit(device);
   return device;
 }
 
-void check_launchable(const Work& work, DType dtype, const Device& device) {
+void prepare(Work& work, DType dtype, const Device& device) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   with_type(dtype, [&]<typename T>() {
-    const auto check_kernels = [&]<int bytes>() {
+    const auto prepare_kernels = [&]<int bytes>() {
       // This loads a kernel as well, which must not be left to a step that is captured in a graph.
-      const auto load = [](auto kernel) {
+      const auto load = [](auto kernel, int64_t shared) {
         cudaFuncAttributes found{};
         check(cudaFuncGetAttributes(&found, kernel),
               "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
+        check(allow_shared(kernel, shared), "cudaFuncSetAttribute");
       };
-      load(step_rows<T, bytes, true>), load(step_rows<T, bytes, false>), load(step_blocks<T, bytes>);
-      check(allow_shared(step_blocks<T, bytes>, device), "cudaFuncSetAttribute");
-      if (!work.clusters.empty())
-        check(allow_shared(step_clusters<T, bytes>, device), "cudaFuncSetAttribute");
+      load(step_rows<T, bytes, true>, kRowsShared<Compute<T>>);
+      load(step_rows<T, bytes, false>, kRowsShared<Compute<T>>);
+      load(step_chunks<T, bytes>, device.shared_bytes);
+      if (!work.clusters.empty()) load(step_clusters<T, bytes>, device.shared_bytes);
+      for (const auto kernel : {step_tiles<T, bytes, true>, step_tiles<T, bytes, false>}) {
+        load(kernel, device.tile_bytes);
+        int resident = 0;
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kTileThreads,
+                                                            size_t(work.shared_tiles)),
+              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+        work.tile_blocks = int32_t(std::min<int64_t>(resident * device.multiprocessors, work.tiles.size()));
+      }
     };
-    check_kernels.template operator()<kFewArguments>();
-    check_kernels.template operator()<kMostArguments>();
+    prepare_kernels.template operator()<kFewArguments>();
+    prepare_kernels.template operator()<kMostArguments>();
   });
 }
 
-void check_device(int index) { check_launchable({}, DType::f32, describe_device(index)); }
+void check_device(int index) {
+  Work none;
+  prepare(none, DType::f32, describe_device(index));
+}
 
 void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
@@ -193,10 +213,9 @@ void launch(const Step& step, DType dtype, const Device& device, void* stream, b
     const bool plain = fill(table, step);
     run(plain ? step_rows<T, bytes, true> : step_rows<T, bytes, false>, table, int64_t(work.strips.size()),
         work.strip_threads, kRowsShared<Compute<T>>);
-    table.items = step.blocks;
-    run(step_blocks<T, bytes>, table, int64_t(work.blocks.size()) + table.tickets, kThreads,
-        work.shared_blocks);
-    table.items = step.clusters;
+    run(plain ? step_tiles<T, bytes, true> : step_tiles<T, bytes, false>, table, work.tile_blocks,
+        kTileThreads, work.shared_tiles);
+    run(step_chunks<T, bytes>, table, table.tickets, kThreads, work.shared_chunks);
     run(step_clusters<T, bytes>, table, int64_t(work.clusters.size()), kThreads, work.shared_clusters,
         kClusterSize);
   };

@@ -1,4 +1,5 @@
-// Device memory as the kernels see it: 16 bytes an access wherever they may, all of it through these functions.
+// Device memory as the kernels see it: 16 bytes an access wherever they may, all of it through these
+// functions.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -35,7 +36,8 @@ __device__ __forceinline__ void store(U* p, U value) {
     __stcg(p, value);
 }
 
-// A pack, of which `n` elements exist; `wide`: all of them do, and lie where one access of 16 bytes may begin.
+// A pack, of which `n` elements exist; `wide`: all of them do, and lie where one access of 16 bytes may
+// begin.
 template <bool once, int kSize, typename T>
 __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p, bool wide, int n = kSize) {
   Pack<T, kSize> pack;

@@ -1,6 +1,7 @@
-// Rows: groups that lie contiguous in memory, and elements without groups. A team of neighbouring threads (of a
-// part of a warp, a warp, or up to a block) has a group in its registers from the first load to the last store:
-// every load of it is under way at once, and nothing but sums across warps goes through shared memory.
+// Rows: groups that lie contiguous in memory, and elements without groups. A team of neighbouring threads
+// (of a part of a warp, a warp, or up to a block) has a group in its registers from the first load to the
+// last store: every load of it is under way at once, and nothing but sums across warps goes through shared
+// memory.
 //
 // update -> sums -> solve, in exact mode again and again -> apply; each element crosses the memory once.
 #pragma once
@@ -9,9 +10,9 @@
 
 namespace cges::cuda {
 
-// One thread's share of its team's group: kPacks packs, or one by one what these hold. Which elements these are
-// depends on the strip alone and not on `wide`, so a tensor that begins off a multiple of 16 bytes gets the same
-// bits.
+// One thread's share of its team's group: kPacks packs, or one by one what these hold. Which elements these
+// are depends on the strip alone and not on `wide`, so a tensor that begins off a multiple of 16 bytes gets
+// the same bits.
 template <typename T, bool wide>
 struct Share {
   static constexpr int kVector = Pack<T>::kSize, kWidth = wide ? kVector : 1;
@@ -37,8 +38,8 @@ struct Share {
   }
   __device__ bool has(int k) const { return offset(k) < size; }
 
-  // Hides these numbers from the compiler, so that offsets are computed anew from here on: kept, they would take
-  // more registers than z.
+  // Hides these numbers from the compiler, so that offsets are computed anew from here on: kept, they would
+  // take more registers than z.
   __device__ void forget() { asm volatile("" : "+r"(begin), "+r"(step), "+r"(jump)); }
 };
 
@@ -120,18 +121,7 @@ struct Packs {
 
   // w becomes z, and the states the new ones; zeros, both, if the group is `dead`.
   __device__ void update(Read& x, bool dead, A (&z)[kWidth]) const {
-    A now[kStates][kWidth];
-#pragma unroll
-    for (int v = 0; v < kWidth; ++v) {
-      const A weight = z[v];
-      A state[kStates];
-      for (int s = 0; s < kStates; ++s) state[s] = A(x.states[s].x[v]);
-      const A value = rule.update(weight, A(x.grad.x[v]), state);
-      const bool frozen = dead || (freezes && weight == A(0));
-      z[v] = frozen ? A(0) : value;
-      for (int s = 0; s < kStates; ++s) now[s][v] = frozen ? A(0) : state[s];
-    }
-    for (int s = 0; s < kStates; ++s) x.states[s] = round_pack<false, T>(now[s]);
+    update_pack<T>(rule, freezes, dead, z, x.grad, x.states);
   }
 
   __device__ void store_states(int k, const Read& x) const {
@@ -170,7 +160,8 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
     if (!wide && k % 4 == 0) packs.mine.forget();
     if (mine.has(k)) weights[k] = packs.read_weights(k);
   }
-  // w, until update() makes z of it. The plain path widens a pack only when its turn comes: that saves registers.
+  // w, until update() makes z of it. The plain path widens a pack only when its turn comes: that saves
+  // registers.
   A z[kPacks][P::kWidth];
   const auto spread = [&](int k) {
 #pragma unroll

@@ -5,8 +5,8 @@
 
 namespace cges::cuda {
 
-// A param group's hyperparameters in the compute type. Where some lie in device memory, the thresholds are bare
-// coefficients until `resolved`.
+// A param group's hyperparameters in the compute type. Where some lie in device memory, the thresholds are
+// bare coefficients until `resolved`.
 template <typename A>
 struct ParamGroup {
   SgdScalars<A> sgd;
@@ -32,10 +32,10 @@ struct ParamGroup {
   __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
 };
 
-// SGD as an update rule: how many tensors it keeps beside a weight (its states), which of them a step reads and
-// writes, and z. The kernels for rows ask no more of a rule, so another
-// (AdamW: two states) is another of these; the others call sgd_update themselves.
-// `plain`: what nearly everybody uses, known when this is compiled.
+// SGD as an update rule: how many tensors it keeps beside a weight (its states), which of them a step reads
+// and writes, and z. The kernels for rows and tiles ask no more of a rule, so another (AdamW: two states)
+// is another of these; those for larger groups call sgd_update themselves. `plain`: what nearly everybody
+// uses, known when this is compiled.
 template <typename A, bool plain>
 struct SgdRule {
   static constexpr int kStates = 1;
@@ -45,6 +45,10 @@ struct SgdRule {
 
   __device__ SgdRule(const ParamGroup<A>& h, Phase phase)
       : scalars(h.sgd), phase_(phase), nesterov_(h.nesterov) {}
+  template <bool known>
+  __device__ explicit SgdRule(
+      const SgdRule<A, known>& x)  // where it turns out to be plain, or is not known to be
+      : scalars(x.scalars), phase_(x.phase()), nesterov_(x.nesterov_) {}
 
   __device__ Phase phase() const { return plain ? Phase::running : phase_; }
   __device__ bool reads_grad() const { return phase() != Phase::prox_alone; }
@@ -61,6 +65,26 @@ struct SgdRule {
 template <typename T>
 __device__ __forceinline__ T* state_of(const TensorAddresses& args, int) {
   return static_cast<T*>(args.buf);
+}
+
+// The rule on neighbouring elements: w becomes z, and the states the new ones. Both are zeros where `dead`,
+// or where the weight is zero and `freezes` says that it stays so.
+template <typename T, int n, typename Rule>
+__device__ __forceinline__ void update_pack(const Rule& rule, bool freezes, bool dead, Compute<T> (&w)[n],
+                                            const Pack<T, n>& grad, Pack<T, n> (&states)[Rule::kStates]) {
+  using A = Compute<T>;
+  A now[Rule::kStates][n];
+#pragma unroll
+  for (int v = 0; v < n; ++v) {
+    const A weight = w[v];
+    A state[Rule::kStates];
+    for (int s = 0; s < Rule::kStates; ++s) state[s] = A(states[s].x[v]);
+    const A z = rule.update(weight, A(grad.x[v]), state);
+    const bool frozen = dead || (freezes && weight == A(0));
+    w[v] = frozen ? A(0) : z;
+    for (int s = 0; s < Rule::kStates; ++s) now[s][v] = frozen ? A(0) : state[s];
+  }
+  for (int s = 0; s < Rule::kStates; ++s) states[s] = round_pack<false, T>(now[s]);
 }
 
 }  // namespace cges::cuda

@@ -5,7 +5,8 @@
 namespace cges::cuda {
 
 // Rows x columns elements of one tensor as one thread of a block sees them: its part is one run of kVector
-// columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so are the bits.
+// columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so are the
+// bits.
 template <typename T>
 struct Slab {
   using A = Compute<T>;

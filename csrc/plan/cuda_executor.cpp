@@ -60,7 +60,7 @@ CudaExecutor::CudaExecutor(std::vector<TensorShape> tensors) {
     std::vector<TensorShape> mine;
     for (const size_t i : tables.tensors) mine.push_back(tensors[i]);
     tables.work = cuda::cut(mine, tables.dtype, tables.description);
-    cuda::check_launchable(tables.work, tables.dtype, tables.description);
+    cuda::prepare(tables.work, tables.dtype, tables.description);
     put_on_device(tables);
   }
 }
@@ -95,9 +95,10 @@ void CudaExecutor::share_out(const std::vector<TensorShape>& tensors) {
 void CudaExecutor::put_on_device(DeviceTables& tables) {
   const cuda::Work& work = tables.work;
   std::vector<cuda::Item> items;
-  for (const auto* part : {&work.blocks, &work.clusters, &work.chunks})
+  for (const auto* part : {&work.clusters, &work.chunks})
     items.insert(items.end(), part->begin(), part->end());
   tables.strips = upload(work.strips, tables.device);
+  tables.tiles = upload(work.tiles, tables.device);
   tables.items = upload(items, tables.device);
   tables.scratch = empty(work.scratch_bytes, at::kByte, tables.device);
   tables.counters =
@@ -110,7 +111,8 @@ void* CudaExecutor::stream_of(DeviceTables& tables) {
   if (tables.device.is_cpu()) return nullptr;
   const c10::Stream stream = current_stream(tables.device);
   if (stream.id() != tables.stream) {
-    for (const at::Tensor* x : {&tables.strips, &tables.items, &tables.scratch, &tables.counters})
+    for (const at::Tensor* x :
+         {&tables.strips, &tables.tiles, &tables.items, &tables.scratch, &tables.counters})
       x->record_stream(stream);
     tables.stream = stream.id();
   }
@@ -133,10 +135,10 @@ bool CudaExecutor::step(const std::vector<TensorAddresses>& addresses, const std
     for (const int64_t group : tables.param_groups) of_groups.push_back(hyperparameters.at(group));
     const auto* const strips = static_cast<const cuda::Strip*>(tables.strips.const_data_ptr());
     const auto* const items = static_cast<const cuda::Item*>(tables.items.const_data_ptr());
-    const cuda::Item* const clusters = items + tables.work.blocks.size();
+    const auto* const tiles = static_cast<const cuda::Tile*>(tables.tiles.const_data_ptr());
     const OnDevice here(tables.device);
     const ScalerTensors scale = scaler.on(tables.device);
-    cuda::launch({tables.work, strips, items, clusters, clusters + tables.work.clusters.size(),
+    cuda::launch({tables.work, strips, tiles, items, items + tables.work.clusters.size(),
                   tables.scratch.mutable_data_ptr(), tables.counters.mutable_data_ptr<int32_t>(), mine,
                   my_phases, tables.places, of_groups, scale.addresses()},
                  tables.dtype, tables.description, stream_of(tables), launched);

@@ -1,0 +1,132 @@
+// What the kernel for tiles reads, as one thread sees it: its part of a tile, and the ring through which
+// that part comes to the chip.
+#pragma once
+#include <cuda_pipeline_primitives.h>
+
+#include "cuda/arguments.cuh"
+
+namespace cges::cuda {
+
+// A thread's part of a tile: 16 bytes of columns in every `down`-th row. Which elements these are depends
+// on the tile alone and not on addresses, and so no bit does.
+template <typename T, int kStates>
+struct Part {
+  static constexpr int kVector = Pack<T>::kSize;
+
+  T* w;  // its elements in the row whose turn it is
+  const T* grad;
+  T* states[kStates];
+  int64_t step;  // elements from one of its rows to the next
+  int rows;      // of its own that are left
+  // What it has of a row, one byte each to spare registers: columns, columns of the tile's last row,
+  // whether that row is one of its own; and the bytes that one access may move, in all of the tile.
+  uint32_t form;
+
+  __device__ Part(const Tile& tile, const TensorAddresses& tensor, bool any)
+      : w(static_cast<T*>(tensor.w)), grad(static_cast<const T*>(tensor.grad)) {
+    auto odd = reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(grad);
+    for (int s = 0; s < kStates; ++s) {
+      states[s] = state_of<T>(tensor, s);
+      odd |= reinterpret_cast<uintptr_t>(states[s]);
+    }
+    odd |= uintptr_t(tile.begin | tile.pitch | tile.columns | tile.last_columns) * sizeof(T) | 16;
+    const uint32_t unit = any ? uint32_t(odd & -odd) : 16;
+    const int row = tile.row_of(threadIdx.x), side = threadIdx.x - row * tile.across;
+    const int matrix = tile.across == tile.lanes ? 0 : side / tile.lanes;
+    const int column = (side - matrix * tile.lanes) * kVector;
+    const int64_t at = tile.begin + (matrix * int64_t(tile.rows) + row) * tile.pitch + column;
+    w += at;
+    grad += at;
+    for (T*& state : states) state += at;
+    step = tile.down * tile.pitch;
+    const int rest = tile.rows - (tile.passes - 1) * tile.down;  // rows of the last pass
+    rows = any && row < tile.down ? tile.passes - (row >= rest) : 0;
+    const int columns = clamp(tile.columns - column), last_columns = clamp(tile.last_columns - column);
+    bool last = row == rest - 1;
+    if (rows > 0 && last && last_columns == 0) {
+      --rows;
+      last = false;
+    }
+    form = columns | last_columns << 8 | last << 16 | unit << 24;
+  }
+
+  static __device__ int clamp(int columns) { return max(0, min(columns, kVector)); }
+  __device__ uint32_t unit() const { return form >> 24; }
+  __device__ int length() const { return (rows == 1 && form >> 16 & 1 ? form >> 8 : form) & 0xff; }
+  __device__ void go_on() {
+    w += step;
+    grad += step;
+    for (T*& state : states) state += step;
+    --rows;
+  }
+};
+
+// Slots of shared memory that are filled in turn by asynchronous copies. Who asks for a row, `ahead` before
+// it is read, has it put where the last one was read, and then reads in the next slot. A thread reads only
+// what it has asked for itself: there is no barrier in the ring.
+template <typename T, int kStates>
+struct Ring {
+  static constexpr int kArrays = 2 + kStates;
+  static constexpr int kArray = kTileThreads * 16, kSlot = kArrays * kArray;
+  static_assert(kSlot == kSlotBytes);
+
+  unsigned char* memory;
+  int slots;
+  int now = 0;  // where the slot in turn begins
+
+  __device__ Ring(unsigned char* memory, int slots) : memory(memory), slots(slots) {}
+
+  __device__ int ahead() const { return slots - 1; }
+  __device__ T* place(int array) const {
+    return reinterpret_cast<T*>(memory + now + array * kArray) + threadIdx.x * Pack<T>::kSize;
+  }
+
+  // Asks for the part's next row: its weights, and what else a step reads. `wide`: its unit is 16.
+  template <bool wide>
+  __device__ __forceinline__ void fetch(Part<T, kStates>& part, bool reads_grad, bool reads_states) {
+    if (part.rows > 0) {
+      fetch_array<wide>(0, part, part.w);
+      if (reads_grad) fetch_array<wide>(1, part, part.grad);
+      for (int s = 0; s < kStates && reads_states; ++s) fetch_array<wide>(2 + s, part, part.states[s]);
+    }
+    __pipeline_commit();
+    part.go_on();
+    now = now + kSlot == slots * kSlot ? 0 : now + kSlot;
+  }
+
+  template <bool wide>
+  __device__ __forceinline__ void fetch_array(int array, const Part<T, kStates>& part, const T* from) {
+    T* const to = place(array);
+    if (wide || part.unit() == 16)
+      __pipeline_memcpy_async(to, from, 16);
+    else if (part.unit() == 8)
+      fetch_units<8>(to, from, part.length());
+    else if (part.unit() == 4)
+      fetch_units<4>(to, from, part.length());
+    else if constexpr (sizeof(T) == 2)  // no asynchronous copy is so small
+      store_shared(to, load_pack<true, Pack<T>::kSize>(from, false, part.length()));
+  }
+  template <int unit>
+  static __device__ __forceinline__ void fetch_units(T* to, const T* from, int n) {
+    constexpr int kEach = unit / int(sizeof(T));
+    if constexpr (kEach > 0) {
+#pragma unroll
+      for (int v = 0; v < Pack<T>::kSize; v += kEach)
+        if (v < n) __pipeline_memcpy_async(to + v, from + v, unit);
+    }
+  }
+
+  // Until the row in turn has come.
+  __device__ void wait() const {
+    if (slots == kMostSlots)
+      __pipeline_wait_prior(kMostSlots - 1);
+    else
+      __pipeline_wait_prior(kLeastSlots - 1);
+  }
+  __device__ Pack<T> read(int array) const { return load_shared(place(array)); }
+
+  // The slot in turn, once it has been read, as memory of the whole block.
+  __device__ unsigned char* free_slot() const { return memory + now; }
+};
+
+}  // namespace cges::cuda
