@@ -184,10 +184,12 @@ struct TileWalk {
     store_z(pass, x);
   }
 
-  template <bool wide>
+  // The next row for the ring. `simple`: a step reads all there is.
+  template <bool simple, bool wide>
   __device__ __forceinline__ void fetch(Hand& hand) {
-    ring.template fetch<wide>(hand.ahead, plain || hand.phase_ahead != Phase::prox_alone,
-                              plain || hand.phase_ahead == Phase::running);
+    constexpr bool all = plain || simple;
+    ring.template fetch<wide>(hand.ahead, all || hand.phase_ahead != Phase::prox_alone,
+                              all || hand.phase_ahead == Phase::running);
   }
 
   // Rows of some passes: the old tile's way back and the new one's way in, while the ring goes on ahead.
@@ -195,7 +197,7 @@ struct TileWalk {
   __device__ __forceinline__ void pass_over(Hand& hand, int pass, int end) {
 #pragma unroll 1
     for (; pass < end; ++pass) {
-      fetch<wide>(hand);
+      fetch<simple, wide>(hand);
       if (hand.out.rows > 0) apply<simple, wide>(hand, pass);
       hand.out.go_on();
       ring.wait();
@@ -206,7 +208,6 @@ struct TileWalk {
 
   // All of the two tiles' rows. The choice of a path is made here: no loop over elements asks.
   __device__ __forceinline__ void pass_over(Hand& hand, const Tile& now, const Tile& next) {
-    const bool simple = hand.shrinks && (plain || table.plain(now.tensor));
     const int passes = now.passes > 0 ? max(int(now.passes), kLeastPasses) : 0;
     int pass = 0;
     while (pass < passes) {
@@ -216,6 +217,8 @@ struct TileWalk {
         hand.phase_ahead = phase(next);
         end = passes;
       }
+      const bool simple =
+          hand.shrinks && (plain || (table.plain(now.tensor) && hand.phase_ahead == Phase::running));
       const bool wide = (hand.out.unit() | hand.in.unit() | hand.ahead.unit()) == 16;
       if (simple && wide)
         pass_over<true, true>(hand, pass, end);
@@ -330,7 +333,7 @@ struct TileWalk {
               .ahead = part(first),
               .rule = SgdRule<A, plain>(table.of(first.tensor), phase(first)),
               .phase_ahead = phase(first)};
-    for (int i = 0; i < ring.ahead(); ++i) fetch<false>(hand);
+    for (int i = 0; i < ring.ahead(); ++i) fetch<false, false>(hand);
     for (int k = 0;; ++k) {
       const Tile &old = queued(k + kQueue - 1), &now = queued(k), &next = queued(k + 1);
       if (old.passes + now.passes == 0) break;
