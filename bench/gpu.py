@@ -28,7 +28,7 @@ from .timing import Step, Times, take_turns
 from .workloads import Case
 
 BACKENDS = ("cuda", "triton")  # in the order of measuring
-EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # groups of a block, of a cluster of them, of neither
+EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # groups of a block, of several, of many
 SIDES = (512, 2048, 8192)  # of the grid
 LARGEST = 2**26  # elements, where cost is followed over elements
 HOST = 20e-6  # seconds that step() may take beyond an empty one

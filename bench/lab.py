@@ -233,7 +233,7 @@ def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtyp
     """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
     layouts = [grouped_layout(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
     counts = BUILT["cuda"].cuda_paths(layouts, NUMBERED.index(dtype), 0)
-    return dict(zip(("rows", "tile", "cluster", "ticket"), counts))
+    return dict(zip(("rows", "tile", "shared", "ticket"), counts))
 
 
 def version_of(package: str) -> str | None:

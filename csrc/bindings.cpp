@@ -103,14 +103,15 @@ int64_t parallel_threads() {
 }
 
 #if CGES_CUDA
-// For tests: how many blocks of each path (rows, tile, cluster, ticket) tensors of these layouts are cut into.
+// For tests: how many blocks of each path (rows, tile, shared, ticket) tensors of these layouts are cut into.
 std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts,
                                                           int64_t dtype, int index) {
   std::vector<TensorShape> shapes;
   for (const auto& [K1, R1, K2, R2, has_groups] : layouts)
     shapes.push_back({{K1, R1, K2, R2}, has_groups, DType(dtype), index, 0});
   const cuda::Work work = cuda::cut(shapes, DType(dtype), cuda::describe_device(index));
-  return {work.strips.size(), work.tiles.size(), work.clusters.size(), work.chunks.size()};
+  return {work.strips.size(), work.tiles.size() - work.tiles_in_parts, work.tiles_in_parts,
+          work.chunks.size()};
 }
 #endif
 
@@ -158,7 +159,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                py::arg("RUNNING") = int(Phase::running));
 #if CGES_CUDA
   m.def("check_device", &cuda::check_device);
-  m.def("limit_shared_bytes", &cuda::limit_shared_bytes);
+  m.def("limit_device", &cuda::limit_device, py::arg("shared_bytes") = INT64_MAX,
+        py::arg("multiprocessors") = INT64_MAX);
   m.def("cuda_paths", &cuda_paths);
 #endif
 }

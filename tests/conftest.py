@@ -67,7 +67,7 @@ def tiles(request, monkeypatch):
         if "cpu" in BUILT:
             BUILT["cpu"].limit_z_bytes(0)
         if "cuda" in BUILT:
-            emulated.limit_shared_bytes(6000 if INTERPRETED else 30_000)
+            emulated.limit_device(shared_bytes=9000 if INTERPRETED else 36_000, multiprocessors=4)
         if "triton" in available_backends():
             from cges_kernels.backends.triton.tiles import COLUMNS, GENERAL, ROWS, TILES, Tile
 
@@ -84,7 +84,7 @@ def tiles(request, monkeypatch):
     if "cpu" in BUILT:
         BUILT["cpu"].limit_z_bytes(2**31)
     if "cuda" in BUILT:
-        emulated.limit_shared_bytes(2**31)
+        emulated.limit_device()
 
 
 def hash_of(text):

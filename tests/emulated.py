@@ -57,11 +57,11 @@ def load(threads: int = THREADS) -> ModuleType:
     return module
 
 
-def limit_shared_bytes(most: int) -> None:
-    """Of the CUDA executor's blocks, so that small groups count as large."""
+def limit_device(**most: int) -> None:
+    """The CUDA executor's shared_bytes and multiprocessors, so that small groups count as large; without, no more."""
     from cges_kernels.backends import extension, unplanned
 
-    extension.BUILT["cuda"].limit_shared_bytes(most)
+    extension.BUILT["cuda"].limit_device(**most)
     unplanned.forget()  # what is kept was cut by another limit
 
 

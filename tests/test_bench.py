@@ -490,7 +490,7 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     assert "| feature 50257x1024 | a copy | 55% |" in text and "| tensor 4096x4096 | a copy | - |" in text
     assert "](bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
     if "cuda" in backends:
-        paths = {"rows": 0, "tile": 1, "cluster": 0, "ticket": 0}
+        paths = {"rows": 0, "tile": 1, "shared": 0, "ticket": 0}
         assert results["cuda: feature 50257x1024 bf16"]["paths"] == paths
         assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
         assert "| feature 50257x1024 | a copy | 70%/45% |" in text
@@ -520,21 +520,20 @@ def test_the_smoke_test_is_right_with_cuda(capsys):
 
 
 @pytest.mark.skipif(not EMULATED, reason="its kernels are not emulated here")
-def test_the_smoke_test_takes_every_path_with_and_without_clusters(monkeypatch):
+def test_the_smoke_test_takes_every_path(monkeypatch):
     device = emulated.Device(BUILT["cuda"].__file__)
     try:
         for shared in (228, 164, 100):  # KB of a multiprocessor: H200, A100, consumer GPUs
             device["shared_memory_per_multiprocessor"] = shared << 10
-            for clusters in (False, True):
-                device["cluster_launch"] = clusters
-                smoke.check_paths(torch.float32, clusters)
-                smoke.check_paths(torch.bfloat16, clusters)
+            device["shared_memory_per_block"] = (shared - 1) << 10
+            for dtype in smoke.DTYPES.values():
+                smoke.check_paths(dtype)
     finally:
         device.reset()
     monkeypatch.setitem(smoke.GROUPS, "feature", [(37, 51)])
     monkeypatch.setitem(smoke.GROUPS, "filter", [(33, 7)])
-    with pytest.raises(SystemExit, match="expected the paths"):
-        smoke.check_paths(torch.float32, True)
+    with pytest.raises(SystemExit, match="expected blocks on every path"):
+        smoke.check_paths(torch.float32)
 
 
 def flow_of_gpu(out):

@@ -11,7 +11,7 @@ import re
 import emulated
 import pytest
 import torch
-from emulated import limit_shared_bytes
+from emulated import limit_device
 from right import DTYPES, INTERPRETED, SPECS, check_step, fresh
 from test_executors import MODES, coefficients, training
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 on_emulator = pytest.mark.skipif(not INTERPRETED, reason="rules the device, which only the emulator allows")
 PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.001, l1=0.02)
-LIMIT = 6000  # bytes of shared memory: shapes below then take all three paths
-BLOCK, CLUSTER, TICKET = (16, 12), (150, 20), (900, 20)
+LIMIT = 9000  # bytes of shared memory: shapes below then take a path each
+TILE, SHARED, TICKET = (16, 12), (150, 20), (900, 20)
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def device():
 
 @pytest.fixture
 def little_memory():
-    limit_shared_bytes(LIMIT if INTERPRETED else 30_000)
+    limit_device(shared_bytes=LIMIT if INTERPRETED else 36_000, multiprocessors=4)
     yield
-    limit_shared_bytes(2**31)
+    limit_device()
 
 
 def paths(shape, group_by="feature", dtype=torch.float32):
-    """How many blocks work on a tensor by each path: (rows, block, cluster, ticket)."""
+    """How many blocks work on a tensor by each path: (rows, tile, shared, ticket)."""
     return paths_together([shape], group_by, dtype)
 
 
@@ -89,30 +89,30 @@ def assert_same_bits(xs, ys):
 @on_emulator
 @pytest.mark.usefixtures("little_memory")
 def test_each_shape_takes_the_path_that_its_size_says(device):
-    for shape, path in zip((BLOCK, CLUSTER, TICKET), (1, 2, 3)):
+    for shape, path in zip((TILE, SHARED, TICKET), (1, 2, 3)):
         counts = paths(shape)
         assert [i for i in range(4) if counts[i]] == [path], (shape, counts)
-    device["cluster_launch"] = 0
-    assert paths(CLUSTER)[2] == 0 and paths(CLUSTER)[3] > 0
+    device["cooperative_launch"] = 0
+    assert paths(SHARED)[2] == 0 and paths(SHARED)[3] > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", [CLUSTER, TICKET, (3, 5000), (40, 3, 70)], ids=str)
+@pytest.mark.parametrize("shape", [SHARED, TICKET, (3, 5000), (40, 3, 70)], ids=str)
 @pytest.mark.usefixtures("little_memory", "poisoned_memory")
 @on_emulator
-def test_a_device_without_clusters(device, shape, group_by, prox_mode, dtype):
-    device["cluster_launch"] = 0
+def test_a_device_without_cooperative_launches(device, shape, group_by, prox_mode, dtype):
+    device["cooperative_launch"] = 0
     assert paths(shape, group_by, dtype)[2] == 0
     w, grad, buf = (fresh(shape, dtype) for _ in range(3))
     check_step(BACKEND, w, grad, buf, **training(w, group_by, prox_mode))
 
 
 @on_emulator
-def test_a_device_without_room_for_a_cluster(device):
-    """Such as a part of a partitioned GPU: two multiprocessors, where eight blocks need four."""
-    shape = (3500, 32)
+def test_a_device_with_too_few_multiprocessors(device):
+    """Such as a part of a partitioned GPU: fewer blocks run at once than a panel has parts."""
+    shape = (5000, 32)
     assert paths(shape)[2] > 0
     device["multiprocessors"] = 2
     assert paths(shape)[2] == 0 and paths(shape)[3] > 0
@@ -136,7 +136,7 @@ def test_less_shared_memory_is_used_where_there_is_less(device):
 def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
     """Two of them, rather: the second one finds the counters as the first has left them."""
     for group_by, shapes in (
-        ("feature", [BLOCK, CLUSTER, TICKET]),
+        ("feature", [TILE, SHARED, TICKET]),
         ("filter", [(40, 9), (2, 700), (3, 7000)]),
     ):
         options = dict(steps=2, group_by=group_by, prox_mode=prox_mode, freeze_zeros=freeze_zeros)
@@ -146,8 +146,8 @@ def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
 @pytest.mark.parametrize(("rows", "columns"), [(2**31, 2), (2**32 + 4, 2), (2**33, 1)])
 def test_no_count_overflows(rows, columns):
     """Groups beyond 32-bit counts are cut into chunks, as many as it takes for all of their elements."""
-    strips, blocks, clusters, chunks = BUILT["cuda"].cuda_paths([(1, rows, columns, 3, True)], 2, 0)
-    assert strips == blocks == clusters == 0 and chunks * 16384 >= rows * columns * 3
+    strips, tiles, shared, chunks = BUILT["cuda"].cuda_paths([(1, rows, columns, 3, True)], 2, 0)
+    assert strips == tiles == shared == 0 and chunks * 16384 >= rows * columns * 3
 
 
 # Launches
@@ -158,11 +158,11 @@ def test_no_count_overflows(rows, columns):
 @pytest.mark.parametrize(
     ("shapes", "dtypes", "expected"),
     [
-        ([BLOCK, (7,), (3, 40)], [torch.float32], 1),
-        ([BLOCK, TICKET], [torch.float32], 2),
-        ([BLOCK, CLUSTER, TICKET], [torch.float32], 3),
-        ([CLUSTER], [torch.float32], 1),
-        ([BLOCK, CLUSTER], [torch.float32, torch.bfloat16], 4),
+        ([TILE, (7,), (3, 40)], [torch.float32], 1),
+        ([TILE, TICKET], [torch.float32], 2),
+        ([TILE, SHARED, TICKET], [torch.float32], 2),
+        ([SHARED], [torch.float32], 1),
+        ([TILE, SHARED], [torch.float32, torch.bfloat16], 2),
         ([(2, 2)] * 1001, [torch.float32], 2),  # a launch's arguments hold 1,000 tensors
     ],
 )
@@ -211,7 +211,7 @@ def test_same_bits_in_every_order_of_blocks(device, dtype, prox_mode):
     results = []
     for seed, in_flight in itertools.product((1, 2, 3), (1, 4, 64)):
         device["seed"], device["blocks_in_flight"] = seed, in_flight
-        results.append(trained([BLOCK, CLUSTER, TICKET, (2, 3000)], dtype=dtype, prox_mode=prox_mode))
+        results.append(trained([TILE, SHARED, TICKET, (2, 3000)], dtype=dtype, prox_mode=prox_mode))
     for other in results[1:]:
         assert_same_bits(results[0], other)
 
@@ -219,7 +219,7 @@ def test_same_bits_in_every_order_of_blocks(device, dtype, prox_mode):
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_same_bits_whatever_the_neighbours(prox_mode):
-    shapes = [TICKET, BLOCK, CLUSTER, (2, 3000), (31,)]
+    shapes = [TICKET, TILE, SHARED, (2, 3000), (31,)]
     together = trained(shapes, prox_mode=prox_mode)
     generator = torch.Generator().manual_seed(7)
     values = [fresh(shape, torch.float32, generator) for shape in shapes]
@@ -259,7 +259,7 @@ def test_whatever_changes_between_steps_the_reference_agrees():
         ),
         *(dict(prox_mode="sequential", freeze_zeros=None), dict(momentum=0), dict(momentum=0.5, l1=0.0)),
     ]
-    shapes = [BLOCK, CLUSTER, TICKET, (40,), (30, 9), (3, 900)]
+    shapes = [TILE, SHARED, TICKET, (40,), (30, 9), (3, 900)]
     everyone = [parameters(shapes, torch.float64) for _ in range(2)]
     for params in everyone:
         for p in params[:3]:
@@ -324,12 +324,12 @@ def test_what_a_graph_comes_back_to_is_kept_for_good(monkeypatch):
 @on_emulator
 def test_kept_plans_are_of_the_present_limits(device):
     launches = []
-    for limit in (2**31, LIMIT):
-        limit_shared_bytes(limit)
+    for limit in ({}, {"shared_bytes": LIMIT}):
+        limit_device(**limit)
         device["launches"] = 0
-        prox_([fresh(BLOCK), fresh(CLUSTER)], backend=BACKEND, **PENALTY)
+        prox_([fresh(TILE), fresh(TICKET)], backend=BACKEND, **PENALTY)
         launches.append(device["launches"])
-    limit_shared_bytes(2**31)
+    limit_device()
     assert launches == [1, 2]
 
 
@@ -347,7 +347,7 @@ def test_kept_plans_are_of_the_present_limits(device):
 def test_a_driver_too_old_is_said_before_anything_is_written(device, driver, runtime, said):
     device["driver_version"], device["runtime_version"] = driver, runtime
     with pytest.raises(RuntimeError, match=said):
-        ProxSGD(parameters([BLOCK]), lr=0.1, backend=BACKEND)
+        ProxSGD(parameters([TILE]), lr=0.1, backend=BACKEND)
 
 
 @on_emulator
@@ -357,7 +357,7 @@ def test_a_driver_too_old_is_said_before_anything_is_written(device, driver, run
     [(1, "no parameter has changed"), (2, "some parameters have been stepped and others not")],
 )
 def test_a_launch_that_fails_says_what_it_left(device, failing, said):
-    params = parameters([BLOCK, CLUSTER])
+    params = parameters([TILE, TICKET])
     before = [p.detach().clone() for p in params]
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, **PENALTY)
     give_grads(params, 0)
@@ -370,7 +370,7 @@ def test_a_launch_that_fails_says_what_it_left(device, failing, said):
 
 @on_emulator
 def test_a_failure_after_another_dtypes_launch_says_so(device):
-    params = [p for dtype in (torch.float32, torch.bfloat16) for p in parameters([BLOCK], dtype)]
+    params = [p for dtype in (torch.float32, torch.bfloat16) for p in parameters([TILE], dtype)]
     optimizer = ProxSGD(params, lr=0.1, backend=BACKEND, **PENALTY)
     give_grads(params, 0)
     device["fail_launch"] = 2
@@ -381,7 +381,7 @@ def test_a_failure_after_another_dtypes_launch_says_so(device):
 def test_an_extension_without_it_says_how_to_get_it(monkeypatch):
     monkeypatch.delitem(BUILT, "cuda")
     with pytest.raises(RuntimeError, match="install nvcc"):
-        ProxSGD(parameters([BLOCK]), backend=BACKEND)
+        ProxSGD(parameters([TILE]), backend=BACKEND)
 
 
 # On a GPU
@@ -403,9 +403,9 @@ def test_the_profiler_sees_the_launches(large):
         optimizer.step()
         torch.cuda.synchronize()
     kernels = [e.key for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    ours = [name for name in kernels if re.search("step_(rows|tiles|clusters|chunks)", name)]
-    rows, blocks, clusters, tickets = paths_together(large)
-    assert len(ours) == bool(rows) + bool(blocks or tickets) + bool(clusters)
+    ours = [name for name in kernels if re.search("step_(rows|tiles|chunks)", name)]
+    rows, tiles, shared, tickets = paths_together(large)
+    assert len(ours) == bool(rows) + bool(tiles or shared) + bool(tickets)
     assert not [name for name in kernels if name not in ours and "emset" not in name]
 
 

@@ -15,7 +15,7 @@ from cuda_emulator.build import CSRC
 from cges_kernels.backends.extension import BUILT
 
 DTYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
-NAMES = ("step_rows", "step_tiles", "step_clusters", "step_chunks")
+NAMES = ("step_rows", "step_tiles", "step_chunks")
 KERNELS = {(name, dtype) for name in NAMES for dtype in DTYPES.values()}
 # Of a block of 256 threads; a multiprocessor has 65,536. For rows as many as fill it at three blocks, and at
 # four of those that are plain and of 16 bits; with float64, and elsewhere, at two. A block for tiles has 512
@@ -91,12 +91,7 @@ def loops(instructions):
 
 @pytest.fixture(scope="module")
 def instructions():
-    return {key: set(found) for key, found in opcodes().items() if has_code(*key)}
-
-
-def has_code(architecture, kernel):
-    """Clusters came with sm_90; before it their kernel is empty, and never launched."""
-    return architecture >= 90 or kernel[0] != "step_clusters"
+    return {key: set(found) for key, found in opcodes().items()}
 
 
 def test_registers_and_no_spills():

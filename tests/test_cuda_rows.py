@@ -59,11 +59,11 @@ def rows(dtype):
 
 
 def path_of(shape, group_by="filter", dtype=torch.float32):
-    """Which paths work on a tensor: of "rows", "tile", "cluster", "ticket"."""
+    """Which paths work on a tensor: of "rows", "tile", "shared", "ticket"."""
     layout = grouped_layout(torch.empty(shape, dtype=dtype), group_by, None)
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
     counts = BUILT["cuda"].cuda_paths([layout], number, 0)
-    return {name for name, count in zip(("rows", "tile", "cluster", "ticket"), counts) if count}
+    return {name for name, count in zip(("rows", "tile", "shared", "ticket"), counts) if count}
 
 
 def parameter(shape, dtype=torch.float32, offset=0):

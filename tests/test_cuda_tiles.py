@@ -266,10 +266,10 @@ def test_how_large_tiles_are_on_a_gpu(monkeypatch):
     monkeypatch.setitem(BUILT, "cuda", emulated.load(256))
     for dtype, rows, longest in ((torch.float32, 1344, 43_008), (torch.bfloat16, 640, 40_960)):
         assert path_of((rows, 512), "feature", dtype) == {"tile"}
-        assert path_of((rows + 1, 512), "feature", dtype) == {"cluster"}
+        assert path_of((rows + 1, 512), "feature", dtype) == {"shared"}
         assert path_of((rows // 2, 200), "feature", dtype) == {"tile"}
         assert path_of((2, longest), "filter", dtype) == {"tile"}
-        assert path_of((2, longest + 8), "filter", dtype) == {"cluster"}
+        assert path_of((2, longest + 8), "filter", dtype) == {"shared"}
 
 
 @on_emulator

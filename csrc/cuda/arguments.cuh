@@ -12,10 +12,10 @@ constexpr int kFewArguments = 5120, kFewTensors = 176;
 struct StepHead {
   const Strip* strips;
   const Tile* tiles;
-  const Item *clusters, *chunks;
+  const Item* chunks;
   unsigned char* scratch;
   int32_t* counters;
-  int32_t tile_count, slots;  // and how many of the latter the ring has
+  int32_t tile_count, tiles_in_parts, slots, z_passes;  // see Work
   int32_t tickets, stages, panels;
   LossScale loss_scale;
 

@@ -7,8 +7,8 @@
 namespace cges::cuda {
 namespace {
 
-constexpr int64_t kSlab = 16384;  // elements of a block: enough to amortise it, few enough to share out
-constexpr int64_t kLongerRing = (kMostSlots - kLeastSlots) * kSlotBytes;
+constexpr int64_t kSlab = 16384;      // elements of a block: enough to amortise it, few enough to share out
+constexpr int64_t kWaitRoom = 5;      // a tile that waits for others leaves one in so many passes of z free
 constexpr int64_t kSmallTile = 8192;  // not cut any smaller, so that all multiprocessors have one
 // Bytes of each row that a tile holds: at 256 the memory delivers all it can, at 128 nine tenths of that,
 // at 64 half.
@@ -16,7 +16,7 @@ constexpr int64_t kTileRowBytes = 256, kNarrowRowBytes = 128, kLeastRowBytes = 6
 // Accesses of a tensor by one thread of a strip, where not more are needed: of 16 bytes, and of one element.
 constexpr int64_t kPacks = 2, kSingles = 8;
 constexpr int64_t kSectorBytes = 32;
-constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of clusters and of panels in chunks
+constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of panels in chunks
 
 int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -62,9 +62,9 @@ class Cutter {
     // The largest first: what is left over at the end is then small.
     std::stable_sort(work_.tiles.begin(), work_.tiles.end(),
                      [](const Tile& a, const Tile& b) { return elements_of(a) > elements_of(b); });
-    // What is cut leaves room for the shortest ring; a longer one is a matter of speed, not of bits.
-    work_.slots = work_.shared_tiles + kLongerRing <= device_.tile_bytes ? kMostSlots : kLeastSlots;
-    if (work_.slots == kMostSlots) work_.shared_tiles += kLongerRing;
+    work_.tiles_in_parts = int32_t(parts_.size());
+    work_.tiles.insert(work_.tiles.begin(), parts_.begin(), parts_.end());
+    share_memory();
     add_windows();
     return std::move(work_);
   }
@@ -135,38 +135,45 @@ class Cutter {
     made.across = uint16_t(across);
     made.down = uint16_t(down);
     made.passes = uint16_t(ceil_div(rows, down));
+    made.parts = 1;
     made.across_inverse = uint32_t(ceil_div(Tile::kOne, across));
     return made;
   }
-  // Bytes of shared memory that a tile of so many rows needs, with `across` threads side by side.
-  int64_t tile_bytes(int64_t rows, int64_t across) const {
-    const int64_t passes = ceil_div(rows, kTileThreads / across);
-    return TileMemory<A>(kLeastSlots).z + passes * kTileThreads * vector_ * int64_t(sizeof(A));
+  static int64_t passes_of(const Tile& x) { return std::max<int64_t>(x.passes, kLeastPasses); }
+  int64_t pass_bytes() const { return kTileThreads * vector_ * int64_t(sizeof(A)); }
+  // For how many passes of z there is room beside a ring of so many slots.
+  int64_t room(int slots) const { return (device_.tile_bytes - TileMemory<A>(slots).z) / pass_bytes(); }
+
+  // Whether a block can take it: whether its threads reach across, each has at most one group to solve, and z
+  // fits.
+  bool spans(int64_t columns, int64_t run, int64_t matrices) const {
+    return ceil_div(columns, vector_) * matrices <= kTileThreads && columns / run * matrices <= kTileThreads;
   }
-  // Whether a block can take it: whether its threads reach across, each has at most one group to solve, and
-  // z fits.
   bool tile_fits(int64_t rows, int64_t columns, int64_t run, int64_t matrices) const {
-    const int64_t across = ceil_div(columns, vector_) * matrices;
-    return across <= kTileThreads && columns / run * matrices <= kTileThreads &&
-           tile_bytes(rows, across) <= device_.tile_bytes;
+    return spans(columns, run, matrices) &&
+           ceil_div(rows, kTileThreads / (ceil_div(columns, vector_) * matrices)) <= room(kLeastSlots);
   }
-  bool run_fits(int64_t n) const {
-    return tile_bytes(ceil_div(n, kTileThreads * vector_), kTileThreads) <= device_.tile_bytes;
+  bool run_fits(int64_t n) const { return ceil_div(n, kTileThreads * vector_) <= room(kLeastSlots); }
+
+  // What is cut leaves room for the shortest ring. A longer one, and more room for z so that parts need not
+  // wait for each other at once, are matters of speed, not of bits.
+  void share_memory() {
+    int64_t passes = 0, wish = 0;
+    for (const Tile& x : work_.tiles) {
+      passes = std::max(passes, passes_of(x));
+      wish = std::max(wish, x.parts > 1 ? passes_of(x) * kWaitRoom / (kWaitRoom - 1) : passes_of(x));
+    }
+    work_.slots = wish <= room(kMostSlots) ? kMostSlots : kLeastSlots;
+    work_.z_passes = int32_t(work_.tiles_in_parts > 0 ? room(work_.slots) : passes);
+    work_.shared_tiles = TileMemory<A>(work_.slots).z + work_.z_passes * pass_bytes();
   }
-  void push(const Tile& x) {
-    work_.tiles.push_back(x);
-    work_.shared_tiles = std::max(work_.shared_tiles, tile_bytes(x.rows, x.across));
-  }
+
   // Elements of a span of at most `wish` that fits a block: whole rows of all threads.
   int64_t span_size(int64_t wish) const {
     const int64_t most = (device_.shared_bytes - SharedLayout<A>(1).z) / int64_t(sizeof(A));
     return std::max(std::min(wish, most) / row_of_threads(), int64_t{1}) * row_of_threads();
   }
 
-  void push_cluster_part(const Item& x) {
-    work_.clusters.push_back(x);
-    work_.shared_clusters = std::max(work_.shared_clusters, shared_bytes(x));
-  }
   void push_panel(std::vector<Item> chunks) {
     for (Item& x : chunks) {
       x.panel = work_.panels;
@@ -206,7 +213,8 @@ class Cutter {
     const int64_t row = kTileThreads * vector_;
     int64_t each = row;
     while (2 * each <= kSlab && run_fits(2 * each)) each *= 2;
-    for (int64_t i = 0; i < n; i += each) push(tile_of_run(Tile::Kind::elements, i, std::min(each, n - i)));
+    for (int64_t i = 0; i < n; i += each)
+      work_.tiles.push_back(tile_of_run(Tile::Kind::elements, i, std::min(each, n - i)));
   }
 
   // Contiguous groups of a tensor.
@@ -257,15 +265,15 @@ class Cutter {
 
   // Those that no block's registers hold.
   void add_long_rows(int64_t groups, int64_t n) {
-    const int64_t total = groups * n, part = round_up(ceil_div(n, kClusterSize), vector_);
-    for (int64_t i = 0; i < total; i += n) {
-      if (run_fits(n))
-        push(tile_of_run(Tile::Kind::groups, i, n));
-      else if (device_.clusters && span_fits(part))
-        for (int64_t j = 0; j < kClusterSize * part; j += part)
-          push_cluster_part(span(i + j, std::clamp<int64_t>(n - j, 0, part)));
-      else
-        push_panel(chunks_of_run(i, n));
+    const int64_t columns = kTileThreads * vector_, rows = ceil_div(n, columns);
+    if (run_fits(n)) {
+      for (int64_t i = 0; i < groups; ++i) work_.tiles.push_back(tile_of_run(Tile::Kind::groups, i * n, n));
+    } else if (const int64_t each = rows_of_part(rows, 1, groups, columns) * columns; each > 0) {
+      add_parts(groups, ceil_div(n, each), 1, [&](int64_t group, int64_t part) {
+        return tile_of_run(Tile::Kind::groups, group * n + part * each, std::min(each, n - part * each));
+      });
+    } else {
+      for (int64_t i = 0; i < groups; ++i) push_panel(chunks_of_run(i * n, n));
     }
   }
 
@@ -273,8 +281,60 @@ class Cutter {
   void add_matrices(const Layout& L) {
     if (const int64_t columns = tile_columns(L); columns > 0)
       add_tiles(L, columns);
-    else
+    else if (!add_shared_panels(L))
       add_panels(L);
+  }
+
+  // Rows of each part of a panel that several blocks hold together (the last part may have less), a multiple of
+  // the `down` that have threads at once; 0 where too few blocks run at once for all parts.
+  int64_t rows_of_part(int64_t rows, int64_t down, int64_t panels, int64_t columns) const {
+    // Some room stays, so that the next tile can begin before all of this one's panel is there.
+    const int64_t passes = std::max<int64_t>(room(kLeastSlots) * (kWaitRoom - 1) / kWaitRoom, 1);
+    int64_t parts = ceil_div(rows, passes * down), each = 0;
+    do {
+      each = round_up(ceil_div(rows, parts), down);
+      parts *= 2;
+    } while (each > down && too_few(panels * ceil_div(rows, each), each * columns));
+    return device_.cooperative && ceil_div(rows, each) <= device_.multiprocessors ? each : 0;
+  }
+
+  // Panels whose parts wait for each other, band by band: some panels side by side, then their next parts. A band
+  // has no more tiles than blocks run at once, one a multiprocessor at least, and these take tiles in their
+  // order. So no block has two tiles of a band, and once all earlier bands are done each tile of it is some
+  // block's next.
+  template <typename MakeTile>
+  void add_parts(int64_t panels, int64_t parts, int64_t groups, MakeTile make) {
+    const int64_t band = std::max<int64_t>(device_.multiprocessors / parts, 1);
+    for (int64_t first = 0; first < panels; first += band)
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t i = first; i < std::min(first + band, panels); ++i) {
+          Tile made = make(i, part);
+          made.parts = uint16_t(parts);
+          made.part = uint16_t(part);
+          made.panel = int32_t(work_.panels + i);
+          made.sums = work_.scratch_bytes + i * sums_bytes<A>(groups, parts);
+          parts_.push_back(made);
+        }
+    work_.panels += int32_t(panels);
+    work_.scratch_bytes += panels * sums_bytes<A>(groups, parts);
+  }
+
+  bool add_shared_panels(const Layout& L) {
+    const int64_t pitch = L.row_length();
+    for (const int64_t step : {std::lcm(L.R2, vector_), L.R2}) {
+      const int64_t columns = std::min(round_up(kTileRowBytes / size_, step), pitch);
+      if (!spans(columns, L.R2, 1)) continue;
+      const int64_t across = ceil_div(pitch, columns), down = kTileThreads / ceil_div(columns, vector_);
+      const int64_t rows = rows_of_part(L.R1, down, L.K1 * across, columns);
+      if (rows == 0) return false;
+      add_parts(L.K1 * across, ceil_div(L.R1, rows), columns / L.R2, [&](int64_t panel, int64_t part) {
+        const int64_t c = panel % across * columns, r = part * rows;
+        return tile(L.offset(panel / across, r, 0) + c, pitch, std::min(rows, L.R1 - r),
+                    std::min(columns, pitch - c), L.R2, 1);
+      });
+      return true;
+    }
+    return false;
   }
 
   // Tiles of so many columns; where that is all of them, of as many matrices as make a good one.
@@ -282,8 +342,8 @@ class Cutter {
     const int64_t pitch = L.row_length(), each = columns == pitch ? tile_matrices(L) : 1;
     for (int64_t k1 = 0; k1 < L.K1; k1 += each)
       for (int64_t c = 0; c < pitch; c += columns)
-        push(tile(L.offset(k1, 0, 0) + c, pitch, L.R1, std::min(columns, pitch - c), L.R2,
-                  std::min(each, L.K1 - k1)));
+        work_.tiles.push_back(tile(L.offset(k1, 0, 0) + c, pitch, L.R1, std::min(columns, pitch - c), L.R2,
+                                   std::min(each, L.K1 - k1)));
   }
 
   // Whether so many tiles of so many elements should rather be more and smaller: where not every other
@@ -297,13 +357,13 @@ class Cutter {
   int64_t tile_columns(const Layout& L) const {
     const int64_t pitch = L.row_length();
     for (const int64_t step : {std::lcm(L.R2, vector_), L.R2}) {
-      // Narrow accesses are worth it where there are no others, or no clusters.
-      if (step % vector_ != 0 && pitch % vector_ == 0 && device_.clusters) break;
+      // Narrow accesses are worth it where there are no others.
+      if (step % vector_ != 0 && pitch % vector_ == 0 && device_.cooperative) break;
       const auto of_bytes = [&](int64_t bytes) { return std::min(round_up(bytes / size_, step), pitch); };
       const auto fits = [&](int64_t columns) { return tile_fits(L.R1, columns, L.R2, 1); };
       int64_t bytes = kTileRowBytes;
-      // Without clusters, what does not fit would cross the memory twice.
-      const int64_t least = device_.clusters ? kNarrowRowBytes : kLeastRowBytes;
+      // Where no panel can be shared, what does not fit would cross the memory twice.
+      const int64_t least = device_.cooperative ? kNarrowRowBytes : kLeastRowBytes;
       while (bytes > least && !fits(of_bytes(bytes))) bytes /= 2;
       if (!fits(of_bytes(bytes))) continue;
       while (of_bytes(bytes) < pitch && 2 * bytes * L.R1 <= kSlab * size_ && fits(of_bytes(2 * bytes)))
@@ -326,45 +386,12 @@ class Cutter {
     return matrices;
   }
 
-  // Panels for clusters or, if they do not fit these, of chunks.
+  // Panels of chunks.
   void add_panels(const Layout& L) {
-    const int64_t part = ceil_div(L.R1, kClusterSize), pitch = L.row_length();
-    int64_t cluster = 0;
-    if (device_.clusters && pitch % vector_ == 0) cluster = widest(L, part, true);
-    if (device_.clusters && cluster == 0) cluster = widest(L, part, false);
-    const int64_t columns = cluster > 0 ? cluster : panel_columns(L);
+    const int64_t columns = panel_columns(L), pitch = L.row_length();
     for (int64_t k1 = 0; k1 < L.K1; ++k1)
-      for (int64_t c = 0; c < pitch; c += columns) {
-        const int64_t begin = L.offset(k1, 0, 0) + c, width = std::min(columns, pitch - c);
-        if (cluster == 0) {
-          push_panel(chunks_of_panel(L, begin, width));
-          continue;
-        }
-        for (int64_t r = 0; r < kClusterSize * part; r += part)
-          push_cluster_part(
-              panel(begin + r * pitch, pitch, std::clamp<int64_t>(L.R1 - r, 0, part), width, L.R2));
-      }
-  }
-
-  // What a panel's columns are a multiple of, best first: whole groups, in whole sectors of the memory or in
-  // accesses of 16 bytes; or, not `aligned`, as they are.
-  std::vector<int64_t> panel_steps(const Layout& L, bool aligned) const {
-    if (!aligned) return {L.R2};
-    return {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)};
-  }
-
-  // The most columns, up to some kSlab elements, with which `rows` rows fit a block of a cluster; 0 where
-  // not even the narrowest panel worth it does.
-  int64_t widest(const Layout& L, int64_t rows, bool aligned) const {
-    const int64_t wish = std::clamp(kSlab / rows, kNarrowRowBytes / size_, kPanelColumns);
-    for (const int64_t step : panel_steps(L, aligned)) {
-      const int64_t narrowest = round_up(kLeastRowBytes / size_, step);
-      for (int64_t c = std::max(wish / step * step, narrowest); c >= narrowest; c -= step) {
-        const int64_t width = std::min(c, L.row_length());
-        if (panel_fits(rows, width, ceil_div(width, L.R2))) return width;
-      }
-    }
-    return 0;
+      for (int64_t c = 0; c < pitch; c += columns)
+        push_panel(chunks_of_panel(L, L.offset(k1, 0, 0) + c, std::min(columns, pitch - c)));
   }
 
   // Wide enough for the memory, narrow enough that the L2 keeps a panel between two sweeps.
@@ -374,7 +401,8 @@ class Cutter {
     while (columns > kMinPanelColumns && (3 * size_ * L.R1 * columns > device_.l2_bytes / 2 ||
                                           !panel_fits(1, columns, ceil_div(columns, L.R2))))
       columns /= 2;
-    for (const int64_t step : panel_steps(L, true))
+    // whole groups, in whole sectors of the memory or in accesses of 16 bytes
+    for (const int64_t step : {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)})
       if (step <= columns) return columns / step * step;
     return std::max(columns / L.R2, int64_t{1}) * L.R2;
   }
@@ -404,6 +432,7 @@ class Cutter {
   const int64_t size_, vector_, elements_of_thread_;
   std::vector<Rows> rows_, elements_;  // the latter without groups, which count as one element each
   int32_t tensor_ = 0;
+  std::vector<Tile> parts_;
   Work work_;
 };
 

@@ -19,7 +19,6 @@ namespace cges::cuda {
 
 constexpr int kThreads = CGES_THREADS;  // of a block
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kClusterSize = 8;  // blocks that share one slab: the most that every sm_90 takes
 constexpr int kMaxTensors = 1000;
 // That a thread of the kernels for rows holds in registers, of a type of so many bytes.
 template <int bytes>
@@ -47,7 +46,8 @@ constexpr int64_t kSlotBytes = kRingArrays * kTileThreads * int64_t{16};
 // What such a block has on its chip at a time: whole groups, or elements without groups. Matrices of rows x
 // columns elements, one after the other in memory; or, of one matrix, some of its columns. The block's
 // threads lie `across` its columns, each with 16 bytes of them, and `down` its rows; then they pass on to
-// the next rows.
+// the next rows. Of groups that no block holds, a tile has some rows: it is one of the parts of a panel, which
+// wait for each other's sums.
 struct alignas(16) Tile {
   enum class Kind : uint16_t { elements, groups };
   static constexpr uint32_t kOne = 1u << 20;
@@ -62,13 +62,15 @@ struct alignas(16) Tile {
   uint16_t groups_each, groups;    // of one matrix, of all
   uint16_t lanes, across, down;    // threads side by side in one matrix, in all; rows at once
   uint16_t passes;                 // until all rows have had their turn; 0: there is no tile
+  uint16_t parts, part;            // of its panel, 1 if it is all of it; which of them this is
   uint32_t across_inverse;         // kOne / across, upwards
+  int32_t panel;                   // whose counters its parts share, and
+  int64_t sums;                    // where in the scratch theirs lie
 
   // Which of the `down` rows has thread t. The quotient is exact for fewer than 1,024 threads.
   CGES_FN int row_of(int t) const { return int(uint32_t(t) * across_inverse / kOne); }
-  bool operator==(const Tile&) const = default;
 };
-static_assert(sizeof(Tile) == 48 && kTileThreads <= 1024);
+static_assert(sizeof(Tile) == 64 && kTileThreads <= 1024);
 // Passes that a block makes at least, so that the ring never spans three tiles.
 constexpr int kLeastPasses = kMostSlots - 1;
 // Of a queue of tiles: the one before, the present one and the next, and two that are on their way.
@@ -84,8 +86,8 @@ struct TileMemory {
   CGES_FN explicit TileMemory(int slots) : z(ring + slots * kSlotBytes) {}
 };
 
-// A block's work in the kernels for larger groups: rows x columns elements of one tensor, the columns
-// contiguous, which are a block's part of a cluster's or a panel's groups.
+// A block's work in the kernel for chunks: rows x columns elements of one tensor, the columns contiguous, which
+// are a part of a panel's groups.
 struct Item {
   int64_t begin;  // the first element
   int64_t pitch;  // elements from one row to the next
@@ -124,14 +126,19 @@ struct GroupState {
   int32_t alive;
 };
 
-// A panel's part of the scratch: GroupState [groups], then Sums [chunks, groups].
+// A panel's part of the scratch, if it is in chunks: GroupState [groups], then Sums [chunks, groups]; if tiles
+// share it: Sums [2, parts, groups], by turns from sweep to sweep.
 CGES_FN int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <typename A>
 CGES_FN int64_t state_bytes(int64_t groups) {
   return round_up(groups * sizeof(GroupState<A>), 16);
 }
+template <typename A>
+CGES_FN int64_t sums_bytes(int64_t groups, int64_t parts) {
+  return 2 * parts * groups * int64_t(sizeof(Sums<A>));
+}
 
-// A block's shared memory in the kernels for larger groups, in bytes from its beginning.
+// A block's shared memory in that kernel, in bytes from its beginning.
 template <typename A>
 struct SharedLayout {
   int64_t entries, exchange, solvers, alive, z;
@@ -150,23 +157,24 @@ struct Device {
   int64_t shared_bytes = 0;  // that a block may have so that two fit a multiprocessor
   int64_t tile_bytes = 0;    // that a block alone may have
   int64_t l2_bytes = 0;
-  bool clusters = false;
+  bool cooperative = false;  // whether all blocks of a launch can be had at once
 };
 
-// Counters, in device memory: the next ticket, how many have ended, and two per panel.
+// Counters, in device memory: the next ticket, how many have ended, and two per panel, of tiles or of chunks.
 constexpr int kCounters = 2, kPanelCounters = 2;
 
 struct Work {
   std::vector<Strip> strips;   // one block each,
   int32_t strip_threads = 0;   // of so many threads
   bool ones = false;           // whether there are strips of them
-  std::vector<Tile> tiles;     // shared out to as many blocks as run at once
-  int32_t tile_blocks = 0;     // which prepare() finds out
+  std::vector<Tile> tiles;     // shared out to blocks that all run at once
+  int32_t tiles_in_parts = 0;  // of these, which come first
+  int32_t tile_blocks = 0;     // prepare() finds out how many
   int32_t slots = 0;           // of the ring
-  std::vector<Item> clusters;  // kClusterSize of them a cluster, one block each
+  int32_t z_passes = 0;        // for which there is room
   std::vector<Item> chunks;    // of panels, in windows of whole ones
   // bytes of shared memory
-  int64_t shared_tiles = 0, shared_clusters = 0, shared_chunks = 0;
+  int64_t shared_tiles = 0, shared_chunks = 0;
   int64_t scratch_bytes = 0;
   int32_t panels = 0;
 };
@@ -183,7 +191,7 @@ struct Step {
   const Work& work;
   const Strip* strips;  // work's, in device memory
   const Tile* tiles;
-  const Item *clusters, *chunks;
+  const Item* chunks;
   void* scratch;
   int32_t* counters;  // zeros before the first step; every step leaves zeros
   const std::vector<TensorAddresses>& tensors;
@@ -200,7 +208,7 @@ void prepare(Work& work, DType dtype, const Device& device);  // loads its kerne
 // `launched` tells whether an earlier part of this step has been launched, for the error, and becomes true.
 void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched);
 
-// For tests: at most so much shared memory, so that small groups count as large.
-void limit_shared_bytes(int64_t bytes);
+// For tests: at most so much shared memory and so many multiprocessors, so that small groups count as large.
+void limit_device(int64_t shared_bytes, int64_t multiprocessors);
 
 }  // namespace cges::cuda

@@ -1,69 +1,9 @@
-// How one block goes about its item: as one of a cluster, or with a ticket for a chunk of a panel.
+// How a block with a ticket goes about a chunk of a panel.
 #pragma once
-#include <cooperative_groups.h>
-
 #include "cuda/arguments.cuh"
 #include "cuda/groups.cuh"
 
-#if CGES_EMULATED  // by tests/cuda_emulator, on the host
-#define CGES_SHARED(name) unsigned char* const name = emulator::shared_memory()
-#define CGES_CLUSTERS 1
-#else
-#define CGES_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#define CGES_CLUSTERS 1
-#else
-#define CGES_CLUSTERS 0
-#endif
-#endif
-
 namespace cges::cuda {
-
-namespace cg = cooperative_groups;
-
-constexpr unsigned kSpinNanoseconds = 64;
-constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer waits for ever
-
-// Searches for each group's s and t with z in shared memory. Each block of a cluster holds some of the
-// rows, and all of them add up all blocks' sums, in the same order.
-template <typename T>
-__device__ __forceinline__ void solve_cluster(const Slab<T>& slab, int run, int groups,
-                                              const ParamGroup<Compute<T>>& h,
-                                              const SharedArrays<Compute<T>>& shared) {
-#if CGES_CLUSTERS
-  using A = Compute<T>;
-  for (int sweep = 0;; ++sweep) {
-    Sums<A>* const mine = shared.exchange + sweep % 2 * groups;  // neighbours may still read the other half
-    sum_groups(slab, run, groups, shared, mine);
-    bool done = true;
-    cg::this_cluster().sync();
-    for (int g = threadIdx.x; g < groups; g += kThreads) {
-      Sums<A> sums{};
-      for (unsigned rank = 0; rank < kClusterSize; ++rank)
-        sums += cg::this_cluster().map_shared_rank(mine, rank)[g];
-      solve(shared.solvers[g], sums, h);
-      shared.alive[g] = sums.alive != A(0);
-      done &= shared.solvers[g].done;
-    }
-    if (__syncthreads_and(done)) return;
-  }
-#endif
-}
-
-// Until *counter >= at_least; what was written before it got there is then visible.
-__device__ __forceinline__ int wait_for(int* counter, int at_least) {
-#pragma unroll 1
-  for (int64_t spins = 0; spins < kSpinBudget; ++spins) {
-    const int seen = atomicAdd(counter, 0);
-    if (seen >= at_least) {
-      __threadfence();
-      return seen;
-    }
-    __nanosleep(kSpinNanoseconds);
-  }
-  __trap();
-  return 0;
-}
 
 // A panel of chunks: what its blocks tell each other through device memory.
 template <typename A>
@@ -135,26 +75,26 @@ __device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& 
   return true;
 }
 
-// An item from update to apply; of a chunk, one stage: 0 to table.stages - 1 are sweeps, then its groups' s
-// and t are known, and the last applies.
-template <typename T, bool clustered, typename Table>
-__device__ __forceinline__ void run_item(const Table& table, const Item& item, int stage,
-                                         unsigned char* memory) {
+// A chunk's stage: 0 to table.stages - 1 are sweeps, then its groups' s and t are known, and the last applies.
+template <typename T, typename Table>
+__device__ __forceinline__ void run_chunk(const Table& table, const Item& item, int stage,
+                                          unsigned char* memory) {
   using A = Compute<T>;
   // a copy: indexed constants are slow to reach
   const ParamGroup<A> h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
   const Slab<T> slab(table.tensors[item.tensor], table.phase(item.tensor), item);
-  const bool applies = clustered || stage == table.stages;
+  const bool applies = stage == table.stages;
   start_groups(shared, groups, h);
-  if (!clustered && !resume_chunk(table, item, h, stage, shared)) return;
+  if (!resume_chunk(table, item, h, stage, shared)) return;
   const unsigned alive = update_slab(slab, h, applies, shared.z);
   if (h.freeze == Freeze::group && stage == 0) mark_alive(slab, run, alive, shared.alive);
   __syncthreads();
-  if (!applies) return sweep_chunk(table, item, h, slab, stage, shared);
-  if (clustered && h.need_sums()) solve_cluster(slab, run, groups, h, shared);
-  apply_slab(slab, run, groups, h, shared);
+  if (applies)
+    apply_slab(slab, run, groups, h, shared);
+  else
+    sweep_chunk(table, item, h, slab, stage, shared);
 }
 
 __device__ __forceinline__ int take_ticket(int* counters, int* word) {

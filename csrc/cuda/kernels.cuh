@@ -1,10 +1,10 @@
 // The CUDA executor's kernels:
 //   step_rows      contiguous groups and elements without groups, in registers
-//   step_tiles     whole groups in a block's shared memory; elements without groups where there are no rows
-//   step_clusters  groups in the shared memory of eight blocks
+//   step_tiles     groups in shared memory, of a block or of several; elements without groups where there are no
+//                  rows
 //   step_chunks    parts of groups that nothing holds, by tickets
-// From here: arguments.cuh; rows.cuh; tiles.cuh, ring.cuh (what they read); items.cuh (a block's work in
-// the last two), groups.cuh (sums, solve, apply), slab.cuh; rule.cuh (the update), memory.cuh (accesses).
+// From here: arguments.cuh; rows.cuh; tiles.cuh, ring.cuh (what they read); items.cuh (a chunk), groups.cuh
+// (its sums, solve, apply), slab.cuh; rule.cuh (the update), memory.cuh (accesses).
 #pragma once
 #include "cuda/items.cuh"
 #include "cuda/rows.cuh"
@@ -50,20 +50,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Item& any = table.chunks[ticket / tickets_each];  // of the window
   const int rest = ticket - any.window_begin * tickets_each;
   const Item mine = table.chunks[any.window_begin + rest % any.window_size];
-  if (table.steps(mine.tensor)) run_item<T, false>(table, mine, rest / any.window_size, memory);
+  if (table.steps(mine.tensor)) run_chunk<T>(table, mine, rest / any.window_size, memory);
   end_ticket(table, word);
-}
-
-template <typename T, int bytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    step_clusters(const __grid_constant__ StepTableOf<T, bytes> table) {
-#if CGES_CLUSTERS
-  CGES_SHARED(memory);
-  const Item item = table.clusters[blockIdx.x];
-  if (table.overflowed() || !table.steps(item.tensor)) return;
-  run_item<T, true>(table, item, 0, memory);
-  cg::this_cluster().sync();  // nobody leaves while others read its sums
-#endif
 }
 
 }  // namespace

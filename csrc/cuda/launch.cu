@@ -1,5 +1,5 @@
 // The CUDA executor's host side: what a device allows, the arguments of a step, its launches. A step of every
-// parameter of a model is up to four kernels per dtype; docs/design/cuda-executor.md says which, and why.
+// parameter of a model is up to three kernels per dtype; docs/design/cuda-executor.md says which, and why.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -9,7 +9,7 @@
 namespace cges::cuda {
 namespace {
 
-int64_t shared_limit = INT64_MAX;
+int64_t shared_limit = INT64_MAX, multiprocessors_limit = INT64_MAX;
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -37,20 +37,20 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 struct Launch {
-  Launch(const Launch&) = delete;  // config points at cluster
+  Launch(const Launch&) = delete;  // config points at cooperative
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute cooperative{};
 
-  Launch(int64_t blocks, int threads, int64_t shared, int cluster_size, void* stream) {
+  // `together`: no block starts unless all can run at once.
+  Launch(int64_t blocks, int threads, int64_t shared, bool together, void* stream) {
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared);
     config.stream = static_cast<cudaStream_t>(stream);
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(cluster_size);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = cluster_size > 1 ? 1 : 0;
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    config.attrs = &cooperative;
+    config.numAttrs = together ? 1 : 0;
   }
 };
 
@@ -61,17 +61,6 @@ std::string version(int number) {
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-}
-
-// Whether the device can hold one cluster with all the shared memory that a block may have: parts of a
-// partitioned GPU, say, may be too small.
-bool clusters_fit(const Device& device) {
-  const auto kernel = step_clusters<float, kMostArguments>;
-  const Launch launch(kClusterSize, kThreads, device.shared_bytes, kClusterSize, nullptr);
-  int resident = 0;
-  return cudaSetDevice(device.index) == cudaSuccess &&
-         allow_shared(kernel, device.shared_bytes) == cudaSuccess &&
-         cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.config) == cudaSuccess && resident > 0;
 }
 
 template <typename A>
@@ -96,8 +85,9 @@ bool fill(StepTable<A, bytes>& table, const Step& step) {
   bool all_plain = !step.work.ones;
   table.tiles = step.tiles;
   table.tile_count = int32_t(step.work.tiles.size());
+  table.tiles_in_parts = step.work.tiles_in_parts;
   table.slots = step.work.slots;
-  table.clusters = step.clusters;
+  table.z_passes = step.work.z_passes;
   table.chunks = step.chunks;
   table.scratch = static_cast<unsigned char*>(step.scratch);
   table.counters = step.counters;
@@ -132,7 +122,10 @@ int max_param_groups(DType dtype) {
                              : StepTable<float, kMostArguments>::kParamGroups;
 }
 
-void limit_shared_bytes(int64_t bytes) { shared_limit = bytes; }
+void limit_device(int64_t shared_bytes, int64_t multiprocessors) {
+  shared_limit = shared_bytes;
+  multiprocessors_limit = multiprocessors;
+}
 
 Device describe_device(int index) {
   int driver = 0, runtime = 0;
@@ -152,13 +145,14 @@ Device describe_device(int index) {
   const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   Device device;
   device.index = index;
-  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  device.multiprocessors =
+      std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount, index), multiprocessors_limit);
   device.shared_bytes = std::min({half, most, shared_limit});
   // Where small groups are to count as large, the limit is z's: what is around it there must be.
   const int64_t around = TileMemory<double>(kLeastSlots).z;
   device.tile_bytes = shared_limit < most - around ? around + shared_limit : most;
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
-  device.clusters = attribute(cudaDevAttrClusterLaunch, index) != 0 && clusters_fit(device);
+  device.cooperative = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
   return device;
 }
 
@@ -176,13 +170,18 @@ void prepare(Work& work, DType dtype, const Device& device) {
       load(step_rows<T, bytes, true>, kRowsShared<Compute<T>>);
       load(step_rows<T, bytes, false>, kRowsShared<Compute<T>>);
       load(step_chunks<T, bytes>, device.shared_bytes);
-      if (!work.clusters.empty()) load(step_clusters<T, bytes>, device.shared_bytes);
       for (const auto kernel : {step_tiles<T, bytes, true>, step_tiles<T, bytes, false>}) {
         load(kernel, device.tile_bytes);
         int resident = 0;
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kTileThreads,
                                                             size_t(work.shared_tiles)),
               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+        if (resident == 0 && !work.tiles.empty())
+          throw std::runtime_error("cuda executor: expected room for a block of " +
+                                   std::to_string(kTileThreads) + " threads and " +
+                                   std::to_string(work.shared_tiles) +
+                                   " bytes of shared memory on a multiprocessor, found none");
+        // What waits for each other is cut so that one block a multiprocessor is enough, see cut.cpp.
         work.tile_blocks = int32_t(std::min<int64_t>(resident * device.multiprocessors, work.tiles.size()));
       }
     };
@@ -200,9 +199,9 @@ void launch(const Step& step, DType dtype, const Device& device, void* stream, b
   check(cudaSetDevice(device.index), "cudaSetDevice");
   const Work& work = step.work;
   const auto run = [&](auto kernel, auto& table, int64_t blocks, int threads, int64_t shared,
-                       int cluster = 1) {
+                       bool together = false) {
     if (blocks == 0) return;
-    const Launch with(blocks, threads, shared, cluster, stream);
+    const Launch with(blocks, threads, shared, together, stream);
     check(cudaLaunchKernelEx(&with.config, kernel, table),
           launched ? "a launch after the first failed, so some parameters have been stepped and others not"
                    : "the launch failed, no parameter has changed");
@@ -214,10 +213,8 @@ void launch(const Step& step, DType dtype, const Device& device, void* stream, b
     run(plain ? step_rows<T, bytes, true> : step_rows<T, bytes, false>, table, int64_t(work.strips.size()),
         work.strip_threads, kRowsShared<Compute<T>>);
     run(plain ? step_tiles<T, bytes, true> : step_tiles<T, bytes, false>, table, work.tile_blocks,
-        kTileThreads, work.shared_tiles);
+        kTileThreads, work.shared_tiles, work.tiles_in_parts > 0);
     run(step_chunks<T, bytes>, table, table.tickets, kThreads, work.shared_chunks);
-    run(step_clusters<T, bytes>, table, int64_t(work.clusters.size()), kThreads, work.shared_clusters,
-        kClusterSize);
   };
   with_type(dtype, [&]<typename T>() {
     using Few = StepTableOf<T, kFewArguments>;

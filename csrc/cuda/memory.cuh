@@ -1,5 +1,5 @@
 // Device memory as the kernels see it: 16 bytes an access wherever they may, all of it through these
-// functions.
+// functions. Shared memory, and waiting for other blocks.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -91,6 +91,29 @@ __device__ __forceinline__ Pack<T, n> round_pack(const Compute<T> (&x)[n]) {
   return pack;
 }
 
+// What other blocks read or have written, 16 bytes at a time and past the L1.
+template <typename U>
+__device__ __forceinline__ U load_whole(const U* p) {
+  static_assert(sizeof(U) % 16 == 0);
+  U value;
+  uint4 raw[sizeof(U) / 16];
+  for (size_t i = 0; i < sizeof(U) / 16; ++i) raw[i] = load<false>(reinterpret_cast<const uint4*>(p) + i);
+  std::memcpy(&value, raw, sizeof(U));
+  return value;
+}
+template <typename U>
+__device__ __forceinline__ void store_whole(U* p, const U& value) {
+  uint4 raw[sizeof(U) / 16];
+  std::memcpy(raw, &value, sizeof(U));
+  for (size_t i = 0; i < sizeof(U) / 16; ++i) store<false>(reinterpret_cast<uint4*>(p) + i, raw[i]);
+}
+
+#if CGES_EMULATED  // by tests/cuda_emulator, on the host
+#define CGES_SHARED(name) unsigned char* const name = emulator::shared_memory()
+#else
+#define CGES_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
 // 16 bytes of shared memory.
 template <typename T>
 __device__ __forceinline__ Pack<T> load_shared(const T* p) {
@@ -104,6 +127,24 @@ __device__ __forceinline__ void store_shared(T* p, const Pack<T>& pack) {
   uint4 raw;
   std::memcpy(&raw, &pack, sizeof(raw));
   *reinterpret_cast<uint4*>(p) = raw;
+}
+
+constexpr unsigned kSpinNanoseconds = 64;
+constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer waits for ever
+
+// Until *counter >= at_least; what was written before it got there is then visible.
+__device__ __forceinline__ int wait_for(int* counter, int at_least) {
+#pragma unroll 1
+  for (int64_t spins = 0; spins < kSpinBudget; ++spins) {
+    const int seen = atomicAdd(counter, 0);
+    if (seen >= at_least) {
+      __threadfence();
+      return seen;
+    }
+    __nanosleep(kSpinNanoseconds);
+  }
+  __trap();
+  return 0;
 }
 
 }  // namespace cges::cuda

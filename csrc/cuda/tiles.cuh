@@ -1,10 +1,11 @@
-// Tiles: whole groups that lie across rows ("feature", "channel"), rows too long for registers, and
-// elements without groups. A block goes from tile to tile and never stops reading: copies run ahead of it
-// through a ring, over the ends of tiles and tensors, and a finished tile is written back in the same loop
-// that takes in the next.
+// Tiles: whole groups that lie across rows ("feature", "channel"), rows too long for registers, parts of groups
+// that no block holds, and elements without groups. A block goes from tile to tile and never stops reading:
+// copies run ahead of it through a ring, over the ends of tiles and tensors, and a finished tile is written back
+// in the same loop that takes in the next.
 //
-//   loop:  w = s * soft(z, t) of the old tile's row;  z of the new one's, in its place
-//   then:  the new tile's sums -> solve, in exact mode again and again over z on the chip
+//   loop:  w = s * soft(z, t) of the old tile's row;  z of the new one's
+//   then:  the new tile's sums, and those of the other parts -> solve, in exact mode again and again over z on
+//          the chip
 //
 // Each element crosses the memory once.
 #pragma once
@@ -17,19 +18,19 @@ namespace cges::cuda {
 template <typename A>
 constexpr A kDead = A(-1);
 
-// What each group of a tile adds up to, told to the first of the threads that share it: `parts` threads
+// What each group of a tile adds up to, told to the first of the threads that share it: `sharers` threads
 // side by side. `stats`: this thread's, of its columns. `slot`: memory of the block where each thread may
 // write what it could copy there itself. Always in the same order; a barrier must follow before the slot is
 // used again.
 template <bool counts, typename A, int kVector>
 __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[kVector], const Tile& tile,
-                                                  int parts, A* slot) {
+                                                  int sharers, A* slot) {
   constexpr int kEach = 16 / sizeof(A);  // numbers of a thread in one of the slot's arrays
   constexpr int kArrays = kVector / kEach, kTogether = kRingArrays / kArrays, kSums = counts ? 3 : 2;
   const auto entry = [&](int k, int thread, int v) -> A& {
     return slot[((k * kArrays + v / kEach) * kTileThreads + thread) * kEach + v % kEach];
   };
-  const int group = threadIdx.x / parts, run = tile.run;
+  const int group = threadIdx.x / sharers, run = tile.run;
   const int matrix = tile.groups_each == tile.groups ? 0 : group / tile.groups_each;
   const int begin = matrix * tile.lanes * kVector + (group - matrix * tile.groups_each) * run;
   A total[kSums] = {};
@@ -44,7 +45,7 @@ __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[k
     }
     __syncthreads();
     if (group >= tile.groups) continue;
-    for (int i = threadIdx.x % parts; i < tile.down * run; i += parts) {
+    for (int i = threadIdx.x % sharers; i < tile.down * run; i += sharers) {
       const int row = run == 1 ? i : i / run, column = begin + (i - row * run);
       const int thread = row * tile.across + column / kVector;
 #pragma unroll
@@ -52,10 +53,56 @@ __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[k
         total[k] += entry(k - first, thread, column % kVector);
     }
   }
-  for (int apart = parts / 2; apart > 0; apart /= 2)
+  for (int apart = sharers / 2; apart > 0; apart /= 2)
     for (A& sum : total) sum += __shfl_xor_sync(kAllLanes, sum, apart);
   return {counts ? total[kSums - 1] : A(0), total[0], total[1]};
 }
+
+// What the parts of a panel tell each other through device memory: sums of each of its groups, by turns in two
+// places, since a block may be one sweep ahead of others and no more.
+template <typename A>
+struct SharedPanel {
+  const Tile& tile;
+  int *arrived, *left;  // parts that have told their sums, over all sweeps; that will not come back
+  Sums<A>* sums;        // [2, parts, groups]
+
+  __device__ SharedPanel(const StepHead& table, const Tile& tile)
+      : tile(tile),
+        arrived(table.counters + kCounters + kPanelCounters * int64_t{tile.panel}),
+        left(arrived + 1),
+        sums(reinterpret_cast<Sums<A>*>(table.scratch + tile.sums)) {}
+
+  __device__ Sums<A>* place(int sweep, int part, int group) const {
+    return sums + (int64_t(sweep % 2) * tile.parts + part) * tile.groups + group;
+  }
+
+  // This part's, of a group each of the threads that `tells` has.
+  __device__ void tell(int sweep, bool tells, int group, const Sums<A>& mine) const {
+    if (tells) store_whole(place(sweep, tile.part, group), mine);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    atomicAdd(arrived, 1);
+  }
+
+  // All parts', of a group that `sharers` threads side by side have in common, always in the same order.
+  __device__ Sums<A> hear(int sweep, int sharers, int group) const {
+    if (threadIdx.x == 0) wait_for(arrived, tile.parts * (sweep + 1));
+    __syncthreads();
+    Sums<A> all{};
+    for (int part = threadIdx.x % sharers; part < tile.parts && group < tile.groups; part += sharers)
+      all += load_whole(place(sweep, part, group));
+    for (int apart = sharers / 2; apart > 0; apart /= 2) add_from_lane(all, apart);
+    return all;
+  }
+
+  // The last to leave, when all threads of its block have heard enough, sets the counters back for the next step.
+  __device__ void leave() const {
+    if (threadIdx.x != 0 || atomicAdd(left, 1) < tile.parts - 1) return;
+    atomicExch(arrived, 0);
+    atomicExch(left, 0);
+  }
+};
 
 // A block on its way from tile to tile. `plain`: all tensors of the launch are, see SgdRule.
 template <typename T, bool plain, typename Table>
@@ -72,7 +119,10 @@ struct TileWalk {
   Shrinkage<A>* const found;  // each group's
   int* const alive;  // whether any of its weights was not zero, where zeros are frozen group by group
   Ring<T, kStates> ring;
-  A* const z;  // this thread's
+  // This thread's, 16 bytes and more for each of its rows; a tile's begin where those of the one before end, round and
+  // round.
+  A* const z;
+  static constexpr int kRow = kVector * kTileThreads;  // from one to the next
 
   __device__ TileWalk(const Table& table, unsigned char* memory, const TileMemory<A>& at)
       : table(table),
@@ -93,35 +143,39 @@ struct TileWalk {
   }
   __device__ Tile& queued(int k) const { return queue[k % kQueue]; }
 
-  // Puts the block's k-th tile in the queue, or none; there and back, so that who had one of the larger of
-  // a round has one of the smaller of the next. What is side by side is worked on at the same time.
+  // Puts the block's k-th tile in the queue, or none. What is side by side is worked on at the same time. Where
+  // no tile waits for others it goes there and back, so that who had one of the larger of a round has one of the
+  // smaller of the next.
   __device__ void fetch_tile(int k) {
     constexpr int kPieces = sizeof(Tile) / 16;
     if (threadIdx.x >= kPieces) return;
-    const int64_t i = int64_t(k) * gridDim.x + (k % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    const int64_t first = int64_t(k) * gridDim.x;
+    const bool back = k % 2 != 0 && first >= table.tiles_in_parts;
+    const int64_t i = first + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     const bool none = i >= table.tile_count;
     __pipeline_memcpy_async(reinterpret_cast<uint4*>(&queued(k)) + threadIdx.x,
                             reinterpret_cast<const uint4*>(table.tiles + (none ? 0 : i)) + threadIdx.x, 16,
                             none ? 16 : 0);
   }
 
-  // This thread's z of its rows, in turn.
-  __device__ A* z_of(int pass) const { return z + pass * (kVector * kTileThreads); }
-  __device__ void load_z(int pass, A (&x)[kVector]) const {
+  __device__ int rows_left(int row) const { return table.z_passes - row / kRow; }  // until it goes round
+  __device__ void wrap(int& row) const { row = row == table.z_passes * kRow ? 0 : row; }
+  __device__ void turn(int& row) const { wrap(row += kRow); }
+  __device__ void load_z(int row, A (&x)[kVector]) const {
 #pragma unroll
     for (int v = 0; v < kVector; v += kEach) {
-      const Pack<A> some = load_shared(z_of(pass) + v * kTileThreads);
+      const Pack<A> some = load_shared(z + row + v * kTileThreads);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) x[v + i] = some.x[i];
     }
   }
-  __device__ void store_z(int pass, const A (&x)[kVector]) const {
+  __device__ void store_z(int row, const A (&x)[kVector]) const {
 #pragma unroll
     for (int v = 0; v < kVector; v += kEach) {
       Pack<A> some;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) some.x[i] = x[v + i];
-      store_shared(z_of(pass) + v * kTileThreads, some);
+      store_shared(z + row + v * kTileThreads, some);
     }
   }
 
@@ -129,11 +183,14 @@ struct TileWalk {
   // fetched next.
   struct Hand {
     MyPart out, in, ahead;
-    // Of the old one: each column's (s, t), and whether anything shrinks.
+    // Of the old one: its z's row in turn; each column's (s, t), whether they still wait for other parts' sums, and
+    // whether anything shrinks.
+    int out_row = 0;
     Shrinkage<A> at[kVector] = {};
-    bool shrinks = true;
-    // Of the new one: its rule, its l1 threshold, whether zeros stay; its sums, and bit v of `any` where
+    bool waits = false, shrinks = true;
+    // Of the new one: its z's row in turn, and the first; its rule, its l1 threshold, whether zeros stay; its sums, and bit v of `any` where
     // column v has a weight that is not zero.
+    int in_row = 0, begin = 0;
     SgdRule<A, plain> rule;
     A c;
     bool freezes_elements;
@@ -144,9 +201,9 @@ struct TileWalk {
 
   // w = s * soft(z, t) of a row; z itself where nothing shrinks. `simple`: it does.
   template <bool simple, bool wide>
-  __device__ __forceinline__ void apply(const Hand& hand, int pass) const {
+  __device__ __forceinline__ void apply(const Hand& hand) const {
     A x[kVector];
-    load_z(pass, x);
+    load_z(hand.out_row, x);
     Pack<T> w;
     if (simple || hand.shrinks) {
 #pragma unroll
@@ -160,7 +217,7 @@ struct TileWalk {
 
   // z of a row, which the ring has brought; the new states, and sums. `simple`: the step of it is plain.
   template <bool simple, bool wide>
-  __device__ __forceinline__ void take_in(Hand& hand, int pass) const {
+  __device__ __forceinline__ void take_in(Hand& hand) const {
     const SgdRule<A, plain || simple> rule(hand.rule);
     const int n = wide ? kVector : hand.in.length();
     const Pack<T> w = ring.read(0);
@@ -181,7 +238,7 @@ struct TileWalk {
       if (v >= n) x[v] = A(0);
       group_stats(x[v], hand.c, hand.stats[v]);
     }
-    store_z(pass, x);
+    store_z(hand.in_row, x);
   }
 
   // The next row for the ring. `simple`: a step reads all there is.
@@ -198,25 +255,39 @@ struct TileWalk {
 #pragma unroll 1
     for (; pass < end; ++pass) {
       fetch<simple, wide>(hand);
-      if (hand.out.rows > 0) apply<simple, wide>(hand, pass);
+      if (hand.out.rows > 0) apply<simple, wide>(hand);
       hand.out.go_on();
+      hand.out_row += kRow;
       ring.wait();
-      if (hand.in.rows > 0) take_in<simple, wide>(hand, pass);
+      if (hand.in.rows > 0) take_in<simple, wide>(hand);
       hand.in.go_on();
+      hand.in_row += kRow;
     }
   }
 
+  static __device__ int passes_of(const Tile& tile) {
+    return tile.passes > 0 ? max(int(tile.passes), kLeastPasses) : 0;
+  }
+
   // All of the two tiles' rows. The choice of a path is made here: no loop over elements asks.
-  __device__ __forceinline__ void pass_over(Hand& hand, const Tile& now, const Tile& next) {
-    const int passes = now.passes > 0 ? max(int(now.passes), kLeastPasses) : 0;
-    int pass = 0;
-    while (pass < passes) {
-      int end = passes - ring.ahead();
-      if (pass == end) {  // from here on the ring fetches the next tile's rows
+  __device__ __forceinline__ void pass_over(Hand& hand, const Tile& old, const Tile& now, const Tile& next) {
+    const int passes = passes_of(now), goes_over = passes - ring.ahead(), begin_old = hand.out_row;
+    // While the old tile waits for other parts, the new one is taken in as long as there is room for its z.
+    const int waits_until = hand.waits ? min(passes, table.z_passes - passes_of(old)) : 0;
+    for (int pass = 0;;) {
+      if (hand.waits && pass == waits_until) {
+        solve_tile<true>(hand, old, begin_old);
+        hand.out = part(old);
+        hand.out_row = begin_old;
+      }
+      if (pass == passes) break;
+      if (pass == goes_over) {  // from here on the ring fetches the next tile's rows
         hand.ahead = part(next);
         hand.phase_ahead = phase(next);
-        end = passes;
       }
+      int end = pass < goes_over ? goes_over : passes;
+      if (pass < waits_until) end = min(end, waits_until);
+      end = min(end, pass + min(rows_left(hand.in_row), rows_left(hand.out_row)));
       const bool simple =
           hand.shrinks && (plain || (table.plain(now.tensor) && hand.phase_ahead == Phase::running));
       const bool wide = (hand.out.unit() | hand.in.unit() | hand.ahead.unit()) == 16;
@@ -228,77 +299,96 @@ struct TileWalk {
         pass_over<false, true>(hand, pass, end);
       else
         pass_over<false, false>(hand, pass, end);
+      wrap(hand.in_row);
+      wrap(hand.out_row);
       pass = end;
     }
 #pragma unroll 1
-    for (; hand.out.rows > 0; ++pass, hand.out.go_on()) apply<false, false>(hand, pass);
+    for (; hand.out.rows > 0; hand.out.go_on(), turn(hand.out_row)) apply<false, false>(hand);
   }
 
-  // (s, t) of this thread's columns, once all of the tile's z is on the chip. At least one barrier.
-  __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile) const {
-    const ParamGroup<A> h = told(tile);
-    const bool groups = tile.kind == Tile::Kind::groups,
-               freezes = !plain && groups && h.freeze == Freeze::group;
-    hand.shrinks = groups ? h.thresholds.any() : h.thresholds.c != A(0);
-
-    if (!groups || !(h.thresholds.need_norms() || freezes)) {
-      for (Shrinkage<A>& at : hand.at) at = {A(1), h.thresholds.c};
-      return __syncthreads();
-    }
-    int group[kVector];  // of each column
+  // f(v, group) for each of this thread's columns.
+  template <typename F>
+  __device__ __forceinline__ void for_each_group(const Tile& tile, F f) const {
     const int side = threadIdx.x - tile.row_of(threadIdx.x) * tile.across;
     const int matrix = tile.across == tile.lanes ? 0 : side / tile.lanes;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int column = min((side - matrix * tile.lanes) * kVector + v, tile.columns - 1);
-      group[v] = matrix * tile.groups_each + (tile.run == 1 ? column : column / tile.run);
-      if (freezes && hand.any >> v & 1) atomicOr(&alive[group[v]], 1);
-    }
-    int parts = kWarp;  // threads that add up a group
-    while (tile.groups * parts > kTileThreads) parts /= 2;
-    A* const slot = reinterpret_cast<A*>(ring.free_slot());
-    const int mine = threadIdx.x / parts;
-    const bool solves = threadIdx.x % parts == 0 && mine < tile.groups, exact = !plain && h.exact;
-    ShrinkageSolver<A> solver;
-    solver.start(h.thresholds);
-    bool dead = false;
-    for (Shrinkage<A>& at : hand.at) at = {A(1), h.thresholds.c};
-    for (bool first = true;; first = false) {
-      if (exact && (!first || kSweepsFirst)) sweep(hand, part(tile).rows);
-      const GroupStats<A> sums = exact ? sum_tile<true>(hand.stats, tile, parts, slot)
-                                       : sum_tile<false>(hand.stats, tile, parts, slot);
-      if (solves) {
-        if (first && freezes) {
-          dead = alive[mine] == 0;
-          alive[mine] = 0;  // for the next tile
-        }
-        if (!dead && !solver.done) solver.solve_shrinkage(sums, h.thresholds, exact, kEpsilon<A>);
-        found[mine] = dead ? Shrinkage<A>{kDead<A>, A(0)} : solver.at;
-      }
-      const bool searching = __syncthreads_or(solves && !dead && !solver.done);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) hand.at[v] = found[group[v]];
-      if (!searching) {
-        if (freezes) clear_dead(hand, part(tile));
-        return;
-      }
+      f(v, matrix * tile.groups_each + (tile.run == 1 ? column : column / tile.run));
     }
   }
 
+  // (s, t) of this thread's columns, once all of the tile's z is on the chip, from `begin` on; with at least one
+  // barrier. Of a part, `hand.waits` until this is called again, as it `comes_back`; but in exact mode it waits here.
+  template <bool comes_back>
+  __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile, int begin) const {
+    const ParamGroup<A> h = told(tile);
+    const bool groups = tile.kind == Tile::Kind::groups;
+    const bool freezes = !plain && groups && h.freeze == Freeze::group;
+    const bool exact = !plain && !comes_back && h.exact;
+    hand.waits = false;
+    hand.shrinks = groups ? h.thresholds.any() : h.thresholds.c != A(0);
+    for (Shrinkage<A>& at : hand.at) at = {A(1), h.thresholds.c};
+    if (!comes_back && (!groups || !(h.thresholds.need_norms() || freezes) || !table.steps(tile.tensor)))
+      return __syncthreads();
+    if (!comes_back && freezes)
+      for_each_group(tile, [&](int v, int group) {
+        if (hand.any >> v & 1) atomicOr(&alive[group], 1);
+      });
+    int sharers = kWarp;  // threads that add up a group
+    while (tile.groups * sharers > kTileThreads) sharers /= 2;
+    const int mine = threadIdx.x / sharers;
+    const bool solves = threadIdx.x % sharers == 0 && mine < tile.groups;
+    const SharedPanel<A> panel(table, tile);
+    ShrinkageSolver<A> solver;
+    solver.start(h.thresholds);
+    bool dead = false;
+    for (int sweeps = 0;; ++sweeps) {
+      Sums<A> sums{};
+      if constexpr (!comes_back) {
+        if (exact && (sweeps > 0 || kSweepsFirst)) sweep(hand, part(tile).rows, begin);
+        A* const slot = reinterpret_cast<A*>(ring.free_slot());
+        sums.stats = exact ? sum_tile<true>(hand.stats, tile, sharers, slot)
+                           : sum_tile<false>(hand.stats, tile, sharers, slot);
+        if (solves && freezes && sweeps == 0) {
+          sums.alive = A(alive[mine]);
+          alive[mine] = 0;  // for the next tile
+        }
+        if (tile.parts > 1) panel.tell(sweeps, solves, mine, sums);
+        if (tile.parts > 1 && !exact) {
+          hand.waits = true;
+          return;
+        }
+      }
+      if (tile.parts > 1) sums = panel.hear(sweeps, sharers, mine);
+      if (solves) {
+        if (sweeps == 0) dead = freezes && sums.alive == A(0);
+        if (!dead && !solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, exact, kEpsilon<A>);
+        found[mine] = dead ? Shrinkage<A>{kDead<A>, A(0)} : solver.at;
+      }
+      const bool searching = __syncthreads_or(solves && !dead && !solver.done);
+      for_each_group(tile, [&](int v, int group) { hand.at[v] = found[group]; });
+      if (!searching) break;
+    }
+    if (tile.parts > 1) panel.leave();
+    if (freezes) clear_dead(hand, tile, begin);
+  }
+
   // The sums once more, of z and each column's t.
-  __device__ __forceinline__ void sweep(Hand& hand, int rows) const {
+  __device__ __forceinline__ void sweep(Hand& hand, int rows, int row) const {
     for (GroupStats<A>& sums : hand.stats) sums = {};
 #pragma unroll 2
-    for (int pass = 0; pass < rows; ++pass) {
+    for (; rows > 0; --rows, turn(row)) {
       A x[kVector];
-      load_z(pass, x);
+      load_z(row, x);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) group_stats(x[v], hand.at[v].t, hand.stats[v]);
     }
   }
 
   // Zeros for z and the states of groups that were dead before the step.
-  __device__ __forceinline__ void clear_dead(Hand& hand, MyPart mine) const {
+  __device__ __forceinline__ void clear_dead(Hand& hand, const Tile& tile, int row) const {
     unsigned dead = 0;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
@@ -306,17 +396,18 @@ struct TileWalk {
       dead |= 1u << v;
       hand.at[v] = {A(0), A(0)};
     }
-    for (int pass = 0; dead != 0 && mine.rows > 0; ++pass, mine.go_on()) {
+    const bool writes_states = phase(tile) >= Phase::first;
+    for (MyPart mine = part(tile); dead != 0 && mine.rows > 0; mine.go_on(), turn(row)) {
       A x[kVector];
-      load_z(pass, x);
+      load_z(row, x);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         if (!(dead >> v & 1)) continue;
         x[v] = A(0);
         for (T* const state : mine.states)
-          if (hand.rule.writes_states() && v < mine.length()) store<true>(state + v, T(0.0f));
+          if (writes_states && v < mine.length()) store<true>(state + v, T(0.0f));
       }
-      store_z(pass, x);
+      store_z(row, x);
     }
   }
 
@@ -339,15 +430,18 @@ struct TileWalk {
       if (old.passes + now.passes == 0) break;
       fetch_tile(k + 3);  // with the first row of this tile's; it is there when the next tile's rows are
       hand.out = part(old);
+      if (hand.waits) hand.out.rows = 0;
+      hand.out_row = hand.begin;
       hand.in = part(now);
+      hand.begin = hand.in_row;
       const ParamGroup<A> h = told(now);
       hand.rule = SgdRule<A, plain>(h, phase(now));
       hand.c = h.thresholds.c;
       hand.freezes_elements = h.freeze == Freeze::element;
       for (GroupStats<A>& sums : hand.stats) sums = {};
       hand.any = 0;
-      pass_over(hand, now, next);
-      if (now.passes > 0) solve_tile(hand, now);
+      pass_over(hand, old, now, next);
+      if (now.passes > 0) solve_tile<false>(hand, now, hand.begin);
     }
     __pipeline_commit();
     __pipeline_wait_prior(0);  // no copy outlives its block

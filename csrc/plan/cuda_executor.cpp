@@ -94,12 +94,9 @@ void CudaExecutor::share_out(const std::vector<TensorShape>& tensors) {
 
 void CudaExecutor::put_on_device(DeviceTables& tables) {
   const cuda::Work& work = tables.work;
-  std::vector<cuda::Item> items;
-  for (const auto* part : {&work.clusters, &work.chunks})
-    items.insert(items.end(), part->begin(), part->end());
   tables.strips = upload(work.strips, tables.device);
   tables.tiles = upload(work.tiles, tables.device);
-  tables.items = upload(items, tables.device);
+  tables.chunks = upload(work.chunks, tables.device);
   tables.scratch = empty(work.scratch_bytes, at::kByte, tables.device);
   tables.counters =
       empty(cuda::kCounters + cuda::kPanelCounters * int64_t{work.panels}, at::kInt, tables.device).zero_();
@@ -112,7 +109,7 @@ void* CudaExecutor::stream_of(DeviceTables& tables) {
   const c10::Stream stream = current_stream(tables.device);
   if (stream.id() != tables.stream) {
     for (const at::Tensor* x :
-         {&tables.strips, &tables.tiles, &tables.items, &tables.scratch, &tables.counters})
+         {&tables.strips, &tables.tiles, &tables.chunks, &tables.scratch, &tables.counters})
       x->record_stream(stream);
     tables.stream = stream.id();
   }
@@ -134,13 +131,13 @@ bool CudaExecutor::step(const std::vector<TensorAddresses>& addresses, const std
     std::vector<Hyperparameters> of_groups;
     for (const int64_t group : tables.param_groups) of_groups.push_back(hyperparameters.at(group));
     const auto* const strips = static_cast<const cuda::Strip*>(tables.strips.const_data_ptr());
-    const auto* const items = static_cast<const cuda::Item*>(tables.items.const_data_ptr());
+    const auto* const chunks = static_cast<const cuda::Item*>(tables.chunks.const_data_ptr());
     const auto* const tiles = static_cast<const cuda::Tile*>(tables.tiles.const_data_ptr());
     const OnDevice here(tables.device);
     const ScalerTensors scale = scaler.on(tables.device);
-    cuda::launch({tables.work, strips, tiles, items, items + tables.work.clusters.size(),
-                  tables.scratch.mutable_data_ptr(), tables.counters.mutable_data_ptr<int32_t>(), mine,
-                  my_phases, tables.places, of_groups, scale.addresses()},
+    cuda::launch({tables.work, strips, tiles, chunks, tables.scratch.mutable_data_ptr(),
+                  tables.counters.mutable_data_ptr<int32_t>(), mine, my_phases, tables.places, of_groups,
+                  scale.addresses()},
                  tables.dtype, tables.description, stream_of(tables), launched);
   }
   return true;

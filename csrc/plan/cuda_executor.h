@@ -30,7 +30,7 @@ class CudaExecutor : public Executor {
     std::vector<size_t> tensors{};        // indices into all
     std::vector<int32_t> places{};        // of each tensor, the place of its param group in `param_groups`
     std::vector<int64_t> param_groups{};  // indices into all
-    at::Tensor strips{}, tiles{}, items{}, scratch{}, counters{};
+    at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{};
     c10::StreamId stream = 0;  // that their memory is known to be used on
   };
 
