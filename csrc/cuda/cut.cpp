@@ -144,14 +144,15 @@ class Cutter {
   // For how many passes of z there is room beside a ring of so many slots.
   int64_t room(int slots) const { return (device_.tile_bytes - TileMemory<A>(slots).z) / pass_bytes(); }
 
-  // Whether a block can take it: whether its threads reach across, each has at most one group to solve, and z
-  // fits.
+  // Whether a block's threads reach across, and each has at most one group to solve.
   bool spans(int64_t columns, int64_t run, int64_t matrices) const {
     return ceil_div(columns, vector_) * matrices <= kTileThreads && columns / run * matrices <= kTileThreads;
   }
-  bool tile_fits(int64_t rows, int64_t columns, int64_t run, int64_t matrices) const {
-    return spans(columns, run, matrices) &&
-           ceil_div(rows, kTileThreads / (ceil_div(columns, vector_) * matrices)) <= room(kLeastSlots);
+  // Whether a block can take it: whether z fits, and threads count the bytes to their next rows in 32 bits.
+  bool tile_fits(int64_t rows, int64_t pitch, int64_t columns, int64_t run, int64_t matrices) const {
+    if (!spans(columns, run, matrices)) return false;
+    const int64_t down = kTileThreads / (ceil_div(columns, vector_) * matrices);
+    return rows <= down || (ceil_div(rows, down) <= room(kLeastSlots) && down * pitch * size_ <= UINT32_MAX);
   }
   bool run_fits(int64_t n) const { return ceil_div(n, kTileThreads * vector_) <= room(kLeastSlots); }
 
@@ -326,7 +327,7 @@ class Cutter {
       if (!spans(columns, L.R2, 1)) continue;
       const int64_t across = ceil_div(pitch, columns), down = kTileThreads / ceil_div(columns, vector_);
       const int64_t rows = rows_of_part(L.R1, down, L.K1 * across, columns);
-      if (rows == 0) return false;
+      if (rows == 0 || down * pitch * size_ > UINT32_MAX) return false;
       add_parts(L.K1 * across, ceil_div(L.R1, rows), columns / L.R2, [&](int64_t panel, int64_t part) {
         const int64_t c = panel % across * columns, r = part * rows;
         return tile(L.offset(panel / across, r, 0) + c, pitch, std::min(rows, L.R1 - r),
@@ -360,7 +361,7 @@ class Cutter {
       // Narrow accesses are worth it where there are no others.
       if (step % vector_ != 0 && pitch % vector_ == 0 && device_.cooperative) break;
       const auto of_bytes = [&](int64_t bytes) { return std::min(round_up(bytes / size_, step), pitch); };
-      const auto fits = [&](int64_t columns) { return tile_fits(L.R1, columns, L.R2, 1); };
+      const auto fits = [&](int64_t columns) { return tile_fits(L.R1, pitch, columns, L.R2, 1); };
       int64_t bytes = kTileRowBytes;
       // Where no panel can be shared, what does not fit would cross the memory twice.
       const int64_t least = device_.cooperative ? kNarrowRowBytes : kLeastRowBytes;
@@ -380,7 +381,7 @@ class Cutter {
   int64_t tile_matrices(const Layout& L) const {
     const int64_t elements = L.R1 * L.row_length();
     int64_t matrices = std::clamp<int64_t>(kSlab / elements, 1, L.K1);
-    while (matrices > 1 && (!tile_fits(L.R1, L.row_length(), L.R2, matrices) ||
+    while (matrices > 1 && (!tile_fits(L.R1, L.row_length(), L.row_length(), L.R2, matrices) ||
                             too_few(ceil_div(L.K1, matrices), matrices * elements)))
       matrices = ceil_div(matrices, 2);
     return matrices;

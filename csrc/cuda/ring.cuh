@@ -16,13 +16,14 @@ struct Part {
   T* w;  // its elements in the row whose turn it is
   const T* grad;
   T* states[kStates];
-  int64_t step;  // elements from one of its rows to the next
-  int rows;      // of its own that are left
-  // What it has of a row, one byte each to spare registers: columns, columns of the tile's last row,
-  // whether that row is one of its own; and the bytes that one access may move, in all of the tile.
+  uint32_t step;  // bytes from one of its rows to the next
+  int rows;       // of its own that are left
+  // In one word, to spare registers: how many columns it has of a row, and of the tile's last one, a byte each; bits
+  // for whether that row is one of its own, whether a step reads gradients, and states; and, in the last byte, the
+  // bytes that one access may move, in all of the tile.
   uint32_t form;
 
-  __device__ Part(const Tile& tile, const TensorAddresses& tensor, bool any)
+  __device__ Part(const Tile& tile, const TensorAddresses& tensor, Phase phase)
       : w(static_cast<T*>(tensor.w)), grad(static_cast<const T*>(tensor.grad)) {
     auto odd = reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(grad);
     for (int s = 0; s < kStates; ++s) {
@@ -30,6 +31,7 @@ struct Part {
       odd |= reinterpret_cast<uintptr_t>(states[s]);
     }
     odd |= uintptr_t(tile.begin | tile.pitch | tile.columns | tile.last_columns) * sizeof(T) | 16;
+    const bool any = tile.passes > 0 && phase != Phase::skipped;
     const uint32_t unit = any ? uint32_t(odd & -odd) : 16;
     const int row = tile.row_of(threadIdx.x), side = threadIdx.x - row * tile.across;
     const int matrix = tile.across == tile.lanes ? 0 : side / tile.lanes;
@@ -38,7 +40,7 @@ struct Part {
     w += at;
     grad += at;
     for (T*& state : states) state += at;
-    step = tile.down * tile.pitch;
+    step = tile.passes > 1 ? uint32_t(tile.down * tile.pitch * int64_t(sizeof(T))) : 0;
     const int rest = tile.rows - (tile.passes - 1) * tile.down;  // rows of the last pass
     rows = any && row < tile.down ? tile.passes - (row >= rest) : 0;
     const int columns = clamp(tile.columns - column), last_columns = clamp(tile.last_columns - column);
@@ -47,17 +49,24 @@ struct Part {
       --rows;
       last = false;
     }
-    form = columns | last_columns << 8 | last << 16 | unit << 24;
+    form = columns | last_columns << 8 | last << 16 | (phase != Phase::prox_alone) << 17 |
+           (phase == Phase::running) << 18 | unit << 24;
   }
 
   static __device__ int clamp(int columns) { return max(0, min(columns, kVector)); }
   __device__ uint32_t unit() const { return form >> 24; }
+  __device__ bool reads_grad() const { return form >> 17 & 1; }
+  __device__ bool reads_states() const { return form >> 18 & 1; }
   __device__ int length() const { return (rows == 1 && form >> 16 & 1 ? form >> 8 : form) & 0xff; }
   __device__ void go_on() {
-    w += step;
-    grad += step;
-    for (T*& state : states) state += step;
+    w = advance(w);
+    grad = advance(grad);
+    for (T*& state : states) state = advance(state);
     --rows;
+  }
+  template <typename U>
+  __device__ U* advance(U* p) const {
+    return reinterpret_cast<U*>(reinterpret_cast<uintptr_t>(p) + step);
   }
 };
 
@@ -70,24 +79,24 @@ struct Ring {
   static constexpr int kArray = kTileThreads * 16, kSlot = kArrays * kArray;
   static_assert(kSlot == kSlotBytes);
 
-  unsigned char* memory;
-  int slots;
+  unsigned char* mine;  // the thread's first 16 bytes
+  const int32_t& slots;
   int now = 0;  // where the slot in turn begins
 
-  __device__ Ring(unsigned char* memory, int slots) : memory(memory), slots(slots) {}
+  __device__ Ring(unsigned char* memory, const int32_t& slots)
+      : mine(memory + threadIdx.x * 16), slots(slots) {}
 
   __device__ int ahead() const { return slots - 1; }
-  __device__ T* place(int array) const {
-    return reinterpret_cast<T*>(memory + now + array * kArray) + threadIdx.x * Pack<T>::kSize;
-  }
+  __device__ T* place(int array) const { return reinterpret_cast<T*>(mine + now + array * kArray); }
 
-  // Asks for the part's next row: its weights, and what else a step reads. `wide`: its unit is 16.
-  template <bool wide>
-  __device__ __forceinline__ void fetch(Part<T, kStates>& part, bool reads_grad, bool reads_states) {
+  // Asks for the part's next row. `all`: a step reads gradients and states; `wide`: the unit is 16.
+  template <bool all, bool wide>
+  __device__ __forceinline__ void fetch(Part<T, kStates>& part) {
     if (part.rows > 0) {
       fetch_array<wide>(0, part, part.w);
-      if (reads_grad) fetch_array<wide>(1, part, part.grad);
-      for (int s = 0; s < kStates && reads_states; ++s) fetch_array<wide>(2 + s, part, part.states[s]);
+      if (all || part.reads_grad()) fetch_array<wide>(1, part, part.grad);
+      for (int s = 0; s < kStates && (all || part.reads_states()); ++s)
+        fetch_array<wide>(2 + s, part, part.states[s]);
     }
     __pipeline_commit();
     part.go_on();
@@ -126,7 +135,7 @@ struct Ring {
   __device__ Pack<T> read(int array) const { return load_shared(place(array)); }
 
   // The slot in turn, once it has been read, as memory of the whole block.
-  __device__ unsigned char* free_slot() const { return memory + now; }
+  __device__ unsigned char* free_slot() const { return mine - threadIdx.x * 16 + now; }
 };
 
 }  // namespace cges::cuda

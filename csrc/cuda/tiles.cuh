@@ -110,9 +110,9 @@ struct TileWalk {
   using A = Compute<T>;
   static constexpr int kStates = SgdRule<A, plain>::kStates, kVector = Pack<T>::kSize, kEach = Pack<A>::kSize;
   using MyPart = Part<T, kStates>;
-  // Exact mode's first sums are counted in the loop that takes z in; with eight columns a thread, registers
-  // are too few.
-  static constexpr bool kSweepsFirst = kVector > 4;
+  // With eight columns a thread registers are too few for all: exact mode's first sums are then not counted in the
+  // loop that takes z in, and only plain steps go on with the next tile while a part waits for others.
+  static constexpr bool kSweepsFirst = kVector > 4, kGoesOn = plain || kVector <= 4;
 
   const Table& table;
   Tile* const queue;          // the k-th at k % kQueue
@@ -121,8 +121,8 @@ struct TileWalk {
   Ring<T, kStates> ring;
   // This thread's, 16 bytes and more for each of its rows; a tile's begin where those of the one before end, round and
   // round.
-  A* const z;
-  static constexpr int kRow = kVector * kTileThreads;  // from one to the next
+  unsigned char* const z;
+  static constexpr int kRow = kVector * kTileThreads * int(sizeof(A));  // bytes from one to the next
 
   __device__ TileWalk(const Table& table, unsigned char* memory, const TileMemory<A>& at)
       : table(table),
@@ -130,7 +130,7 @@ struct TileWalk {
         found(reinterpret_cast<Shrinkage<A>*>(memory + at.found)),
         alive(reinterpret_cast<int*>(memory + at.alive)),
         ring(memory + at.ring, table.slots),
-        z(reinterpret_cast<A*>(memory + at.z) + threadIdx.x * kEach) {}
+        z(memory + at.z + threadIdx.x * 16) {}
 
   // What the launch says of a tile's tensor.
   __device__ Phase phase(const Tile& tile) const { return plain ? Phase::running : table.phase(tile.tensor); }
@@ -139,7 +139,7 @@ struct TileWalk {
     return plain ? h : h.resolved(table.loss_scale.grad_scale);
   }
   __device__ MyPart part(const Tile& tile) const {
-    return MyPart(tile, table.tensors[tile.tensor], tile.passes > 0 && table.steps(tile.tensor));
+    return MyPart(tile, table.tensors[tile.tensor], table.phase(tile.tensor));
   }
   __device__ Tile& queued(int k) const { return queue[k % kQueue]; }
 
@@ -158,13 +158,20 @@ struct TileWalk {
                             none ? 16 : 0);
   }
 
+  __device__ int back(int row, int rows) const {  // so many rows before
+    row -= rows * kRow;
+    return row < 0 ? row + table.z_passes * kRow : row;
+  }
   __device__ int rows_left(int row) const { return table.z_passes - row / kRow; }  // until it goes round
   __device__ void wrap(int& row) const { row = row == table.z_passes * kRow ? 0 : row; }
   __device__ void turn(int& row) const { wrap(row += kRow); }
+  __device__ A* z_at(int row, int v) const {
+    return reinterpret_cast<A*>(z + row + v * (kTileThreads * int(sizeof(A))));
+  }
   __device__ void load_z(int row, A (&x)[kVector]) const {
 #pragma unroll
     for (int v = 0; v < kVector; v += kEach) {
-      const Pack<A> some = load_shared(z + row + v * kTileThreads);
+      const Pack<A> some = load_shared(z_at(row, v));
 #pragma unroll
       for (int i = 0; i < kEach; ++i) x[v + i] = some.x[i];
     }
@@ -175,7 +182,7 @@ struct TileWalk {
       Pack<A> some;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) some.x[i] = x[v + i];
-      store_shared(z + row + v * kTileThreads, some);
+      store_shared(z_at(row, v), some);
     }
   }
 
@@ -188,13 +195,12 @@ struct TileWalk {
     int out_row = 0;
     Shrinkage<A> at[kVector] = {};
     bool waits = false, shrinks = true;
-    // Of the new one: its z's row in turn, and the first; its rule, its l1 threshold, whether zeros stay; its sums, and bit v of `any` where
+    // Of the new one: its z's row in turn; its rule, its l1 threshold, whether zeros stay; its sums, and bit v of `any` where
     // column v has a weight that is not zero.
-    int in_row = 0, begin = 0;
+    int in_row = 0;
     SgdRule<A, plain> rule;
     A c;
     bool freezes_elements;
-    Phase phase_ahead;
     GroupStats<A> stats[kVector];
     unsigned any;
   };
@@ -241,20 +247,12 @@ struct TileWalk {
     store_z(hand.in_row, x);
   }
 
-  // The next row for the ring. `simple`: a step reads all there is.
-  template <bool simple, bool wide>
-  __device__ __forceinline__ void fetch(Hand& hand) {
-    constexpr bool all = plain || simple;
-    ring.template fetch<wide>(hand.ahead, all || hand.phase_ahead != Phase::prox_alone,
-                              all || hand.phase_ahead == Phase::running);
-  }
-
   // Rows of some passes: the old tile's way back and the new one's way in, while the ring goes on ahead.
   template <bool simple, bool wide>
   __device__ __forceinline__ void pass_over(Hand& hand, int pass, int end) {
 #pragma unroll 1
     for (; pass < end; ++pass) {
-      fetch<simple, wide>(hand);
+      ring.template fetch<plain || simple, wide>(hand.ahead);
       if (hand.out.rows > 0) apply<simple, wide>(hand);
       hand.out.go_on();
       hand.out_row += kRow;
@@ -271,25 +269,25 @@ struct TileWalk {
 
   // All of the two tiles' rows. The choice of a path is made here: no loop over elements asks.
   __device__ __forceinline__ void pass_over(Hand& hand, const Tile& old, const Tile& now, const Tile& next) {
-    const int passes = passes_of(now), goes_over = passes - ring.ahead(), begin_old = hand.out_row;
+    const int passes = passes_of(now), goes_over = passes - ring.ahead();
     // While the old tile waits for other parts, the new one is taken in as long as there is room for its z.
-    const int waits_until = hand.waits ? min(passes, table.z_passes - passes_of(old)) : 0;
+    const int waits_until = kGoesOn && hand.waits ? min(passes, table.z_passes - passes_of(old)) : 0;
     for (int pass = 0;;) {
-      if (hand.waits && pass == waits_until) {
-        solve_tile<true>(hand, old, begin_old);
-        hand.out = part(old);
-        hand.out_row = begin_old;
+      if constexpr (kGoesOn) {
+        if (hand.waits && pass == waits_until) {
+          hand.out_row = back(hand.in_row, pass + passes_of(old));
+          solve_tile<true>(hand, old, hand.out_row);
+          hand.out = part(old);
+        }
       }
       if (pass == passes) break;
       if (pass == goes_over) {  // from here on the ring fetches the next tile's rows
         hand.ahead = part(next);
-        hand.phase_ahead = phase(next);
       }
       int end = pass < goes_over ? goes_over : passes;
       if (pass < waits_until) end = min(end, waits_until);
       end = min(end, pass + min(rows_left(hand.in_row), rows_left(hand.out_row)));
-      const bool simple =
-          hand.shrinks && (plain || (table.plain(now.tensor) && hand.phase_ahead == Phase::running));
+      const bool simple = hand.shrinks && (plain || (table.plain(now.tensor) && hand.ahead.reads_states()));
       const bool wide = (hand.out.unit() | hand.in.unit() | hand.ahead.unit()) == 16;
       if (simple && wide)
         pass_over<true, true>(hand, pass, end);
@@ -356,7 +354,7 @@ struct TileWalk {
           alive[mine] = 0;  // for the next tile
         }
         if (tile.parts > 1) panel.tell(sweeps, solves, mine, sums);
-        if (tile.parts > 1 && !exact) {
+        if (kGoesOn && tile.parts > 1 && !exact) {
           hand.waits = true;
           return;
         }
@@ -378,7 +376,7 @@ struct TileWalk {
   // The sums once more, of z and each column's t.
   __device__ __forceinline__ void sweep(Hand& hand, int rows, int row) const {
     for (GroupStats<A>& sums : hand.stats) sums = {};
-#pragma unroll 2
+#pragma unroll(kVector > 4 ? 1 : 2)
     for (; rows > 0; --rows, turn(row)) {
       A x[kVector];
       load_z(row, x);
@@ -422,18 +420,16 @@ struct TileWalk {
     Hand hand{.out = part(first),
               .in = part(first),
               .ahead = part(first),
-              .rule = SgdRule<A, plain>(table.of(first.tensor), phase(first)),
-              .phase_ahead = phase(first)};
-    for (int i = 0; i < ring.ahead(); ++i) fetch<false, false>(hand);
+              .rule = SgdRule<A, plain>(table.of(first.tensor), phase(first))};
+    for (int i = 0; i < ring.ahead(); ++i) ring.template fetch<plain, false>(hand.ahead);
     for (int k = 0;; ++k) {
       const Tile &old = queued(k + kQueue - 1), &now = queued(k), &next = queued(k + 1);
       if (old.passes + now.passes == 0) break;
       fetch_tile(k + 3);  // with the first row of this tile's; it is there when the next tile's rows are
       hand.out = part(old);
-      if (hand.waits) hand.out.rows = 0;
-      hand.out_row = hand.begin;
+      if (kGoesOn && hand.waits) hand.out.rows = 0;
+      hand.out_row = back(hand.in_row, passes_of(old));
       hand.in = part(now);
-      hand.begin = hand.in_row;
       const ParamGroup<A> h = told(now);
       hand.rule = SgdRule<A, plain>(h, phase(now));
       hand.c = h.thresholds.c;
@@ -441,7 +437,7 @@ struct TileWalk {
       for (GroupStats<A>& sums : hand.stats) sums = {};
       hand.any = 0;
       pass_over(hand, old, now, next);
-      if (now.passes > 0) solve_tile<false>(hand, now, hand.begin);
+      if (now.passes > 0) solve_tile<false>(hand, now, back(hand.in_row, passes_of(now)));
     }
     __pipeline_commit();
     __pipeline_wait_prior(0);  // no copy outlives its block
