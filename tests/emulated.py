@@ -58,7 +58,7 @@ def load(threads: int = THREADS) -> ModuleType:
 
 
 def limit_device(**most: int) -> None:
-    """The CUDA executor's shared_bytes and multiprocessors, so that small groups count as large; without, no more."""
+    """The CUDA executor's shared_bytes and multiprocessors, so that small groups count as large."""
     from cges_kernels.backends import extension, unplanned
 
     extension.BUILT["cuda"].limit_device(**most)

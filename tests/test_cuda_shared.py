@@ -1,5 +1,5 @@
-"""Panels of the CUDA executor that several blocks share: whatever their order and number, the same bits, and no
-wait without an end.
+"""Panels of the CUDA executor that several blocks share: whatever their order and number, the same bits, and
+no wait without an end.
 
 That they are right, over all specs, modes and dtypes, is in test_executors.py, where panels count as large.
 """
@@ -21,8 +21,9 @@ BACKEND = "cuda"
 pytestmark = pytest.mark.skipif(
     "cuda" not in BUILT, reason="the extension is built without the CUDA executor"
 )
-# Columns of whole accesses, of odd lengths, fewer than a tile's; adjacent columns of one group; several matrices;
-# long rows; the whole tensor. With so little memory and 8 multiprocessors each is a panel of 2 to 8 parts.
+# Columns of whole accesses, of odd lengths, fewer than a tile's; adjacent columns of one group; several
+# matrices; long rows; the whole tensor. With so little memory and 8 multiprocessors each is a panel of 2 to 8
+# parts.
 PANELS = [
     ("feature", (430, 136)),
     ("feature", (640, 67)),
@@ -92,9 +93,7 @@ def test_right_step_after_step(device, freeze_zeros, prox_mode, dtype):
             w, grad, buf = (fresh(shape, dtype) for _ in range(3))
             if freeze_zeros:
                 w.view(shape[0], -1)[:, ::3] = 0.0
-            check_step(
-                BACKEND, w, grad, buf, freeze_zeros=freeze_zeros, **training(w, spec, prox_mode)
-            )
+            check_step(BACKEND, w, grad, buf, freeze_zeros=freeze_zeros, **training(w, spec, prox_mode))
 
 
 @on_emulator
@@ -219,4 +218,3 @@ def test_what_is_not_finite_reaches_all_parts_of_its_group(device, value, prox_m
     got, expected = (one_step(x, w, grad, buf, **options)[0] for x in (BACKEND, "reference"))
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
     assert got.isnan()[:, 5].any() or got.isinf()[:, 5].any()
-

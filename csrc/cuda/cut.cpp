@@ -286,8 +286,8 @@ class Cutter {
       add_panels(L);
   }
 
-  // Rows of each part of a panel that several blocks hold together (the last part may have less), a multiple of
-  // the `down` that have threads at once; 0 where too few blocks run at once for all parts.
+  // Rows of each part of a panel that several blocks hold together (the last part may have less), a
+  // multiple of the `down` that have threads at once; 0 where too few blocks run at once for all parts.
   int64_t rows_of_part(int64_t rows, int64_t down, int64_t panels, int64_t columns) const {
     // Some room stays, so that the next tile can begin before all of this one's panel is there.
     const int64_t passes = std::max<int64_t>(room(kLeastSlots) * (kWaitRoom - 1) / kWaitRoom, 1);
@@ -299,10 +299,10 @@ class Cutter {
     return device_.cooperative && ceil_div(rows, each) <= device_.multiprocessors ? each : 0;
   }
 
-  // Panels whose parts wait for each other, band by band: some panels side by side, then their next parts. A band
-  // has no more tiles than blocks run at once, one a multiprocessor at least, and these take tiles in their
-  // order. So no block has two tiles of a band, and once all earlier bands are done each tile of it is some
-  // block's next.
+  // Panels whose parts wait for each other, band by band: some panels side by side, then their next parts.
+  // A band has no more tiles than blocks run at once, one a multiprocessor at least, and these take tiles
+  // in their order. So no block has two tiles of a band, and once all earlier bands are done each tile of
+  // it is some block's next.
   template <typename MakeTile>
   void add_parts(int64_t panels, int64_t parts, int64_t groups, MakeTile make) {
     const int64_t band = std::max<int64_t>(device_.multiprocessors / parts, 1);
@@ -322,19 +322,21 @@ class Cutter {
 
   bool add_shared_panels(const Layout& L) {
     const int64_t pitch = L.row_length();
-    for (const int64_t step : {std::lcm(L.R2, vector_), L.R2}) {
-      const int64_t columns = std::min(round_up(kTileRowBytes / size_, step), pitch);
-      if (!spans(columns, L.R2, 1)) continue;
-      const int64_t across = ceil_div(pitch, columns), down = kTileThreads / ceil_div(columns, vector_);
-      const int64_t rows = rows_of_part(L.R1, down, L.K1 * across, columns);
-      if (rows == 0 || down * pitch * size_ > UINT32_MAX) return false;
-      add_parts(L.K1 * across, ceil_div(L.R1, rows), columns / L.R2, [&](int64_t panel, int64_t part) {
-        const int64_t c = panel % across * columns, r = part * rows;
-        return tile(L.offset(panel / across, r, 0) + c, pitch, std::min(rows, L.R1 - r),
-                    std::min(columns, pitch - c), L.R2, 1);
-      });
-      return true;
-    }
+    for (const int64_t step : {std::lcm(L.R2, vector_), L.R2})
+      for (const int64_t bytes :
+           {kTileRowBytes, kNarrowRowBytes}) {  // the narrower the panel, the taller its parts
+        const int64_t columns = std::min(round_up(bytes / size_, step), pitch);
+        if (!spans(columns, L.R2, 1)) continue;
+        const int64_t across = ceil_div(pitch, columns), down = kTileThreads / ceil_div(columns, vector_);
+        const int64_t rows = rows_of_part(L.R1, down, L.K1 * across, columns);
+        if (rows == 0 || down * pitch * size_ > UINT32_MAX) continue;
+        add_parts(L.K1 * across, ceil_div(L.R1, rows), columns / L.R2, [&](int64_t panel, int64_t part) {
+          const int64_t c = panel % across * columns, r = part * rows;
+          return tile(L.offset(panel / across, r, 0) + c, pitch, std::min(rows, L.R1 - r),
+                      std::min(columns, pitch - c), L.R2, 1);
+        });
+        return true;
+      }
     return false;
   }
 

@@ -46,8 +46,8 @@ constexpr int64_t kSlotBytes = kRingArrays * kTileThreads * int64_t{16};
 // What such a block has on its chip at a time: whole groups, or elements without groups. Matrices of rows x
 // columns elements, one after the other in memory; or, of one matrix, some of its columns. The block's
 // threads lie `across` its columns, each with 16 bytes of them, and `down` its rows; then they pass on to
-// the next rows. Of groups that no block holds, a tile has some rows: it is one of the parts of a panel, which
-// wait for each other's sums.
+// the next rows. Of groups that no block holds, a tile has some rows: it is one of the parts of a panel,
+// which wait for each other's sums.
 struct alignas(16) Tile {
   enum class Kind : uint16_t { elements, groups };
   static constexpr uint32_t kOne = 1u << 20;
@@ -86,8 +86,8 @@ struct TileMemory {
   CGES_FN explicit TileMemory(int slots) : z(ring + slots * kSlotBytes) {}
 };
 
-// A block's work in the kernel for chunks: rows x columns elements of one tensor, the columns contiguous, which
-// are a part of a panel's groups.
+// A block's work in the kernel for chunks: rows x columns elements of one tensor, the columns contiguous,
+// which are a part of a panel's groups.
 struct Item {
   int64_t begin;  // the first element
   int64_t pitch;  // elements from one row to the next
@@ -126,8 +126,8 @@ struct GroupState {
   int32_t alive;
 };
 
-// A panel's part of the scratch, if it is in chunks: GroupState [groups], then Sums [chunks, groups]; if tiles
-// share it: Sums [2, parts, groups], by turns from sweep to sweep.
+// A panel's part of the scratch, if it is in chunks: GroupState [groups], then Sums [chunks, groups]; if
+// tiles share it: Sums [2, parts, groups], by turns from sweep to sweep.
 CGES_FN int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <typename A>
 CGES_FN int64_t state_bytes(int64_t groups) {

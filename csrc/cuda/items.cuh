@@ -75,7 +75,8 @@ __device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& 
   return true;
 }
 
-// A chunk's stage: 0 to table.stages - 1 are sweeps, then its groups' s and t are known, and the last applies.
+// A chunk's stage: 0 to table.stages - 1 are sweeps, then its groups' s and t are known, and the last
+// applies.
 template <typename T, typename Table>
 __device__ __forceinline__ void run_chunk(const Table& table, const Item& item, int stage,
                                           unsigned char* memory) {

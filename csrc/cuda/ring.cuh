@@ -18,9 +18,9 @@ struct Part {
   T* states[kStates];
   uint32_t step;  // bytes from one of its rows to the next
   int rows;       // of its own that are left
-  // In one word, to spare registers: how many columns it has of a row, and of the tile's last one, a byte each; bits
-  // for whether that row is one of its own, whether a step reads gradients, and states; and, in the last byte, the
-  // bytes that one access may move, in all of the tile.
+  // In one word, to spare registers: how many columns it has of a row, and of the tile's last one, a byte
+  // each; bits for whether that row is one of its own, whether a step reads gradients, and states; and, in
+  // the last byte, the bytes that one access may move, in all of the tile.
   uint32_t form;
 
   __device__ Part(const Tile& tile, const TensorAddresses& tensor, Phase phase)

@@ -1,11 +1,10 @@
-// Tiles: whole groups that lie across rows ("feature", "channel"), rows too long for registers, parts of groups
-// that no block holds, and elements without groups. A block goes from tile to tile and never stops reading:
-// copies run ahead of it through a ring, over the ends of tiles and tensors, and a finished tile is written back
-// in the same loop that takes in the next.
+// Tiles: whole groups that lie across rows ("feature", "channel"), rows too long for registers, parts of
+// groups that no block holds, and elements without groups. A block goes from tile to tile and never stops
+// reading: copies run ahead of it through a ring, over the ends of tiles and tensors, and a finished tile
+// is written back in the same loop that takes in the next.
 //
 //   loop:  w = s * soft(z, t) of the old tile's row;  z of the new one's
-//   then:  the new tile's sums, and those of the other parts -> solve, in exact mode again and again over z on
-//          the chip
+//   then:  the new tile's sums, and those of the other parts -> solve, in exact mode again and again over z
 //
 // Each element crosses the memory once.
 #pragma once
@@ -58,8 +57,8 @@ __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[k
   return {counts ? total[kSums - 1] : A(0), total[0], total[1]};
 }
 
-// What the parts of a panel tell each other through device memory: sums of each of its groups, by turns in two
-// places, since a block may be one sweep ahead of others and no more.
+// What the parts of a panel tell each other through device memory: sums of each of its groups, by turns in
+// two places, since a block may be one sweep ahead of others and no more.
 template <typename A>
 struct SharedPanel {
   const Tile& tile;
@@ -96,7 +95,8 @@ struct SharedPanel {
     return all;
   }
 
-  // The last to leave, when all threads of its block have heard enough, sets the counters back for the next step.
+  // The last to leave, when all threads of its block have heard enough, sets the counters back for the next
+  // step.
   __device__ void leave() const {
     if (threadIdx.x != 0 || atomicAdd(left, 1) < tile.parts - 1) return;
     atomicExch(arrived, 0);
@@ -110,8 +110,9 @@ struct TileWalk {
   using A = Compute<T>;
   static constexpr int kStates = SgdRule<A, plain>::kStates, kVector = Pack<T>::kSize, kEach = Pack<A>::kSize;
   using MyPart = Part<T, kStates>;
-  // With eight columns a thread registers are too few for all: exact mode's first sums are then not counted in the
-  // loop that takes z in, and only plain steps go on with the next tile while a part waits for others.
+  // With eight columns a thread registers are too few for all: exact mode's first sums are then not counted
+  // in the loop that takes z in, and only plain steps go on with the next tile while a part waits for
+  // others.
   static constexpr bool kSweepsFirst = kVector > 4, kGoesOn = plain || kVector <= 4;
 
   const Table& table;
@@ -119,8 +120,8 @@ struct TileWalk {
   Shrinkage<A>* const found;  // each group's
   int* const alive;  // whether any of its weights was not zero, where zeros are frozen group by group
   Ring<T, kStates> ring;
-  // This thread's, 16 bytes and more for each of its rows; a tile's begin where those of the one before end, round and
-  // round.
+  // This thread's, 16 bytes and more for each of its rows; a tile's begin where those of the one before
+  // end, round and round.
   unsigned char* const z;
   static constexpr int kRow = kVector * kTileThreads * int(sizeof(A));  // bytes from one to the next
 
@@ -143,9 +144,9 @@ struct TileWalk {
   }
   __device__ Tile& queued(int k) const { return queue[k % kQueue]; }
 
-  // Puts the block's k-th tile in the queue, or none. What is side by side is worked on at the same time. Where
-  // no tile waits for others it goes there and back, so that who had one of the larger of a round has one of the
-  // smaller of the next.
+  // Puts the block's k-th tile in the queue, or none. What is side by side is worked on at the same time.
+  // Where no tile waits for others it goes there and back, so that who had one of the larger of a round has
+  // one of the smaller of the next.
   __device__ void fetch_tile(int k) {
     constexpr int kPieces = sizeof(Tile) / 16;
     if (threadIdx.x >= kPieces) return;
@@ -190,13 +191,13 @@ struct TileWalk {
   // fetched next.
   struct Hand {
     MyPart out, in, ahead;
-    // Of the old one: its z's row in turn; each column's (s, t), whether they still wait for other parts' sums, and
-    // whether anything shrinks.
+    // Of the old one: its z's row in turn; each column's (s, t), whether they still wait for other parts'
+    // sums, and whether anything shrinks.
     int out_row = 0;
     Shrinkage<A> at[kVector] = {};
     bool waits = false, shrinks = true;
-    // Of the new one: its z's row in turn; its rule, its l1 threshold, whether zeros stay; its sums, and bit v of `any` where
-    // column v has a weight that is not zero.
+    // Of the new one: its z's row in turn; its rule, its l1 threshold, whether zeros stay; its sums, and
+    // bit v of `any` where column v has a weight that is not zero.
     int in_row = 0;
     SgdRule<A, plain> rule;
     A c;
@@ -317,8 +318,9 @@ struct TileWalk {
     }
   }
 
-  // (s, t) of this thread's columns, once all of the tile's z is on the chip, from `begin` on; with at least one
-  // barrier. Of a part, `hand.waits` until this is called again, as it `comes_back`; but in exact mode it waits here.
+  // (s, t) of this thread's columns, once all of the tile's z is on the chip, from `begin` on; with at
+  // least one barrier. Of a part, `hand.waits` until this is called again, as it `comes_back`; but in exact
+  // mode it waits here.
   template <bool comes_back>
   __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile, int begin) const {
     const ParamGroup<A> h = told(tile);
