@@ -218,3 +218,30 @@ def test_what_is_not_finite_reaches_all_parts_of_its_group(device, value, prox_m
     got, expected = (one_step(x, w, grad, buf, **options)[0] for x in (BACKEND, "reference"))
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
     assert got.isnan()[:, 5].any() or got.isinf()[:, 5].any()
+
+
+@pytest.mark.gpu
+def test_beside_kernels_that_hold_multiprocessors():
+    """All blocks of a launch run at once, or none: one that finds no room waits outside."""
+    emulated.limit_device()
+    shapes = [(4096, 640), (50_000, 128), (300, 70)]
+    start, grads = ([fresh(shape) for shape in shapes] for _ in range(2))
+    side, matrix = torch.cuda.Stream(), torch.randn(8192, 8192)
+    results = []
+    for busy in (False, True, True):
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        optimizer = optimizer_of(params, group_by="feature", **PLAIN)
+        for p, grad in zip(params, grads):
+            p.grad = grad.clone()
+        torch.cuda.synchronize()
+        if busy:
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(20_000_000)
+                for _ in range(10):
+                    matrix @ matrix
+        for _ in range(5):
+            optimizer.step()
+        torch.cuda.synchronize()
+        results.append([p.detach().clone() for p in params])
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))

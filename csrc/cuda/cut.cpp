@@ -2,12 +2,11 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cuda/executor.h"
+#include "cuda/cut_chunks.h"
 
 namespace cges::cuda {
 namespace {
 
-constexpr int64_t kSlab = 16384;      // elements of a block: enough to amortise it, few enough to share out
 constexpr int64_t kWaitRoom = 5;      // a tile that waits for others leaves one in so many passes of z free
 constexpr int64_t kSmallTile = 8192;  // not cut any smaller, so that all multiprocessors have one
 // Bytes of each row that a tile holds: at 256 the memory delivers all it can, at 128 nine tenths of that,
@@ -15,10 +14,6 @@ constexpr int64_t kSmallTile = 8192;  // not cut any smaller, so that all multip
 constexpr int64_t kTileRowBytes = 256, kNarrowRowBytes = 128, kLeastRowBytes = 64;
 // Accesses of a tensor by one thread of a strip, where not more are needed: of 16 bytes, and of one element.
 constexpr int64_t kPacks = 2, kSingles = 8;
-constexpr int64_t kSectorBytes = 32;
-constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of panels in chunks
-
-int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 int64_t ceil_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 * ceil_power_of_two(ceil_div(n, 2)); }
 
@@ -65,50 +60,12 @@ class Cutter {
     work_.tiles_in_parts = int32_t(parts_.size());
     work_.tiles.insert(work_.tiles.begin(), parts_.begin(), parts_.end());
     share_memory();
-    add_windows();
+    chunks_.add_windows();
     return std::move(work_);
   }
 
  private:
   static int64_t elements_of(const Tile& x) { return int64_t{x.rows} * x.columns * (x.across / x.lanes); }
-
-  // n contiguous elements as rows of all of a block's threads.
-  Item span(int64_t begin, int64_t n) const {
-    const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
-    return item(begin, columns, rows, columns, n - (rows - 1) * columns, columns);
-  }
-
-  Item panel(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t run) const {
-    return item(begin, pitch, rows, columns, columns, run);
-  }
-
-  Item item(int64_t begin, int64_t pitch, int64_t rows, int64_t columns, int64_t last_columns,
-            int64_t run) const {
-    Item made{};
-    made.begin = begin;
-    made.pitch = pitch;
-    made.tensor = tensor_;
-    made.rows = int32_t(rows);
-    made.columns = int32_t(columns);
-    made.last_columns = int32_t(last_columns);
-    made.run = int32_t(std::min(run, columns));
-    made.lanes = int32_t(ceil_div(columns, vector_));
-    return made;
-  }
-
-  int64_t row_of_threads() const { return kThreads * vector_; }
-  int64_t shared_bytes(int64_t rows, int64_t columns, int64_t groups) const {
-    return SharedLayout<A>(groups).z + rows * round_up(columns, vector_) * int64_t(sizeof(A));
-  }
-  int64_t shared_bytes(const Item& x) const { return shared_bytes(x.rows, x.columns, x.groups()); }
-
-  bool span_fits(int64_t n) const {
-    return shared_bytes(ceil_div(n, row_of_threads()), row_of_threads(), 1) <= device_.shared_bytes;
-  }
-  bool panel_fits(int64_t rows, int64_t columns, int64_t groups) const {
-    return columns <= (groups == 1 ? row_of_threads() : kThreads) &&
-           shared_bytes(rows, columns, groups) <= device_.shared_bytes;
-  }
 
   // n contiguous elements, at most one group, as rows of all threads of a block for tiles.
   Tile tile_of_run(Tile::Kind kind, int64_t begin, int64_t n) const {
@@ -167,47 +124,6 @@ class Cutter {
     work_.slots = wish <= room(kMostSlots) ? kMostSlots : kLeastSlots;
     work_.z_passes = int32_t(work_.tiles_in_parts > 0 ? room(work_.slots) : passes);
     work_.shared_tiles = TileMemory<A>(work_.slots).z + work_.z_passes * pass_bytes();
-  }
-
-  // Elements of a span of at most `wish` that fits a block: whole rows of all threads.
-  int64_t span_size(int64_t wish) const {
-    const int64_t most = (device_.shared_bytes - SharedLayout<A>(1).z) / int64_t(sizeof(A));
-    return std::max(std::min(wish, most) / row_of_threads(), int64_t{1}) * row_of_threads();
-  }
-
-  void push_panel(std::vector<Item> chunks) {
-    for (Item& x : chunks) {
-      x.panel = work_.panels;
-      x.chunk = int32_t(&x - chunks.data());
-      x.chunks = int32_t(chunks.size());
-      x.scratch = work_.scratch_bytes;
-      work_.shared_chunks = std::max(work_.shared_chunks, shared_bytes(x));
-    }
-    const int64_t groups = chunks.front().groups();
-    work_.scratch_bytes += state_bytes<A>(groups) + round_up(chunks.size() * groups * sizeof(Sums<A>), 16);
-    work_.chunks.insert(work_.chunks.end(), chunks.begin(), chunks.end());
-    ++work_.panels;
-  }
-
-  // A window holds whole panels, as many as the L2 keeps: half of it, for what has just left is still there.
-  void add_windows() {
-    auto& chunks = work_.chunks;
-    const int64_t keeps = device_.l2_bytes / 2 / (3 * size_);
-    for (size_t begin = 0, end = 0; begin < chunks.size(); begin = end) {
-      int64_t elements = 0;
-      do {
-        const size_t next = end + chunks[end].chunks;
-        int64_t more = 0;
-        for (size_t i = end; i < next; ++i) more += int64_t(chunks[i].rows) * chunks[i].columns;
-        if (end > begin && elements + more > keeps) break;
-        elements += more;
-        end = next;
-      } while (end < chunks.size());
-      for (size_t i = begin; i < end; ++i) {
-        chunks[i].window_begin = int32_t(begin);
-        chunks[i].window_size = int32_t(end - begin);
-      }
-    }
   }
 
   void add_elements(int64_t n) {
@@ -274,7 +190,7 @@ class Cutter {
         return tile_of_run(Tile::Kind::groups, group * n + part * each, std::min(each, n - part * each));
       });
     } else {
-      for (int64_t i = 0; i < groups; ++i) push_panel(chunks_of_run(i * n, n));
+      for (int64_t i = 0; i < groups; ++i) chunks_.add_run(tensor_, i * n, n);
     }
   }
 
@@ -283,7 +199,7 @@ class Cutter {
     if (const int64_t columns = tile_columns(L); columns > 0)
       add_tiles(L, columns);
     else if (!add_shared_panels(L))
-      add_panels(L);
+      chunks_.add_panels(tensor_, L);
   }
 
   // Rows of each part of a panel that several blocks hold together (the last part may have less), a
@@ -320,11 +236,11 @@ class Cutter {
     work_.scratch_bytes += panels * sums_bytes<A>(groups, parts);
   }
 
+  // The narrower a panel, the taller its parts, and the fewer.
   bool add_shared_panels(const Layout& L) {
     const int64_t pitch = L.row_length();
     for (const int64_t step : {std::lcm(L.R2, vector_), L.R2})
-      for (const int64_t bytes :
-           {kTileRowBytes, kNarrowRowBytes}) {  // the narrower the panel, the taller its parts
+      for (const int64_t bytes : {kTileRowBytes, kNarrowRowBytes}) {
         const int64_t columns = std::min(round_up(bytes / size_, step), pitch);
         if (!spans(columns, L.R2, 1)) continue;
         const int64_t across = ceil_div(pitch, columns), down = kTileThreads / ceil_div(columns, vector_);
@@ -389,54 +305,13 @@ class Cutter {
     return matrices;
   }
 
-  // Panels of chunks.
-  void add_panels(const Layout& L) {
-    const int64_t columns = panel_columns(L), pitch = L.row_length();
-    for (int64_t k1 = 0; k1 < L.K1; ++k1)
-      for (int64_t c = 0; c < pitch; c += columns)
-        push_panel(chunks_of_panel(L, L.offset(k1, 0, 0) + c, std::min(columns, pitch - c)));
-  }
-
-  // Wide enough for the memory, narrow enough that the L2 keeps a panel between two sweeps.
-  int64_t panel_columns(const Layout& L) const {
-    if (L.R2 > kThreads) return L.R2;
-    int64_t columns = std::min<int64_t>(kPanelColumns, kThreads);
-    while (columns > kMinPanelColumns && (3 * size_ * L.R1 * columns > device_.l2_bytes / 2 ||
-                                          !panel_fits(1, columns, ceil_div(columns, L.R2))))
-      columns /= 2;
-    // whole groups, in whole sectors of the memory or in accesses of 16 bytes
-    for (const int64_t step : {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)})
-      if (step <= columns) return columns / step * step;
-    return std::max(columns / L.R2, int64_t{1}) * L.R2;
-  }
-
-  std::vector<Item> chunks_of_run(int64_t begin, int64_t n) const {
-    std::vector<Item> chunks;
-    const int64_t each = span_size(kSlab);
-    for (int64_t i = 0; i < n; i += each) chunks.push_back(span(begin + i, std::min(each, n - i)));
-    return chunks;
-  }
-
-  // A panel of several groups, or of one that is wider than a block: then each row in spans of its own.
-  std::vector<Item> chunks_of_panel(const Layout& L, int64_t begin, int64_t width) const {
-    std::vector<Item> chunks;
-    const int64_t pitch = L.row_length(), most = std::min(width, width == L.R2 ? row_of_threads() : width);
-    const int64_t room = device_.shared_bytes - SharedLayout<A>(ceil_div(width, L.R2)).z;
-    const int64_t fits = std::min(kSlab, room / int64_t(sizeof(A))) / round_up(most, vector_);
-    const int64_t rows = std::max(fits, int64_t{1});
-    for (int64_t r = 0; r < L.R1; r += rows)
-      for (int64_t c = 0; c < width; c += most)
-        chunks.push_back(
-            panel(begin + r * pitch + c, pitch, std::min(rows, L.R1 - r), std::min(most, width - c), L.R2));
-    return chunks;
-  }
-
   const Device device_;
   const int64_t size_, vector_, elements_of_thread_;
   std::vector<Rows> rows_, elements_;  // the latter without groups, which count as one element each
   int32_t tensor_ = 0;
   std::vector<Tile> parts_;
   Work work_;
+  ChunkCutter<A> chunks_{device_, size_, work_};
 };
 
 template <typename A>

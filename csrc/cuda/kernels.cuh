@@ -2,8 +2,8 @@
 //   step_rows      contiguous groups and elements without groups, in registers
 //   step_tiles     groups in shared memory, of a block or of several; elements without groups if there are no rows
 //   step_chunks    parts of groups that nothing holds, by tickets
-// From here: arguments.cuh; rows.cuh; tiles.cuh, ring.cuh (what they read); items.cuh (a chunk), groups.cuh
-// (its sums, solve, apply), slab.cuh; rule.cuh (the update), memory.cuh (accesses).
+// From here: arguments.cuh; rows.cuh; tiles.cuh, ring.cuh (what they read), tile_sums.cuh; items.cuh (a chunk),
+// groups.cuh (its sums, solve, apply), slab.cuh; rule.cuh (the update), memory.cuh (accesses).
 #pragma once
 #include "cuda/items.cuh"
 #include "cuda/rows.cuh"
