@@ -16,15 +16,10 @@ from cuda_emulator.build import compiler, has_sanitizer, sanitizer_library
 from emulated import build_extension
 
 HERE = Path(__file__).resolve().parent
-LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of_256"  # slow, or the same accesses
-ALL_OF_IT = [
-    "test_cuda.py",
-    "test_cuda_rows.py",
-    "test_cuda_tiles.py",
-    "test_executors.py",
-    "-k",
-    f"cuda and not ({LEFT_OUT})",
-]
+# slow, or the same accesses
+LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of or every_wait or step_after_step"
+ALL_OF_IT = [f"test_cuda{part}.py" for part in ("", "_rows", "_tiles", "_shared")]
+ALL_OF_IT += ["test_executors.py", "-k", f"cuda and not ({LEFT_OUT})"]
 SMALL_CASES = ["test_cuda.py", "-k", "one_small_step"]
 
 pytestmark = [
