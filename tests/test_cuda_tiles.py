@@ -14,6 +14,7 @@ from test_executors import MODES, coefficients, training
 
 from cges_kernels import ProxSGD
 from cges_kernels.backends.extension import BUILT
+from cges_kernels.core.groups import grouped_layout
 
 BACKEND = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -55,6 +56,12 @@ def parameters_of(groups):
 def give_grads(params, dtype=torch.float32, offset=0):
     for p in params:
         p.grad = parameter(p.shape, dtype, offset).detach()
+
+
+def counts(shape, spec, dtype=torch.float32):
+    """How many tiles a tensor is cut into."""
+    layout = grouped_layout(torch.empty(shape, dtype=dtype), spec, None)
+    return BUILT["cuda"].cuda_paths([layout], (torch.float32, torch.float64).index(dtype), 0)[1]
 
 
 def reads_of(accesses, tensor):
@@ -274,6 +281,30 @@ def test_how_large_tiles_are_on_a_gpu(monkeypatch):
 
 @on_emulator
 @pytest.mark.slow
+def test_how_many_tiles_there_are_on_a_gpu(monkeypatch, device):
+    """Columns of 256 bytes, 128 or 64; more of them in low tensors; several small matrices in one."""
+    module = emulated.load(256)
+    monkeypatch.setitem(BUILT, "cuda", module)
+    gpu = emulated.Device(module.__file__)
+    gpu["multiprocessors"] = 132
+    expected = {
+        (512, 4608): 72,  # 256 bytes: every other multiprocessor has one
+        (1000, 16384): 512,  # 128, where all rows fit only then
+        (1000, 1000): 63,  # 64, since there would be 16 tiles
+        (256, 1024): 32,
+        (64, 65536): 256,  # wide ones, of 16,384 elements
+        (16, 640): 2,
+    }
+    try:
+        for shape, tiles in expected.items():
+            assert counts(shape, "feature") == tiles, shape
+        assert counts((3750, 8, 9), (1,)) == 67  # of 56 matrices
+    finally:
+        gpu.reset()
+
+
+@on_emulator
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PLAIN, GENERAL[1], FREEZES_GROUPS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_512_threads(monkeypatch, dtype, options):
@@ -363,6 +394,21 @@ def test_without_coefficients_w_is_z_bit_for_bit(momentum, dtype):
         optimizer.step()
     for p, w in zip(params, before):
         assert torch.equal(p, w) and torch.equal(p.signbit(), w.signbit()), p.shape
+
+
+def test_zeros_of_tensors_without_groups_keep_their_sign_where_there_is_no_l1():
+    """Beside tensors with groups, whose coefficients are in the same param group."""
+    results = []
+    w, columns = torch.tensor([-0.0, 0.0, 1.0, -2.0] * 5), fresh((64, 48))
+    for backend in (BACKEND, "reference"):
+        params = [torch.nn.Parameter(x.clone()) for x in (w, columns)]
+        optimizer = ProxSGD(params, lr=0.1, momentum=0.9, group_lasso=0.3, backend=backend)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        results.append(params[0].detach())
+    assert torch.equal(*results) and torch.equal(*(x.signbit() for x in results))
 
 
 @pytest.mark.parametrize("what", ["lr", "group_lasso", "exclusive_lasso", "l1"])

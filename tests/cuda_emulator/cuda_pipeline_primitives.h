@@ -1,6 +1,7 @@
 // Asynchronous copies into shared memory, as late as they may be: the bytes come with the wait that covers
 // their batch, and the source is read no sooner. Until then the destination holds poison (NaN), so that who
-// reads it early, or asks for a copy into what others still read, is wrong in every order.
+// reads it early, or asks for a copy into what others still read, is wrong in every order; who writes there
+// fails.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -17,6 +18,7 @@ struct Copy {
 void add_copy(Copy);
 void commit_copies();
 bool take_copy(size_t prior, Copy*);  // the oldest one that is older than the last `prior` batches
+void overwritten();                   // somebody wrote where a copy was on its way to
 
 // Here and not in emulator.cpp, because the sanitizers must see it. A GPU may read the source from now on.
 template <typename Unit>
@@ -30,6 +32,7 @@ void poison(const Copy& copy) {
 template <typename Unit>
 void fulfil(const Copy& copy) {
   for (size_t i = 0; i < copy.bytes / sizeof(Unit); ++i) {
+    if (static_cast<Unit*>(copy.to)[i] != Unit(~0u)) overwritten();
     const bool given = i < (copy.bytes - copy.zeros) / sizeof(Unit);
     static_cast<Unit*>(copy.to)[i] = given ? static_cast<const Unit*>(copy.from)[i] : Unit(0);
   }

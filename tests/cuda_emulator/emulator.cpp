@@ -141,6 +141,8 @@ bool take_copy(size_t prior, Copy* copy) {
   return true;
 }
 
+void overwritten() { fail("a write to where an asynchronous copy is on its way to"); }
+
 bool tracing = false;
 
 void log_access(const void* address, size_t bytes, bool write) {
