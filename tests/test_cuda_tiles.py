@@ -298,7 +298,7 @@ def test_how_many_tiles_there_are_on_a_gpu(monkeypatch, device):
     try:
         for shape, tiles in expected.items():
             assert counts(shape, "feature") == tiles, shape
-        assert counts((3750, 8, 9), (1,)) == 67  # of 56 matrices
+        assert counts((3750, 8, 9), (1,)) == 130  # of 29 matrices each
     finally:
         gpu.reset()
 
