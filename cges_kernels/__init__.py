@@ -1,4 +1,4 @@
-"""Structured-sparse training at the cost of plain SGD: fused proximal SGD for PyTorch."""
+"""Structured-sparse training at close to the cost of plain SGD: fused proximal SGD for PyTorch."""
 
 from importlib import metadata as _metadata
 
