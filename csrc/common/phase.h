@@ -1,4 +1,5 @@
 #pragma once
+#include "common/arithmetic.h"
 
 namespace cges {
 
@@ -10,5 +11,10 @@ enum class Phase {
   first = 2,       // the state is written, but holds nothing yet
   running = 3,     // the state is read and written
 };
+
+// What a step of a tensor that is not skipped reads and writes beside the weight.
+CGES_FN constexpr bool reads_grad(Phase phase) { return phase != Phase::prox_alone; }
+CGES_FN constexpr bool reads_state(Phase phase) { return phase == Phase::running; }
+CGES_FN constexpr bool writes_state(Phase phase) { return phase >= Phase::first; }
 
 }  // namespace cges

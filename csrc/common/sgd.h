@@ -6,7 +6,8 @@
 
 namespace cges {
 
-// What an optimizer's state calls the one tensor that SGD keeps of a parameter.
+// How many tensors SGD keeps of a parameter, its states, and what an optimizer's state calls that one.
+constexpr int kSgdStates = 1;
 constexpr const char* kSgdState = "momentum_buffer";
 
 template <typename T>

@@ -38,9 +38,9 @@ struct alignas(16) Strip {
 };
 
 constexpr int kTileThreads = 2 * kThreads;  // of a block of the kernel for tiles
-// A ring of slots, each for what all threads read of one row: 16 bytes of a weight, its gradient and its
+// A ring of slots, each for what all threads read of one row: 16 bytes of a weight, its gradient and each
 // state. All but one of them are under way: two where there is shared memory enough.
-constexpr int kRingArrays = 3, kMostSlots = 3, kLeastSlots = 2;
+constexpr int kRingArrays = 2 + kSgdStates, kMostSlots = 3, kLeastSlots = 2;
 constexpr int64_t kSlotBytes = kRingArrays * kTileThreads * int64_t{16};
 
 // What such a block has on its chip at a time: whole groups, or elements without groups. Matrices of rows x

@@ -49,8 +49,8 @@ struct Part {
       --rows;
       last = false;
     }
-    form = columns | last_columns << 8 | last << 16 | (phase != Phase::prox_alone) << 17 |
-           (phase == Phase::running) << 18 | unit << 24;
+    form = columns | last_columns << 8 | last << 16 | cges::reads_grad(phase) << 17 |
+           reads_state(phase) << 18 | unit << 24;
   }
 
   static __device__ int clamp(int columns) { return max(0, min(columns, kVector)); }

@@ -32,13 +32,12 @@ struct ParamGroup {
   __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
 };
 
-// SGD as an update rule: how many tensors it keeps beside a weight (its states), which of them a step reads
-// and writes, and z. The kernels for rows and tiles ask no more of a rule, so another (AdamW: two states)
-// is another of these; those for larger groups call sgd_update themselves. `plain`: what nearly everybody
-// uses, known when this is compiled.
+// SGD as an update rule: how many states it keeps, what a step reads and writes, and z. The kernels for rows
+// and tiles ask no more of a rule, so another (AdamW: two states) is another of these; those for larger
+// groups call sgd_update themselves. `plain`: what nearly everybody uses, known when this is compiled.
 template <typename A, bool plain>
 struct SgdRule {
-  static constexpr int kStates = 1;
+  static constexpr int kStates = kSgdStates;
   SgdScalars<A> scalars;
   Phase phase_;
   bool nesterov_;
@@ -51,9 +50,9 @@ struct SgdRule {
       : scalars(x.scalars), phase_(x.phase()), nesterov_(x.nesterov_) {}
 
   __device__ Phase phase() const { return plain ? Phase::running : phase_; }
-  __device__ bool reads_grad() const { return phase() != Phase::prox_alone; }
-  __device__ bool reads_states() const { return phase() == Phase::running; }
-  __device__ bool writes_states() const { return phase() >= Phase::first; }
+  __device__ bool reads_grad() const { return cges::reads_grad(phase()); }
+  __device__ bool reads_states() const { return reads_state(phase()); }
+  __device__ bool writes_states() const { return writes_state(phase()); }
 
   // z; the states become the new ones.
   __device__ A update(A w, A grad, A (&states)[kStates]) const {

@@ -78,8 +78,8 @@ __device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const Param
   using A = Compute<T>;
   constexpr int kVector = Slab<T>::kVector;
   const Phase phase = running ? Phase::running : slab.phase;
-  const bool reads_grad = phase != Phase::prox_alone;
-  const bool writes_buf = keep_buf && phase >= Phase::first;
+  const bool reads_grad = cges::reads_grad(phase);
+  const bool writes_buf = keep_buf && writes_state(phase);
   const SgdScalars<A> sgd = h.sgd;
   const bool nesterov = h.nesterov, decay = sgd.weight_decay != A(0);
   const bool freezes_elements = h.freeze == Freeze::element;
@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_slab(const Slab<T>& slab, const Compute<T>
 // The buffer's zeros in the columns of the bits of `dead`.
 template <typename T>
 __device__ __forceinline__ void clear_buffer(const Slab<T>& slab, unsigned dead) {
-  if (dead == 0 || slab.phase < Phase::first) return;
+  if (dead == 0 || !writes_state(slab.phase)) return;
   for (int r = slab.row; r < slab.rows; r += slab.stride)
     for (int v = 0; v < slab.length(r); ++v)
       if (dead >> v & 1) store<false>(slab.buf + slab.offset(r) + v, T(0.0f));

@@ -309,7 +309,7 @@ struct TileWalk {
       dead |= 1u << v;
       hand.at[v] = {A(0), A(0)};
     }
-    const bool writes_states = phase(tile) >= Phase::first;
+    const bool writes_states = writes_state(phase(tile));
     for (MyPart mine = part(tile); dead != 0 && mine.rows > 0; mine.go_on(), turn(row)) {
       A x[kVector];
       load_z(row, x);
