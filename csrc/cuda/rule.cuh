@@ -62,8 +62,8 @@ struct SgdRule {
 };
 
 template <typename T>
-__device__ __forceinline__ T* state_of(const TensorAddresses& args, int) {
-  return static_cast<T*>(args.buf);
+__device__ __forceinline__ T* state_of(const TensorAddresses& tensor, int) {
+  return static_cast<T*>(tensor.buf);
 }
 
 // The rule on neighbouring elements: w becomes z, and the states the new ones. Both are zeros where `dead`,

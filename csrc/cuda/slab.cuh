@@ -22,10 +22,10 @@ struct Slab {
   int rows, columns, last_columns;
   int column, row, stride;
 
-  __device__ Slab(const TensorAddresses& args, Phase phase, const Item& item)
-      : w(static_cast<T*>(args.w) + item.begin),
-        grad(args.grad ? static_cast<const T*>(args.grad) + item.begin : nullptr),
-        buf(args.buf ? static_cast<T*>(args.buf) + item.begin : nullptr),
+  __device__ Slab(const TensorAddresses& tensor, Phase phase, const Item& item)
+      : w(static_cast<T*>(tensor.w) + item.begin),
+        grad(tensor.grad ? static_cast<const T*>(tensor.grad) + item.begin : nullptr),
+        buf(tensor.buf ? static_cast<T*>(tensor.buf) + item.begin : nullptr),
         phase(phase),
         pitch(item.pitch),
         rows(item.rows),
