@@ -51,12 +51,12 @@ void step(const std::string& group_by, bool exact, int64_t rows, int64_t columns
   std::vector<T> w = normal<T>(elements, 1), grad = normal<T>(elements, 2), buf = normal<T>(elements, 3);
   const auto dtype = std::is_same_v<T, float> ? cges::DType::f32 : cges::DType::bf16;
   const cges::TensorShape shape{layout, group_by != "none", dtype, -1, 0};
-  std::vector<cges::cpu::Slot> slots;
+  std::vector<cges::cpu::StepTensor> tensors;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i * layout.numel();
-    slots.push_back({shape, {&w[at], &grad[at], &buf[at]}, cges::Phase::running, &h});
+    tensors.push_back({shape, {&w[at], &grad[at], &buf[at]}, cges::Phase::running, &h});
   }
-  cges::cpu::step(slots);
+  cges::cpu::step(tensors);
   double left = 0;
   for (const T& value : w) left += double(value) != 0;
   std::printf("%.3f of the weights are left\n", left / elements);

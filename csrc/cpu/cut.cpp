@@ -29,38 +29,41 @@ int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
 // The size of the fewest parts of at most `most` each, as even as can be.
 int64_t even_part(int64_t n, int64_t most) { return parts_of(n, parts_of(n, most)); }
 
-int64_t size_of_z(const Slot& slot) { return std::max<int64_t>(element_size(slot.dtype), sizeof(float)); }
+int64_t size_of_z(const StepTensor& tensor) {
+  return std::max<int64_t>(element_size(tensor.dtype), sizeof(float));
+}
 
 // Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `columns`,
 // the first of them `skip` columns narrower.
-void cut_whole(int32_t tensor, const Layout& L, int64_t span, int64_t columns, int64_t skip,
+void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, int64_t skip,
                std::vector<Tile>& tiles) {
   for (int64_t k1 = 0; k1 < L.K1; k1 += span)
     for (int64_t c = -skip; c < L.row_length(); c += columns)
-      tiles.push_back({tensor, k1, std::min(k1 + span, L.K1), 0, L.R1, std::max(c, int64_t{0}),
+      tiles.push_back({index, k1, std::min(k1 + span, L.K1), 0, L.R1, std::max(c, int64_t{0}),
                        std::min(c + columns, L.row_length())});
 }
 
 // How far into a line pair each row begins, in columns; 0 where that differs from row to row.
-int64_t columns_into_pair(const Slot& slot, const Layout& L, int64_t size) {
+int64_t columns_into_pair(const StepTensor& tensor, const Layout& L, int64_t size) {
   const bool rows_agree = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
-  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(slot.w) % kLinePair) / size : 0;
+  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(tensor.w) % kLinePair) / size : 0;
 }
 
 // Rows that alias share few sets of each cache, and a panel's rows are too short for the processor to see
 // them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
-bool better_in_pieces(const Slot& slot, const Layout& L, int64_t size) {
+bool better_in_pieces(const StepTensor& tensor, const Layout& L, int64_t size) {
   return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && summed_by_columns(L) &&
-         L.R1 >= 4 * kLeastPieceRows && holds_z(slot) && !slot.h->searches() &&
-         slot.thresholds().need_norms();
+         L.R1 >= 4 * kLeastPieceRows && holds_z(tensor) && !tensor.h->searches() &&
+         tensor.thresholds().need_norms();
 }
 
 // Neighbouring groups that are summed by columns share pieces, every other group has its own.
-void cut_into_pieces(int32_t tensor, const Slot& slot, const Layout& L, std::vector<LargeGroups>& large) {
+void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
+                     std::vector<LargeGroups>& large) {
   const bool by_columns = summed_by_columns(L);
-  const int64_t z_size = size_of_z(slot);
+  const int64_t z_size = size_of_z(tensor);
   const int64_t width = by_columns ? even_part(L.K2, kPieceRowBytes / z_size / L.R2) * L.R2 : L.R2;
-  const int64_t sums_kept = kSumsBytes / ((slot.h->searches() ? 3 : 2) * z_size);
+  const int64_t sums_kept = kSumsBytes / ((tensor.h->searches() ? 3 : 2) * z_size);
   int64_t rows = std::max(kPieceElements / width, int64_t{1});
   if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1, sums_kept / (width / L.R2))});
   rows = even_part(L.R1, rows);
@@ -81,35 +84,35 @@ void cut_into_pieces(int32_t tensor, const Slot& slot, const Layout& L, std::vec
       int64_t part = 0;
       for (int64_t r = 0; r < L.R1; r += rows, part += by_columns)
         for (int64_t c = left; c < right; c += columns, part += !by_columns) {
-          const Tile tile{tensor, k1, k1 + 1, r, std::min(r + rows, L.R1), c, std::min(c + columns, right)};
+          const Tile tile{index, k1, k1 + 1, r, std::min(r + rows, L.R1), c, std::min(c + columns, right)};
           together.pieces.push_back({tile, part, together.groups + (c - left) / L.R2});
         }
       together.groups += groups;
     }
 }
 
-void cut(int32_t tensor, const Slot& slot, Work& out) {
-  const Layout L = working_layout(slot);
+void cut(int32_t index, const StepTensor& tensor, Work& out) {
+  const Layout L = working_layout(tensor);
   if (L.numel() == 0) return;
-  const int64_t size = element_size(slot.dtype), z_size = size_of_z(slot);
+  const int64_t size = element_size(tensor.dtype), z_size = size_of_z(tensor);
   const bool by_columns = summed_by_columns(L),
-             divisible = !has_short_groups(slot) && (by_columns || L.R2 >= kNarrow);
+             divisible = !has_short_groups(tensor) && (by_columns || L.R2 >= kNarrow);
   // Of z. Panels may lie in the next cache in part; a run that scratch has to hold leaves room for the rest.
-  const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(slot) ? z_limit : z_limit / 2) / z_size;
+  const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(tensor) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
-  if (divisible && (L.R1 * least > capacity || better_in_pieces(slot, L, size)))
-    return cut_into_pieces(tensor, slot, L, out.large);
+  if (divisible && (L.R1 * least > capacity || better_in_pieces(tensor, L, size)))
+    return cut_into_pieces(index, tensor, L, out.large);
   const int64_t elements = std::clamp(L.numel() / kTiles, kLeastElements, kTileElements);
-  const bool runs = has_short_groups(slot) && L.R1 == 1;
-  const int64_t most = (runs ? kShortRunsBytes : needs_groups(slot) ? kMaxRowBytes : kPieceRowBytes) / z_size;
-  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, most);
+  const bool runs = has_short_groups(tensor) && L.R1 == 1;
+  const int64_t row_bytes = runs ? kShortRunsBytes : needs_groups(tensor) ? kMaxRowBytes : kPieceRowBytes;
+  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, row_bytes / z_size);
   columns = std::max(std::min(columns, z_limit / z_size / L.R1), least);
   // Whole groups, and whole line pairs where possible.
   const int64_t aligned = std::lcm(L.R2, (L.R2 == 1 ? kLinePair : kLine) / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
   const int64_t width = std::min(columns, L.row_length());
-  const int64_t skip = width < L.row_length() ? columns_into_pair(slot, L, size) : 0;
-  cut_whole(tensor, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, skip, out.whole);
+  const int64_t skip = width < L.row_length() ? columns_into_pair(tensor, L, size) : 0;
+  cut_whole(index, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, skip, out.whole);
 }
 
 }  // namespace
@@ -126,9 +129,9 @@ int64_t z_bytes() { return z_limit; }
 
 void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
 
-Work cut(const std::vector<Slot>& slots) {
+Work cut(const std::vector<StepTensor>& tensors) {
   Work out;
-  for (size_t i = 0; i < slots.size(); ++i) cut(int32_t(i), slots[i], out);
+  for (size_t i = 0; i < tensors.size(); ++i) cut(int32_t(i), tensors[i], out);
   return out;
 }
 

@@ -40,32 +40,34 @@ struct Work {
   std::vector<LargeGroups> large;
 };
 
-Work cut(const std::vector<Slot>& slots);
+Work cut(const std::vector<StepTensor>& tensors);
 
 // This processor's, within reason; and how much of it z may have.
 int64_t l2_bytes();
 int64_t z_bytes();
 
 // Whether every element is a group: nothing is summed, and shrink_one says what it becomes.
-inline bool has_ones(const Slot& slot) { return slot.has_groups && slot.layout.group_size() == 1; }
-
-inline bool freezes_elements(const Slot& slot) {
-  return slot.h->freeze == Freeze::element || (slot.h->freeze == Freeze::group && has_ones(slot));
+inline bool has_ones(const StepTensor& tensor) {
+  return tensor.has_groups && tensor.layout.group_size() == 1;
 }
 
-inline bool needs_groups(const Slot& slot) {
-  return slot.has_groups && !has_ones(slot) &&
-         (slot.thresholds().need_norms() || slot.h->freeze == Freeze::group);
+inline bool freezes_elements(const StepTensor& tensor) {
+  return tensor.h->freeze == Freeze::element || (tensor.h->freeze == Freeze::group && has_ones(tensor));
+}
+
+inline bool needs_groups(const StepTensor& tensor) {
+  return tensor.has_groups && !has_ones(tensor) &&
+         (tensor.thresholds().need_norms() || tensor.h->freeze == Freeze::group);
 }
 
 // Whether they are so small that many are solved side by side.
-inline bool has_short_groups(const Slot& slot) {
-  return needs_groups(slot) && slot.layout.group_size() <= kShortGroup;
+inline bool has_short_groups(const StepTensor& tensor) {
+  return needs_groups(tensor) && tensor.layout.group_size() <= kShortGroup;
 }
 
 // Groups are contiguous runs where nothing is kept behind them; without groups any run will do.
-inline Layout working_layout(const Slot& slot) {
-  return needs_groups(slot) ? slot.layout.rows_last() : Layout{1, 1, slot.layout.numel(), 1};
+inline Layout working_layout(const StepTensor& tensor) {
+  return needs_groups(tensor) ? tensor.layout.rows_last() : Layout{1, 1, tensor.layout.numel(), 1};
 }
 
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }
@@ -75,8 +77,8 @@ inline bool rows_alias(const Layout& L, int64_t element_size) {
 }
 
 // Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.
-inline bool holds_z(const Slot& slot) {
-  return (slot.dtype == DType::f32 || slot.dtype == DType::f64) && !freezes_elements(slot);
+inline bool holds_z(const StepTensor& tensor) {
+  return (tensor.dtype == DType::f32 || tensor.dtype == DType::f64) && !freezes_elements(tensor);
 }
 
 }  // namespace cges::cpu

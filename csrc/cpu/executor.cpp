@@ -90,15 +90,15 @@ void with_type(DType dtype, F f) {
   }
 }
 
-void run_whole_tiles(const std::vector<Slot>& slots, const std::vector<Tile>& tiles) {
+void run_whole_tiles(const std::vector<StepTensor>& tensors, const std::vector<Tile>& tiles) {
   parallel_for_each(tiles, Order::forward, [&](const Tile& all) {
-    const Slot& slot = slots[all.tensor];
-    const Layout layout = working_layout(slot);
-    const bool grouped = needs_groups(slot), small = has_short_groups(slot);
-    with_type(slot.dtype, [&]<typename T>() {
-      if (small) return ShortGroups<T>(slot, layout, thread_scratch()).run(all);
+    const StepTensor& tensor = tensors[all.tensor];
+    const Layout layout = working_layout(tensor);
+    const bool grouped = needs_groups(tensor), small = has_short_groups(tensor);
+    with_type(tensor.dtype, [&]<typename T>() {
+      if (small) return ShortGroups<T>(tensor, layout, thread_scratch()).run(all);
       for (Tile tile = all; tile.k1 < tile.k1_end; ++tile.k1) {
-        TileRunner<T> runner(slot, layout, tile, grouped ? TileKind::whole : TileKind::elementwise,
+        TileRunner<T> runner(tensor, layout, tile, grouped ? TileKind::whole : TileKind::elementwise,
                              thread_scratch());
         grouped ? runner.run_whole() : runner.run_elementwise();
       }
@@ -108,25 +108,25 @@ void run_whole_tiles(const std::vector<Slot>& slots, const std::vector<Tile>& ti
 
 // Two passes over large groups, in exact mode one more per further sweep.
 template <typename T>
-void run_large(const Slot& slot, const LargeGroups& large) {
+void run_large(const StepTensor& tensor, const LargeGroups& large) {
   using Runner = TileRunner<T>;
   using A = typename Runner::A;
-  const Layout L = working_layout(slot);
+  const Layout L = working_layout(tensor);
   const int64_t groups = large.groups, n = large.parts * groups;
   const auto pass = [&](Order order, auto f) {
     parallel_for_each(large.pieces, order, [&](const Piece& piece) {
-      Runner runner(slot, L, piece, TileKind::piece, thread_scratch());
+      Runner runner(tensor, L, piece, TileKind::piece, thread_scratch());
       f(runner, piece.group, piece.part * groups + piece.group);
     });
   };
 
   // By part and group; whole groups are alive in part 0.
-  const bool searches = slot.h->searches();
+  const bool searches = tensor.h->searches();
   const auto memory = std::make_unique_for_overwrite<A[]>((searches ? 3 : 2) * n);
   const Sums<A> sums{searches ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
   const auto alive = std::make_unique_for_overwrite<bool[]>(n);
   std::vector<typename Runner::Solver> solvers(groups);
-  for (auto& solver : solvers) solver.start(slot.thresholds().as<A>());
+  for (auto& solver : solvers) solver.start(tensor.thresholds().as<A>());
 
   // Adds up the parts of groups [g0, g1) and goes on with their searches; whether all these are done.
   const auto solve = [&](int64_t g0, int64_t g1, bool first) {
@@ -140,7 +140,7 @@ void run_large(const Slot& slot, const LargeGroups& large) {
         if (first) alive[g0 + g] |= alive[part * groups + g0 + g];
       }
     }
-    return Runner::solve(slot, g1 - g0, &solvers[g0], {count, l1, l2_squared});
+    return Runner::solve(tensor, g1 - g0, &solvers[g0], {count, l1, l2_squared});
   };
 
   for (bool first = true;; first = false) {
@@ -162,12 +162,12 @@ void run_large(const Slot& slot, const LargeGroups& large) {
 
 }  // namespace
 
-void step(const std::vector<Slot>& slots) {
-  const Work work = cut(slots);
-  if (!work.whole.empty()) run_whole_tiles(slots, work.whole);
+void step(const std::vector<StepTensor>& tensors) {
+  const Work work = cut(tensors);
+  if (!work.whole.empty()) run_whole_tiles(tensors, work.whole);
   for (const LargeGroups& large : work.large) {
-    const Slot& slot = slots[large.pieces.front().tensor];
-    with_type(slot.dtype, [&]<typename T>() { run_large<T>(slot, large); });
+    const StepTensor& tensor = tensors[large.pieces.front().tensor];
+    with_type(tensor.dtype, [&]<typename T>() { run_large<T>(tensor, large); });
   }
 }
 

@@ -8,14 +8,14 @@
 namespace cges::cpu {
 
 // One tensor of one step.
-struct Slot : TensorShape, TensorAddresses {
+struct StepTensor : TensorShape, TensorAddresses {
   Phase phase;  // not skipped
   const Hyperparameters* h;
 
   Thresholds<double> thresholds() const { return h->thresholds(); }
 };
 
-void step(const std::vector<Slot>& slots);
+void step(const std::vector<StepTensor>& tensors);
 
 // For tests: at most so many bytes of z in a tile (never more than the L2), so that small groups count as
 // large.

@@ -15,13 +15,13 @@ class ShortGroups {
  public:
   using A = Compute<T>;
 
-  ShortGroups(const Slot& slot, const Layout& layout, Scratch& scratch)
-      : slot_(slot),
+  ShortGroups(const StepTensor& tensor, const Layout& layout, Scratch& scratch)
+      : tensor_(tensor),
         L_(layout),
-        thresholds_(slot.thresholds().template as<A>()),
-        scalars_(slot.h->sgd.template as<A>()),
-        update_{slot.phase, slot.h->nesterov, slot.h->sgd.weight_decay != 0},
-        freeze_(slot.h->freeze == Freeze::group),
+        thresholds_(tensor.thresholds().template as<A>()),
+        scalars_(tensor.h->sgd.template as<A>()),
+        update_{tensor.phase, tensor.h->nesterov, tensor.h->sgd.weight_decay != 0},
+        freeze_(tensor.h->freeze == Freeze::group),
         most_(std::max(kShortBlock / (layout.group_size() * kTogether), int64_t{1}) * kTogether),
         scratch_(scratch) {}
 
@@ -37,9 +37,11 @@ class ShortGroups {
   }
 
  private:
-  T* w(int64_t at) const { return static_cast<T*>(slot_.w) + at; }
-  T* buf(int64_t at) const { return slot_.buf ? static_cast<T*>(slot_.buf) + at : nullptr; }
-  const T* grad(int64_t at) const { return slot_.grad ? static_cast<const T*>(slot_.grad) + at : nullptr; }
+  T* w(int64_t at) const { return static_cast<T*>(tensor_.w) + at; }
+  T* buf(int64_t at) const { return tensor_.buf ? static_cast<T*>(tensor_.buf) + at : nullptr; }
+  const T* grad(int64_t at) const {
+    return tensor_.grad ? static_cast<const T*>(tensor_.grad) + at : nullptr;
+  }
 
   // Columns [c, c + columns) of the matrix at k1.
   void run_columns(int64_t k1, int64_t c, int64_t columns) {
@@ -47,10 +49,10 @@ class ShortGroups {
     A* const z = take_block(columns);
     find_alive(columns, w(at), stride);
     const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
-    ops_.sgd_update(update_, freezes_elements(slot_), m, w(at), grad(at), buf(at), buf(at), stride, z,
+    ops_.sgd_update(update_, freezes_elements(tensor_), m, w(at), grad(at), buf(at), buf(at), stride, z,
                     scalars_);
     shrink(columns, z, w(at), stride);
-    for (int64_t r = 0; freeze_ && slot_.buf && r < L_.R1; ++r)
+    for (int64_t r = 0; freeze_ && tensor_.buf && r < L_.R1; ++r)
       ops_.mask(columns, alive_, buf(at) + r * stride);
   }
 
@@ -71,11 +73,11 @@ class ShortGroups {
     if (freeze_) each_row([&](int64_t i, int64_t j) { copy(w(at + i), result + j); });
     find_alive(columns, result, columns);
     const Rows m{1, n, n, n, 0, 1, false, false};
-    ops_.sgd_update(update_, freezes_elements(slot_), m, w(at), grad(at), buf(at), buf(at), n, z, scalars_);
+    ops_.sgd_update(update_, freezes_elements(tensor_), m, w(at), grad(at), buf(at), buf(at), n, z, scalars_);
     each_row([&](int64_t i, int64_t j) { copy(z + i, wide + j); });
     shrink(columns, wide, result, columns);
     each_row([&](int64_t i, int64_t j) { copy(result + j, w(at + i)); });
-    if (freeze_ && slot_.buf)
+    if (freeze_ && tensor_.buf)
       each_row([&](int64_t i, int64_t j) { ops_.mask(L_.row_length(), alive_ + j % columns, buf(at + i)); });
   }
 
@@ -101,7 +103,7 @@ class ShortGroups {
   void shrink(int64_t columns, const A* z, T* w, int64_t stride) {
     const int64_t groups = columns / L_.R2;
     if (thresholds_.need_norms()) {
-      ops_.solve_short(groups, L_.R1, L_.R2, z, columns, thresholds_, slot_.h->exact, s_, t_);
+      ops_.solve_short(groups, L_.R1, L_.R2, z, columns, thresholds_, tensor_.h->exact, s_, t_);
       const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
       if (L_.R2 == 1) ops_.apply_columns(m, z, s_, t_, w);
     }
@@ -116,7 +118,7 @@ class ShortGroups {
     }
   }
 
-  const Slot& slot_;  // outlives this object
+  const StepTensor& tensor_;  // outlives this object
   const Layout L_;
   const Thresholds<A> thresholds_;
   const SgdScalars<A> scalars_;

@@ -26,25 +26,26 @@ class TileRunner {
   using A = Compute<T>;
   using Solver = ShrinkageSolver<A>;
 
-  TileRunner(const Slot& slot, const Layout& layout, const Tile& tile, TileKind kind, Scratch& scratch)
-      : slot_(slot),
+  TileRunner(const StepTensor& tensor, const Layout& layout, const Tile& tile, TileKind kind,
+             Scratch& scratch)
+      : tensor_(tensor),
         tile_(tile),
         L_(layout),
         by_columns_(summed_by_columns(layout)),
         group0_(tile.c0 / layout.R2),
         groups_((tile.c1 + layout.R2 - 1) / layout.R2 - group0_),
         fold_(by_columns_ ? layout.R2 : 1),
-        thresholds_(slot.thresholds().template as<A>()),
-        scalars_(slot.h->sgd.template as<A>()),
-        update_{slot.phase, slot.h->nesterov, slot.h->sgd.weight_decay != 0},
-        freeze_groups_(slot.h->freeze == Freeze::group && slot.has_groups && !has_ones(slot)),
+        thresholds_(tensor.thresholds().template as<A>()),
+        scalars_(tensor.h->sgd.template as<A>()),
+        update_{tensor.phase, tensor.h->nesterov, tensor.h->sgd.weight_decay != 0},
+        freeze_groups_(tensor.h->freeze == Freeze::group && tensor.has_groups && !has_ones(tensor)),
         aliases_(rows_alias(layout, sizeof(T))),
         block_rows_(rows_of_block(kBlockBytes / (block_columns(layout, tile, kind) * sizeof(A)))),
         most_block_rows_(block_rows_ * (kSumRows / kBlockRows)),
         rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
                         ? 0
                         : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1),
-        z_in_w_(holds_z(slot)) {
+        z_in_w_(holds_z(tensor)) {
     scratch.reset();
     if (kind != TileKind::elementwise) {
       const int64_t n = groups_ * fold_;
@@ -52,7 +53,7 @@ class TileRunner {
       t_ = scratch.take<A>(n);
       alive_ = scratch.take<A>(n);
       std::fill_n(alive_, n, A(0));
-      sums_ = {slot.h->searches() ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
+      sums_ = {tensor.h->searches() ? scratch.take<double>(n) : nullptr, scratch.take<double>(n),
                scratch.take<double>(n)};
       if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
     }
@@ -74,8 +75,8 @@ class TileRunner {
   void run_elementwise() {
     update_rows(tile_.r0, tile_.r1, /*keep_buf=*/true);
     const int64_t n = tile_.rows() * tile_.columns();
-    if (has_ones(slot_) && thresholds_.need_norms())
-      ops_.apply_ones(n, z(tile_.r0), thresholds_, slot_.h->exact, w(tile_.r0));
+    if (has_ones(tensor_) && thresholds_.need_norms())
+      ops_.apply_ones(n, z(tile_.r0), thresholds_, tensor_.h->exact, w(tile_.r0));
     else if (thresholds_.any())
       ops_.apply_run(n, z(tile_.r0), {A(1), thresholds_.c}, w(tile_.r0));
     else if (!z_in_w_)
@@ -86,7 +87,7 @@ class TileRunner {
   void run_whole() {
     for (int64_t g = 0; g < groups_; ++g) solvers_[g].start(thresholds_);
     sum(solvers_, /*first=*/true);
-    while (!solve(slot_, groups_, solvers_, sums_)) sum(solvers_, /*first=*/false);
+    while (!solve(tensor_, groups_, solvers_, sums_)) sum(solvers_, /*first=*/false);
     apply(solvers_);
   }
 
@@ -96,7 +97,7 @@ class TileRunner {
     sum(solvers, first);
     std::copy_n(sums_.l1, groups_, out.l1);
     std::copy_n(sums_.l2_squared, groups_, out.l2_squared);
-    if (slot_.h->searches()) std::copy_n(sums_.count, groups_, out.count);
+    if (tensor_.h->searches()) std::copy_n(sums_.count, groups_, out.count);
     for (int64_t g = 0; first && g < groups_; ++g) alive[g] = is_alive(g);
   }
 
@@ -108,15 +109,15 @@ class TileRunner {
   }
 
   // Feeds each open search its group's sums; true when all are done.
-  static bool solve(const Slot& slot, int64_t groups, Solver* solvers, ColumnSums sums) {
-    const Thresholds<A> thresholds = slot.thresholds().template as<A>();
-    const bool searches = slot.h->searches();
+  static bool solve(const StepTensor& tensor, int64_t groups, Solver* solvers, ColumnSums sums) {
+    const Thresholds<A> thresholds = tensor.thresholds().template as<A>();
+    const bool searches = tensor.h->searches();
     bool all_done = true;
     for (int64_t g = 0; g < groups; ++g) {
       if (solvers[g].done) continue;
       const double count = searches ? sums.count[g] : 0;
-      solvers[g].solve_shrinkage({A(count), A(sums.l1[g]), A(sums.l2_squared[g])}, thresholds, slot.h->exact,
-                                 std::numeric_limits<A>::epsilon());
+      solvers[g].solve_shrinkage({A(count), A(sums.l1[g]), A(sums.l2_squared[g])}, thresholds,
+                                 tensor.h->exact, std::numeric_limits<A>::epsilon());
       all_done &= solvers[g].done;
     }
     return all_done;
@@ -124,17 +125,17 @@ class TileRunner {
 
  private:
   int64_t offset(int64_t r) const { return L_.offset(tile_.k1, r, 0) + tile_.c0; }
-  T* w(int64_t r) const { return static_cast<T*>(slot_.w) + offset(r); }
-  T* buf(int64_t r) const { return slot_.buf ? static_cast<T*>(slot_.buf) + offset(r) : nullptr; }
+  T* w(int64_t r) const { return static_cast<T*>(tensor_.w) + offset(r); }
+  T* buf(int64_t r) const { return tensor_.buf ? static_cast<T*>(tensor_.buf) + offset(r) : nullptr; }
   const T* grad(int64_t r) const {
-    return slot_.grad ? static_cast<const T*>(slot_.grad) + offset(r) : nullptr;
+    return tensor_.grad ? static_cast<const T*>(tensor_.grad) + offset(r) : nullptr;
   }
 
   // Where z stays from the first pass to the last. Most weights hold it themselves. Sweeps through rows far
   // apart are slow, so exact mode keeps those of whole groups in scratch, as do weights that cannot hold it.
   // Rows for which there is no room are in w again, or else made anew in every pass, a block at a time.
   void place_z(TileKind kind, Scratch& scratch) {
-    const bool swept = kind == TileKind::whole && slot_.h->searches();
+    const bool swept = kind == TileKind::whole && tensor_.h->searches();
     int64_t kept = 0;
     if (swept || (!z_in_w_ && kind != TileKind::piece)) {
       kept = std::min(scratch.left(), z_bytes()) / (tile_.columns() * int64_t{sizeof(A)});
@@ -207,8 +208,8 @@ class TileRunner {
   }
 
   void update_rows(int64_t r0, int64_t r1, bool keep_buf) {
-    if (z_in_w_ && r0 >= in_scratch_ && slot_.phase == Phase::prox_alone) return;
-    ops_.sgd_update(update_, freezes_elements(slot_), rows(r0, r1), w(r0), grad(r0), buf(r0),
+    if (z_in_w_ && r0 >= in_scratch_ && tensor_.phase == Phase::prox_alone) return;
+    ops_.sgd_update(update_, freezes_elements(tensor_), rows(r0, r1), w(r0), grad(r0), buf(r0),
                     keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z(r0), scalars_);
   }
 
@@ -284,7 +285,7 @@ class TileRunner {
     });
   }
 
-  const Slot& slot_;  // outlives this object
+  const StepTensor& tensor_;  // outlives this object
   const Tile tile_;
   const Layout L_;
   const bool by_columns_;

@@ -20,13 +20,13 @@ class CpuExecutor : public Executor {
     std::vector<Hyperparameters> unscaling = hyperparameters;
     if (scaler.grad_scale.defined())
       for (Hyperparameters& h : unscaling) h.sgd.grad_sign /= scaler.grad_scale.item<double>();
-    std::vector<cpu::Slot> slots;
-    slots.reserve(tensors_.size());
+    std::vector<cpu::StepTensor> tensors;
+    tensors.reserve(tensors_.size());
     for (size_t i = 0; i < tensors_.size(); ++i)
       if (phases.at(i) != Phase::skipped)
-        slots.push_back({tensors_[i], addresses.at(i), phases[i], &unscaling.at(tensors_[i].param_group)});
+        tensors.push_back({tensors_[i], addresses.at(i), phases[i], &unscaling.at(tensors_[i].param_group)});
     const pybind11::gil_scoped_release no_gil;
-    cpu::step(slots);
+    cpu::step(tensors);
     return true;
   }
 
