@@ -100,12 +100,10 @@ class StepPlan:
         if p.grad is None:
             return Phase.SKIPPED, None, None
         grad, buf = checked_inputs(slot.name, p, state.get(p, {}), keeps_state, p.dtype)
-        grad = in_memory_order_of(p, grad)
-        if not keeps_state:
-            return Phase.STATELESS, grad, None
-        if buf is None:
-            return Phase.FIRST, grad, new_like(p)
-        return Phase.RUNNING, grad, in_memory_order_of(p, buf)
+        phase = Phase.of(keeps_state, begun=buf is not None)
+        if phase is Phase.FIRST:
+            buf = new_like(p)
+        return phase, in_memory_order_of(p, grad), None if buf is None else in_memory_order_of(p, buf)
 
     def run(
         self,

@@ -224,16 +224,15 @@ def _fused_step(
         hyperparameters.append(Hyperparameters.of(group, device))
         for p, grad, buf, first in members:
             grad, in_order = in_memory_order_of(p, grad), buf
-            phase = Phase.STATELESS
             if buf is not None:
                 in_order = in_memory_order_of(p, buf)
-                phase = Phase.FIRST if first else Phase.RUNNING
                 if in_order is not buf:
                     moved.append((buf, in_order))
             kept.append((grad, in_order))
             tensors.append(p)
             layouts.append(_layout(p.shape, p.stride(), group["group_by"], group["view"]))
             at = 0 if in_order is None else in_order.data_ptr()
+            phase = Phase.of(keeps_state=buf is not None, begun=not first)
             rows.append((p.data_ptr(), grad.data_ptr(), at, int(phase)))
             groups.append(index)
     step_once(executor, tensors, layouts, rows, groups, hyperparameters, grad_scale, found_inf)

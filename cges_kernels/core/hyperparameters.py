@@ -45,6 +45,13 @@ class Phase(IntEnum):
     FIRST = 2  # the state is written, but holds nothing yet
     RUNNING = 3  # the state is read and written
 
+    @classmethod
+    def of(cls, keeps_state: bool, begun: bool) -> Phase:
+        """Of a tensor with a gradient, by whether the rule keeps a state of it, and that has begun."""
+        if not keeps_state:
+            return cls.STATELESS
+        return cls.RUNNING if begun else cls.FIRST
+
 
 class At(NamedTuple):
     """A float32 that a kernel reads itself, at this address of its device's memory."""
