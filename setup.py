@@ -73,17 +73,23 @@ def find_cuda(env):
         homes[:0] = re.findall(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
     found = f"none on PATH, in CUDA_HOME or in {CUDA_FOLDER}"
     for home in filter(None, homes):
-        nvcc = os.path.join(home, "bin", "nvcc")
-        if not os.path.exists(nvcc) or cuda_runtime(home) is None:
+        if not os.path.exists(os.path.join(home, "bin", "nvcc")) or cuda_runtime(home) is None:
             continue
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        found = ".".join(re.findall(r"release (\d+)\.(\d+)", version)[0])
-        if tuple(map(int, found.split("."))) >= CUDA_NEEDED:
+        version = nvcc_version(home)
+        if version >= CUDA_NEEDED:
             return os.path.realpath(home)
+        found = ".".join(map(str, version))
     if wish == "1":
         needed = ".".join(map(str, CUDA_NEEDED))
         raise SystemExit(f"cges_kernels: error: CGES_CUDA=1: expected nvcc >= {needed}, found {found}")
     return None
+
+
+def nvcc_version(home):
+    """A toolkit's, as (major, minor)."""
+    nvcc = os.path.join(home, "bin", "nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return tuple(map(int, re.findall(r"release (\d+)\.(\d+)", said)[0]))
 
 
 def cuda_runtime(home):
@@ -95,12 +101,14 @@ def cuda_runtime(home):
 
 def cuda_options(home):
     """What the CUDA executor adds to the extension: sources, nvcc's flags, libraries to link."""
+    import torch
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = home  # torch looks for it only where it was itself built with CUDA
     # and then wants its own major version, which does not matter: the kernels include no header of torch. No
     # option and no method of BuildExtension turns that off, which it asks of every extension with a .cu file.
-    cpp_extension._check_cuda_version = lambda *_: None
+    if torch.version.cuda and int(torch.version.cuda.split(".")[0]) != nvcc_version(home)[0]:
+        cpp_extension._check_cuda_version = lambda *_: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     return glob.glob("csrc/cuda/*.cu"), NVCC_FLAGS, [cuda_runtime(home), "-ldl", "-lrt", "-lpthread"]
 

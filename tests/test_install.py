@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,18 @@ def test_the_architectures_are_the_users_choice(build, fake_path, tmp_path, monk
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     build.build_options({"PATH": fake_path, "CUDA_HOME": fake_toolkit(tmp_path / "cuda", "12.8")})
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+@pytest.mark.parametrize(
+    ["torchs", "is_asked"], [(None, True), ("13.2", True), ("12.8", False)], ids=["cpu", "same", "other"]
+)
+def test_torch_asks_for_its_own_cuda_but_not_where_only_that_would_stop_the_build(
+    build, fake_path, tmp_path, monkeypatch, torchs, is_asked
+):
+    monkeypatch.setattr(torch.version, "cuda", torchs)
+    asks = cpp_extension._check_cuda_version
+    build.build_options({"PATH": fake_path, "CUDA_HOME": fake_toolkit(tmp_path / "cuda", "13.0")})
+    assert (cpp_extension._check_cuda_version is asks) == is_asked
 
 
 def test_cuda_that_is_demanded_and_not_there_is_an_error(build, fake_path, tmp_path, monkeypatch):
