@@ -1,4 +1,4 @@
-"""`make wheel`: what is in the sdist and in the wheel, and that the wheel works where it is installed."""
+"""`make wheel`: what is in the sdist and in the wheel, and that wheels work where they are installed."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = "7.8.9"  # of the copy that is built
+PIP_OPTIONS = ("--no-index", "--no-deps", "--disable-pip-version-check")
 LEFT_HERE = (".*", "build", "dist", "__pycache__", "*.egg-info", "*.so", "demo_out", "accuracy_out")
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
@@ -32,9 +33,9 @@ def stepped(backend):
     optimizer.step()
     return w.tolist()
 
-def refusal(backend):
+def answer(backend):
     try:
-        return f"it served: {stepped(backend)}"
+        return stepped(backend)
     except RuntimeError as error:
         return str(error)
 
@@ -42,10 +43,10 @@ print(json.dumps({
     "file": cges_kernels.__file__,
     "version": cges_kernels.__version__,
     "backends": cges_kernels.available_backends(),
-    "stepped": stepped("auto"),
-    "refusals": {name: refusal(name) for name in ("cpu", "triton", "cuda")},
+    "answers": {name: answer(name) for name in ("auto", "cpu", "triton", "cuda")},
 }))
 """
+STEPPED = [[2.5, 0.0], [0.5, 0.0]]
 
 
 def run(*command, cwd, **env):
@@ -86,22 +87,30 @@ def dist(tmp_path_factory):
     return copy / "dist"
 
 
-@pytest.fixture(scope="module")
-def probed(dist, tmp_path_factory):
+def probe(wheel, folder):
     """What PROBE says in a virtual environment with the wheel, which sees torch of this one."""
-    folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
-    (wheel,) = dist.glob("*.whl")
-    options = ("--no-index", "--no-deps", "--disable-pip-version-check")
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, cwd=folder)
+    run(sys.executable, "-m", "pip", "--python", python, "install", *PIP_OPTIONS, wheel, cwd=folder)
     # Named in a .pth file, a folder's own .pth files are not read: an editable install stays out.
     (packages,) = folder.glob("lib/python*/site-packages")
     here = [path for path in sys.path if path.endswith("-packages")]
     (packages / "here.pth").write_text("\n".join(here))
     found = json.loads(run(python, "-c", PROBE, cwd=folder))
     assert Path(found["file"]).is_relative_to(folder)
+    assert found["version"] == VERSION
     return found
+
+
+@pytest.fixture(scope="module")
+def probed(dist, tmp_path_factory):
+    (wheel,) = dist.glob("*.whl")
+    return probe(wheel, tmp_path_factory.mktemp("installed"))
+
+
+def names_in(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        return set(file.namelist())
 
 
 def test_the_sdist_has_what_a_build_needs_and_nothing_that_was_built(dist):
@@ -120,8 +129,7 @@ def test_the_sdist_has_what_a_build_needs_and_nothing_that_was_built(dist):
 
 def test_the_wheel_holds_the_package_and_nothing_else(dist):
     (path,) = dist.glob("*.whl")
-    with zipfile.ZipFile(path) as wheel:
-        names = set(wheel.namelist())
+    names = names_in(path)
     info = f"cges_kernels-{VERSION}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"cges_kernels", info}
     package = ROOT / "cges_kernels"
@@ -131,9 +139,25 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
 
 
 def test_an_installed_wheel_takes_a_step(probed):
-    assert probed["version"] == VERSION
     assert probed["backends"] == ["reference"]
-    assert probed["stepped"] == [[2.5, 0.0], [0.5, 0.0]]
+    assert probed["answers"]["auto"] == STEPPED
+
+
+def test_a_wheel_with_the_extension_takes_a_step_with_it(dist, tmp_path):
+    """Built of what is in the sdist, for the CPU alone."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    (sdist,) = dist.glob("*.tar.gz")
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja's folder
+    options = ("--no-build-isolation", *PIP_OPTIONS, "--wheel-dir", tmp_path)
+    env = {"CGES_EXT": "1", "CGES_CUDA": "0", "PATH": here}
+    run(sys.executable, "-m", "pip", "wheel", *options, sdist, cwd=tmp_path, **env)
+    (wheel,) = tmp_path.glob("*.whl")
+    (extra,) = (name for name in names_in(wheel) if name.endswith(".so"))
+    assert extra.startswith("cges_kernels/backends/_C.")
+    found = probe(wheel, tmp_path / "installed")
+    assert found["backends"] == ["reference", "cpu"]
+    assert found["answers"]["cpu"] == STEPPED
 
 
 @pytest.mark.parametrize(
@@ -145,4 +169,4 @@ def test_an_installed_wheel_takes_a_step(probed):
     ],
 )
 def test_a_backend_that_a_wheel_lacks_says_how_to_get_it(probed, missing, cure):
-    assert re.fullmatch(f"backend='{missing}' cannot serve: .*{cure}", probed["refusals"][missing])
+    assert re.fullmatch(f"backend='{missing}' cannot serve: .*{cure}", probed["answers"][missing])
