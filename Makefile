@@ -102,7 +102,7 @@ $(TORCH_STAMP): | $(PY)
 $(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing the dependencies into $(VENV)"
 	$(PIP) "setuptools>=77" wheel
-	CGES_EXT=0 $(PIP) --no-build-isolation -e ".[demo,prune,triton,test,trainers,dev]"
+	CGES_EXT=0 $(PIP) --no-build-isolation $(TORCH) -e ".[demo,triton,test,trainers,zoo,dev]"
 	@touch $@
 
 # Nothing but torchao is in the extra that is not there already; it must bring no other torch.

@@ -15,7 +15,6 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
-pytest.importorskip("torch_pruning")
 
 from bench.accuracy import cli, data, figures, networks, page, results
 from bench.accuracy.arms import FIG3, on_layers

@@ -26,7 +26,7 @@ ROOMS = {
     "optimizer": {"core", "backends", "distributed"},
     "training": {"core"},
     "reporting": {"core", "training"},
-    "compaction": {"reporting"},
+    "compaction": {"core", "reporting"},
 }
 INCLUDES = {
     "common": set(),

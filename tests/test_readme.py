@@ -67,8 +67,7 @@ def section(title):
 
 @pytest.mark.slow
 def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
-    for module in ("torch_pruning", "matplotlib"):
-        pytest.importorskip(module)
+    pytest.importorskip("matplotlib")
     small, rounds = section("From dense to small")
     monkeypatch.chdir(tmp_path)
     data = [(torch.randn(5, 1, 8, 8), torch.randint(3, (5,))) for _ in range(20)]

@@ -48,7 +48,6 @@ EXTRAS = {
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
-    "torch_pruning": "torch-pruning",
 }
 
 

@@ -1,253 +1,188 @@
-"""Removal of the channels that no weight reads, for good: smaller tensors instead of zeros.
+"""Which channels of a network can only leave it together, and what holds them.
 
-Which channels of which layers belong together (residual sums, concatenation, flattening, depthwise
-convolutions) is what Torch-Pruning's dependency graph says (Fang et al., DepGraph: Towards Any Structural
-Pruning, CVPR 2023). Its word is not taken for it: a removal after which the outputs differ is refused.
+A channel is a number. Whoever follows a forward pass hands numbers out to what layers make, joins those that
+an operation brings together, and holds those that must stay.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
-from .layers import CONVOLUTION, PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, columns, is_floating
-
-# Kinds of nodes, by Torch-Pruning's names, through which a channel passes without touching another one.
-CHANNELWISE = {"BN", "IN", "PRELU", "ELEMENTWISE", "CONCAT", "SPLIT", "SLICE", "RESHAPE", "PARAMETER"}
-GATHER_PAYS = 64  # multiply-adds saved per element copied, from where on it was measured to be faster
+NOBODY = 0  # the channel of what cannot be cut, as the model's input
+ANYBODY = -1  # of values that are all alike, made in the size of what they meet
 
 
-class Refused(Exception):
-    """The outputs of ``layer`` cannot be made fewer, for ``reason``."""
+@dataclass
+class Weight:
+    """A matrix or kernel that an operation multiplies with, and the channels of its first two dims."""
 
-    def __init__(self, layer: str, reason: str) -> None:
-        super().__init__(layer, reason)
-        self.layer, self.reason = layer, reason
+    name: str  # of the parameter
+    ids: dict[int, Tensor] = field(default_factory=dict)  # dim: one channel per line
+    makes: set[int] = field(default_factory=set)  # dims whose lines make a channel each
+    reads: set[int] = field(default_factory=set)  # dims whose lines read one
+    uses: int = 0  # how often an operation took it, in eval mode
 
+    @property
+    def layer(self) -> str:
+        return self.name.rpartition(".")[0]
 
-def import_torch_pruning() -> Any:
-    """The library, or an ImportError that says what to install."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError("compact() needs torch-pruning: pip install cges_kernels[prune]") from error
-    return torch_pruning
-
-
-def dependency_graph(model: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Torch-Pruning's graph of ``model``, whose parameters all require grad. Every output is a node."""
-
-    def marked(out: Any) -> list[Tensor]:
-        return [x.clone() for x in tree_leaves(out) if is_floating(x) and x.requires_grad]
-
-    graph = import_torch_pruning().DependencyGraph()
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        try:
-            return graph.build_dependency(
-                model, args, forward_fn=lambda m, a: m(*a), output_transform=marked, verbose=False
-            )
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__}: expected a model that Torch-Pruning can trace, got: {error}"
-            ) from error
+    @property
+    def label(self) -> str:
+        """What to call it beside its layer's name."""
+        own = self.name.rpartition(".")[2]
+        return "" if own == "weight" else f"{own}: "
 
 
-def _rows(layer: Weighted) -> Tensor:
-    """The weight as [out / blocks, in, *kernel], a detached view: what each output is made with."""
-    return layer.weight.detach().movedim(1 if getattr(layer, "transposed", False) else 0, 0)
+@dataclass
+class Held:
+    """Channels that stay."""
+
+    ids: Tensor
+    reason: str
+    read: bool  # whether their values are read, not only their number
 
 
-def _dead(layer: Weighted) -> set[int]:
-    """The outputs whose every weight is zero."""
-    return set((_rows(layer) == 0).flatten(1).all(1).nonzero().flatten().tolist())
+class Channels:
+    """The channels of one network."""
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.weights: dict[
+            str, Weight
+        ] = {}  # by parameter, in the order in which the forward pass reads them
+        # Of a parameter or buffer that no operation multiplies with: one per element, in memory's order.
+        self.loose: dict[str, Tensor] = {}
+        self.widths: dict[str, Tensor] = {}  # of norms without parameters, by module: what they are given
+        # By module: channels that it lays out by numbers, which its code may compute or have written into it.
+        self.by_numbers: list[tuple[str, Tensor]] = []
+        self.called: set[str] = set()  # layers whose weight takes part by their being called alone
+        self.held: list[Held] = []
+        self._starts: list[int] = []  # of loose ones
+        self._ends: list[int] = []
+        self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.long)]
+
+    def new(self, count: int) -> Tensor:
+        """So many channels. A single one is nobody's: at least one is always left."""
+        if count == 1:
+            return torch.tensor([NOBODY])
+        self.count += count
+        return torch.arange(self.count - count, self.count)
+
+    def new_loose(self, count: int) -> Tensor:
+        """Channels of single elements of some memory, which what they meet puts in order."""
+        self._starts.append(self.count)
+        ids = self.new(count)
+        self._ends.append(self.count)
+        return ids
+
+    def are_loose(self, ids: Tensor) -> bool:
+        """Whether all of them are single elements, so that they may be joined along any dim."""
+        if not self._starts:
+            return False
+        which = torch.searchsorted(torch.tensor(self._starts), ids.contiguous(), right=True) - 1
+        return bool(((which >= 0) & (ids < torch.tensor(self._ends)[which])).all())
+
+    def use(self, name: str, param: Tensor, reads: int | None = None, makes: int | None = None) -> Weight:
+        """A parameter that an operation multiplies with, reading and making channels along its dims."""
+        weight = self.weights.setdefault(name, Weight(name))
+        weight.uses += 1
+        for dim, dims in ((reads, weight.reads), (makes, weight.makes)):
+            if dim is not None:
+                dims.add(dim)
+                if dim not in weight.ids:
+                    weight.ids[dim] = self.new(param.shape[dim]).expand(param.shape[dim])
+        return weight
+
+    def hold(self, ids: Tensor, reason: str, read: bool = False) -> None:
+        ids = ids[ids > NOBODY].unique()
+        if len(ids):
+            self.held.append(Held(ids, reason, read))
+
+    def join(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """``a`` and ``b`` (which broadcast) meet element by element; with nobody's they are held."""
+        pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
+        pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs >= NOBODY).all(0)]
+        if pairs.numel():
+            pairs = pairs.sort(0).values.unique(dim=1)
+            self.hold(pairs[1, pairs[0] == NOBODY], reason)
+            self._pairs.append(pairs[:, pairs[0] != NOBODY])
+
+    def groups(self) -> Tensor:
+        """For each channel the first of those that it can only leave with, by :meth:`join`: [count]."""
+        a, b = torch.cat(self._pairs, 1)
+        first = torch.arange(self.count)
+        while True:
+            low = torch.minimum(first[a], first[b])
+            lower = first.scatter_reduce(0, torch.cat([first[a], first[b]]), low.repeat(2), "amin")
+            lower = lower[lower]
+            if torch.equal(lower, first):
+                return first
+            first = lower
 
 
-class _Coupled:
-    """The outputs of one layer, and all that must go with them."""
+class Owners:
+    """Whose memory a tensor is: by name, the parameters and the buffers that are saved with a model."""
 
-    def __init__(self, graph: Any, root: Weighted) -> None:
-        self.graph, self.root = graph, root
-        self.count: int = graph.get_out_channels(root)
-        self.items = self._group(range(self.count)).items
+    def __init__(self, model: nn.Module) -> None:
+        saved = model.state_dict(keep_vars=True)
+        self.names: dict[int, str] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.shared: set[str] = set()  # whose memory is a part of another's
+        for name, x in saved.items():
+            if not isinstance(x, Tensor) or not x.numel():
+                continue
+            first = self.names.setdefault(self._memory(x), name)
+            if first == name:
+                self.tensors[name] = x
+            elif self.tensors[first] is not x:
+                self.shared.add(first)
 
-    def _group(self, channels: Any) -> Any:
-        remove = self.graph.get_pruner_of_module(self.root).prune_out_channels
-        return self.graph.get_pruning_group(self.root, remove, list(channels))
+    @staticmethod
+    def _memory(x: Tensor) -> int:
+        return x.untyped_storage().data_ptr()
 
-    def _name(self, module: Any) -> str:
-        return self.graph._module2name.get(module) or type(module).__name__
+    def name(self, x: Tensor) -> str | None:
+        return self.names.get(self._memory(x)) if x.layout == torch.strided else None
 
-    def _is_read(self, item: Any) -> bool:
-        """Whether the item is a layer that reads the channels, not one that they pass or come from."""
-        layer = item.dep.target.module
-        return isinstance(layer, WEIGHTED) and not self.graph.is_out_channel_pruning_fn(item.dep.handler)
-
-    def obstacle(self, kept: Mapping[str, str], fixed: Mapping[str, str]) -> str | None:
-        """What forbids removing any of the channels, or None."""
-        for item in self.items:
-            module, kind = item.dep.target.module, item.dep.target.type.name
-            name = self._name(module)
-            reason = fixed.get(name) or (None if self._is_read(item) else kept.get(name))
-            if kind == "OUTPUT":
-                return "they are outputs of the model"
-            if reason is not None:
-                return reason if module is self.root else f"they go with those of {name}: {reason}"
-            if isinstance(module, CONVOLUTION):
-                depthwise = module.groups == module.in_channels == module.out_channels
-                if module.groups > 1 and not depthwise:
-                    return f"{name} is a grouped convolution"
-            elif kind != "LINEAR" and kind not in CHANNELWISE:
-                return f"{name} ({type(module).__name__}) takes them together"
+    def part(self, x: Tensor) -> tuple[str, list[tuple[int, int]]] | None:
+        """Of a matrix, or one repeated: whose it is, and per dim the owner's dim and the first line of it."""
+        if (name := self.name(x)) is None or name in self.shared:
+            return None
+        while x.dim() > 2 and x.stride(0) == 0:
+            x = x[0]
+        if x.dim() != 2:
+            return None
+        whole = self.tensors[name]
+        if whole.dim() < 2 or whole[0, 0].numel() > 1:
+            return None
+        first = x.storage_offset() - whole.storage_offset()
+        for dims in ((0, 1), (1, 0)):
+            if all(x.shape[i] == 1 or x.stride(i) == whole.stride(dim) for i, dim in enumerate(dims)):
+                large = max((0, 1), key=whole.stride)
+                at = {large: first // whole.stride(large), 1 - large: int(first % whole.stride(large))}
+                at[1 - large] //= whole.stride(1 - large)
+                if all(at[dim] + x.shape[i] <= whole.shape[dim] for i, dim in enumerate(dims)):
+                    return name, [(dim, at[dim]) for dim in dims]
         return None
 
-    def unread(self) -> set[int]:
-        """Those that no weight reads."""
-        unread = set(range(self.count))
-        for item in filter(self._is_read, self.items):
-            alive = (columns(item.dep.target.module) != 0).flatten(1).any(1).tolist()
-            unread -= {root for i, root in zip(item.idxs, item.root_idxs) if alive[i]}
-        return unread
 
-    def idle(self) -> set[int]:
-        """Those that are dead or read by no weight, whatever forbids removing them."""
-        dead = _dead(self.root)
-        return dead | self.unread() if any(map(self._is_read, self.items)) else dead
-
-    def removable(self, unread: set[int]) -> set[int]:
-        """Those of ``unread`` that may go so that at least one is left in each layer concerned."""
-        gone = set(unread)
-        for item in self.items:
-            sizes = self.graph.get_in_channels if self._is_read(item) else self.graph.get_out_channels
-            size = sizes(item.dep.target)
-            if size is not None and sum(root in gone for root in item.root_idxs) >= size:
-                gone.discard(item.root_idxs[0])
-        return gone
-
-    @torch.no_grad()
-    def silence(self, channels: set[int]) -> None:
-        """Give ``channels`` zero weights, so that they read nothing either."""
-        for item in self.items:
-            layer = item.dep.target.module
-            if isinstance(layer, WEIGHTED) and not self._is_read(item):
-                _rows(layer)[[i for i, root in zip(item.idxs, item.root_idxs) if root in channels]] = 0
-
-    def remove(self, channels: set[int]) -> None:
-        self._group(sorted(channels)).prune()
+def narrowed(ids: Tensor) -> Tensor:
+    """``ids`` with size 1 along every dim along which they do not vary."""
+    for dim in range(ids.dim()):
+        one = ids.narrow(dim, 0, 1)
+        if ids.shape[dim] > 1 and (ids.stride(dim) == 0 or bool((ids == one).all())):
+            ids = one
+    return ids
 
 
-def remove_unread(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kept: Mapping[str, str],
-    fixed: Mapping[str, str],
-    check: Callable[[str], None],
-) -> tuple[bool, dict[str, str]]:
-    """Remove, in place, the outputs of Linear and convolutions that no weight reads.
-
-    Args:
-        model: in eval mode, every parameter requiring grad.
-        args: an example of its arguments.
-        kept: {layer name: why its outputs must stay}.
-        fixed: {layer name: why the layer must stay as it is}.
-        check: called with the layer's name after each change.
-
-    Returns:
-        Whether anything was removed, and {layer name: why its unread outputs stayed}.
-    """
-    removed, stayed = False, {}
-    graph = dependency_graph(model, args)
-    for name, layer in reversed(list(model.named_modules())):
-        if not isinstance(layer, WEIGHTED) or layer not in graph.module2node:
-            continue
-        try:
-            coupled = _Coupled(graph, layer)
-            obstacle = coupled.obstacle(kept, fixed)
-            unread = coupled.idle() if obstacle else coupled.unread()
-        except Exception as error:  # whatever the library meets in a model that it does not understand
-            obstacle, unread = f"Torch-Pruning cannot follow them: {error}", _dead(layer)
-        if not unread:
-            continue
-        if obstacle:
-            stayed[name] = f"dead or unread outputs that stay: {len(unread)}; {obstacle}"
-            continue
-        coupled.silence(unread)
-        try:
-            if channels := coupled.removable(unread):
-                coupled.remove(channels)
-                removed = True
-        except Exception as error:
-            raise Refused(name, f"Torch-Pruning cannot remove them: {error}") from error
-        check(name)
-    return removed, stayed
+def varying(ids: Tensor) -> list[int]:
+    return [dim for dim, size in enumerate(ids.shape) if size > 1]
 
 
-def gather_inputs(model: nn.Module, fixed: Mapping[str, str], check: Callable[[str], None]) -> None:
-    """Cut, in place, the weights that read nothing of an input channel which could not be removed.
-
-    The layer then picks the channels that it reads (``layer.read_inputs``, a buffer of indices) before it
-    computes. Done where that saves more than the copy costs.
-    """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, WEIGHTED) or type(layer).forward not in PLAIN_FORWARDS:
-            continue
-        if getattr(layer, "groups", 1) > 1 or name in fixed:
-            continue
-        weights = columns(layer)
-        alive = (weights != 0).flatten(1).any(1)
-        read = alive.nonzero().flatten()
-        saved = (len(alive) - len(read)) * weights[0].numel()
-        if len(read) and saved > GATHER_PAYS * len(read):
-            _set_columns(layer, weights[read])
-            select_inputs(layer, read, len(alive))
-            check(name)
-
-
-def _set_columns(layer: Weighted, weights: Tensor) -> None:
-    """Give ``layer`` the weight of which ``weights`` are the columns."""
-    dim = 0 if getattr(layer, "transposed", False) else 1
-    layer.weight = nn.Parameter(weights.movedim(0, dim).contiguous())
-    setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(weights))
-
-
-class Picking(Protocol):
-    """What select_inputs adds to a layer."""
-
-    read_inputs: Tensor
-    given_inputs: int
-    _pick: RemovableHandle
-
-
-def picking(layer: nn.Module) -> Picking:
-    """``layer`` itself: type checkers take every attribute of a module for a tensor or a module."""
-    return cast(Picking, layer)
-
-
-def _pick(layer: Weighted, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, *rest = args
-    return (x.index_select(channel_dim(layer), picking(layer).read_inputs), *rest)
-
-
-def select_inputs(layer: nn.Module, read: Tensor, of: int) -> None:
-    """Make ``layer`` read the input channels ``read`` (indices) of the ``of`` that it is given."""
-    layer.register_buffer("read_inputs", read)
-    added = picking(layer)
-    added.given_inputs, added._pick = of, layer.register_forward_pre_hook(_pick)
-
-
-def restore_inputs(model: nn.Module) -> None:
-    """Undo :func:`select_inputs` everywhere, in place: zeros for the inputs that were not read."""
-    for layer in model.modules():
-        if isinstance(layer, WEIGHTED) and hasattr(layer, "read_inputs"):
-            weights, added = columns(layer), picking(layer)
-            whole = weights.new_zeros(added.given_inputs, *weights.shape[1:])
-            whole[added.read_inputs] = weights
-            _set_columns(layer, whole)
-            added._pick.remove()
-            del added.read_inputs, added.given_inputs, added._pick
+def aligned(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
+    """``sizes`` with ones in front, as they broadcast."""
+    return (*[1] * (dims - len(sizes)), *sizes)

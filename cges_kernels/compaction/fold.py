@@ -1,4 +1,4 @@
-"""Removal of constants from the layers that read them.
+"""Constants go into the biases of what reads them.
 
 A filter whose every weight is zero still gives its bias, and a batch norm its shift: a constant that later
 layers read. Where such a constant reaches a layer, what the layer makes of it goes into the layer's bias.
@@ -6,19 +6,45 @@ layers read. Where such a constant reaches a layer, what the layer makes of it g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .layers import WEIGHTED, Weighted, columns
-from .unknown import Branches, inputs_of_layers
+from .channels import Weight
+from .layers import WEIGHTED, bias_of
 
 
-def _pads_with_zeros(layer: Weighted) -> bool:
+@dataclass
+class Fold:
+    """What a layer makes of its constant inputs."""
+
+    layer: str
+    weight: str  # the parameter
+    dim: int  # of it, along which it reads
+    inputs: Tensor  # which are constants, [in]
+    bias: str  # the parameter that takes it
+    shift: Tensor  # [out]
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """In place: nothing of the weight reads the constants any more."""
+        weight = model.get_parameter(self.weight).data
+        weight.movedim(self.dim, 0)[self.inputs] = 0
+        if not self.shift.any():
+            return
+        layer = model.get_submodule(self.layer)
+        name = self.bias.rpartition(".")[2]
+        if (bias := getattr(layer, name, None)) is None:
+            setattr(layer, name, nn.Parameter(self.shift.clone()))
+        else:
+            bias.data += self.shift
+
+
+def _pads_with_zeros(layer: nn.Module) -> bool:
     """Whether a constant channel may give something else at the borders than inside."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.modules.conv._ConvNd):
         return False
     if layer.transposed:
         return True  # fewer taps reach the borders
@@ -27,53 +53,46 @@ def _pads_with_zeros(layer: Weighted) -> bool:
     )
 
 
-def fold_constants(
-    model: nn.Module, args: tuple[Any, ...], fixed: Mapping[str, str], check: Callable[[str], None]
-) -> dict[str, str]:
-    """Move what each layer makes of constant inputs into its bias, and set the weights that read them to 0.
+@torch.no_grad()
+def find_folds(
+    model: nn.Module, weights: Mapping[str, Weight], constants: Mapping[str, Tensor], fixed: Mapping[str, str]
+) -> tuple[list[Fold], dict[str, str]]:
+    """What can go into biases, so that the outputs in eval mode stay.
 
-    In place; the outputs in eval mode stay. A constant other than 0 stays too where it meets zero padding, a
-    grouped convolution or a ``fixed`` layer.
+    A constant other than 0 stays where it meets zero padding or where there is no bias to take it.
 
     Args:
         model: in eval mode.
-        args: an example of its arguments; of tensors only the shapes matter.
+        weights: what each weight does, by the parameter's name.
+        constants: what each of them reads, NaN for what is none: [in].
         fixed: {layer name: why its weight must not change}.
-        check: called with the layer's name after each change.
 
     Returns:
-        {layer name: which constants it goes on reading, and why}.
+        The folds, and {layer name: which constants it goes on reading, and why}.
     """
+    folds: list[Fold] = []
     stayed: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    try:
-        found = inputs_of_layers(model, args)
-    except Branches as error:
-        return {type(model).__name__: f"constants stay: {error}"}
-    except Exception as error:
-        told = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return {type(model).__name__: f"constants stay: its forward pass fails on NaN or Inf with {told}"}
-    for name, constants in found.items():
-        layer = modules[name]
-        if not isinstance(layer, WEIGHTED) or getattr(layer, "groups", 1) > 1:
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for name, known in constants.items():
+        weight = weights.get(name)
+        if weight is None or len(weight.reads) != 1 or weight.uses != 1:
             continue
-        weights = columns(layer)
-        known = ~constants.isnan() & (weights != 0).flatten(1).any(1)
-        fold = known & (constants == 0) if _pads_with_zeros(layer) else known
-        if name in fixed:
-            fold = torch.zeros_like(known)
-        if count := int((known & ~fold).sum()):
-            reason = fixed.get(name, "what it makes of them differs at the borders (zero padding)")
-            stayed[name] = f"constant inputs that stay: {count}; {reason}"
+        (dim,) = weight.reads
+        columns = params[name].detach().movedim(dim, 0)  # [in, out, *kernel]
+        if len(columns) != len(known):
+            continue
+        read = ~known.isnan() & (columns != 0).flatten(1).any(1)
+        layer = model.get_submodule(weight.layer)
+        bias = bias_of(name)
+        takes = bias != name and (isinstance(params.get(bias), nn.Parameter) or isinstance(layer, WEIGHTED))
+        plain = not _pads_with_zeros(layer) and takes
+        fold = read if plain else read & (known == 0)
+        reason = "what it makes of them differs at the borders (zero padding)" if takes else "it has no bias"
+        if weight.layer in fixed:
+            fold, reason = torch.zeros_like(read), fixed[weight.layer]
+        if count := int((read & ~fold).sum()):
+            stayed[weight.layer] = f"{weight.label}constant inputs that stay: {count}; {reason}"
         if fold.any():
-            with torch.no_grad():
-                shift = constants[fold] @ weights[fold].reshape(int(fold.sum()), weights.shape[1], -1).sum(
-                    2
-                )  # [out]
-                weights[fold] = 0
-                if layer.bias is not None:
-                    layer.bias += shift
-                elif shift.any():
-                    layer.bias = nn.Parameter(shift)
-            check(name)
-    return stayed
+            taps = columns[fold].flatten(2).sum(2) if columns.dim() > 2 else columns[fold]
+            folds.append(Fold(weight.layer, name, dim, fold, bias, known[fold] @ taps))
+    return folds, stayed

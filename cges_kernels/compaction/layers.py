@@ -1,4 +1,4 @@
-"""Layers with a weight: Linear and convolutions, and how they are given channels."""
+"""Linear and convolutions, how they are given channels, and what layers call the sizes of their weights."""
 
 from __future__ import annotations
 
@@ -31,3 +31,40 @@ def columns(layer: Weighted) -> Tensor:
     """The weight as [in / blocks, out, *kernel], a detached view: what each input channel is read with."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     return layer.weight.detach().movedim(dim, 0)
+
+
+def bias_of(name: str) -> str:
+    """What the bias that goes with a weight is called, by the weight's name."""
+    layer, dot, own = name.rpartition(".")
+    return layer + dot + own.replace("weight", "bias")
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """What ``module`` calls the sizes of its parameters: {attribute: size}, by their shapes now."""
+    weight = module._parameters.get("weight")
+    shape = [] if weight is None else list(weight.shape)
+    match module:
+        case nn.Linear():
+            return {"out_features": shape[0], "in_features": shape[1]}
+        case nn.modules.conv._ConvNd():
+            groups = module.groups
+            if 1 < groups == module.in_channels:  # depthwise: as many outputs per channel as before
+                groups = shape[0] * module.in_channels // module.out_channels
+            made, read = (1, 0) if module.transposed else (0, 1)
+            names = {"groups": groups, "out_channels": shape[made], "in_channels": shape[read]}
+            return names | {"in_channels" if made == 0 else "out_channels": shape[1] * groups}
+        case nn.modules.batchnorm._NormBase():
+            own = next((x for x in (module.weight, module.running_mean) if x is not None), None)
+            return {"num_features": module.num_features if own is None else len(own)}
+        case nn.PReLU():
+            return {"num_parameters": shape[0]}
+        case nn.Embedding():
+            return {"embedding_dim": shape[1]}
+        case nn.RNNBase():
+            return {
+                "input_size": module.get_parameter("weight_ih_l0").shape[1],
+                "hidden_size": module.get_parameter("weight_hh_l0").shape[1],
+            }
+    if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
+        return {"nx": shape[0], "nf": shape[1]}
+    return {}

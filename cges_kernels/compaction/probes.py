@@ -2,98 +2,177 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..core.calls import Given
 from .layers import is_floating
+from .running import compare, outputs
 
-Arguments = tuple[Any, ...]
+BATCH = 2  # that an example is cut to
 
 
 def _is_inexact(x: Any) -> bool:
     return is_floating(x) or (isinstance(x, Tensor) and x.is_complex())
 
 
-class Probes:
-    """Arguments on which two models are compared: the example, and as many others as the model takes.
+def _common_size(leaves: list[Any], dim: int) -> int | None:
+    """The size of all tensors along ``dim``, if they have one."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    sizes = {x.shape[dim] if x.dim() > dim else None for x in tensors}
+    return sizes.pop() if len(sizes) == 1 else None
 
-    Floating and complex tensors become normal numbers of the example's mean and spread. Integers are drawn
-    from between the example's, from 0 to 255 (uint8) or to the last entry of the model's smallest embedding,
-    and moved by one; truth values are inverted, all true and all false. Then the batch (the first dim, where
-    all tensors have one size there) and the length (the second) are doubled. Other arguments stay.
+
+def shortened(given: Given) -> Given:
+    """The arguments with a batch (the first dim, where all tensors have one size there) of at most two."""
+    leaves, _ = tree_flatten(given)
+    if (_common_size(leaves, 0) or 0) <= BATCH:
+        return given
+    return tree_map(lambda x: x[:BATCH] if isinstance(x, Tensor) else x, given)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How outputs differ from those expected, and in which module the forward pass failed, if it did."""
+
+    reason: str
+    layer: str | None = None
+
+
+class Probes:
+    """Arguments on which two models are compared: the example, and others as far as the model takes them.
+
+    Beside the example another one makes a batch of twice the size (the batch is the first dim, where all
+    tensors have one size there). Its floating and complex tensors are normal numbers of the example's mean
+    and spread. Integers are drawn from between the example's, from 0 to 255 (uint8) or to the last entry of
+    the model's smallest embedding; truth values are inverted, all true and all false. Then the length (the
+    second dim) is doubled. Other arguments stay.
 
     Args:
         model: in eval mode; it is run on each of them.
-        args: the example.
+        given: the example.
+        expected: what ``model`` makes of it, if that is known.
 
     Attributes:
-        args: the arguments, the example first.
+        given: the arguments, the example first.
         varied: what differs between them, in words.
 
     Raises:
         ValueError: the model takes no other values of an integer or boolean argument.
     """
 
-    def __init__(self, model: nn.Module, args: Arguments) -> None:
-        self.args: list[Arguments] = [args]
+    def __init__(self, model: nn.Module, given: Given, expected: list[Any] | None = None) -> None:
+        self.given: list[Given] = [given]
+        self.expected: list[list[Any]] = [outputs(model, given) if expected is None else expected]
         self.varied: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
-        leaves, self._tree = tree_flatten(args)
+        leaves, self._tree = tree_flatten(given)
         sizes = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         self._entries = min(sizes, default=None)
         self._vary_values(model, leaves)
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        for dim, name in enumerate(("batch", "length")):
-            if all(x.dim() > dim for x in tensors) and len({x.shape[dim] for x in tensors}) == 1:
-                longer = [torch.cat([x, x], dim) if isinstance(x, Tensor) else x for x in leaves]
-                if self._try(model, longer) is None:
-                    self.varied.append(name)
+        if _common_size(leaves, 1) is not None and self._try(model, _doubled(leaves, leaves, 1)) is None:
+            self.varied.append("length")
+
+    def differs(self, model: nn.Module) -> Difference | None:
+        """What is wrong with the outputs of ``model`` where the first one's are expected; None if nothing."""
+        for given, expected in zip(self.given, self.expected):
+            try:
+                found = outputs(model, given)
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}".partition("\n")[0]
+                told = f"without them the forward pass fails with {told}"
+                return Difference(told, _failed_in(model, error))
+            if not compare(found, expected)[1]:
+                return Difference("without them the outputs change")
+        return None
 
     def _vary_values(self, model: nn.Module, leaves: list[Any]) -> None:
-        floating = [self._normal(x) if _is_inexact(x) else x for x in leaves]
-        if any(map(_is_inexact, leaves)) and self._try(model, floating) is None:
-            self.varied.append("numbers")
-        for i, x in enumerate(leaves):
-            if not isinstance(x, Tensor) or _is_inexact(x) or not x.numel():
-                continue
-            others = (other for other in self._others(x) if not torch.equal(other, x))
-            failures = [self._try(model, [*floating[:i], other, *floating[i + 1 :]]) for other in others]
-            if None not in failures:
+        """Other values and a larger batch at once, or one after the other where the model takes no such."""
+        exact = [
+            i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not _is_inexact(x) and x.numel()
+        ]
+        others = [next(self._others(x), x) if isinstance(x, Tensor) and x.numel() else x for x in leaves]
+        inexact = ["numbers"] if any(map(_is_inexact, leaves)) else []
+        masks = [i for i in exact if leaves[i].dtype == torch.bool]
+        if _common_size(leaves, 0) is not None and self._try(model, _doubled(leaves, others, 0)) is None:
+            self.varied += [*inexact, *(self._kind(leaves, i) for i in exact), "batch"]
+            for i in masks:
+                for other in list(self._others(leaves[i]))[1:]:
+                    self._try(model, [*others[:i], other, *others[i + 1 :]])
+            return
+        floating = [y if _is_inexact(x) else x for x, y in zip(leaves, others)]
+        if inexact and self._try(model, floating) is None:
+            self.varied += inexact
+        for i in exact:
+            told: list[str | None] = []
+            for other in self._others(leaves[i]):
+                told.append(self._try(model, [*floating[:i], other, *floating[i + 1 :]]))
+                if told[-1] is None and i not in masks:
+                    break
+            if None not in told:
+                x = leaves[i]
                 raise ValueError(
                     f"example_input: expected a model that takes other values of tensor {i} ({x.dtype}, "
-                    f"{list(x.shape)}), to see what depends on them, got {failures[0]}"
+                    f"{list(x.shape)}), to see what depends on them, got {told[0]}"
                 )
-            kind = "truth values" if x.dtype == torch.bool else "integers"
-            self.varied.append(f"{kind} of tensor {i}")
+            self.varied.append(self._kind(leaves, i))
 
-    def _normal(self, x: Tensor) -> Tensor:
-        if not x.numel():
-            return x
-        dtype = torch.complex128 if x.is_complex() else torch.float64
-        noise = torch.randn(x.shape, generator=self._generator, dtype=dtype).to(x)
-        return noise * (x.std(correction=0) + 1) + x.mean()
+    @staticmethod
+    def _kind(leaves: list[Any], i: int) -> str:
+        return f"{'truth values' if leaves[i].dtype == torch.bool else 'integers'} of tensor {i}"
 
-    def _others(self, x: Tensor) -> list[Tensor]:
-        if x.dtype == torch.bool:
-            return [~x, torch.ones_like(x), torch.zeros_like(x)]
-        low, high = int(x.min()), int(x.max())
-        bound = 255 if x.dtype == torch.uint8 else (self._entries or 2) - 1
-        wide, narrow = (self._integers(x, *ends) for ends in ((min(low, 0), max(high, bound)), (low, high)))
-        return [wide, narrow, x + 1, x - 1]
+    def _others(self, x: Tensor) -> Iterator[Tensor]:
+        """Other values than those of ``x``."""
+        for other in self._draw(x):
+            if not torch.equal(other, x):
+                yield other
 
-    def _integers(self, x: Tensor, low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, x.shape, generator=self._generator).to(x)
+    def _draw(self, x: Tensor) -> Iterator[Tensor]:
+        if _is_inexact(x):
+            dtype = torch.complex128 if x.is_complex() else torch.float64
+            noise = torch.randn(x.shape, generator=self._generator, dtype=dtype).to(x)
+            yield noise * (x.std(correction=0) + 1) + x.mean()
+        elif x.dtype == torch.bool:
+            yield from (~x, torch.ones_like(x), torch.zeros_like(x))
+        else:
+            low, high = int(x.min()), int(x.max())
+            bound = 255 if x.dtype == torch.uint8 else (self._entries or 2) - 1
+            for ends in ((min(low, 0), max(high, bound)), (low, high)):
+                for _ in range(3):  # few values are easily drawn as they are
+                    drawn = torch.randint(ends[0], ends[1] + 1, x.shape, generator=self._generator).to(x)
+                    if not torch.equal(drawn, x):
+                        break
+                yield drawn
+            yield from (x + 1, x - 1)
 
     def _try(self, model: nn.Module, leaves: list[Any]) -> str | None:
         """Adds these arguments if the model takes them; else says why not."""
-        args = tree_unflatten(leaves, self._tree)
+        given = tree_unflatten(leaves, self._tree)
         try:
-            with torch.no_grad():
-                model(*args)
+            found = outputs(model, given)
         except Exception as error:
             return f"{type(error).__name__}: {error}".partition("\n")[0]
-        self.args.append(args)
+        self.given.append(given)
+        self.expected.append(found)
         return None
+
+
+def _doubled(leaves: list[Any], others: list[Any], dim: int) -> list[Any]:
+    return [torch.cat([x, y], dim) if isinstance(x, Tensor) else x for x, y in zip(leaves, others)]
+
+
+def _failed_in(model: nn.Module, error: Exception) -> str | None:
+    """The innermost module of ``model`` that was at work when the error came."""
+    names = {module: name for name, module in model.named_modules()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module in names:
+            found = names[module]
+        trace = trace.tb_next
+    return found

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..reporting.files import replacing
-from .channels import picking, select_inputs
-
-# What modules call their numbers of channels: with the shapes in the state_dict all that compact() changes.
-SIZES = (
-    *("in_features", "out_features", "in_channels", "out_channels"),
-    *("groups", "num_features", "num_parameters", "given_inputs"),
-)
+from .layers import WEIGHTED, sizes
+from .picking import picking, select_inputs
 
 
 def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -26,14 +21,13 @@ def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
     The file is {"sizes": {module name: {attribute: int}}, "state_dict": ...}; ``torch.load`` reads it with
     ``weights_only=True``. It replaces an earlier one only once it is whole.
     """
-    sizes = {
-        name: {key: getattr(module, key) for key in SIZES if isinstance(getattr(module, key, None), int)}
-        for name, module in model.named_modules()
-    }
+    found = {}
+    for name, module in model.named_modules():
+        names = (*sizes(module), "given_inputs")  # the latter of layers that pick their inputs
+        if own := {key: vars(module)[key] for key in names if key in vars(module)}:
+            found[name] = own
     with replacing(path) as unfinished:
-        torch.save(
-            {"sizes": {k: v for k, v in sizes.items() if v}, "state_dict": model.state_dict()}, unfinished
-        )
+        torch.save({"sizes": found, "state_dict": model.state_dict()}, unfinished)
 
 
 def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location: Any = None) -> nn.Module:
@@ -58,9 +52,10 @@ def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location:
     modules = dict(small.named_modules())
     if unknown := sorted(content["sizes"].keys() - modules.keys()):
         raise ValueError(f"{path}: expected modules of {type(model).__name__}, got {unknown}")
-    for name, sizes in content["sizes"].items():
-        for key, size in sizes.items():
-            setattr(modules[name], key, size)
+    for name, own in content["sizes"].items():
+        for key, size in own.items():
+            if key in vars(modules[name]) or key == "given_inputs":
+                setattr(modules[name], key, size)
     for name, value in content["state_dict"].items():
         owner, _, key = name.rpartition(".")
         if owner in modules:
@@ -76,17 +71,14 @@ def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location:
 def _fit(module: nn.Module, key: str, value: Tensor) -> None:
     """Make room in ``module`` for a value of another shape than it has."""
     if key == "read_inputs":
+        assert isinstance(module, WEIGHTED)
         select_inputs(module, torch.empty_like(value), picking(module).given_inputs)
         return
-    is_parameter = key in module._parameters
-    if not is_parameter and key not in module._buffers:
+    if key not in module._parameters and key not in module._buffers:
         return
-    now = module._parameters[key] if is_parameter else module._buffers[key]
-    if now is not None and now.shape == value.shape:
-        return
-    like = module.get_parameter("weight") if now is None else now
-    new = torch.empty(value.shape, dtype=like.dtype, device=like.device)
-    if is_parameter:
-        module._parameters[key] = nn.Parameter(new, like.requires_grad)
-    else:
-        module._buffers[key] = new
+    now = getattr(module, key)
+    if now is None:  # a bias that compact() added
+        like = module.get_parameter("weight")
+        setattr(module, key, nn.Parameter(like.new_empty(value.shape), like.requires_grad))
+    elif now.shape != value.shape:  # in place: another module may have the same parameter
+        now.data = now.new_empty(value.shape)

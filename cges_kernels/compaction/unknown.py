@@ -1,9 +1,9 @@
 """Which values inside a network no input can change.
 
-Found by forward passes on NaN, with the layers' exact zeros honoured: an output of a convolution or linear
-layer stays a number if only zero weights meet the NaN. Whatever is a number behind that is a constant,
-through batch norm, activations, sums, pooling, concatenation and flattening alike. Some functions swallow
-NaN, so the same must come of +Inf and -Inf.
+Found by forward passes on NaN, with exact zeros honoured: an output of a product or a convolution stays a
+number if only zeros meet the NaN, and so does what a batch norm or a factor scales by 0. Whatever is a number
+behind that is a constant, through activations, sums, pooling, concatenation and flattening alike. Some
+functions swallow NaN, so the same must come of +Inf and -Inf.
 
 Integers and truth values cannot be NaN. Those that a caller passes, and those that come of what is unknown
 (by a comparison, an argmax), are followed from operation to operation: the numbers that one makes with them
@@ -12,9 +12,7 @@ Integers and truth values cannot be NaN. Those that a caller passes, and those t
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
@@ -24,17 +22,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, is_floating
+from . import operations as ops
+from .channels import Owners
+from .layers import is_floating
+from .running import Given, call, following
 
 aten = torch.ops.aten
-# Operations whose outputs depend on their tensors' shapes alone.
-OF_SHAPES = {
-    *(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like),
-    *(aten.rand_like, aten.randn_like, aten.randint_like),
-    *(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided),
-}
-# Elementwise ones that torch does not tag as pointwise.
-ELEMENTWISE = {aten._to_copy, aten.masked_fill, aten.where}
 # What reads a tensor's memory without an operation that a dispatch mode sees.
 READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
@@ -62,18 +55,16 @@ class _Lists(TorchFunctionMode):
 
 
 class _Unknowns(TorchDispatchMode):
-    """Keeps a marker to what really reads it, and notes each layer's inputs."""
+    """Keeps a marker to what really reads it, and notes what each weight reads."""
 
     def __init__(self, model: nn.Module, marker: float) -> None:
         super().__init__()
         self.marker = marker  # NaN, Inf or -Inf: in place of what depends on the model's input
-        self.names = {module: name for name, module in model.named_modules()}
-        self.inputs: dict[str, Tensor] = {}
-        self._read_with: dict[nn.Module, Tensor] = {}
+        self.owners = Owners(model)
+        self.inputs: dict[str, list[Tensor]] = {}  # of each weight, at each of its uses
         # Unknown integers and truth values, by the memory that they lie in, which is held so that no other
         # takes it; and which of their elements are unknown.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._paused = False
 
     def marked(self, x: Any) -> Any:
         """An argument of the model, unknown."""
@@ -99,12 +90,29 @@ class _Unknowns(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self._paused or func.overloadpacket in OF_SHAPES:
+        kwargs = kwargs or {}
+        with self:  # a composite arrives whole where tensors were made in inference mode
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
             return out
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if ops.kind(func) in ("convolved", "multiplied") and all(map(is_floating, args[:2])):
+            return self._product(func, args, kwargs)
+        zeros = self._zeros(func, args)
+        out = func(*args, **kwargs)
+        if ops.kind(func) == "shaped":
+            return out
+        if zeros is not None:
+            x, value = zeros
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            first.copy_(torch.where(x, value, first))
+        self._spread(func, args, kwargs, out)
+        return out
+
+    def _spread(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """What an operation makes of unknown integers is unknown, and so are integers made of the marker."""
+        given = ops.tensors(args, kwargs)
         integers = [where for x in given if not is_floating(x) and (where := self.unknown(x)) is not None]
-        elementwise = torch.Tag.pointwise in func.tags or func.overloadpacket in ELEMENTWISE
+        elementwise = ops.kind(func) == "pointwise"
         for x in tree_leaves(out):
             sources = integers
             if not is_floating(x):
@@ -123,57 +131,57 @@ class _Unknowns(TorchDispatchMode):
                 x.masked_fill_(where, self.marker)
             else:
                 self._follow(x, where)
-        return out
 
-    @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+    def _zeros(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+        """Where an exact zero scales what may be unknown, and what comes of it."""
+        if ops.name(func) in ("mul", "mul_"):
+            factors = [x for x in args[:2] if is_floating(x)]
+            if len(factors) == 2 and any(not bool(x.isfinite().all()) for x in factors):
+                where = reduce(torch.logical_or, [x == 0 for x in factors])
+                return where, torch.zeros((), dtype=args[0].dtype, device=args[0].device)
+        elif ops.kind(func) == "batch_normed" and is_floating(args[1]):
+            x, scale, shift = args[:3]
+            shape = [1, -1, *[1] * (x.dim() - 2)]
+            shift = torch.zeros_like(scale) if shift is None else shift
+            return (scale == 0).reshape(shape), shift.reshape(shape)
+        return None
 
-    def before(self, layer: Weighted, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._paused or not args or not is_floating(args[0]):
-            return None
-        with self._pause():
-            x, *rest = args
-            rows = x.movedim(channel_dim(layer), 0).flatten(1)
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Zeros keep their word: what only they read does not show."""
+        convolved = ops.kind(func) == "convolved"
+        first = 0 if convolved or ops.name(func) in ("mm", "bmm") else 1
+        a, b = args[first : first + 2]
+        self._note(a, b, convolved)
+        unknown = [~x.isfinite() for x in (a, b)]
+        known = [torch.where(x, 0, y) for x, y in zip(unknown, (a, b))]
+        out = func(*args[:first], *known, *args[first + 2 :], **kwargs)
+        if not any(bool(x.any()) for x in unknown):
+            return out
+        plain = func.overloadpacket if convolved else {2: aten.mm, 3: aten.bmm}[a.dim()]
+        rest = (None, *args[first + 3 :]) if convolved else ()
+        nonzero = [(x != 0).to(out.dtype) for x in (a, b)]
+        reads = plain(unknown[0].to(out.dtype), nonzero[1], *rest)
+        if bool(unknown[1].any()):
+            reads = reads + plain(nonzero[0], unknown[1].to(out.dtype), *rest)
+        return torch.where(reads > 0, self.marker, out)
+
+    def _note(self, a: Tensor, b: Tensor, convolved: bool) -> None:
+        """The one value of each channel that a weight reads, NaN where it has no such value."""
+        for weight, x, dim in ((b, a, 1 if convolved else -1), (a, b, -2))[: 1 if convolved else 2]:
+            name = self.owners.name(weight)
+            if name is None or (not convolved and self.owners.part(weight) is None):
+                continue
+            rows = x.movedim(dim, 0).flatten(1)
             same = (rows == rows[:, :1]).all(1) & rows[:, 0].isfinite()
-            self.inputs[self.names[layer]] = torch.where(same, rows[:, 0], math.nan)
-            self._read_with[layer] = ~x.isfinite()
-            return (torch.where(x.isfinite(), x, 0), *rest)
-
-    def after(self, layer: Weighted, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-        if self._paused or layer not in self._read_with:
-            return None
-        with self._pause():
-            unknown = self._read_with.pop(layer).to(out.dtype)
-            reads = {"weight": (layer.weight != 0).to(out.dtype)}
-            if layer.bias is not None:
-                reads["bias"] = torch.zeros_like(layer.bias)
-            read = torch.func.functional_call(layer, reads, (unknown, *args[1:]))
-            return torch.where(read > 0, self.marker, out)
-
-    @contextlib.contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        layers = [m for m in model.modules() if isinstance(m, WEIGHTED) and type(m).forward in PLAIN_FORWARDS]
-        hooks = [layer.register_forward_pre_hook(self.before) for layer in layers]
-        hooks += [layer.register_forward_hook(self.after) for layer in layers]
-        try:
-            with self, _Lists(self):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            self.inputs.setdefault(name, []).append(torch.where(same, rows[:, 0], math.nan))
 
 
-@torch.no_grad()
-def inputs_of_layers(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Tensor]:
-    """The constants that each Linear and convolution of ``model`` is given, by name: [channels].
+def inputs_of_weights(model: nn.Module, given: Given) -> dict[str, Tensor]:
+    """The constants that each weight of ``model``, by its parameter's name, reads: [channels].
 
-    NaN where a channel depends on the model's input or has not one value at all positions. ``model`` is in
-    eval mode; of tensors in ``args`` only the shapes matter, other values are taken as they are.
+    NaN where a channel depends on the model's input or has not one value at all positions, and everywhere
+    where a weight is used more than once. ``model`` is in eval mode; of tensors in ``given`` only the shapes
+    matter, other values are taken as they are.
 
     Raises:
         Branches: the forward pass asks for a value that an input decides.
@@ -182,9 +190,10 @@ def inputs_of_layers(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for marker in (math.nan, math.inf, -math.inf):
         unknowns = _Unknowns(model, marker)
-        given = tree_map(unknowns.marked, args)
-        with unknowns.attached(model):
-            model(*given)
-        for name, x in unknowns.inputs.items():
+        marked = tree_map(unknowns.marked, given)
+        with following(), unknowns, _Lists(unknowns):
+            call(model, marked)
+        for name, uses in unknowns.inputs.items():
+            x = uses[0] if len(uses) == 1 else torch.full_like(uses[0], math.nan)
             found[name] = torch.where(x == found.get(name, x), x, math.nan)
     return found

@@ -7,7 +7,7 @@ are two), for the example batch as it is given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..core.calls import Given, arguments_of, call
 from ..core.groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
 from ..training.recipes import LayerWeight, regularised_weights
 from .explain import Table
@@ -114,7 +115,11 @@ class SparsityReport:
 
 
 def sparsity_report(
-    model: nn.Module, example_input: Any = None, group_by: GroupSpec = "feature"
+    model: nn.Module,
+    example_input: Any = None,
+    group_by: GroupSpec = "feature",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> SparsityReport:
     """How sparse each layer of ``model`` is, and what it costs.
 
@@ -128,9 +133,11 @@ def sparsity_report(
     two listed weights counts for the first.
 
     Args:
-        example_input: the model's argument, or a tuple of its arguments. The model runs once on it, in eval
-            mode and without gradients, and is left as it was, torch's random state too. None: no FLOPs.
+        example_input: the model's argument, a tuple of its arguments, or a dict of them by name. The model
+            runs once on it, in eval mode and without gradients, and is left as it was, torch's random state
+            too. None: no FLOPs.
         group_by: the spec whose groups are counted.
+        kwargs: more of the model's arguments by name.
 
     Raises:
         ValueError: no layer to report, a lazy parameter, or a layer that ``group_by`` does not fit.
@@ -139,8 +146,8 @@ def sparsity_report(
     measured: list[dict[str, Any]] = [_count(layer, group_by) for layer in layers]
     other = None
     if example_input is not None:
-        args = example_input if isinstance(example_input, tuple) else (example_input,)
-        *dense, other = _measure_flops(model, args, [layer.param for layer in layers])
+        given = arguments_of(example_input, kwargs)
+        *dense, other = _measure_flops(model, given, [layer.param for layer in layers])
         for layer, counts, flops in zip(layers, measured, dense):
             counts["flops"] = flops
             counts["flops_nonzero"] = flops * counts["nonzero"] / max(counts["weights"], 1)
@@ -224,17 +231,17 @@ class _FlopsByWeight(TorchDispatchMode):
         return out
 
 
-def _measure_flops(model: nn.Module, args: tuple[Any, ...], weights: Sequence[Tensor]) -> list[int]:
+def _measure_flops(model: nn.Module, given: Given, weights: Sequence[Tensor]) -> list[int]:
     """Dense FLOPs of one forward pass: one number per weight, then those of every other operation."""
-    devices = {x.device for x in (*weights, *tree_leaves(args)) if isinstance(x, Tensor) and x.is_cuda}
+    devices = {x.device for x in (*weights, *tree_leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
     with (
         evaluating(model),
-        _unfused_operations(),
+        unfused_operations(),
         torch.no_grad(),
         torch.random.fork_rng(devices=list(devices)),
         _FlopsByWeight(weights) as counter,
     ):
-        model(*args)
+        call(model, given)
     return counter.flops
 
 
@@ -251,7 +258,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unfused_operations() -> Iterator[None]:
+def unfused_operations() -> Iterator[None]:
     """Attention and recurrence as plain matrix products, which is what the counter can see."""
     attention = torch.backends.mha.get_fastpath_enabled()
     mkldnn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled

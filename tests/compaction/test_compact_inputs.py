@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_compact import net, shapes
+from networks import net, shapes
 from torch import nn
 from torch.nn import functional as F
 
 from cges_kernels import compact
-from cges_kernels.compaction.unknown import inputs_of_layers
-
-pytest.importorskip("torch_pruning")
+from cges_kernels.compaction.probes import Probes
+from cges_kernels.compaction.unknown import inputs_of_weights
 
 
 def layers(**options):
@@ -68,7 +67,8 @@ def written_into_a_view(self, tokens):
 
 
 def with_table(forward):
-    model = net(forward, **layers(scale=nn.Linear(1, 6)))
+    scaled = forward in (timestep, multiplied)
+    model = net(forward, **layers(**({"scale": nn.Linear(1, 6)} if scaled else {})))
     model.table = nn.Parameter(torch.randn(4, 4))
     return model
 
@@ -98,7 +98,7 @@ def other(x):
 @pytest.mark.parametrize("forward", INTEGERS, ids=lambda f: f.__name__)
 def test_a_dense_model_stays_as_it_is(forward):
     model, example = with_table(forward), INTEGERS[forward]
-    assert all(x.isnan().all() for x in inputs_of_layers(model.eval(), example).values())
+    assert all(x.isnan().all() for x in inputs_of_weights(model.eval(), (example, {})).values())
     result = compact(model, example)
     assert result.parameters[0] == result.parameters[1] and not result.layers and not result.kept
     for _ in range(3):
@@ -124,8 +124,8 @@ def test_what_depends_on_shapes_alone_is_constant():
         mask = torch.ones_like(tokens)[:, :4] * tokens.new_full((1,), 2)
         return self.b(self.a(mask.float()))
 
-    found = inputs_of_layers(net(forward, **layers()).eval(), (torch.zeros(2, 5, dtype=torch.int64),))
-    assert found["a"].tolist() == [2.0] * 4
+    found = inputs_of_weights(net(forward, **layers()).eval(), ((torch.zeros(2, 5, dtype=torch.int64),), {}))
+    assert found["a.weight"].tolist() == [2.0] * 4
 
 
 ASKING = {
@@ -185,7 +185,6 @@ def test_token_ids_stay_within_the_smallest_embedding():
         return self.b(self.a(self.tokens(tokens) + self.positions(positions)).relu())
 
     model = net(forward, **layers(tokens=nn.Embedding(9, 4), positions=nn.Embedding(5, 4)))
-    seen = []
-    model.register_forward_pre_hook(lambda _, args: seen.append([int(x.max()) for x in args]))
-    compact(model, tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in range(2)))
-    assert max(x[0] for x in seen) == max(x[1] for x in seen) == 4
+    given = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in range(2))
+    seen = [[int(x.max()) for x in args] for args, _ in Probes(model.eval(), (given, {})).given]
+    assert 1 <= max(map(max, seen)) <= 4

@@ -1,0 +1,107 @@
+"""Copies of a model to work on: without what wraps it or hooks into it, in float64 where that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from ..core.calls import Given
+from .layers import is_floating
+from .picking import pick, restore_inputs
+from .running import outputs
+
+HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DataParallel or DistributedDataParallel."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
+            model = inside
+        else:
+            return model
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether any hook would run but those that pick inputs."""
+    return any(
+        hook is not pick
+        for module in model.modules()
+        for name in HOOKS
+        for hook in (getattr(module, name, None) or {}).values()
+    )
+
+
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` while none of its hooks runs but those that pick inputs."""
+    taken = []
+    try:
+        for module in model.modules():
+            for name in HOOKS:
+                hooks = getattr(module, name, None)
+                if hooks:
+                    taken.append((module, name, hooks))
+                    ours = [(key, hook) for key, hook in hooks.items() if hook is pick]
+                    setattr(module, name, OrderedDict(ours))
+        yield model
+    finally:
+        for module, name, hooks in taken:
+            setattr(module, name, hooks)
+
+
+def working_copy(model: nn.Module, given: Given) -> tuple[nn.Module, Given, list[Any] | None]:
+    """A copy in eval mode, its arguments, and what it makes of them; in float64 where that runs."""
+    try:
+        base = copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__}: expected a model that copies, got: {error}") from error
+    restore_inputs(base)
+    exact = tree_map(lambda x: x.double() if is_floating(x) else x, given)
+    try:
+        double = copy.deepcopy(base).double()
+        return double, exact, outputs(double, exact)
+    except Exception:  # a dtype is written into the model, or it does not run at all, which is told later
+        return base, given, None
+
+
+def restore_kind(small: nn.Module, model: nn.Module) -> None:
+    """Give ``small`` the dtypes, requires_grad and training modes of ``model``."""
+    as_was = dict(model.named_modules(remove_duplicate=False))
+    for name, module in small.named_modules(remove_duplicate=False):
+        old = as_was[name]
+        module.training = old.training
+        for key, p in module._parameters.items():
+            if p is not None:
+                like = old.weight if old._parameters[key] is None else old._parameters[key]
+                p.data = p.data.to(like.dtype)
+                p.requires_grad_(like.requires_grad)
+                p.grad = None
+        for key, x in module._buffers.items():
+            if is_floating(x):
+                module._buffers[key] = x.to(old._buffers[key].dtype)
+
+
+def restore_hooks(small: nn.Module, model: nn.Module) -> None:
+    """Give ``small`` copies of the hooks of ``model``; those that do not copy are shared."""
+    as_was = dict(model.named_modules())
+    copies: dict[int, Any] = {id(as_was[name]): module for name, module in small.named_modules()}
+    for name, module in small.named_modules():
+        for key in HOOKS:
+            for i, hook in getattr(as_was[name], key, {}).items():
+                if hook is not pick:
+                    with contextlib.suppress(Exception):
+                        hook = copy.deepcopy(hook, copies)
+                    getattr(module, key)[i] = hook

@@ -1,0 +1,202 @@
+"""Which channels nobody reads, and how they are cut out of every tensor that holds them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .channels import NOBODY, Channels, Weight, narrowed, varying
+from .layers import bias_of, sizes
+from .picking import laid_out_like
+
+
+@dataclass
+class Removal:
+    """The channels that leave with those of ``layer``."""
+
+    layer: str
+    ids: Tensor
+
+
+class Reading:
+    """Who reads what in ``model``, whose parameters may have changed since ``channels`` were followed.
+
+    Attributes:
+        read: per channel, whether a weight or an operation reads it; [count].
+        gone: per channel, whether it is to leave; [count].
+    """
+
+    def __init__(self, model: nn.Module, channels: Channels) -> None:
+        self.channels = channels
+        self.params = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+        self.group = channels.groups()
+        self.nonzero = {name: self._nonzero(self.params[name]) for name in channels.weights}
+        self.reasons = self._held()
+        self.read = self._read()
+        self.gone = self._removable()
+
+    @staticmethod
+    def _nonzero(x: Tensor) -> Tensor:
+        """How many entries of a weight are not 0, summed over its kernel: [dim 0, dim 1], float32."""
+        taps = (x.detach() != 0).to(torch.float32).flatten(2) if x.dim() > 2 else (x.detach() != 0)[..., None]
+        return (taps.to(torch.float32) @ taps.new_ones(taps.shape[-1], dtype=torch.float32)).cpu()
+
+    def reading(self, weight: Weight, dim: int, by: Tensor | None = None) -> Tensor:
+        """Which lines along ``dim`` have an entry that is not 0, among those that the lines ``by`` make."""
+        entries = self.nonzero[weight.name].movedim(dim, 0)
+        lines = entries.new_ones(entries.shape[1]) if by is None else by.to(entries.dtype)
+        return (entries @ lines) > 0  # a product is faster than any()
+
+    def _held(self) -> dict[int, str]:
+        """{the first of a group: why it stays}"""
+        reasons: dict[int, str] = {NOBODY: ""}
+        for held in self.channels.held:
+            for first in self.group[held.ids].unique().tolist():
+                reasons.setdefault(first, held.reason)
+        return reasons
+
+    def lines(self, weight: Weight, dim: int) -> Tensor:
+        """The groups of the lines of a weight along ``dim``."""
+        return self.group[weight.ids[dim].expand(self.nonzero[weight.name].shape[dim])]
+
+    def _read(self) -> Tensor:
+        """From the outputs back: what is read by weights whose outputs are read."""
+        alive = torch.zeros(self.channels.count, dtype=torch.bool)
+        alive[list(self.reasons)] = True  # what stays keeps its values
+        weights = list(self.channels.weights.values())[::-1]
+        while True:
+            before = int(alive.sum())
+            for weight in weights:
+                for dim in weight.reads:
+                    by = alive[self.lines(weight, 1 - dim)] if 1 - dim in weight.makes else None
+                    alive[self.lines(weight, dim)[self.reading(weight, dim, by)]] = True
+            if int(alive.sum()) == before:
+                return alive[self.group]
+
+    def by_weights(self) -> Tensor:
+        """Per channel, whether a weight reads it or an operation takes it, whatever holds it."""
+        read = torch.zeros(self.channels.count, dtype=torch.bool)
+        for held in self.channels.held:
+            if held.read:
+                read[self.group[held.ids]] = True
+        for weight in self.channels.weights.values():
+            for dim in weight.reads:
+                read[self.lines(weight, dim)[self.reading(weight, dim)]] = True
+        return read[self.group]
+
+    def _removable(self) -> Tensor:
+        """What nobody reads and nothing holds, so that at least one is left in each tensor."""
+        made = torch.zeros(self.channels.count, dtype=torch.bool)
+        for weight in self.channels.weights.values():
+            for dim in weight.makes:
+                made[self.lines(weight, dim)] = True
+        gone = made & ~self.read & (self.group == torch.arange(self.channels.count))
+        while True:
+            spared = self._spared(gone)
+            if not spared:
+                return gone[self.group]
+            for first, reason in spared.items():
+                gone[first] = False
+                self.reasons.setdefault(first, reason)
+
+    def _spared(self, gone: Tensor) -> dict[int, str]:
+        """Groups that must stay after all, and why."""
+        spared: dict[int, str] = {}
+        for weight in self.channels.weights.values():
+            for dim in weight.ids:
+                lines = self.lines(weight, dim)
+                if bool(gone[lines].all()) and not spared.keys() & set(lines.tolist()):
+                    spared[int(lines[0])] = f"one channel of {weight.layer or weight.name} is left"
+        for name, ids in self.channels.loose.items():
+            groups = self.group[ids]
+            if bool(gone[groups].any()) and len(varying(self._cut_mask(name, gone[groups]))) > 1:
+                ragged = groups[gone[groups]].unique().tolist()
+                spared |= dict.fromkeys(ragged, f"they are scattered in {name}")
+        return spared
+
+    def _cut_mask(self, name: str, gone: Tensor) -> Tensor:
+        """Which elements leave, given in the order of memory: the dims of the parameter, narrowed."""
+        x = self.params[name]
+        return narrowed(gone.as_strided(x.shape, x.stride()))
+
+    # What leaves
+
+    def removals(self) -> list[Removal]:
+        """What leaves, by the layer that makes it first."""
+        left = self.gone.clone()
+        found = []
+        for weight in self.channels.weights.values():
+            groups = torch.cat([self.lines(weight, dim) for dim in weight.makes] or [torch.zeros(0).long()])
+            mine = groups[left[groups]].unique()
+            if len(mine):
+                found.append(Removal(weight.layer, torch.isin(self.group, mine).nonzero().flatten()))
+                left[found[-1].ids] = False
+        return found
+
+    def gone_before(self, layer: str | None) -> Tensor:
+        """What leaves the inputs of a layer."""
+        weights = (weight for weight in self.channels.weights.values() if weight.layer == layer)
+        lines = [self.lines(weight, dim) for weight in weights for dim in weight.reads]
+        groups = torch.cat([*lines, torch.zeros(0, dtype=torch.long)])
+        return torch.isin(self.group, groups[self.gone[groups]]).nonzero().flatten()
+
+    # What stays
+
+    def stayed(self) -> dict[str, str]:
+        """{layer: how many of its outputs are dead or unread and stay, and why}"""
+        read, readers = self.by_weights(), self._readers()
+        found: dict[str, list[str]] = {}
+        for weight in self.channels.weights.values():
+            for dim in weight.makes:
+                lines = self.lines(weight, dim)
+                dead = ~self.reading(weight, dim)
+                idle = (dead | ~read[lines]) & ~self.gone[lines]
+                firsts = lines[idle].tolist()
+                counts = Counter(filter(None, map(self.reasons.get, firsts)))
+                if by := Counter(readers[first] for first in firsts if not self.reasons.get(first)):
+                    more = f" and {len(by) - 1} more" if len(by) > 1 else ""
+                    counts[f"read with what comes of them by {min(by)}{more}"] = by.total()
+                for reason, count in counts.items():
+                    text = f"{weight.label}dead or unread outputs that stay: {count}; {reason}"
+                    found.setdefault(weight.layer, []).append(text)
+        return {layer: "; ".join(texts) for layer, texts in found.items()}
+
+    def _readers(self) -> dict[int, str]:
+        """{group: the first layer that reads it with other weights than zeros}"""
+        readers: dict[int, str] = {}
+        for weight in self.channels.weights.values():
+            for dim in weight.reads:
+                alive = self.lines(weight, dim)[self.reading(weight, dim)]
+                for first in alive.unique().tolist():
+                    readers.setdefault(first, weight.layer or weight.name)
+        return readers
+
+
+def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
+    """Remove, in place, the channels that are ``gone`` ([count]) from every parameter and buffer."""
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    for name, weight in channels.weights.items():
+        for dim, ids in weight.ids.items():
+            _keep(named[name], dim, ~gone[ids])
+        bias = bias_of(name)
+        if bias in named and bias not in channels.loose and len(weight.makes) == 1:  # a fold gave it one
+            _keep(named[bias], 0, ~gone[weight.ids[min(weight.makes)]])
+    for name, ids in channels.loose.items():
+        mask = narrowed(gone[ids].as_strided(named[name].shape, named[name].stride()))
+        for dim in varying(mask):
+            _keep(named[name], dim, ~mask.flatten())
+    for name, ids in channels.widths.items():
+        setattr(model.get_submodule(name), "num_features", int((~gone[ids]).sum()))  # noqa: B010  # for mypy
+    for module in model.modules():
+        for key, size in sizes(module).items():
+            if key in vars(module):
+                setattr(module, key, size)
+
+
+def _keep(x: Tensor, dim: int, keep: Tensor) -> None:
+    if not bool(keep.all()):
+        index = keep.nonzero().flatten().to(x.device)
+        x.data = laid_out_like(x, x.detach().index_select(dim, index))

@@ -1,0 +1,97 @@
+"""From channels that nobody reads to a smaller copy whose outputs were compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .channels import Channels
+from .cutting import Reading, Removal, cut
+from .fold import Fold, find_folds
+from .picking import pick_inputs
+from .probes import Difference, Probes
+
+Change: TypeAlias = Fold | Removal
+
+
+class Shrinking:
+    """Attempts at a smaller copy of ``base``, each without what showed in the outputs of the one before."""
+
+    def __init__(
+        self, base: nn.Module, channels: Channels, constants: Mapping[str, Tensor], probes: Probes
+    ) -> None:
+        self.base, self.channels, self.constants, self.probes = base, channels, constants, probes
+        self._fixed: dict[str, str] = {}  # layers whose inputs must not be folded, and why
+        self._unpicked: set[str] = set()  # layers that must not pick their inputs
+
+    def run(self) -> tuple[nn.Module, list[dict[str, str]]]:
+        """The smallest copy that gives the same, and what stayed in it: {layer: why}, by kind."""
+        while True:
+            folds, unfolded = find_folds(self.base, self.channels.weights, self.constants, self._fixed)
+            reading = Reading(self._changed(folds), self.channels)
+            changes: list[Change] = [*folds, *reading.removals()]
+            small = self._changed(changes)
+            picked = pick_inputs(small, self.channels.called - self._unpicked)
+            difference = self.probes.differs(small)
+            if difference is None:
+                return small, [unfolded, reading.stayed()]
+            self._refuse(difference, reading, changes, picked)
+
+    def _changed(self, changes: Sequence[Change]) -> nn.Module:
+        """A copy with these changes."""
+        small = copy.deepcopy(self.base)
+        gone = torch.zeros(self.channels.count, dtype=torch.bool)
+        for change in changes:
+            if isinstance(change, Fold):
+                change.apply(small)
+            else:
+                gone[change.ids] = True
+        cut(small, self.channels, gone)
+        return small
+
+    def _refuse(
+        self, difference: Difference, reading: Reading, changes: Sequence[Change], picked: Sequence[str]
+    ) -> None:
+        """Rule out what made the outputs differ."""
+        for suspects in (self._by_numbers(difference.layer, reading), reading.gone_before(difference.layer)):
+            if len(suspects):
+                return self.channels.hold(suspects, difference.reason)
+        change, reason = self._first_to_show(changes)
+        if isinstance(change, Removal):
+            self.channels.hold(change.ids, reason)
+        elif change is not None:
+            self._fixed[change.layer] = reason
+        elif picked:  # it shows only that inputs are picked
+            self._unpicked |= set(picked)
+        else:
+            raise RuntimeError(f"compact: expected outputs that stay, got: {difference.reason}")
+
+    def _by_numbers(self, layer: str | None, reading: Reading) -> Tensor:
+        """What leaves in all modules like the innermost around ``layer`` that lays channels out by numbers.
+
+        Where one of them has a size written into its code, so have its like.
+        """
+        types = {name: type(module) for name, module in self.base.named_modules()}
+        laid_out = [(name, ids[reading.gone[ids]]) for name, ids in self.channels.by_numbers]
+        laid_out = [(name, ids) for name, ids in laid_out if len(ids)]
+        while layer is not None:
+            if any(name == layer for name, _ in laid_out):
+                return torch.cat([ids for name, ids in laid_out if types[name] is types[layer]])
+            layer = layer.rpartition(".")[0] if layer else None
+        return torch.zeros(0, dtype=torch.long)
+
+    def _first_to_show(self, changes: Sequence[Change]) -> tuple[Change | None, str]:
+        """The first change that shows in the outputs where it is made after those before it, and how."""
+        right, wrong, reason = 0, len(changes) + 1, ""  # so many of them do not show, so many do
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            difference = self.probes.differs(self._changed(changes[:middle]))
+            if difference is None:
+                right = middle
+            else:
+                wrong, reason = middle, difference.reason
+        return (changes[wrong - 1], reason) if wrong <= len(changes) else (None, "")

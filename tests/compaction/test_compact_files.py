@@ -1,0 +1,66 @@
+"""Compacted models in files."""
+
+import io
+
+import pytest
+import torch
+from networks import IMAGE, kill, residual
+from torch import nn
+
+from cges_kernels import compact, load_compacted, save_compacted
+from cges_kernels.demo.training import LeNet
+
+
+def test_a_whole_module_is_saved_too():
+    model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 2))
+    with torch.no_grad():
+        model[0].weight[:, 10:] = 0
+    small, file, x = compact(model, torch.randn(3, 100)).model, io.BytesIO(), torch.randn(3, 100)
+    torch.save(small, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), small(x))
+
+
+def test_files_are_plain_and_trained_further(tmp_path):
+    model = kill(residual())
+    small = compact(model, torch.randn(IMAGE)).model
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    small(torch.randn(IMAGE)).sum().backward()
+    optimizer.step()
+    save_compacted(small, tmp_path / "small.pt")
+    content = torch.load(tmp_path / "small.pt", weights_only=True)
+    assert content["sizes"]["bn1"] == {"num_features": small.bn1.num_features}
+    dense = residual()
+    loaded = load_compacted(dense, tmp_path / "small.pt")
+    assert dense.stem.weight.shape == (10, 3, 3, 3)
+    for key, value in small.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert compact(loaded, torch.randn(IMAGE)).parameters[0] == sum(p.numel() for p in small.parameters())
+
+
+def test_files_of_something_else(tmp_path):
+    path = tmp_path / "some.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"some\.pt: expected a file of save_compacted"):
+        load_compacted(residual(), path)
+    save_compacted(residual(), path)
+    with pytest.raises(ValueError, match=r"some\.pt: expected modules of LeNet, got \['bn1', "):
+        load_compacted(LeNet(8), path)
+    save_compacted(nn.Sequential(nn.Linear(2, 3)), path)
+    with pytest.raises(ValueError, match=r"some\.pt: expected the weights of Sequential, got: .*1\.weight"):
+        load_compacted(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3)), path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "small.pt"
+    save_compacted(nn.Linear(2, 3), path)
+    old = path.read_bytes()
+
+    def fail(content, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_compacted(nn.Linear(5, 6), path)
+    assert path.read_bytes() == old and [x.name for x in tmp_path.iterdir()] == ["small.pt"]
