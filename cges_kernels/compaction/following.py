@@ -124,6 +124,8 @@ class Follower(TorchDispatchMode):
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
+        if ops.kind(func) == "turned":
+            return self._turned(func, args)
         out = func(*args, **kwargs)
         names = [self.owners.name(x) for x in ops.tensors(args, kwargs)]
         self.used.update(filter(None, names))
@@ -166,6 +168,14 @@ class Follower(TorchDispatchMode):
         moved = ops.on_ids(func)(ids.expand(x.shape), *rest, **named)
         for y, line in zip(outs, moved if isinstance(out, (list, tuple)) else [moved]):
             self.note(y, line)
+
+    def _turned(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        """Dims moved in place, after which the integers have other dims than before."""
+        x, *rest = args
+        ids = self.ids(x).expand(x.shape)
+        out = func(x, *rest)
+        self.note(out, getattr(torch.ops.aten, ops.name(func)[:-1])(ids, *rest))
+        return out
 
     def _pointwise(self, call: Call) -> None:
         func, args, kwargs, out = call
@@ -479,5 +489,5 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
     for (size, *_), line in sizes.items():
         if size in may_meet:
             layer = may_meet[size].rpartition(".")[0] or may_meet[size]
-            channels.hold(line, f"{layer} takes no part in the forward pass, but may read them", read=True)
+            channels.hold(line, f"{layer} takes no part in the forward pass, but may read them")
     return channels, opaque

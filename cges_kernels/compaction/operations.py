@@ -73,6 +73,7 @@ OTHERS = {
     "constant_pad_nd": "padded",
     "native_layer_norm": "layer_normed",
     "glu": "halved",
+    **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), "turned"),
     "embedding": "embedded",
     "convolution": "convolved",
 }
