@@ -79,12 +79,22 @@ class Channels:
         self._ends.append(self.count)
         return ids
 
+    def _memories(self, ids: Tensor) -> Tensor:
+        """Of which memory, in the order of new_loose, each channel is a single element; -1 for none."""
+        if not self._starts:
+            return torch.full_like(ids, -1)
+        which = torch.searchsorted(torch.tensor(self._starts), ids.contiguous(), right=True) - 1
+        return torch.where(ids < torch.tensor(self._ends)[which], which, -1)
+
     def are_loose(self, ids: Tensor) -> bool:
         """Whether all of them are single elements, so that they may be joined along any dim."""
-        if not self._starts:
-            return False
-        which = torch.searchsorted(torch.tensor(self._starts), ids.contiguous(), right=True) - 1
-        return bool(((which >= 0) & (ids < torch.tensor(self._ends)[which])).all())
+        return bool((self._memories(ids) >= 0).all())
+
+    def loose_of(self, ids: Tensor) -> list[str]:
+        """The parameters that some of them are elements of."""
+        names = {int(own[0]): name for name, own in self.loose.items()}
+        starts = (self._starts[i] for i in self._memories(ids).unique().tolist() if i >= 0)
+        return [names[start] for start in starts if start in names]
 
     def use(self, name: str, param: Tensor, reads: int | None = None, makes: int | None = None) -> Weight:
         """A parameter that an operation multiplies with, reading and making channels along its dims."""

@@ -34,7 +34,8 @@ class Reading:
         self.params = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
         self.group = channels.groups()
         self.nonzero = {name: self._nonzero(self.params[name]) for name in channels.weights}
-        self.reasons = self._held()
+        self.reasons = [held.reason for held in channels.held]
+        self._why = self._held()
         self.read = self._read()
         self.gone = self._removable()
 
@@ -50,13 +51,12 @@ class Reading:
         lines = entries.new_ones(entries.shape[1]) if by is None else by.to(entries.dtype)
         return (entries @ lines) > 0  # a product is faster than any()
 
-    def _held(self) -> dict[int, str]:
-        """{the first of a group: why it stays}"""
-        reasons: dict[int, str] = {NOBODY: ""}
-        for held in self.channels.held:
-            for first in self.group[held.ids].unique().tolist():
-                reasons.setdefault(first, held.reason)
-        return reasons
+    def _held(self) -> Tensor:
+        """Why a group stays, by the first of it: the place among ``reasons``, -1 where nothing holds it."""
+        why = torch.full((self.channels.count,), -1)
+        for place, held in reversed(list(enumerate(self.channels.held))):  # the first word counts
+            why[self.group[held.ids]] = place
+        return why
 
     def lines(self, weight: Weight, dim: int) -> Tensor:
         """The groups of the lines of a weight along ``dim``."""
@@ -65,7 +65,8 @@ class Reading:
     def _read(self) -> Tensor:
         """From the outputs back: what is read by weights whose outputs are read."""
         alive = torch.zeros(self.channels.count, dtype=torch.bool)
-        alive[list(self.reasons)] = True  # what stays keeps its values
+        alive[self._why >= 0] = True  # what stays keeps its values
+        alive[NOBODY] = True
         weights = list(self.channels.weights.values())[::-1]
         while True:
             before = int(alive.sum())
@@ -99,8 +100,8 @@ class Reading:
             if not spared:
                 return gone[self.group]
             for first, reason in spared.items():
-                gone[first] = False
-                self.reasons.setdefault(first, reason)
+                gone[first], self._why[first] = False, len(self.reasons)
+                self.reasons.append(reason)
 
     def _spared(self, gone: Tensor) -> dict[int, str]:
         """Groups that must stay after all, and why."""
@@ -154,9 +155,8 @@ class Reading:
                 lines = self.lines(weight, dim)
                 dead = ~self.reading(weight, dim)
                 idle = (dead | ~read[lines]) & ~self.gone[lines]
-                firsts = lines[idle].tolist()
-                counts = Counter(filter(None, map(self.reasons.get, firsts)))
-                if by := Counter(readers[first] for first in firsts if not self.reasons.get(first)):
+                counts = Counter(self.reasons[i] for i in self._why[lines[idle]].tolist() if i >= 0)
+                if by := Counter(readers[first] for first in lines[idle & (self._why[lines] < 0)].tolist()):
                     more = f" and {len(by) - 1} more" if len(by) > 1 else ""
                     counts[f"read with what comes of them by {min(by)}{more}"] = by.total()
                 for reason, count in counts.items():

@@ -473,7 +473,8 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and (module.num_layers > 1 or module.bidirectional):
             for key, _ in module.named_parameters():
-                if key.startswith("weight_hh") and (weight := channels.weights.get(f"{name}.{key}")):
+                if key.startswith("weight_hh") and f"{name}.{key}" in channels.weights:
+                    weight = channels.weights[f"{name}.{key}"]
                     reason = f"the layers and directions of {name} have one hidden_size"
                     channels.hold(weight.ids.get(1, torch.tensor([NOBODY])), reason)
     for name in channels.loose.keys() & channels.weights.keys() | opaque.keys():
@@ -482,9 +483,8 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
             if ids is not None:
                 channels.hold(ids, f"{name} is used in more than one way", read=True)
     for held in [held for held in channels.held if held.read]:
-        for name, ids in channels.loose.items():
-            if bool(torch.isin(held.ids, ids).any()):
-                opaque.setdefault(name, held.reason)
+        for name in channels.loose_of(held.ids):
+            opaque.setdefault(name, held.reason)
     may_meet = {size: name for name in sorted(unused) for size in first.owners.tensors[name].shape}
     for (size, *_), line in sizes.items():
         if size in may_meet:
