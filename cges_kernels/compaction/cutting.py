@@ -34,6 +34,11 @@ class Reading:
         self.params = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
         self.group = channels.groups()
         self.nonzero = {name: self._nonzero(self.params[name]) for name in channels.weights}
+        self._padding = {
+            name: module.padding_idx
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        }
         self.reasons = [held.reason for held in channels.held]
         self._why = self._held()
         self.read = self._read()
@@ -155,6 +160,8 @@ class Reading:
                 lines = self.lines(weight, dim)
                 dead = ~self.reading(weight, dim)
                 idle = (dead | ~read[lines]) & ~self.gone[lines]
+                if dim == 0 and weight.layer in self._padding:  # a token's row, which is made of zeros
+                    idle[self._padding[weight.layer]] = False
                 counts = Counter(self.reasons[i] for i in self._why[lines[idle]].tolist() if i >= 0)
                 if by := Counter(readers[first] for first in lines[idle & (self._why[lines] < 0)].tolist()):
                     more = f" and {len(by) - 1} more" if len(by) > 1 else ""

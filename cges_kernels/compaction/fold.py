@@ -23,23 +23,25 @@ class Fold:
     layer: str
     weight: str  # the parameter
     dim: int  # of it, along which it reads
-    inputs: Tensor  # which are constants, [in]
+    inputs: Tensor  # which of them, [in]
+    values: Tensor  # [in]
     bias: str  # the parameter that takes it
-    shift: Tensor  # [out]
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """In place: nothing of the weight reads the constants any more."""
-        weight = model.get_parameter(self.weight).data
-        weight.movedim(self.dim, 0)[self.inputs] = 0
-        if not self.shift.any():
+        columns = model.get_parameter(self.weight).data.movedim(self.dim, 0)  # [in, out, *kernel]
+        taps = columns[self.inputs]
+        columns[self.inputs] = 0
+        shift = self.values[self.inputs] @ (taps.flatten(2).sum(2) if taps.dim() > 2 else taps)  # [out]
+        if not shift.any():
             return
         layer = model.get_submodule(self.layer)
         name = self.bias.rpartition(".")[2]
         if (bias := getattr(layer, name, None)) is None:
-            setattr(layer, name, nn.Parameter(self.shift.clone()))
+            setattr(layer, name, nn.Parameter(shift))
         else:
-            bias.data += self.shift
+            bias.data += shift
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:
@@ -93,6 +95,5 @@ def find_folds(
         if count := int((read & ~fold).sum()):
             stayed[weight.layer] = f"{weight.label}constant inputs that stay: {count}; {reason}"
         if fold.any():
-            taps = columns[fold].flatten(2).sum(2) if columns.dim() > 2 else columns[fold]
-            folds.append(Fold(weight.layer, name, dim, fold, bias, known[fold] @ taps))
+            folds.append(Fold(weight.layer, name, dim, fold, known, bias))
     return folds, stayed

@@ -31,8 +31,8 @@ ALSO_FIXED = "what reads them also reads what cannot be cut"
 
 
 def _lead(ids: list[Tensor]) -> Tensor:
-    """What the others are joined to: the one that varies along the fewest dims."""
-    return min(ids, key=lambda x: len(varying(x)))
+    """What the others are joined to: it varies along the fewest dims and is nobody's in the fewest places."""
+    return min(ids, key=lambda x: (len(varying(x)), int((x <= NOBODY).sum())))
 
 
 class Follower(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -32,14 +33,30 @@ class Shrinking:
         """The smallest copy that gives the same, and what stayed in it: {layer: why}, by kind."""
         while True:
             folds, unfolded = find_folds(self.base, self.channels.weights, self.constants, self._fixed)
+            folds = self._those_that_pay(folds)
             reading = Reading(self._changed(folds), self.channels)
             changes: list[Change] = [*folds, *reading.removals()]
             small = self._changed(changes)
-            picked = pick_inputs(small, self.channels.called - self._unpicked)
+            picked = self._pick(small)
             difference = self.probes.differs(small)
             if difference is None:
                 return small, [unfolded, reading.stayed()]
             self._refuse(difference, reading, changes, picked)
+
+    def _pick(self, small: nn.Module) -> list[str]:
+        return pick_inputs(small, self.channels.called - self._unpicked)
+
+    def _those_that_pay(self, folds: Sequence[Fold]) -> list[Fold]:
+        """Folds of what can leave then, or need not be picked: others would change weights for nothing."""
+        reading = Reading(self._changed(folds), self.channels)
+        picked = self._pick(self._changed([*folds, *reading.removals()]))
+        useful = []
+        for fold in folds:
+            leaving = reading.gone[self.channels.weights[fold.weight].ids[fold.dim]]
+            inputs = fold.inputs if fold.layer in picked else fold.inputs & leaving.to(fold.inputs.device)
+            if inputs.any():
+                useful.append(replace(fold, inputs=inputs))
+        return useful
 
     def _changed(self, changes: Sequence[Change]) -> nn.Module:
         """A copy with these changes."""
