@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from cges_kernels import compact, load_compacted, save_compacted, sparsity_report
-from cges_kernels.compaction.following import Follower
+from cges_kernels.compaction import following
 from cges_kernels.demo.training import LeNet
 from cges_kernels.demo.training import compacted as compacted_by_hand
 
@@ -279,7 +279,7 @@ def test_an_operation_that_no_rule_foresees_holds_what_it_takes(monkeypatch):
     def fail(*args):
         raise IndexError("no such form")
 
-    monkeypatch.setattr(Follower, "_pointwise", fail)
+    monkeypatch.setitem(following.RULES, "pointwise", fail)
     model = ones(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     with torch.no_grad():
         model[0].weight[1] = 0

@@ -249,6 +249,17 @@ def test_a_dead_expert_is_named():
     assert "experts: dead rows and columns that stay: 1 and 0" in result.kept["experts"]
 
 
+def test_a_channel_alone_in_a_product_is_read():
+    def forward(self, x):
+        x = self.a(x)  # [n, 8, h, w]
+        return x[:, 3] @ x[:, 4] + self.c(x).mean(1)
+
+    model = net(forward, a=conv(3, 8, 1), c=conv(8, 2, 1))
+    unread(model.c, [3, 4])
+    result = compact(model, torch.randn(IMAGE))
+    assert shapes(result)["a.weight"][0] == 8 and not result.kept
+
+
 # Constants and blocks
 
 

@@ -1,0 +1,104 @@
+"""Products with a weight: they read the channels of one dim and make those of the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import operations as ops
+from .channels import NOBODY, aligned, varying
+from .rules import meet
+
+if TYPE_CHECKING:
+    from .following import Call, Follower
+
+ALSO_FIXED = "what reads them also reads what cannot be cut"
+
+
+def _whole(f: Follower, w: Tensor) -> str | None:
+    """Whose name ``w`` is, where it is a parameter as it stands."""
+    name = f.owners.name(w)
+    if name is None or name in f.owners.shared or w is not f.owners.tensors[name]:
+        return None
+    return name
+
+
+def embedded(f: Follower, call: Call) -> None:
+    args, out = call.args, call.out
+    if (name := _whole(f, args[0])) is None:
+        return f.take_all(call)
+    made = f.channels.use(name, args[0], makes=1).ids[1]
+    f.note(out, made.reshape(aligned(made.shape, out.dim())))
+
+
+def convolved(f: Follower, call: Call) -> None:
+    func, args, out = call.func, call.args, call.out
+    x, w, bias = args[:3]
+    transposed, groups = bool(args[6]), args[8]
+    if (name := _whole(f, w)) is None:
+        return f.take_all(call)
+    line = f.line(func, x, 1)
+    if groups == 1:
+        read, make = (0, 1) if transposed else (1, 0)
+        weight = f.channels.use(name, w, reads=read, makes=make)
+        f.channels.join(line, weight.ids[read], ALSO_FIXED)
+        made = weight.ids[make]
+    elif groups == len(line) and not (transposed and w.shape[1] > 1):  # depthwise
+        made = f.channels.use(name, w, makes=0).ids[0]
+        f.channels.join(line.repeat_interleave(len(made) // groups), made, ALSO_FIXED)
+    else:
+        reason = f"{f.where('convolution')} works in {groups} groups"
+        f.channels.hold(line, reason, read=True)
+        weight = f.channels.use(name, w, makes=None if transposed else 0)
+        made = weight.ids.get(0, torch.full((out.shape[1],), NOBODY))
+        f.channels.hold(made, reason)
+    if isinstance(bias, Tensor):
+        f.channels.join(made, f.ids(bias), "")
+    f.note(out, made.reshape(1, -1, *[1] * (out.dim() - 2)))
+
+
+def multiplied(f: Follower, call: Call) -> None:
+    """mm, bmm and those that add something: [..., n, k] times [..., k, m]."""
+    func, args, out = call.func, call.args, call.out
+    *added, a, b = args[: 3 if ops.name(func) in ("addmm", "baddbmm") else 2]
+    if part := f.owners.part(b):
+        ids = _read(f, func, part, a, -1, b.shape[-1])
+        made = ids.reshape(aligned(ids.shape, out.dim()))
+    elif part := f.owners.part(a):
+        ids = _read(f, func, (part[0], part[1][::-1]), b, -2, a.shape[-2])
+        made = ids.reshape(aligned((len(ids), 1), out.dim()))
+    elif f.is_owners(a) or f.is_owners(b):
+        return f.take_all(call)
+    else:
+        made = _contracted(f, func, a, b)
+    f.note(out, made)
+    if added:
+        meet(f, func, [*added, out], out)
+
+
+def _read(
+    f: Follower, func: Any, part: tuple[str, list[tuple[int, int]]], x: Tensor, dim: int, count: int
+) -> Tensor:
+    """A weight, or a part of it, reads ``x`` along ``dim``; the channels that it makes."""
+    name, ((read, first), (make, start)) = part
+    line = f.line(func, x, dim)
+    ids = f.channels.use(name, f.owners.tensors[name], reads=read, makes=make).ids
+    f.channels.join(line, ids[read][first : first + len(line)], ALSO_FIXED)
+    return ids[make][start : start + count]
+
+
+def _contracted(f: Follower, func: Any, a: Tensor, b: Tensor) -> Tensor:
+    """A product of two activations: the channels of the rows of ``a`` or of the columns of ``b``."""
+    passed = []
+    for x, dim in ((a, a.dim() - 2), (b, b.dim() - 1)):
+        ids = f.ids(x)
+        if varying(ids) != [dim]:  # what is all of one channel passes along no dim either
+            f.take(func, x)
+        else:
+            passed.append((x, ids))
+    if len(passed) == 1:
+        return passed[0][1]
+    f.take(func, *(x for x, _ in passed))
+    return torch.full([1] * a.dim(), NOBODY)

@@ -1,0 +1,179 @@
+"""What each kind of operation makes of the channels of what it takes, but for products (products.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from . import operations as ops
+from .channels import ANYBODY, NOBODY, aligned, varying
+
+if TYPE_CHECKING:
+    from .following import Call, Follower
+
+
+def _lead(ids: list[Tensor]) -> Tensor:
+    """What the others are joined to: it varies along the fewest dims and is nobody's in the fewest places."""
+    return min(ids, key=lambda x: (len(varying(x)), int((x <= NOBODY).sum())))
+
+
+def shaped(f: Follower, call: Call) -> None:
+    """Values that depend on a size alone: they are made in the size of what they are like, or of any."""
+    func, args, out = call.func, call.args, call.out
+    like = args[0] if args and isinstance(args[0], Tensor) and "_like" in ops.name(func) else None
+    f.note(out, torch.full([1] * out.dim(), ANYBODY) if like is None else f.ids(like))
+
+
+def moved(f: Follower, call: Call) -> None:
+    func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
+    x = args[0]
+    ids = f.ids(x)
+    if indices := [i for i in ops.tensors(args[1:], kwargs) if bool((f.ids(i) > NOBODY).any())]:
+        f.take(func, x, *indices)
+        ids = torch.full_like(ids, NOBODY)
+    if not varying(ids):  # also where an element is repeated: then any number of it will do
+        value = int(ids.flatten()[0]) if ids.numel() else NOBODY
+        repeated = value == NOBODY and ops.name(func) == "expand" and out.numel() > x.numel()
+        for y in call.outs:
+            f.note(y, torch.full([1] * y.dim(), ANYBODY if repeated else value))
+        return
+    if ops.name(func) in ops.BY_NUMBERS:
+        f.channels.by_numbers.append((f.stack[-1] if f.stack else "", ids.unique()))
+    rest, named = tree_map(lambda i: i.cpu() if isinstance(i, Tensor) else i, (args[1:], kwargs))
+    moved = ops.on_ids(func)(ids.expand(x.shape), *rest, **named)
+    for y, line in zip(call.outs, moved if isinstance(out, (list, tuple)) else [moved]):
+        f.note(y, line)
+
+
+def turned(f: Follower, call: Call) -> None:
+    """Dims moved in place, after which the integers have other dims than before."""
+    f.note(call.out, getattr(torch.ops.aten, ops.name(call.func)[:-1])(call.before, *call.args[1:]))
+
+
+def pointwise(f: Follower, call: Call) -> None:
+    func, args, kwargs, *_ = call
+    meet(f, func, ops.tensors(args, kwargs), call.outs[0], written=args[0] if ops.writes(func) else None)
+
+
+def meet(f: Follower, func: Any, given: list[Tensor], out: Any, written: Any = None) -> None:
+    """Join what meets elementwise, broadcast, and note it for ``out``."""
+    dims = max((x.dim() for x in given), default=0)
+    if written is not None and bool((f.ids(written) == ANYBODY).all()):
+        _give_elements(f, written)
+    known = [(x, f.ids(x)) for x in given]
+    known = [(x, ids.reshape(aligned(ids.shape, dims))) for x, ids in known]
+    varied = {dim for _, ids in known for dim in varying(ids)}
+    real = []
+    for x, ids in known:
+        sizes = aligned(x.shape, dims)
+        free = bool((ids == ANYBODY).all()) or (
+            bool((ids == NOBODY).all()) and all(sizes[dim] == 1 for dim in varied)
+        )
+        if not free:
+            real.append(ids.clamp(min=NOBODY))
+    if not real:
+        anybody = bool(known) and all(bool((ids == ANYBODY).all()) for _, ids in known)
+        return f.note(out, torch.full([1] * out.dim(), ANYBODY if anybody else NOBODY))
+    fixed = [ids for ids in real if not f.channels.are_loose(ids) and bool((ids > NOBODY).any())]
+    lead = _lead(fixed or real)
+    for ids in real:
+        if ids is not lead:
+            why = f"in {f.where(ops.name(func))} they meet what cannot be cut"
+            f.channels.join(lead, ids, why)
+    f.note(out, lead)
+
+
+def _give_elements(f: Follower, x: Tensor) -> None:
+    """Tell the elements of what ``x`` is a part of apart, since they are about to be written."""
+    storage = x.untyped_storage()
+    if x.numel() > 1:
+        count = storage.nbytes() // x.element_size()
+        f.written[storage._cdata] = x, f.channels.new_loose(count)
+
+
+def joined(f: Follower, call: Call) -> None:
+    """cat and stack. Along another dim than the joined one, what is joined must stay alike."""
+    func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
+    dim = ops.bound(func, args, kwargs).get("dim", 0) % out.dim()
+    pieces = [x for x in args[0] if x.dim() == args[0][-1].dim() and x.numel()]
+    known = [(f.ids(x), x.shape) for x in pieces]
+    if ops.name(func) == "stack":
+        known = [(ids.unsqueeze(dim), (*s[:dim], 1, *s[dim:])) for ids, s in known]
+    across = [ids for ids, _ in known if any(d != dim for d in varying(ids))]
+    fixed = [ids for ids in across if not f.channels.are_loose(ids)]
+    if not fixed:
+        f.note(out, torch.cat([ids.expand(shape) for ids, shape in known], dim))
+        return
+    lead = _lead(fixed)
+    dims = {d for ids in across for d in varying(ids)}
+    for ids, shape in known:
+        broadcasts = all(shape[d] == 1 for d in dims if d != dim)
+        if ids is not lead and not (broadcasts and bool((ids == NOBODY).all())):
+            f.channels.join(lead, ids, f"in {f.where('cat')} they meet what cannot be cut")
+    f.note(out, lead.narrow(dim, 0, 1))
+
+
+def padded(f: Follower, call: Call) -> None:
+    args, out = call.args, call.out
+    ids = f.ids(args[0])
+    sides = list(args[1])
+    for i in range(len(sides) // 2):
+        if ids.shape[-1 - i] == 1:
+            sides[2 * i : 2 * i + 2] = 0, 0  # of no other channel than what is inside
+    f.note(out, torch.constant_pad_nd(ids, sides, NOBODY))
+
+
+def spatial(f: Follower, call: Call) -> None:
+    """Pooling, interpolation and padding by what is there: over the last dims alone."""
+    func, args = call.func, call.args
+    ids = f.ids(args[0])
+    if any(dim >= ids.dim() - ops.spatial_dims(func) for dim in varying(ids)):
+        return f.take_all(call)
+    for y in call.outs:
+        f.note(y, ids)
+
+
+def reduced(f: Follower, call: Call) -> None:
+    func, args, kwargs = call.func, call.args, call.kwargs
+    x = args[0]
+    ids = f.ids(x)
+    over = ops.reduced_dims(func, args, kwargs)
+    if any(dim in over for dim in varying(ids)):
+        return f.take_all(call)
+    for y in call.outs:
+        kept = [d for d in range(x.dim()) if d not in over or y.dim() == x.dim()]
+        f.note(y, ids.reshape([ids.shape[d] for d in kept]))
+
+
+def layer_normed(f: Follower, call: Call) -> None:
+    args, out = call.args, call.out
+    ids = f.ids(args[0])
+    if any(dim >= ids.dim() - len(args[1]) for dim in varying(ids)):
+        return f.take_all(call)
+    f.note(out[0], ids)
+
+
+def batch_normed(f: Follower, call: Call) -> None:
+    func, args = call.func, call.args
+    x, *others = args
+    if f.channels.are_loose(f.ids(x)):  # a parameter: it is a weight that is computed
+        return f.take_all(call)
+    line = f.line(func, x, 1)
+    for other in others:
+        if isinstance(other, Tensor):
+            f.channels.join(line, f.ids(other), "their batch norm is of what cannot be cut")
+    f.note(call.outs[0], f.ids(x))
+
+
+def halved(f: Follower, call: Call) -> None:
+    """glu: the one half times a function of the other."""
+    func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
+    dim = ops.bound(func, args, kwargs).get("dim", -1) % args[0].dim()
+    ids = f.ids(args[0])
+    if dim in varying(ids):
+        ids, other = ids.chunk(2, dim)
+        f.channels.join(ids, other, "")
+    f.note(out, ids)
