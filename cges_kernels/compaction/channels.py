@@ -46,6 +46,15 @@ class Held:
     read: bool  # whether their values are read, not only their number
 
 
+@dataclass
+class Placed:
+    """Channels that a module lays out by numbers, and how."""
+
+    module: str
+    text: str
+    ids: Tensor
+
+
 class Channels:
     """The channels of one network."""
 
@@ -58,7 +67,7 @@ class Channels:
         self.loose: dict[str, Tensor] = {}
         self.widths: dict[str, Tensor] = {}  # of norms without parameters, by module: what they are given
         # By module: channels that it lays out by numbers, which its code may compute or have written into it.
-        self.by_numbers: list[tuple[str, Tensor]] = []
+        self.by_numbers: list[Placed] = []
         self.called: set[str] = set()  # layers whose weight takes part by their being called alone
         self.held: list[Held] = []
         self._starts: list[int] = []  # of loose ones
@@ -117,9 +126,9 @@ class Channels:
         pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs >= NOBODY).all(0)]
         if pairs.numel():
-            pairs = pairs.sort(0).values.unique(dim=1)
-            self.hold(pairs[1, pairs[0] == NOBODY], reason)
-            self._pairs.append(pairs[:, pairs[0] != NOBODY])
+            met = (pairs == NOBODY).any(0)
+            self.hold(pairs[:, met].flatten(), reason)
+            self._pairs.append(pairs[:, ~met])
 
     def groups(self) -> Tensor:
         """For each channel the first of those that it can only leave with, by :meth:`join`: [count]."""

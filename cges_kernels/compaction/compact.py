@@ -6,16 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.random import fork_rng
 
-from ..core.calls import Given, arguments_of
+from ..core.calls import Given, arguments_of, tensors_in
 from ..reporting.explain import Table
-from ..reporting.report import sparsity_report
+from .channels import Channels
 from .copies import has_hooks, restore_hooks, restore_kind, unwrapped, without_hooks, working_copy
 from .following import follow
-from .probes import Probes, shortened
-from .running import check_modules, compare, cuda_devices, latencies, outputs
+from .probes import Probes, failed_in, shortened
+from .running import check_modules, compare, cuda_devices, flops_of, latencies, outputs
 from .shrinking import Shrinking
 from .unknown import Branches, inputs_of_weights
 
@@ -125,10 +126,20 @@ def compact(
 
 def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compaction:
     """What compact() returns, of a model whose hooks run if it has any."""
-    small, kept, varied = _compacted(model, shortened(given), keep)
-    difference, within = compare(outputs(small, given), outputs(model, given))
-    if not within:
-        raise RuntimeError(f"compact: expected equal outputs, got a largest difference of {difference:.3g}")
+    expected = _expected(model, given)
+    *short, whole = shortened(given)
+    for example in (*short, whole):
+        try:
+            small, kept, varied = _compacted(model, example, keep)
+            difference, within = compare(outputs(small, given), expected)
+            if not within:
+                raise RuntimeError(
+                    f"compact: expected equal outputs, got a largest difference of {difference:.3g}"
+                )
+            break
+        except Exception:  # the first dim was none of a batch, perhaps
+            if example is whole:
+                raise
     before, after = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, small))
     return Compaction(
         model=small,
@@ -138,7 +149,7 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
             if len(shape) > 1 and after[name] != shape
         },
         parameters=(_num_weights(model), _num_weights(small)),
-        flops=(_flops(model, given), _flops(small, given)),
+        flops=(flops_of(model, given), flops_of(small, given)),
         latency_ms=latencies((model, small), given),
         max_difference=difference,
         kept=kept,
@@ -146,14 +157,19 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
     )
 
 
+def _expected(model: nn.Module, given: Given) -> list[Any]:
+    """What the model makes of the example, or a ValueError that names the module which fails."""
+    try:
+        return outputs(model, given)
+    except Exception as error:
+        where = failed_in(model, error) or type(model).__name__
+        raise ValueError(
+            f"{where}: expected a forward pass on example_input, got {type(error).__name__}: {error}"
+        ) from error
+
+
 def _num_weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _flops(model: nn.Module, given: Given) -> float:
-    flops = sparsity_report(model, given[0], kwargs=given[1]).total.flops
-    assert flops is not None  # a report that was given arguments counts them
-    return flops
 
 
 def _compacted(
@@ -163,9 +179,11 @@ def _compacted(
     base, given, expected = working_copy(model, given)
     channels, opaque = follow(base, given, keep)
     probes = Probes(base, given, expected)
-    constants, unfound = _constants(base, given)
+    constants, unfound = _constants(base, given, channels)
     small, stayed = Shrinking(base, channels, constants, probes).run()
     restore_kind(small, model)
+    if not any(stayed):  # then nothing is missed either
+        unfound = {}
     kept: dict[str, str] = {}
     for found in (unfound, *stayed, _not_followed(base, opaque)):
         for name, reason in found.items():
@@ -173,16 +191,23 @@ def _compacted(
     return small, dict(sorted(kept.items())), probes.varied
 
 
-def _constants(model: nn.Module, given: Given) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What each weight reads that no input changes, or why that is not known."""
+def _constants(
+    model: nn.Module, given: Given, channels: Channels
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What each weight reads that no input changes, or why that is not known.
+
+    Where an input decides what is computed, all channels are held: others may be read then.
+    """
+    if not tensors_in(given):
+        return {}, {type(model).__name__: "constants stay: the example holds no tensor"}
     try:
         return inputs_of_weights(model, given), {}
     except Branches as error:
-        reason = str(error)
+        channels.hold(torch.arange(channels.count), str(error))
+        return {}, {}
     except Exception as error:
         told = f"{type(error).__name__}: {error}".partition("\n")[0]
-        reason = f"its forward pass fails on NaN or Inf with {told}"
-    return {}, {type(model).__name__: f"constants stay: {reason}"}
+        return {}, {type(model).__name__: f"constants stay: its forward pass fails on NaN or Inf with {told}"}
 
 
 def _not_followed(model: nn.Module, opaque: Mapping[str, str]) -> dict[str, str]:

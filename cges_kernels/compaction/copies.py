@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._pytree import tree_map
 
-from ..core.calls import Given
+from ..core.calls import Given, mapped
 from .layers import is_floating
 from .picking import pick, restore_inputs
 from .running import outputs
@@ -69,7 +68,7 @@ def working_copy(model: nn.Module, given: Given) -> tuple[nn.Module, Given, list
     except Exception as error:
         raise ValueError(f"{type(model).__name__}: expected a model that copies, got: {error}") from error
     restore_inputs(base)
-    exact = tree_map(lambda x: x.double() if is_floating(x) else x, given)
+    exact = mapped(lambda x: x.double() if is_floating(x) else x, given)
     try:
         double = copy.deepcopy(base).double()
         return double, exact, outputs(double, exact)

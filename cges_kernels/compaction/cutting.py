@@ -159,7 +159,7 @@ class Reading:
             for dim in weight.makes:
                 lines = self.lines(weight, dim)
                 dead = ~self.reading(weight, dim)
-                idle = (dead | ~read[lines]) & ~self.gone[lines]
+                idle = (dead | ~read[lines]) & ~self.gone[lines] & (lines != NOBODY)
                 if dim == 0 and weight.layer in self._padding:  # a token's row, which is made of zeros
                     idle[self._padding[weight.layer]] = False
                 counts = Counter(self.reasons[i] for i in self._why[lines[idle]].tolist() if i >= 0)
@@ -189,7 +189,9 @@ def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
         for dim, ids in weight.ids.items():
             _keep(named[name], dim, ~gone[ids])
         bias = bias_of(name)
-        if bias in named and bias not in channels.loose and len(weight.makes) == 1:  # a fold gave it one
+        if (
+            bias != name and bias in named and bias not in channels.loose and len(weight.makes) == 1
+        ):  # a fold gave it one
             _keep(named[bias], 0, ~gone[weight.ids[min(weight.makes)]])
     for name, ids in channels.loose.items():
         mask = narrowed(gone[ids].as_strided(named[name].shape, named[name].stride()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..core.calls import Given, call, tensors_in
 from ..core.groups import is_dense
 from . import operations as ops
 from . import products, rules
 from .channels import NOBODY, Channels, Owners, narrowed, varying
-from .running import Given, call, following, leaves, trained
+from .running import following, fresh, training, unchanged
 
 NORMS = nn.modules.batchnorm._NormBase
 AT_OUTPUTS = "they are outputs of the model"
@@ -69,6 +70,7 @@ class Follower(TorchDispatchMode):
         self.sizes: dict[bytes, Tensor] = {}  # channels that lay side by side
         self.stack: list[str] = []  # of modules at work
         self.calls: Counter[str] = Counter()
+        self.given: Any = WeakTensorKeyDictionary()  # what the model is passed, and all that comes of it
         self._ids: Any = WeakTensorKeyDictionary()
         # Memory of anybody's that was written in parts, by its storage, which is held so that no other takes
         # its place; and the channels of its elements.
@@ -149,6 +151,9 @@ class Follower(TorchDispatchMode):
         kind = ops.kind(func)
         before = self.ids(args[0]).expand(args[0].shape) if kind == "turned" else None
         out = func(*args, **kwargs)
+        if any(x in self.given for x in ops.tensors(args, kwargs)):
+            for x in ops.tensors((out,), {}):
+                self.given[x] = True
         names = [self.owners.name(x) for x in ops.tensors(args, kwargs)]
         self.used.update(filter(None, names))
         views = [self.owners.name(x) for x in ops.tensors((out,), {})]
@@ -188,7 +193,7 @@ class Follower(TorchDispatchMode):
             def hook(module: nn.Module, args: Any, out: Any) -> None:
                 self.stack.pop()
                 if name in keep:
-                    for x in filter(lambda x: isinstance(x, Tensor), leaves(out)):
+                    for x in tensors_in(out):
                         self.channels.hold(self.ids(x), "asked for")
 
             return hook
@@ -204,35 +209,28 @@ class Follower(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
-    def hold_outputs(self, out: Any) -> None:
-        for x in leaves(out):
-            if isinstance(x, Tensor):
-                self.channels.hold(self.ids(x), AT_OUTPUTS, read=True)
-
 
 def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Channels, dict[str, str]]:
-    """The channels of ``model``, in eval mode, and the weights that take channels in a way unknown here.
+    """The channels of ``model``, and the weights that take channels in a way unknown here.
 
-    Where parameters take no part in that, it is followed once more in training mode, as auxiliary heads want;
-    whatever could still meet a parameter that takes no part is held.
+    It is followed in eval mode and, where it runs so, in training mode too, in which other heads may read and
+    other values be given. Whatever could still meet a parameter that takes part in neither is held.
 
     Raises:
-        ValueError: the forward pass fails; the module is named.
+        Exception: whatever the forward pass in eval mode raises.
     """
     channels = Channels()
     opaque: dict[str, str] = {}
 
     def run() -> Follower:
         follower = Follower(model, channels)
-        with following(), follower.attached(model, keep):
-            try:
-                out = call(model, given)
-            except Exception as error:
-                where = (follower.stack and follower.stack[-1]) or type(model).__name__
-                raise ValueError(
-                    f"{where}: expected a forward pass on example_input, got {type(error).__name__}: {error}"
-                ) from error
-        follower.hold_outputs(out)
+        arguments = fresh(given)
+        for x in tensors_in(arguments):
+            follower.given[x] = True
+        with unchanged(model), following(), follower.attached(model, keep):
+            out = call(model, arguments)
+        for x in tensors_in(out):
+            channels.hold(follower.ids(x), AT_OUTPUTS, read=True)
         opaque.update(follower.opaque)
         return follower
 
@@ -240,21 +238,22 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
     channels.called = {w.layer for w in channels.weights.values() if w.uses == first.calls[w.layer]}
     unused = {name for name, x in first.owners.tensors.items() if isinstance(x, nn.Parameter)} - first.used
     sizes = first.sizes
-    if unused:
-        uses = {name: weight.uses for name, weight in channels.weights.items()}
-        with contextlib.suppress(ValueError), trained(model):
-            second = run()
-            unused -= second.used
-            sizes = {**sizes, **second.sizes}
-        for name, weight in channels.weights.items():
-            weight.uses = uses.get(name, 0)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase) and (
-            module.num_layers > 1 or module.bidirectional or module.proj_size
-        ):
-            for key, _ in module.named_parameters():
-                for ids in getattr(channels.weights.get(f"{name}.{key}"), "ids", {}).values():
-                    channels.hold(ids, f"the layers and directions of {name} have one hidden_size")
+    uses = {name: weight.uses for name, weight in channels.weights.items()}
+    compared = {placed.text for placed in channels.by_numbers}
+    with contextlib.suppress(Exception), training(model):
+        second = run()
+        unused -= second.used
+        sizes = {**sizes, **second.sizes}
+    for name, weight in channels.weights.items():  # of the mode in which it is used more often
+        weight.uses = max(uses.get(name, 0), weight.uses - uses.get(name, 0))
+    for placed in channels.by_numbers:
+        if placed.text not in compared:
+            reason = (
+                f"{placed.module or type(model).__name__} lays them out by numbers in training mode alone"
+            )
+            channels.hold(placed.ids, reason)
+    _hold_what_may_be_read(channels, {name: first.owners.tensors[name] for name in unused}, sizes.values())
+    _hold_recurrent(channels, model)
     for name in channels.loose.keys() & channels.weights.keys() | opaque.keys():
         own = channels.weights.get(name)
         for ids in (channels.loose.get(name), *(own.ids.values() if own else ())):
@@ -263,9 +262,26 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
     for held in [held for held in channels.held if held.read]:
         for name in channels.loose_of(held.ids):
             opaque.setdefault(name, held.reason)
-    may_meet = {size: name for name in sorted(unused) for size in first.owners.tensors[name].shape}
-    for line in sizes.values():
-        if len(line) in may_meet:
-            layer = may_meet[len(line)].rpartition(".")[0] or may_meet[len(line)]
-            channels.hold(line, f"{layer} takes no part in the forward pass, but may read them")
     return channels, opaque
+
+
+def _hold_what_may_be_read(channels: Channels, unused: Mapping[str, Tensor], lines: Iterable[Tensor]) -> None:
+    """Of parameters that took no part it is known how many channels they read, if they ever do."""
+    for line in lines:
+        for name, x in sorted(unused.items()):
+            read = x.shape[1] if x.dim() > 1 else 0  # flattened, perhaps, and so a multiple
+            if len(line) in x.shape or (read and read % len(line) == 0):
+                layer = name.rpartition(".")[0] or name
+                channels.hold(line, f"{layer} takes no part in the forward pass, but may read them")
+                break
+
+
+def _hold_recurrent(channels: Channels, model: nn.Module) -> None:
+    """Layers and directions of an LSTM have one hidden_size, a projection another."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and (
+            module.num_layers > 1 or module.bidirectional or module.proj_size
+        ):
+            for key, _ in module.named_parameters():
+                for ids in getattr(channels.weights.get(f"{name}.{key}"), "ids", {}).values():
+                    channels.hold(ids, f"the layers and directions of {name} have one hidden_size")

@@ -48,9 +48,10 @@ def sizes(module: nn.Module) -> dict[str, int]:
             return {"out_features": shape[0], "in_features": shape[1]}
         case nn.modules.conv._ConvNd():
             groups = module.groups
-            if 1 < groups == module.in_channels:  # depthwise: as many outputs per channel as before
-                groups = shape[0] * module.in_channels // module.out_channels
             made, read = (1, 0) if module.transposed else (0, 1)
+            if 1 < groups == module.in_channels:  # depthwise: as many outputs per channel as before
+                each = 1 if module.transposed else module.out_channels // module.in_channels
+                groups = shape[0] // each
             names = {"groups": groups, "out_channels": shape[made], "in_channels": shape[read]}
             return names | {"in_channels" if made == 0 else "out_channels": shape[1] * groups}
         case nn.modules.batchnorm._NormBase():
@@ -61,10 +62,10 @@ def sizes(module: nn.Module) -> dict[str, int]:
         case nn.Embedding():
             return {"embedding_dim": shape[1]}
         case nn.RNNBase():
-            return {
-                "input_size": module.get_parameter("weight_ih_l0").shape[1],
-                "hidden_size": module.get_parameter("weight_hh_l0").shape[1],
-            }
+            hidden = module.hidden_size if module.proj_size else module.get_parameter("weight_hh_l0").shape[1]
+            return {"input_size": module.get_parameter("weight_ih_l0").shape[1], "hidden_size": hidden}
+        case nn.RNNCellBase():
+            return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
         return {"nx": shape[0], "nf": shape[1]}
     return {}

@@ -129,6 +129,14 @@ def bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     return {**{x.name: value for x, value in zip(func._schema.arguments, args)}, **kwargs}
 
 
+def indexed_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+    """The dims along which tensors of indices choose."""
+    if name(func) == "index":
+        return {dim for dim, index in enumerate(args[1]) if index is not None}
+    dim = bound(func, args, kwargs).get("dim")
+    return set(range(args[0].dim())) if dim is None else {dim % args[0].dim()}
+
+
 def reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
     """The dims that a reduction takes together."""
     dims, count = bound(func, args, kwargs).get("dim"), args[0].dim()

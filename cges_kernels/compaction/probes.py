@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..core.calls import Given
+from ..core.calls import Given, mapped, tensors_in
 from .layers import is_floating
 from .running import compare, outputs
 
@@ -21,19 +20,17 @@ def _is_inexact(x: Any) -> bool:
     return is_floating(x) or (isinstance(x, Tensor) and x.is_complex())
 
 
-def _common_size(leaves: list[Any], dim: int) -> int | None:
-    """The size of all tensors along ``dim``, if they have one."""
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
+def _common_size(tensors: list[Tensor], dim: int) -> int | None:
+    """The size of all of them along ``dim``, if they have one."""
     sizes = {x.shape[dim] if x.dim() > dim else None for x in tensors}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def shortened(given: Given) -> Given:
-    """The arguments with a batch (the first dim, where all tensors have one size there) of at most two."""
-    leaves, _ = tree_flatten(given)
-    if (_common_size(leaves, 0) or 0) <= BATCH:
-        return given
-    return tree_map(lambda x: x[:BATCH] if isinstance(x, Tensor) else x, given)
+def shortened(given: Given) -> list[Given]:
+    """Examples to try: with a batch (the first dim, if all tensors have one size there) of two, then whole."""
+    if (_common_size(tensors_in(given), 0) or 0) <= BATCH:
+        return [given]
+    return [mapped(lambda x: x[:BATCH], given), given]
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,11 @@ class Probes:
         self.expected: list[list[Any]] = [outputs(model, given) if expected is None else expected]
         self.varied: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
-        leaves, self._tree = tree_flatten(given)
+        tensors = tensors_in(given)
         sizes = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         self._entries = min(sizes, default=None)
-        self._vary_values(model, leaves)
-        if _common_size(leaves, 1) is not None and self._try(model, _doubled(leaves, leaves, 1)) is None:
+        self._vary_values(model, tensors)
+        if _common_size(tensors, 1) is not None and self._try(model, _doubled(tensors, tensors, 1)) is None:
             self.varied.append("length")
 
     def differs(self, model: nn.Module) -> Difference | None:
@@ -86,45 +83,43 @@ class Probes:
             except Exception as error:
                 told = f"{type(error).__name__}: {error}".partition("\n")[0]
                 told = f"without them the forward pass fails with {told}"
-                return Difference(told, _failed_in(model, error))
+                return Difference(told, failed_in(model, error))
             if not compare(found, expected)[1]:
                 return Difference("without them the outputs change")
         return None
 
-    def _vary_values(self, model: nn.Module, leaves: list[Any]) -> None:
+    def _vary_values(self, model: nn.Module, tensors: list[Tensor]) -> None:
         """Other values and a larger batch at once, or one after the other where the model takes no such."""
-        exact = [
-            i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not _is_inexact(x) and x.numel()
-        ]
-        others = [next(self._others(x), x) if isinstance(x, Tensor) and x.numel() else x for x in leaves]
-        inexact = ["numbers"] if any(map(_is_inexact, leaves)) else []
-        masks = [i for i in exact if leaves[i].dtype == torch.bool]
-        if _common_size(leaves, 0) is not None and self._try(model, _doubled(leaves, others, 0)) is None:
-            self.varied += [*inexact, *(self._kind(leaves, i) for i in exact), "batch"]
+        exact = [i for i, x in enumerate(tensors) if not _is_inexact(x) and x.numel()]
+        masks = [i for i in exact if tensors[i].dtype == torch.bool]
+        others = [next(self._others(x), x) if x.numel() else x for x in tensors]
+        inexact = ["numbers"] if any(map(_is_inexact, tensors)) else []
+        if _common_size(tensors, 0) is not None and self._try(model, _doubled(tensors, others, 0)) is None:
+            self.varied += [*inexact, *(self._kind(tensors, i) for i in exact), "batch"]
             for i in masks:
-                for other in list(self._others(leaves[i]))[1:]:
+                for other in list(self._others(tensors[i]))[1:]:
                     self._try(model, [*others[:i], other, *others[i + 1 :]])
             return
-        floating = [y if _is_inexact(x) else x for x, y in zip(leaves, others)]
+        floating = [y if _is_inexact(x) else x for x, y in zip(tensors, others)]
         if inexact and self._try(model, floating) is None:
             self.varied += inexact
         for i in exact:
             told: list[str | None] = []
-            for other in self._others(leaves[i]):
+            for other in self._others(tensors[i]):
                 told.append(self._try(model, [*floating[:i], other, *floating[i + 1 :]]))
                 if told[-1] is None and i not in masks:
                     break
             if None not in told:
-                x = leaves[i]
+                x = tensors[i]
                 raise ValueError(
                     f"example_input: expected a model that takes other values of tensor {i} ({x.dtype}, "
                     f"{list(x.shape)}), to see what depends on them, got {told[0]}"
                 )
-            self.varied.append(self._kind(leaves, i))
+            self.varied.append(self._kind(tensors, i))
 
     @staticmethod
-    def _kind(leaves: list[Any], i: int) -> str:
-        return f"{'truth values' if leaves[i].dtype == torch.bool else 'integers'} of tensor {i}"
+    def _kind(tensors: list[Tensor], i: int) -> str:
+        return f"{'truth values' if tensors[i].dtype == torch.bool else 'integers'} of tensor {i}"
 
     def _others(self, x: Tensor) -> Iterator[Tensor]:
         """Other values than those of ``x``."""
@@ -150,9 +145,10 @@ class Probes:
                 yield drawn
             yield from (x + 1, x - 1)
 
-    def _try(self, model: nn.Module, leaves: list[Any]) -> str | None:
+    def _try(self, model: nn.Module, tensors: list[Tensor]) -> str | None:
         """Adds these arguments if the model takes them; else says why not."""
-        given = tree_unflatten(leaves, self._tree)
+        others = iter(tensors)
+        given = mapped(lambda _: next(others), self.given[0])
         try:
             found = outputs(model, given)
         except Exception as error:
@@ -162,11 +158,11 @@ class Probes:
         return None
 
 
-def _doubled(leaves: list[Any], others: list[Any], dim: int) -> list[Any]:
-    return [torch.cat([x, y], dim) if isinstance(x, Tensor) else x for x, y in zip(leaves, others)]
+def _doubled(tensors: list[Tensor], others: list[Tensor], dim: int) -> list[Tensor]:
+    return [torch.cat(pair, dim) for pair in zip(tensors, others)]
 
 
-def _failed_in(model: nn.Module, error: Exception) -> str | None:
+def failed_in(model: nn.Module, error: Exception) -> str | None:
     """The innermost module of ``model`` that was at work when the error came."""
     names = {module: name for name, module in model.named_modules()}
     found, trace = None, error.__traceback__

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import operations as ops
-from .channels import ANYBODY, NOBODY, aligned, varying
+from .channels import ANYBODY, NOBODY, Placed, aligned, varying
 
 if TYPE_CHECKING:
     from .following import Call, Follower
@@ -31,9 +31,11 @@ def moved(f: Follower, call: Call) -> None:
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     x = args[0]
     ids = f.ids(x)
-    if indices := [i for i in ops.tensors(args[1:], kwargs) if bool((f.ids(i) > NOBODY).any())]:
+    indices = ops.tensors(args[1:], kwargs)
+    chosen = any(i in f.given for i in indices) and ops.indexed_dims(func, args, kwargs) & set(varying(ids))
+    if chosen or any(bool((f.ids(i) > NOBODY).any()) for i in indices):  # other inputs choose others
         f.take(func, x, *indices)
-        ids = torch.full_like(ids, NOBODY)
+        ids = torch.full([1] * x.dim(), NOBODY)
     if not varying(ids):  # also where an element is repeated: then any number of it will do
         value = int(ids.flatten()[0]) if ids.numel() else NOBODY
         repeated = value == NOBODY and ops.name(func) == "expand" and out.numel() > x.numel()
@@ -41,7 +43,9 @@ def moved(f: Follower, call: Call) -> None:
             f.note(y, torch.full([1] * y.dim(), ANYBODY if repeated else value))
         return
     if ops.name(func) in ops.BY_NUMBERS:
-        f.channels.by_numbers.append((f.stack[-1] if f.stack else "", ids.unique()))
+        module, mine = f.stack[-1] if f.stack else "", ids.unique()
+        text = f"{module} {ops.name(func)} {args[1:]} {kwargs} {mine.tolist()}"
+        f.channels.by_numbers.append(Placed(module, text, mine))
     rest, named = tree_map(lambda i: i.cpu() if isinstance(i, Tensor) else i, (args[1:], kwargs))
     moved = ops.on_ids(func)(ids.expand(x.shape), *rest, **named)
     for y, line in zip(call.outs, moved if isinstance(out, (list, tuple)) else [moved]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -17,6 +18,8 @@ from .picking import pick_inputs
 from .probes import Difference, Probes
 
 Change: TypeAlias = Fold | Removal
+ATTEMPTS = 12  # after which nothing more is removed
+GIVEN_UP = f"{ATTEMPTS - 1} attempts to remove others showed in the outputs"
 
 
 class Shrinking:
@@ -31,7 +34,9 @@ class Shrinking:
 
     def run(self) -> tuple[nn.Module, list[dict[str, str]]]:
         """The smallest copy that gives the same, and what stayed in it: {layer: why}, by kind."""
-        while True:
+        for attempt in itertools.count(1):
+            if attempt == ATTEMPTS:
+                self.channels.hold(torch.arange(self.channels.count), GIVEN_UP)
             folds, unfolded = find_folds(self.base, self.channels.weights, self.constants, self._fixed)
             folds = self._those_that_pay(folds)
             reading = Reading(self._changed(folds), self.channels)
@@ -42,6 +47,7 @@ class Shrinking:
             if difference is None:
                 return small, [unfolded, reading.stayed()]
             self._refuse(difference, reading, changes, picked)
+        raise AssertionError  # never: what is refused is not tried again
 
     def _pick(self, small: nn.Module) -> list[str]:
         return pick_inputs(small, self.channels.called - self._unpicked)
@@ -79,7 +85,9 @@ class Shrinking:
                 return self.channels.hold(suspects, difference.reason)
         change, reason = self._first_to_show(changes)
         if isinstance(change, Removal):
-            self.channels.hold(change.ids, reason)
+            for like in changes:
+                if isinstance(like, Removal) and self._kind(like.layer) == self._kind(change.layer):
+                    self.channels.hold(like.ids, reason)
         elif change is not None:
             self._fixed[change.layer] = reason
         elif picked:  # it shows only that inputs are picked
@@ -87,13 +95,18 @@ class Shrinking:
         else:
             raise RuntimeError(f"compact: expected outputs that stay, got: {difference.reason}")
 
+    def _kind(self, layer: str) -> tuple[type[nn.Module], str]:
+        """Which layers do the same in their networks: by the class that they are in, and their name there."""
+        around, _, name = layer.rpartition(".")
+        return type(self.base.get_submodule(around)), name
+
     def _by_numbers(self, layer: str | None, reading: Reading) -> Tensor:
         """What leaves in all modules like the innermost around ``layer`` that lays channels out by numbers.
 
         Where one of them has a size written into its code, so have its like.
         """
         types = {name: type(module) for name, module in self.base.named_modules()}
-        laid_out = [(name, ids[reading.gone[ids]]) for name, ids in self.channels.by_numbers]
+        laid_out = [(x.module, x.ids[reading.gone[x.ids]]) for x in self.channels.by_numbers]
         laid_out = [(name, ids) for name, ids in laid_out if len(ids)]
         while layer is not None:
             if any(name == layer for name, _ in laid_out):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from ..core.calls import Given, call, mapped
 from . import operations as ops
 from .channels import Owners
 from .layers import is_floating
-from .running import Given, call, following
+from .running import following, unchanged
 
 aten = torch.ops.aten
 # What reads a tensor's memory without an operation that a dispatch mode sees.
@@ -49,8 +50,11 @@ class _Lists(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in READERS and self._unknowns.unknown(args[0]) is not None:
+        if func in READERS and self._unknowns.any_unknown(args[0]):
             raise Branches
+        if func is torch.nn.functional.one_hot and len(args) > 1:  # which asks for the largest to check it
+            numbers = torch.arange(args[1], device=args[0].device)
+            return (args[0][..., None] == numbers).long()
         return func(*args, **(kwargs or {}))
 
 
@@ -66,12 +70,10 @@ class _Unknowns(TorchDispatchMode):
         # takes it; and which of their elements are unknown.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def marked(self, x: Any) -> Any:
+    def marked(self, x: Tensor) -> Tensor:
         """An argument of the model, unknown."""
         if is_floating(x):
             return torch.full_like(x, self.marker)
-        if not isinstance(x, Tensor):
-            return x
         x = x.clone()
         self._follow(x, torch.ones_like(x, dtype=torch.bool))
         return x
@@ -86,6 +88,9 @@ class _Unknowns(TorchDispatchMode):
         whole, where = followed
         is_whole = whole.shape == x.shape and whole.stride() == x.stride()
         return where if is_whole else torch.ones_like(x, dtype=torch.bool)
+
+    def any_unknown(self, x: Tensor) -> bool:
+        return not bool(x.isfinite().all()) if is_floating(x) else self.unknown(x) is not None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -121,9 +126,7 @@ class _Unknowns(TorchDispatchMode):
             if not sources:
                 continue
             if not isinstance(x, Tensor):
-                if integers:
-                    raise Branches
-                continue
+                raise Branches
             where = torch.ones_like(x, dtype=torch.bool)
             if elementwise:
                 where = reduce(torch.logical_or, sources, torch.zeros_like(where))
@@ -172,6 +175,8 @@ class _Unknowns(TorchDispatchMode):
             if name is None or (not convolved and self.owners.part(weight) is None):
                 continue
             rows = x.movedim(dim, 0).flatten(1)
+            if not rows.numel():
+                continue
             same = (rows == rows[:, :1]).all(1) & rows[:, 0].isfinite()
             self.inputs.setdefault(name, []).append(torch.where(same, rows[:, 0], math.nan))
 
@@ -190,8 +195,8 @@ def inputs_of_weights(model: nn.Module, given: Given) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for marker in (math.nan, math.inf, -math.inf):
         unknowns = _Unknowns(model, marker)
-        marked = tree_map(unknowns.marked, given)
-        with following(), unknowns, _Lists(unknowns):
+        marked = mapped(unknowns.marked, given)
+        with unchanged(model), following(), unknowns, _Lists(unknowns):
             call(model, marked)
         for name, uses in unknowns.inputs.items():
             x = uses[0] if len(uses) == 1 else torch.full_like(uses[0], math.nan)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.calls import Given, arguments_of, call
+from ..core.calls import Given, arguments_of, call, leaves
 from ..core.groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
 from ..training.recipes import LayerWeight, regularised_weights
 from .explain import Table
@@ -147,7 +147,7 @@ def sparsity_report(
     other = None
     if example_input is not None:
         given = arguments_of(example_input, kwargs)
-        *dense, other = _measure_flops(model, given, [layer.param for layer in layers])
+        *dense, other = measure_flops(model, given, [layer.param for layer in layers])
         for layer, counts, flops in zip(layers, measured, dense):
             counts["flops"] = flops
             counts["flops_nonzero"] = flops * counts["nonzero"] / max(counts["weights"], 1)
@@ -231,9 +231,9 @@ class _FlopsByWeight(TorchDispatchMode):
         return out
 
 
-def _measure_flops(model: nn.Module, given: Given, weights: Sequence[Tensor]) -> list[int]:
+def measure_flops(model: nn.Module, given: Given, weights: Sequence[Tensor]) -> list[int]:
     """Dense FLOPs of one forward pass: one number per weight, then those of every other operation."""
-    devices = {x.device for x in (*weights, *tree_leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
+    devices = {x.device for x in (*weights, *leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
     with (
         evaluating(model),
         unfused_operations(),

@@ -137,19 +137,71 @@ ASKING = {
 
 
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
-def test_a_forward_pass_that_branches_on_a_mask_keeps_its_constants(ask):
-    def forward(self, x, mask):
-        return self.b(self.a(x).relu() if ask(mask) else x.new_ones(len(x), 6))
+def test_a_forward_pass_that_branches_on_an_input_keeps_its_channels(ask):
+    """On this mask the first units are read, on another the last."""
 
-    model = net(forward, **layers())
+    def forward(self, x, mask):
+        x = self.a(x).relu()
+        return self.b(x[:, :3] if ask(mask) else x[:, 3:])
+
+    model = net(forward, a=nn.Linear(4, 6), b=nn.Linear(3, 3))
     mask = torch.zeros(2, 4, dtype=torch.bool)
     with torch.no_grad():
         model.a.weight[0] = 0
     result = compact(model, (torch.randn(2, 4), ~mask))
-    assert result.kept["Net"] == "constants stay: its forward pass may go other ways for other inputs"
+    reason = "its forward pass may go other ways for other inputs"
+    assert reason in result.kept["a"] and shapes(result)["a.weight"] == (6, 4)
     for m in (mask, ~mask):
         x = torch.randn(2, 4)
         torch.testing.assert_close(result.model(x, m), model(x, m))
+
+
+NUMBERS = {
+    "mean": lambda x: x.mean() < 4,
+    "largest": lambda x: min(1.0, float(x.abs().max())) > 0.5,
+    "finite": lambda x: bool(x.isfinite().all()),
+    "list": lambda x: x.tolist()[0][0] < 4,
+}
+
+
+@pytest.mark.parametrize("ask", NUMBERS.values(), ids=NUMBERS)
+def test_so_does_one_that_branches_on_a_number(ask):
+    def forward(self, x):
+        hidden = self.a(x).relu()
+        return self.b(hidden[:, :3] if ask(x) else hidden[:, 3:])
+
+    model = net(forward, a=nn.Linear(4, 6), b=nn.Linear(3, 3))
+    result = compact(model, torch.randn(2, 4))
+    for x in (torch.randn(2, 4), torch.randn(2, 4) + 9, torch.zeros(2, 4), torch.full((2, 4), torch.nan)):
+        torch.testing.assert_close(result.model(x), model(x), equal_nan=True)
+
+
+CHOSEN = {
+    "gather": lambda x, i: x.gather(1, i),
+    "columns": lambda x, i: x[:, i[0]],
+    "index_select": lambda x, i: x.index_select(1, i[0]),
+    "take_along_dim": lambda x, i: x.take_along_dim(i, 1),
+    "by arithmetic": lambda x, i: x.gather(1, (i + 1) % 6),
+}
+
+
+@pytest.mark.parametrize("choose", CHOSEN.values(), ids=CHOSEN)
+def test_channels_that_an_input_chooses_stay(choose):
+    model = net(lambda self, x, i: choose(self.a(x), i), a=nn.Linear(4, 6))
+    result = compact(model, (torch.randn(2, 4), torch.tensor([[0, 1], [0, 1]])))
+    assert shapes(result)["a.weight"] == (6, 4)
+    x, i = torch.randn(2, 4), torch.tensor([[5, 2], [3, 4]])
+    torch.testing.assert_close(result.model(x, i), model(x, i))
+
+
+def test_one_hot_tokens_let_channels_go():
+    model = net(lambda self, i: self.b(self.a(F.one_hot(i, 4).float()).relu()), **layers())
+    with torch.no_grad():
+        model.a.weight[:2] = 0
+    result = compact(model, torch.zeros(2, 5, dtype=torch.int64))
+    assert shapes(result)["a.weight"] == (4, 4) and not result.kept
+    i = torch.randint(4, (3, 5))
+    torch.testing.assert_close(result.model(i), model(i))
 
 
 def test_what_was_varied_is_told():

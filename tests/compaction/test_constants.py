@@ -1,7 +1,5 @@
 """Constants inside a network: which there are, and that they go into biases."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,18 +72,23 @@ def test_a_model_that_refuses_nan():
         model.a.weight[0] = 0
         model.b.weight[:, 1] = 0
     result = compact(model, torch.randn(2, 3))
-    assert shapes(result) == {"a.weight": (3, 3), "b.weight": (2, 3)}
-    assert result.kept["Net"] == "constants stay: its forward pass may go other ways for other inputs"
+    assert shapes(result) == {"a.weight": (4, 3), "b.weight": (2, 4)}
+    reason = "its forward pass may go other ways for other inputs"
+    assert result.kept == {"a": f"dead or unread outputs that stay: 2; {reason}"}
 
 
 def test_a_model_that_fails_on_nan():
     def forward(self, x):
-        if math.isnan(x.mean().item()):
-            raise ValueError("not a number")
-        return self.b(F.relu(self.a(x)))
+        return self.b(F.relu(self.a(x))) + self.table[(3 * x[:, 0].sigmoid()).long()]
 
-    result = compact(net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), torch.randn(2, 3))
-    assert result.kept["Net"].endswith("fails on NaN or Inf with ValueError: not a number")
+    model = net(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 2))
+    model.table = nn.Parameter(torch.randn(4, 2))
+    assert not compact(model, torch.randn(2, 3)).kept
+    with torch.no_grad():
+        model.a.weight[0] = 0
+    kept = compact(model, torch.randn(2, 3)).kept
+    assert kept["Net"].startswith("constants stay: its forward pass fails on NaN or Inf with IndexError: ")
+    assert list(kept) == ["Net", "a"]
 
 
 def test_constants_are_found_through_everything():
