@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.random import fork_rng
 
-from ..core.calls import Given, arguments_of, tensors_in
+from ..core.calls import Given, arguments_of, leaves, tensors_in
 from ..reporting.explain import Table
 from .channels import Channels
 from .copies import has_hooks, restore_hooks, restore_kind, unwrapped, without_hooks, working_copy
@@ -86,13 +86,15 @@ def compact(
 
     Constants are those for inputs of the example's size: behind zero padding and pooling, another size may
     give others. Whatever a tensor holds that is passed counts as unknown: numbers, token ids and masks alike;
-    numbers and flags that are no tensors stay as they are. The result is checked on the example and on other
-    inputs (``varied`` says in what they differ), in float64 where the model allows; a change that shows in
-    the outputs is not made, and ``kept`` says so. Of an example's batch two are looked at.
+    numbers and flags that are no tensors stay as they are. Where an input decides which way the forward pass
+    goes, nothing is removed. The result is checked on the example and on other inputs (``varied`` says in
+    what they differ), in float64 where the model allows; a change that shows in the outputs is not made, and
+    ``kept`` says so. Of an example's batch two are looked at, in eval and in training mode; outputs are
+    compared in eval mode.
 
     Args:
         model: left as it is. Of a compiled or data-parallel model the module inside is taken. Hooks are not
-            run; the result has them.
+            run, so what they change is not seen; the result has them.
         example_input: its argument, a tuple of its arguments, or a dict of them by name, of the size that is
             used later.
         kwargs: more of them by name.
@@ -198,8 +200,11 @@ def _constants(
 
     Where an input decides what is computed, all channels are held: others may be read then.
     """
-    if not tensors_in(given):
-        return {}, {type(model).__name__: "constants stay: the example holds no tensor"}
+    fixed = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+    other = {type(x).__name__ for x in leaves(given) if not isinstance(x, fixed)}
+    if other or not tensors_in(given):
+        what = f"holds what could not be varied ({', '.join(sorted(other))})" if other else "holds no tensor"
+        return {}, {type(model).__name__: f"constants stay: the example {what}"}
     try:
         return inputs_of_weights(model, given), {}
     except Branches as error:
@@ -213,9 +218,12 @@ def _constants(
 def _not_followed(model: nn.Module, opaque: Mapping[str, str]) -> dict[str, str]:
     """{layer: the zeros that stay in its weights, which operations take that are not followed}"""
     found: dict[str, str] = {}
+    params = {name: p.detach() for name, p in model.named_parameters()}
     for name, where in opaque.items():
-        weight = model.state_dict()[name]
-        if weight.dim() < 2 or not weight.any():  # a table that starts with zeros is no result
+        weight = params.get(name)
+        if (
+            weight is None or weight.dim() < 2 or not weight.any()
+        ):  # a table that starts with zeros is no result
             continue
         zero = [int((weight.transpose(0, dim) == 0).flatten(1).all(1).sum()) for dim in (0, 1)]
         if any(zero):

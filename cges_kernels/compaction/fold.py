@@ -77,7 +77,7 @@ def find_folds(
     params = dict(model.named_parameters(remove_duplicate=False))
     for name, known in constants.items():
         weight = weights.get(name)
-        if weight is None or len(weight.reads) != 1 or weight.uses != 1:
+        if weight is None or name not in params or len(weight.reads) != 1 or weight.uses != 1:
             continue
         (dim,) = weight.reads
         columns = params[name].detach().movedim(dim, 0)  # [in, out, *kernel]

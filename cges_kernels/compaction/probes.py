@@ -27,7 +27,7 @@ def _common_size(tensors: list[Tensor], dim: int) -> int | None:
 
 
 def shortened(given: Given) -> list[Given]:
-    """Examples to try: with a batch (the first dim, if all tensors have one size there) of two, then whole."""
+    """Examples to try: with a batch (the first dim, if all tensors have one size there) of two, and whole."""
     if (_common_size(tensors_in(given), 0) or 0) <= BATCH:
         return [given]
     return [mapped(lambda x: x[:BATCH], given), given]

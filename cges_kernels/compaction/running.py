@@ -62,9 +62,10 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """A forward pass may change attributes, buffers and lists; afterwards they are as they were."""
+    """A forward pass may change attributes, buffers, lists and tables of a largest norm, but not for good."""
     was = [(module, {key: _shallow(x) for key, x in vars(module).items()}) for module in model.modules()]
-    values = [(x, x.clone()) for x in model.buffers()]
+    tables = (module.weight for module in model.modules() if getattr(module, "max_norm", None) is not None)
+    values = [(x, x.clone()) for x in (*model.buffers(), *tables) if isinstance(x, Tensor)]
     try:
         yield
     finally:

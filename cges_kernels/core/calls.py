@@ -29,6 +29,8 @@ def _attributes(x: Any) -> dict[str, Any]:
     """What an object that torch does not know as a container holds, if it may hold tensors."""
     if isinstance(x, (Tensor, nn.Module, type)) or callable(x):
         return {}
+    if isinstance(x, (set, frozenset)):
+        return {str(i): value for i, value in enumerate(x)}
     if dataclasses.is_dataclass(x):
         return {f.name: getattr(x, f.name, None) for f in dataclasses.fields(x)}
     return dict(getattr(x, "__dict__", {}))
@@ -66,6 +68,8 @@ def mapped(function: Callable[[Tensor], Any], x: Any) -> Any:
         inside = _attributes(leaf)
         if not tensors_in(list(inside.values())):
             return leaf
+        if isinstance(leaf, (set, frozenset)):
+            return type(leaf)(tree_map(of, value) for value in leaf)
         new = copy.copy(leaf)
         made[id(leaf)] = leaf, new
         for name, value in inside.items():
