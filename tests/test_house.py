@@ -134,6 +134,7 @@ def test_the_design_pages_name_files_that_exist():
                 PACKAGE,
                 CSRC / "cuda",
                 PACKAGE / "backends" / "triton",
+                PACKAGE / "compaction",
             )
             assert any((folder / name).is_file() for folder in folders), f"{page.name}: {name}"
 

@@ -16,7 +16,7 @@ from .channels import Channels
 from .copies import has_hooks, restore_hooks, restore_kind, unwrapped, without_hooks, working_copy
 from .following import follow
 from .probes import Probes, failed_in, shortened
-from .running import check_modules, compare, cuda_devices, flops_of, latencies, outputs
+from .running import check_modules, compare, cuda_devices, latencies, outputs_and_flops
 from .shrinking import Shrinking
 from .unknown import Branches, inputs_of_weights
 
@@ -128,12 +128,13 @@ def compact(
 
 def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compaction:
     """What compact() returns, of a model whose hooks run if it has any."""
-    expected = _expected(model, given)
+    expected, flops_before = _expected(model, given)
     *short, whole = shortened(given)
     for example in (*short, whole):
         try:
             small, kept, varied = _compacted(model, example, keep)
-            difference, within = compare(outputs(small, given), expected)
+            found, flops_after = outputs_and_flops(small, given)
+            difference, within = compare(found, expected)
             if not within:
                 raise RuntimeError(
                     f"compact: expected equal outputs, got a largest difference of {difference:.3g}"
@@ -151,7 +152,7 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
             if len(shape) > 1 and after[name] != shape
         },
         parameters=(_num_weights(model), _num_weights(small)),
-        flops=(flops_of(model, given), flops_of(small, given)),
+        flops=(flops_before, flops_after),
         latency_ms=latencies((model, small), given),
         max_difference=difference,
         kept=kept,
@@ -159,10 +160,10 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
     )
 
 
-def _expected(model: nn.Module, given: Given) -> list[Any]:
-    """What the model makes of the example, or a ValueError that names the module which fails."""
+def _expected(model: nn.Module, given: Given) -> tuple[list[Any], int]:
+    """What the model makes of the example, and its FLOPs, or a ValueError that names the failing module."""
     try:
-        return outputs(model, given)
+        return outputs_and_flops(model, given)
     except Exception as error:
         where = failed_in(model, error) or type(model).__name__
         raise ValueError(

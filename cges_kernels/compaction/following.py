@@ -9,38 +9,22 @@ weight read the channels of one dim and make those of the other. Whatever else t
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.calls import Given, call, tensors_in
-from ..core.groups import is_dense
 from . import operations as ops
 from . import products, rules
-from .channels import NOBODY, Channels, Owners, narrowed, varying
+from .beside import Beside, Call
+from .channels import Channels, varying
 from .running import following, fresh, training, unchanged
 
 NORMS = nn.modules.batchnorm._NormBase
+LARGE = 2**18  # elements, of which each would be a channel
 AT_OUTPUTS = "they are outputs of the model"
-
-
-class Call(NamedTuple):
-    """An operation, what it was given and what it gave."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-    before: Tensor | None  # the channels of what it moves in place
-
-    @property
-    def outs(self) -> list[Any]:
-        return list(self.out) if isinstance(self.out, (list, tuple)) else [self.out]
 
 
 # What each kind of operation makes of channels. Those that draw numbers change none.
@@ -58,87 +42,8 @@ RULES: dict[str, Callable[[Any, Call], None]] = {
 }
 
 
-class Follower(TorchDispatchMode):
-    """Notes in ``channels`` what a forward pass makes of them; parameters are those of ``model``."""
-
-    def __init__(self, model: nn.Module, channels: Channels) -> None:
-        super().__init__()
-        self.channels, self.owners = channels, Owners(model)
-        self.model = type(model).__name__
-        self.used: set[str] = set()  # parameters and buffers that operations took
-        self.opaque: dict[str, str] = {}  # weights that nobody here understands, and what took them
-        self.sizes: dict[bytes, Tensor] = {}  # channels that lay side by side
-        self.stack: list[str] = []  # of modules at work
-        self.calls: Counter[str] = Counter()
-        self.given: Any = WeakTensorKeyDictionary()  # what the model is passed, and all that comes of it
-        self._ids: Any = WeakTensorKeyDictionary()
-        # Memory of anybody's that was written in parts, by its storage, which is held so that no other takes
-        # its place; and the channels of its elements.
-        self.written: dict[int, tuple[Tensor, Tensor]] = {}
-
-    # What is known of tensors
-
-    def ids(self, x: Tensor) -> Tensor:
-        """Whose channel each element of ``x`` is: the dims of ``x``, of size 1 where it does not vary."""
-        if (written := self.written.get(x.untyped_storage()._cdata)) is not None:
-            return narrowed(written[1].as_strided(x.shape, x.stride(), x.storage_offset()))
-        if x in self._ids:
-            return self._ids[x]
-        nobody = torch.full([1] * x.dim(), NOBODY)
-        if (name := self.owners.name(x)) is None or name in self.owners.shared or x.numel() == 1:
-            return nobody
-        whole = self.owners.tensors[name]
-        if whole.numel() == 1 or not is_dense(whole):
-            return nobody
-        if name not in self.channels.loose:
-            self.channels.loose[name] = self.channels.new_loose(whole.numel())
-        first = x.storage_offset() - whole.storage_offset()
-        return narrowed(self.channels.loose[name].as_strided(x.shape, x.stride(), first))
-
-    def note(self, x: Any, ids: Tensor) -> None:
-        """``x`` holds these channels. Along two dims they could not be cut out of it."""
-        if not isinstance(x, Tensor) or x.dim() != ids.dim():
-            return
-        ids = narrowed(ids)
-        dims = varying(ids)
-        if len(dims) > 1 and not self.channels.are_loose(ids):
-            self.channels.hold(ids, f"{self.where('reshaped')} lays them out along two dims", read=True)
-            ids = torch.full([1] * x.dim(), NOBODY)
-        elif len(dims) == 1:
-            line = ids.flatten()
-            self.sizes[line.numpy().tobytes()] = line
-        self._ids[x] = ids
-
-    def where(self, operation: str) -> str:
-        return f"{self.stack[-1] or self.model} ({operation})" if self.stack else f"the model ({operation})"
-
-    def take(self, operation: Any, *tensors: Tensor) -> None:
-        """An operation takes all channels of ``tensors`` together."""
-        where = self.where(operation if isinstance(operation, str) else ops.name(operation))
-        for x in tensors:
-            if self.is_owners(x):
-                self.opaque[str(self.owners.name(x))] = where
-            else:
-                self.channels.hold(self.ids(x), f"{where} takes them together", read=True)
-
-    def is_owners(self, x: Tensor) -> bool:
-        """Whether it is a parameter or buffer, or a view of one."""
-        return self.owners.name(x) is not None and x not in self._ids
-
-    def line(self, func: Any, x: Tensor, dim: int) -> Tensor:
-        """The channels of ``x`` along ``dim``, the only one along which they may vary: [x.shape[dim]]."""
-        ids = self.ids(x)
-        dim %= x.dim()
-        if any(d != dim for d in varying(ids)):
-            lines = ids.movedim(dim, 0).flatten(1)
-            if not self.channels.are_loose(ids):
-                self.take(func, x)
-                return torch.full((x.shape[dim],), NOBODY)
-            self.channels.join(lines, lines[:, :1], "")
-            return lines[:, 0].expand(x.shape[dim])
-        return ids.flatten().expand(x.shape[dim])
-
-    # Operations
+class Follower(Beside, TorchDispatchMode):
+    """Notes what each operation makes of the channels beside what it takes."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -154,25 +59,23 @@ class Follower(TorchDispatchMode):
         if any(x in self.given for x in ops.tensors(args, kwargs)):
             for x in ops.tensors((out,), {}):
                 self.given[x] = True
-        names = [self.owners.name(x) for x in ops.tensors(args, kwargs)]
+        tensors = ops.tensors(args, kwargs)
+        names = [self.owners.name(x) for x in tensors]
         self.used.update(filter(None, names))
         views = [self.owners.name(x) for x in ops.tensors((out,), {})]
         if names and names[0] is not None and names[0] in views and not ops.writes(func):
             return out  # a view of a parameter, known by its memory
+        if tensors and all(self.is_owners(x) or x in self.computed for x in tensors):
+            for y in ops.tensors((out,), {}):
+                self.computed[y] = True
+            if kind != "drawn" and max(x.numel() for x in tensors) > LARGE:
+                kind = "opaque"  # a weight that is computed from others, not a table that channels meet
         made = Call(func, args, kwargs, out, before)
         try:
             RULES[kind](self, made)
         except Exception as error:  # a form of the operation that its rule does not foresee
             self.take_all(made, f"{ops.name(func)}: {type(error).__name__}: {error}")
         return out
-
-    def take_all(self, call: Call, known_as: str = "") -> None:
-        """An operation that nobody here understands."""
-        self.take(known_as or call.func, *ops.tensors(call.args, call.kwargs))
-        for y in ops.tensors(call.outs, {}):
-            self.note(y, torch.full([1] * y.dim(), NOBODY))
-
-    # Modules
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, keep: Collection[str]) -> Iterator[None]:

@@ -42,6 +42,10 @@ def bias_of(name: str) -> str:
 def sizes(module: nn.Module) -> dict[str, int]:
     """What ``module`` calls the sizes of its parameters: {attribute: size}, by their shapes now."""
     weight = module._parameters.get("weight")
+    if weight is None and not isinstance(
+        module, (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.RNNCellBase)
+    ):
+        return {}  # it is computed from others
     shape = [] if weight is None else list(weight.shape)
     match module:
         case nn.Linear():
@@ -61,10 +65,10 @@ def sizes(module: nn.Module) -> dict[str, int]:
             return {"num_parameters": shape[0]}
         case nn.Embedding():
             return {"embedding_dim": shape[1]}
-        case nn.RNNBase():
+        case nn.RNNBase() if {"weight_ih_l0", "weight_hh_l0"} <= module._parameters.keys():
             hidden = module.hidden_size if module.proj_size else module.get_parameter("weight_hh_l0").shape[1]
             return {"input_size": module.get_parameter("weight_ih_l0").shape[1], "hidden_size": hidden}
-        case nn.RNNCellBase():
+        case nn.RNNCellBase() if {"weight_ih", "weight_hh"} <= module._parameters.keys():
             return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
         return {"nx": shape[0], "nf": shape[1]}

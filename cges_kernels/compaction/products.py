@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import operations as ops
+from .beside import Beside, Call
 from .channels import NOBODY, aligned, varying
 from .rules import meet
-
-if TYPE_CHECKING:
-    from .following import Call, Follower
 
 ALSO_FIXED = "what reads them also reads what cannot be cut"
 
 
-def _whole(f: Follower, w: Tensor) -> str | None:
+def _whole(f: Beside, w: Tensor) -> str | None:
     """Whose name ``w`` is, where it is a parameter as it stands."""
     name = f.owners.name(w)
     if name is None or name in f.owners.shared or w is not f.owners.tensors[name]:
@@ -25,7 +23,7 @@ def _whole(f: Follower, w: Tensor) -> str | None:
     return name
 
 
-def embedded(f: Follower, call: Call) -> None:
+def embedded(f: Beside, call: Call) -> None:
     args, out = call.args, call.out
     if (name := _whole(f, args[0])) is None:
         return f.take_all(call)
@@ -33,7 +31,7 @@ def embedded(f: Follower, call: Call) -> None:
     f.note(out, made.reshape(aligned(made.shape, out.dim())))
 
 
-def convolved(f: Follower, call: Call) -> None:
+def convolved(f: Beside, call: Call) -> None:
     func, args, out = call.func, call.args, call.out
     x, w, bias = args[:3]
     transposed, groups = bool(args[6]), args[8]
@@ -59,7 +57,7 @@ def convolved(f: Follower, call: Call) -> None:
     f.note(out, made.reshape(1, -1, *[1] * (out.dim() - 2)))
 
 
-def multiplied(f: Follower, call: Call) -> None:
+def multiplied(f: Beside, call: Call) -> None:
     """mm, bmm and those that add something: [..., n, k] times [..., k, m]."""
     func, args, out = call.func, call.args, call.out
     *added, a, b = args[: 3 if ops.name(func) in ("addmm", "baddbmm") else 2]
@@ -79,7 +77,7 @@ def multiplied(f: Follower, call: Call) -> None:
 
 
 def _read(
-    f: Follower, func: Any, part: tuple[str, list[tuple[int, int]]], x: Tensor, dim: int, count: int
+    f: Beside, func: Any, part: tuple[str, list[tuple[int, int]]], x: Tensor, dim: int, count: int
 ) -> Tensor:
     """A weight, or a part of it, reads ``x`` along ``dim``; the channels that it makes."""
     name, ((read, first), (make, start)) = part
@@ -89,7 +87,7 @@ def _read(
     return ids[make][start : start + count]
 
 
-def _contracted(f: Follower, func: Any, a: Tensor, b: Tensor) -> Tensor:
+def _contracted(f: Beside, func: Any, a: Tensor, b: Tensor) -> Tensor:
     """A product of two activations: the channels of the rows of ``a`` or of the columns of ``b``."""
     passed = []
     for x, dim in ((a, a.dim() - 2), (b, b.dim() - 1)):

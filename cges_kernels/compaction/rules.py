@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import operations as ops
+from .beside import Beside, Call
 from .channels import ANYBODY, NOBODY, Placed, aligned, varying
-
-if TYPE_CHECKING:
-    from .following import Call, Follower
 
 
 def _lead(ids: list[Tensor]) -> Tensor:
@@ -20,14 +18,14 @@ def _lead(ids: list[Tensor]) -> Tensor:
     return min(ids, key=lambda x: (len(varying(x)), int((x <= NOBODY).sum())))
 
 
-def shaped(f: Follower, call: Call) -> None:
+def shaped(f: Beside, call: Call) -> None:
     """Values that depend on a size alone: they are made in the size of what they are like, or of any."""
     func, args, out = call.func, call.args, call.out
     like = args[0] if args and isinstance(args[0], Tensor) and "_like" in ops.name(func) else None
     f.note(out, torch.full([1] * out.dim(), ANYBODY) if like is None else f.ids(like))
 
 
-def moved(f: Follower, call: Call) -> None:
+def moved(f: Beside, call: Call) -> None:
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     x = args[0]
     ids = f.ids(x)
@@ -52,17 +50,17 @@ def moved(f: Follower, call: Call) -> None:
         f.note(y, line)
 
 
-def turned(f: Follower, call: Call) -> None:
+def turned(f: Beside, call: Call) -> None:
     """Dims moved in place, after which the integers have other dims than before."""
     f.note(call.out, getattr(torch.ops.aten, ops.name(call.func)[:-1])(call.before, *call.args[1:]))
 
 
-def pointwise(f: Follower, call: Call) -> None:
+def pointwise(f: Beside, call: Call) -> None:
     func, args, kwargs, *_ = call
     meet(f, func, ops.tensors(args, kwargs), call.outs[0], written=args[0] if ops.writes(func) else None)
 
 
-def meet(f: Follower, func: Any, given: list[Tensor], out: Any, written: Any = None) -> None:
+def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = None) -> None:
     """Join what meets elementwise, broadcast, and note it for ``out``."""
     dims = max((x.dim() for x in given), default=0)
     if written is not None and bool((f.ids(written) == ANYBODY).all()):
@@ -90,7 +88,7 @@ def meet(f: Follower, func: Any, given: list[Tensor], out: Any, written: Any = N
     f.note(out, lead)
 
 
-def _give_elements(f: Follower, x: Tensor) -> None:
+def _give_elements(f: Beside, x: Tensor) -> None:
     """Tell the elements of what ``x`` is a part of apart, since they are about to be written."""
     storage = x.untyped_storage()
     if x.numel() > 1:
@@ -98,7 +96,7 @@ def _give_elements(f: Follower, x: Tensor) -> None:
         f.written[storage._cdata] = x, f.channels.new_loose(count)
 
 
-def joined(f: Follower, call: Call) -> None:
+def joined(f: Beside, call: Call) -> None:
     """cat and stack. Along another dim than the joined one, what is joined must stay alike."""
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     dim = ops.bound(func, args, kwargs).get("dim", 0) % out.dim()
@@ -120,7 +118,7 @@ def joined(f: Follower, call: Call) -> None:
     f.note(out, lead.narrow(dim, 0, 1))
 
 
-def padded(f: Follower, call: Call) -> None:
+def padded(f: Beside, call: Call) -> None:
     args, out = call.args, call.out
     ids = f.ids(args[0])
     sides = list(args[1])
@@ -130,7 +128,7 @@ def padded(f: Follower, call: Call) -> None:
     f.note(out, torch.constant_pad_nd(ids, sides, NOBODY))
 
 
-def spatial(f: Follower, call: Call) -> None:
+def spatial(f: Beside, call: Call) -> None:
     """Pooling, interpolation and padding by what is there: over the last dims alone."""
     func, args = call.func, call.args
     ids = f.ids(args[0])
@@ -140,7 +138,7 @@ def spatial(f: Follower, call: Call) -> None:
         f.note(y, ids)
 
 
-def reduced(f: Follower, call: Call) -> None:
+def reduced(f: Beside, call: Call) -> None:
     func, args, kwargs = call.func, call.args, call.kwargs
     x = args[0]
     ids = f.ids(x)
@@ -152,7 +150,7 @@ def reduced(f: Follower, call: Call) -> None:
         f.note(y, ids.reshape([ids.shape[d] for d in kept]))
 
 
-def layer_normed(f: Follower, call: Call) -> None:
+def layer_normed(f: Beside, call: Call) -> None:
     args, out = call.args, call.out
     ids = f.ids(args[0])
     if any(dim >= ids.dim() - len(args[1]) for dim in varying(ids)):
@@ -160,7 +158,7 @@ def layer_normed(f: Follower, call: Call) -> None:
     f.note(out[0], ids)
 
 
-def batch_normed(f: Follower, call: Call) -> None:
+def batch_normed(f: Beside, call: Call) -> None:
     func, args = call.func, call.args
     x, *others = args
     if f.channels.are_loose(f.ids(x)):  # a parameter: it is a weight that is computed
@@ -172,7 +170,7 @@ def batch_normed(f: Follower, call: Call) -> None:
     f.note(call.outs[0], f.ids(x))
 
 
-def halved(f: Follower, call: Call) -> None:
+def halved(f: Beside, call: Call) -> None:
     """glu: the one half times a function of the other."""
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     dim = ops.bound(func, args, kwargs).get("dim", -1) % args[0].dim()

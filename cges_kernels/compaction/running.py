@@ -145,10 +145,11 @@ def _typical(x: Tensor) -> float:
     return float(sizes[sizes <= FAR_OUT * sizes.median()].max()) if len(sizes) else 0.0
 
 
-def flops_of(model: nn.Module, given: Given) -> int:
-    """Of one forward pass in eval mode."""
-    with unchanged(model):
-        return sum(measure_flops(model, fresh(given), []))
+def outputs_and_flops(model: nn.Module, given: Given) -> tuple[list[Any], int]:
+    """What :func:`outputs` gives, and what it costs: FLOPs, by torch's counter."""
+    found: list[Any] = []
+    flops = sum(measure_flops(model, given, run=lambda *args: found.extend(outputs(*args))))
+    return found, flops
 
 
 def latencies(models: tuple[nn.Module, nn.Module], given: Given) -> tuple[float, float]:

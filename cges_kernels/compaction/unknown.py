@@ -90,7 +90,11 @@ class _Unknowns(TorchDispatchMode):
         return where if is_whole else torch.ones_like(x, dtype=torch.bool)
 
     def any_unknown(self, x: Tensor) -> bool:
-        return not bool(x.isfinite().all()) if is_floating(x) else self.unknown(x) is not None
+        return bool(self.marks(x).any()) if is_floating(x) else self.unknown(x) is not None
+
+    def marks(self, x: Tensor) -> Tensor:
+        """Which numbers hold the marker, or came of it: -Inf may be a mask's, where NaN is in its place."""
+        return x.isnan() if math.isnan(self.marker) else x.isnan() | (x == self.marker)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -121,12 +125,14 @@ class _Unknowns(TorchDispatchMode):
         for x in tree_leaves(out):
             sources = integers
             if not is_floating(x):
-                numbers = (~y.isfinite() for y in given if is_floating(y))
+                numbers = (self.marks(y) for y in given if is_floating(y))
                 sources = [*integers, *(where for where in numbers if bool(where.any()))]
             if not sources:
                 continue
             if not isinstance(x, Tensor):
-                raise Branches
+                if self.marker != -math.inf:  # which masks hold, too
+                    raise Branches
+                continue
             where = torch.ones_like(x, dtype=torch.bool)
             if elementwise:
                 where = reduce(torch.logical_or, sources, torch.zeros_like(where))
@@ -155,7 +161,7 @@ class _Unknowns(TorchDispatchMode):
         first = 0 if convolved or ops.name(func) in ("mm", "bmm") else 1
         a, b = args[first : first + 2]
         self._note(a, b, convolved)
-        unknown = [~x.isfinite() for x in (a, b)]
+        unknown = [self.marks(x) for x in (a, b)]
         known = [torch.where(x, 0, y) for x, y in zip(unknown, (a, b))]
         out = func(*args[:first], *known, *args[first + 2 :], **kwargs)
         if not any(bool(x.any()) for x in unknown):

@@ -7,7 +7,7 @@ are two), for the example batch as it is given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -231,8 +231,10 @@ class _FlopsByWeight(TorchDispatchMode):
         return out
 
 
-def measure_flops(model: nn.Module, given: Given, weights: Sequence[Tensor]) -> list[int]:
-    """Dense FLOPs of one forward pass: one number per weight, then those of every other operation."""
+def measure_flops(
+    model: nn.Module, given: Given, weights: Sequence[Tensor] = (), run: Callable[..., Any] = call
+) -> list[int]:
+    """Dense FLOPs of one forward pass, which ``run`` makes: one number per weight, then all others."""
     devices = {x.device for x in (*weights, *leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
     with (
         evaluating(model),
@@ -241,7 +243,7 @@ def measure_flops(model: nn.Module, given: Given, weights: Sequence[Tensor]) -> 
         torch.random.fork_rng(devices=list(devices)),
         _FlopsByWeight(weights) as counter,
     ):
-        call(model, given)
+        run(model, given)
     return counter.flops
 
 

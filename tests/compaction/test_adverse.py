@@ -38,13 +38,15 @@ class Plain:
         self.x = x
 
 
-@pytest.mark.parametrize(
-    "wrap", [Batch, lambda x: Batch(None, Plain(x)), Plain, lambda x: types.SimpleNamespace(x=x)]
-)
+IN_OBJECTS = [Batch, lambda x: Batch(None, Plain(x)), Plain, lambda x: types.SimpleNamespace(x=x)]
+
+
+@pytest.mark.parametrize("wrap", IN_OBJECTS)
 def test_tensors_in_objects_are_inputs(wrap):
-    model = mlp(
-        lambda self, batch: plain(self, batch.x if getattr(batch, "x", None) is not None else batch.more.x)
-    )
+    def forward(self, batch):
+        return plain(self, batch.x if batch.x is not None else batch.more.x)
+
+    model = mlp(forward)
     with torch.no_grad():
         model.a.weight[:2] = 0
     result = compact(model, (wrap(X),))
@@ -336,3 +338,54 @@ def test_a_copy_is_what_is_worked_on():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert [(p.requires_grad, p.dtype, p.grad) for p in model.parameters()] == flags
     assert torch.equal(rng, torch.get_rng_state()) and all(m.training for m in model.modules())
+
+
+def causal(self, x):
+    mask = torch.triu(x.new_full((x.shape[1], x.shape[1]), -torch.inf), 1)
+    return self.layer(x, src_mask=mask)
+
+
+def test_masks_of_infinity_are_constants():
+    model = net(causal, layer=nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    with torch.no_grad():
+        model.layer.linear1.weight[:4] = 0
+    result = compact(model, torch.randn(2, 5, 8))
+    assert result.model.layer.linear1.out_features == 12 and not result.kept
+    assert_same(result.model, model, torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    "merge", [lambda self: self.w * self.mask, lambda self: self.w + self.up @ self.down]
+)
+def test_weights_that_are_computed_are_not_followed(merge):
+    """A channel for each of their elements would take far more time and memory than the network."""
+    model = mlp(lambda self, x: self.b(F.linear(F.linear(x, self.first), merge(self)).relu()), 1024)
+    model.first = nn.Parameter(torch.randn(1024, 5))
+    model.w = nn.Parameter(torch.randn(1024, 1024))
+    model.register_buffer("mask", (torch.rand(1024, 1024) > 0.5).float())
+    model.up, model.down = nn.Parameter(torch.randn(1024, 4)), nn.Parameter(torch.randn(4, 1024))
+    with torch.no_grad():
+        model.w[:3] = 0
+    result = compact(model, X)
+    assert "w: dead rows and columns that stay: 3 and 0" in result.kept["w"]
+    torch.testing.assert_close(result.model(X), model(X))
+
+
+@pytest.mark.parametrize(
+    "layer, shape", [(nn.Embedding(9, 5), None), (nn.LSTM(5, 6), (3, 2, 5)), (nn.PReLU(5), (2, 5))], ids=str
+)
+def test_other_layers_whose_weight_is_computed(layer, shape):
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    for name in [name for name, _ in layer.named_parameters()][:1]:
+        nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    model = net(
+        lambda self, x: self.o(out[0] if isinstance(out := self.layer(x), tuple) else out), layer=layer
+    )
+    model.o = nn.Linear(6 if isinstance(layer, nn.LSTM) else 5, 3)
+    x = torch.tensor([[0, 3], [1, 2]]) if shape is None else torch.randn(shape)
+    result = compact(model, x)
+    assert not result.kept
+    torch.testing.assert_close(result.model(x), model(x))
