@@ -16,7 +16,7 @@ from vision import timm, torchvision
 from cges_kernels import compact
 from cges_kernels.compaction.running import leaves
 
-FORWARDS = 24  # of the example, that one compact() may take
+FORWARDS = 20  # of the example, that one compact() may take
 SECONDS = 60  # far more than it takes: what walks without end shows
 
 
