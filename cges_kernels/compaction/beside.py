@@ -49,6 +49,8 @@ class Beside:
 
     def ids(self, x: Tensor) -> Tensor:
         """Whose channel each element of ``x`` is: the dims of ``x``, of size 1 where it does not vary."""
+        if x.layout != torch.strided:
+            return torch.full([1] * x.dim(), NOBODY)
         if (written := self.written.get(x.untyped_storage()._cdata)) is not None:
             return narrowed(written[1].as_strided(x.shape, x.stride(), x.storage_offset()))
         if x in self._ids:

@@ -53,6 +53,7 @@ class Placed:
     module: str
     text: str
     ids: Tensor
+    chooses: bool  # some of them, rather than all in another shape
 
 
 class Channels:

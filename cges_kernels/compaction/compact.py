@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,10 @@ from torch.random import fork_rng
 from ..core.calls import Given, arguments_of, leaves, tensors_in
 from ..reporting.explain import Table
 from .channels import Channels
-from .copies import has_hooks, restore_hooks, restore_kind, unwrapped, without_hooks, working_copy
+from .copies import has_hooks, restore_hooks, restore_kind, unwrapped, without_hooks, working_copies
 from .following import follow
 from .probes import Probes, failed_in, shortened
-from .running import check_modules, compare, cuda_devices, latencies, outputs_and_flops
+from .running import SLACK, check_modules, compare, cuda_devices, latencies, outputs_and_flops
 from .shrinking import Shrinking
 from .unknown import Branches, inputs_of_weights
 
@@ -115,11 +116,16 @@ def compact(
     check_modules(model, keep)
     given = arguments_of(example_input, kwargs)
     with fork_rng(devices=cuda_devices(model, given)):
+        if hooks := has_hooks(model):
+            warnings.warn(
+                "compact: hooks of the model are not run, so what they change in its outputs is not seen",
+                stacklevel=2,
+            )
         try:
             with without_hooks(model):
                 result = _compaction(model, given, keep)
         except ValueError:
-            if not has_hooks(model):
+            if not hooks:
                 raise
             result = _compaction(model, given, keep)  # with its hooks, without which it may not run
     restore_hooks(result.model, model)
@@ -134,7 +140,7 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
         try:
             small, kept, varied = _compacted(model, example, keep)
             found, flops_after = outputs_and_flops(small, given)
-            difference, within = compare(found, expected)
+            difference, within = compare(found, expected, SLACK)
             if not within:
                 raise RuntimeError(
                     f"compact: expected equal outputs, got a largest difference of {difference:.3g}"
@@ -179,16 +185,21 @@ def _compacted(
     model: nn.Module, given: Given, keep: Collection[str]
 ) -> tuple[nn.Module, dict[str, str], list[str]]:
     """The small model, what stayed, and in what probes differed."""
-    base, given, expected = working_copy(model, given)
-    channels, opaque = follow(base, given, keep)
-    probes = Probes(base, given, expected)
-    constants, unfound = _constants(base, given, channels)
-    small, stayed = Shrinking(base, channels, constants, probes).run()
+    exact, plain = working_copies(model, given)
+    try:
+        base, given = exact
+        seen = follow(base, given, keep)
+    except Exception:  # a dtype is written into the model
+        base, given = plain
+        seen = follow(base, given, keep)
+    probes = Probes(base, given, seen.outputs, seen.trained)
+    constants, unfound = _constants(base, given, seen.channels)
+    small, stayed = Shrinking(base, seen.channels, constants, probes).run()
     restore_kind(small, model)
     if not any(stayed):  # then nothing is missed either
         unfound = {}
     kept: dict[str, str] = {}
-    for found in (unfound, *stayed, _not_followed(base, opaque)):
+    for found in (unfound, *stayed, _not_followed(base, seen.opaque)):
         for name, reason in found.items():
             kept[name] = f"{kept[name]}; {reason}" if name in kept else reason
     return small, dict(sorted(kept.items())), probes.varied

@@ -14,7 +14,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..core.calls import Given, mapped
 from .layers import is_floating
 from .picking import pick, restore_inputs
-from .running import outputs
 
 HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
@@ -61,19 +60,15 @@ def without_hooks(model: nn.Module) -> Iterator[nn.Module]:
             setattr(module, name, hooks)
 
 
-def working_copy(model: nn.Module, given: Given) -> tuple[nn.Module, Given, list[Any] | None]:
-    """A copy in eval mode, its arguments, and what it makes of them; in float64 where that runs."""
+def working_copies(model: nn.Module, given: Given) -> tuple[tuple[nn.Module, Given], tuple[nn.Module, Given]]:
+    """Copies in eval mode and arguments for them: in float64, and as they are."""
     try:
         base = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:
         raise ValueError(f"{type(model).__name__}: expected a model that copies, got: {error}") from error
     restore_inputs(base)
     exact = mapped(lambda x: x.double() if is_floating(x) else x, given)
-    try:
-        double = copy.deepcopy(base).double()
-        return double, exact, outputs(double, exact)
-    except Exception:  # a dtype is written into the model, or it does not run at all, which is told later
-        return base, given, None
+    return (copy.deepcopy(base).double(), exact), (base, given)
 
 
 def restore_kind(small: nn.Module, model: nn.Module) -> None:

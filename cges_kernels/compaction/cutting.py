@@ -185,6 +185,7 @@ class Reading:
 def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
     """Remove, in place, the channels that are ``gone`` ([count]) from every parameter and buffer."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    before = [(module, sizes(module)) for module in model.modules()]
     for name, weight in channels.weights.items():
         for dim, ids in weight.ids.items():
             _keep(named[name], dim, ~gone[ids])
@@ -199,9 +200,9 @@ def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
             _keep(named[name], dim, ~mask.flatten())
     for name, ids in channels.widths.items():
         setattr(model.get_submodule(name), "num_features", int((~gone[ids]).sum()))  # noqa: B010  # for mypy
-    for module in model.modules():
+    for module, was in before:
         for key, size in sizes(module).items():
-            if key in vars(module):
+            if key in vars(module) and size != was[key]:
                 setattr(module, key, size)
 
 

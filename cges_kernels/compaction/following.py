@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.calls import Given, call, tensors_in
+from ..core.calls import Given, tensors_in
 from . import operations as ops
 from . import products, rules
 from .beside import Beside, Call
 from .channels import Channels, varying
-from .running import following, fresh, training, unchanged
+from .running import following, fresh, run, training
 
 NORMS = nn.modules.batchnorm._NormBase
 LARGE = 2**18  # elements, of which each would be a channel
@@ -113,8 +115,18 @@ class Follower(Beside, TorchDispatchMode):
                 hook.remove()
 
 
-def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Channels, dict[str, str]]:
-    """The channels of ``model``, and the weights that take channels in a way unknown here.
+@dataclass
+class Followed:
+    """What following a network brought."""
+
+    channels: Channels
+    opaque: dict[str, str]  # weights that take channels in a way unknown here, and where
+    outputs: list[Any]  # in eval mode
+    trained: list[Any] | None  # in training mode, None where it fails
+
+
+def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
+    """The channels of ``model``, which is in eval mode.
 
     It is followed in eval mode and, where it runs so, in training mode too, in which other heads may read and
     other values be given. Whatever could still meet a parameter that takes part in neither is held.
@@ -125,39 +137,42 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
     channels = Channels()
     opaque: dict[str, str] = {}
 
-    def run() -> Follower:
+    def once() -> tuple[Follower, list[Any]]:
         follower = Follower(model, channels)
         arguments = fresh(given)
         for x in tensors_in(arguments):
             follower.given[x] = True
-        with unchanged(model), following(), follower.attached(model, keep):
-            out = call(model, arguments)
-        for x in tensors_in(out):
+        with following(), follower.attached(model, keep):
+            out = run(model, arguments)
+        tensors = tensors_in(out)
+        for x in tensors:
             channels.hold(follower.ids(x), AT_OUTPUTS, read=True)
+        if not tensors:
+            channels.hold(torch.arange(channels.count), "the outputs of the model are no tensors", read=True)
         opaque.update(follower.opaque)
-        return follower
+        return follower, out
 
-    first = run()
+    first, outputs = once()
     channels.called = {w.layer for w in channels.weights.values() if w.uses == first.calls[w.layer]}
     unused = {name for name, x in first.owners.tensors.items() if isinstance(x, nn.Parameter)} - first.used
     sizes = first.sizes
     uses = {name: weight.uses for name, weight in channels.weights.items()}
     compared = {placed.text for placed in channels.by_numbers}
+    trained = None
     with contextlib.suppress(Exception), training(model):
-        second = run()
+        second, out = once()
         unused -= second.used
         sizes = {**sizes, **second.sizes}
+        trained = out
     for name, weight in channels.weights.items():  # of the mode in which it is used more often
         weight.uses = max(uses.get(name, 0), weight.uses - uses.get(name, 0))
     for placed in channels.by_numbers:
-        if placed.text not in compared:
-            reason = (
-                f"{placed.module or type(model).__name__} lays them out by numbers in training mode alone"
-            )
-            channels.hold(placed.ids, reason)
+        if placed.chooses and placed.text not in compared:
+            where = placed.module or type(model).__name__
+            channels.hold(placed.ids, f"{where} chooses them by numbers in training mode alone")
     _hold_what_may_be_read(channels, {name: first.owners.tensors[name] for name in unused}, sizes.values())
     _hold_recurrent(channels, model)
-    for name in channels.loose.keys() & channels.weights.keys() | opaque.keys():
+    for name in (channels.loose.keys() & channels.weights.keys()) | opaque.keys():
         own = channels.weights.get(name)
         for ids in (channels.loose.get(name), *(own.ids.values() if own else ())):
             if ids is not None:
@@ -165,7 +180,7 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> tuple[Chann
     for held in [held for held in channels.held if held.read]:
         for name in channels.loose_of(held.ids):
             opaque.setdefault(name, held.reason)
-    return channels, opaque
+    return Followed(channels, opaque, outputs, trained)
 
 
 def _hold_what_may_be_read(channels: Channels, unused: Mapping[str, Tensor], lines: Iterable[Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.calls import Given, mapped, tensors_in
 from .layers import is_floating
-from .running import compare, outputs
+from .running import compare, outputs, run, training
 
 BATCH = 2  # that an example is cut to
 
@@ -54,6 +54,7 @@ class Probes:
         model: in eval mode; it is run on each of them.
         given: the example.
         expected: what ``model`` makes of it, if that is known.
+        trained: what it makes of it in training mode, if it runs so.
 
     Attributes:
         given: the arguments, the example first.
@@ -63,9 +64,16 @@ class Probes:
         ValueError: the model takes no other values of an integer or boolean argument.
     """
 
-    def __init__(self, model: nn.Module, given: Given, expected: list[Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Given,
+        expected: list[Any] | None = None,
+        trained: list[Any] | None = None,
+    ) -> None:
         self.given: list[Given] = [given]
         self.expected: list[list[Any]] = [outputs(model, given) if expected is None else expected]
+        self._trained = trained
         self.varied: list[str] = []
         self._generator = torch.Generator().manual_seed(0)
         tensors = tensors_in(given)
@@ -76,15 +84,26 @@ class Probes:
             self.varied.append("length")
 
     def differs(self, model: nn.Module) -> Difference | None:
-        """What is wrong with the outputs of ``model`` where the first one's are expected; None if nothing."""
-        for given, expected in zip(self.given, self.expected):
+        """What is wrong with the outputs of ``model`` where the first one's are expected; None if nothing.
+
+        In training mode it is the shapes alone: a batch norm makes other constants there, and of a batch of
+        two it makes much of little.
+        """
+        looks = [(outputs, *pair) for pair in zip(self.given, self.expected)]
+        if self._trained is not None:
+            looks.append((_in_training, self.given[0], self._trained))
+        for look, given, expected in looks:
             try:
-                found = outputs(model, given)
+                found = look(model, given)
             except Exception as error:
                 told = f"{type(error).__name__}: {error}".partition("\n")[0]
                 told = f"without them the forward pass fails with {told}"
                 return Difference(told, failed_in(model, error))
-            if not compare(found, expected)[1]:
+            if look is _in_training:
+                same = _shapes(found) == _shapes(expected)
+            else:
+                same = compare(found, expected)[1]
+            if not same:
                 return Difference("without them the outputs change")
         return None
 
@@ -156,6 +175,15 @@ class Probes:
         self.given.append(given)
         self.expected.append(found)
         return None
+
+
+def _shapes(found: list[Any]) -> list[torch.Size]:
+    return [x.shape for x in found if isinstance(x, Tensor)]
+
+
+def _in_training(model: nn.Module, given: Given) -> list[Any]:
+    with training(model):
+        return run(model, given)
 
 
 def _doubled(tensors: list[Tensor], others: list[Tensor], dim: int) -> list[Tensor]:

@@ -43,7 +43,8 @@ def moved(f: Beside, call: Call) -> None:
     if ops.name(func) in ops.BY_NUMBERS:
         module, mine = f.stack[-1] if f.stack else "", ids.unique()
         text = f"{module} {ops.name(func)} {args[1:]} {kwargs} {mine.tolist()}"
-        f.channels.by_numbers.append(Placed(module, text, mine))
+        chooses = "view" not in ops.name(func) and ops.name(func) != "reshape"
+        f.channels.by_numbers.append(Placed(module, text, mine, chooses))
     rest, named = tree_map(lambda i: i.cpu() if isinstance(i, Tensor) else i, (args[1:], kwargs))
     moved = ops.on_ids(func)(ids.expand(x.shape), *rest, **named)
     for y, line in zip(call.outs, moved if isinstance(out, (list, tuple)) else [moved]):

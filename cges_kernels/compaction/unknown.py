@@ -83,6 +83,8 @@ class _Unknowns(TorchDispatchMode):
 
     def unknown(self, x: Tensor) -> Tensor | None:
         """Which elements of an integer tensor are unknown, None if none is."""
+        if x.layout != torch.strided:
+            return None
         if (followed := self._followed.get(x.untyped_storage()._cdata)) is None:
             return None
         whole, where = followed

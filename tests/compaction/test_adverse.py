@@ -389,3 +389,38 @@ def test_other_layers_whose_weight_is_computed(layer, shape):
     result = compact(model, x)
     assert not result.kept
     torch.testing.assert_close(result.model(x), model(x))
+
+
+def test_sizes_that_training_writes_out_stay():
+    model = mlp(in_training(lambda self, hidden: hidden * torch.ones(8, dtype=hidden.dtype)))
+    with torch.no_grad():
+        model.b.weight[:, :2] = 0
+    result = compact(model, X)
+    result.model.train()(X)
+    assert shapes(result)["a.weight"] == (8, 5)
+
+
+def test_hooks_that_do_not_run_are_told():
+    model = kill(mlp(plain))
+    model.a.register_forward_hook(lambda module, args, out: out.flip(-1))
+    with pytest.warns(UserWarning, match="hooks of the model are not run"):
+        compact(model, X)
+
+
+def test_constants_that_training_makes_otherwise_are_folded():
+    """A batch norm makes of a dead filter its shift in training, and something else in eval mode."""
+    model = nn.Sequential(conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[1].running_mean.normal_()
+        model[1].bias.fill_(0.5)
+    result = compact(model, torch.randn(2, 3, 9, 9))
+    assert shapes(result)["0.weight"] == (5, 3, 3, 3) and not result.kept
+
+
+def test_sparse_outputs():
+    model = mlp(lambda self, x: (plain(self, x), plain(self, x).to_sparse()))
+    with torch.no_grad():
+        model.b.weight[:, :2] = 0
+    result = compact(model, X)
+    torch.testing.assert_close(result.model(X)[0], model(X)[0])
