@@ -43,8 +43,8 @@ class Beside:
         self.given: Any = WeakTensorKeyDictionary()  # what the model is passed, and all that comes of it
         self.computed: Any = WeakTensorKeyDictionary()  # what comes of parameters alone
         self._ids: Any = WeakTensorKeyDictionary()
-        # Memory of anybody's that was written in parts, by its storage, which is held so that no other takes
-        # its place; and the channels of its elements.
+        # What was anybody's and is written in parts, by its memory, which is held so that no other takes its
+        # place; and the channels of its elements.
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ids(self, x: Tensor) -> Tensor:
@@ -52,7 +52,9 @@ class Beside:
         if x.layout != torch.strided:
             return torch.full([1] * x.dim(), NOBODY)
         if (written := self.written.get(x.untyped_storage()._cdata)) is not None:
-            return narrowed(written[1].as_strided(x.shape, x.stride(), x.storage_offset()))
+            whole, elements = written
+            first = x.storage_offset() - whole.storage_offset()
+            return narrowed(elements.as_strided(x.shape, x.stride(), first))
         if x in self._ids:
             return self._ids[x]
         nobody = torch.full([1] * x.dim(), NOBODY)

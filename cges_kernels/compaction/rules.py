@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..core.groups import is_dense
 from . import operations as ops
 from .beside import Beside, Call
 from .channels import ANYBODY, NOBODY, Placed, aligned, varying
@@ -42,7 +43,8 @@ def moved(f: Beside, call: Call) -> None:
         return
     if ops.name(func) in ops.BY_NUMBERS:
         module, mine = f.stack[-1] if f.stack else "", ids.unique()
-        text = f"{module} {ops.name(func)} {args[1:]} {kwargs} {mine.tolist()}"
+        what = "memory" if f.channels.are_loose(mine) else mine.tolist()  # which is other memory each time
+        text = f"{module} {ops.name(func)} {args[1:]} {kwargs} {what}"
         chooses = "view" not in ops.name(func) and ops.name(func) != "reshape"
         f.channels.by_numbers.append(Placed(module, text, mine, chooses))
     rest, named = tree_map(lambda i: i.cpu() if isinstance(i, Tensor) else i, (args[1:], kwargs))
@@ -65,7 +67,7 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
     """Join what meets elementwise, broadcast, and note it for ``out``."""
     dims = max((x.dim() for x in given), default=0)
     if written is not None and bool((f.ids(written) == ANYBODY).all()):
-        _give_elements(f, written)
+        _give_lines(f, written, [f.ids(x) for x in given if x is not written])
     known = [(x, f.ids(x)) for x in given]
     known = [(x, ids.reshape(aligned(ids.shape, dims))) for x, ids in known]
     varied = {dim for _, ids in known for dim in varying(ids)}
@@ -89,12 +91,18 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
     f.note(out, lead)
 
 
-def _give_elements(f: Beside, x: Tensor) -> None:
-    """Tell the elements of what ``x`` is a part of apart, since they are about to be written."""
-    storage = x.untyped_storage()
-    if x.numel() > 1:
-        count = storage.nbytes() // x.element_size()
-        f.written[storage._cdata] = x, f.channels.new_loose(count)
+def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
+    """Tell the lines of what ``x`` is a part of apart, along the dim in which what is written varies."""
+    whole = x if x._base is None else x._base
+    if x.numel() == 1 or whole.dim() != x.dim() or not is_dense(whole):
+        return
+    dims = [dim + x.dim() - ids.dim() for ids in by for dim in varying(ids)]
+    dim = dims[0] if dims else min(1, x.dim() - 1)
+    lines = f.channels.new_loose(whole.shape[dim]).expand(whole.shape[dim])
+    shape = [1] * dim + [len(lines)] + [1] * (x.dim() - dim - 1)
+    elements = torch.empty_strided(whole.shape, whole.stride(), dtype=torch.long)
+    elements.copy_(lines.reshape(shape).expand(whole.shape))
+    f.written[whole.untyped_storage()._cdata] = whole, elements
 
 
 def joined(f: Beside, call: Call) -> None:

@@ -424,3 +424,38 @@ def test_sparse_outputs():
         model.b.weight[:, :2] = 0
     result = compact(model, X)
     torch.testing.assert_close(result.model(X)[0], model(X)[0])
+
+
+CANVASES = {
+    "channels": lambda x, h: torch.cat([h.new_zeros(2, 0, *h.shape[2:]), _written(h, 1)], 1),
+    "places": lambda x, h: _written(h, 2),
+    "input first": lambda x, h: _written_after(x, h),
+}
+
+
+def _written(h, dim):
+    out = h.new_zeros(h.shape)
+    half = h.shape[dim] // 2
+    out.narrow(dim, 0, half).copy_(h.narrow(dim, 0, half))
+    out.narrow(dim, half, h.shape[dim] - half).copy_(h.narrow(dim, half, h.shape[dim] - half))
+    return out
+
+
+def _written_after(x, h):
+    out = h.new_zeros(len(h), x.shape[1] + h.shape[1], *h.shape[2:])
+    out[:, : x.shape[1]] = x
+    out[:, x.shape[1] :] = h
+    return out
+
+
+@pytest.mark.parametrize("write", CANVASES.values(), ids=CANVASES)
+def test_memory_that_is_written_in_parts(write):
+    """Told apart by line: by element it would take hundreds of times the network."""
+    model = net(lambda self, x: self.b(write(x, self.a(x))), a=conv(3, 8, 1), b=conv(8, 4, 1))
+    if write is CANVASES["input first"]:
+        model.b = conv(11, 4, 1)
+    with torch.no_grad():
+        model.b.weight[:, -6:-2] = 0
+    result = compact(model, torch.randn(2, 3, 96, 96))
+    assert shapes(result)["a.weight"][0] == 4 and not result.kept
+    assert_same(result.model, model, torch.randn(2, 3, 9, 9))
