@@ -33,11 +33,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether any hook would run but those that pick inputs."""
+    """Whether any hook would run in a forward pass but those that pick inputs."""
     return any(
         hook is not pick
         for module in model.modules()
-        for name in HOOKS
+        for name in ("_forward_hooks", "_forward_pre_hooks")
         for hook in (getattr(module, name, None) or {}).values()
     )
 

@@ -272,3 +272,22 @@ def test_files(make, tmp_path):
     loaded = load_compacted(make(), tmp_path / "small.pt")
     assert torch.equal(loaded(x), small(x))
     assert len(list(loaded.parameters())) == len(list(small.parameters()))  # what was tied is
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make, shape", [(residual, IMAGE), (Recurrent, (3, 5, 4))])
+def test_on_a_gpu(make, shape, tmp_path):
+    model, x = kill(make()).cuda(), torch.randn(shape).cuda()
+    if make is Recurrent:
+        with torch.no_grad():
+            for p in model.parameters():
+                p[..., ::2] = 0
+    result = compact(model, x)
+    assert {p.device.type for p in result.model.parameters()} == {"cuda"}
+    torch.testing.assert_close(result.model.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+    save_compacted(result.model, tmp_path / "small.pt")
+    loaded = load_compacted(make(), tmp_path / "small.pt").cuda().eval()
+    torch.testing.assert_close(loaded(x), result.model(x))

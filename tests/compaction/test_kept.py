@@ -191,6 +191,25 @@ def test_dead_units_of_recurrent_layers(cls, gates, options):
         assert shapes(result)["r.weight_hh_l0"] == (4 * gates, 4) and shapes(result)["o.weight"] == (4, 4)
 
 
+@pytest.mark.parametrize("cls, gates", [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_dead_units_of_recurrent_cells(cls, gates):
+    def forward(self, x):
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.o(state[0] if isinstance(state, tuple) else state)
+
+    model = net(forward, cell=cls(8, 6), o=nn.Linear(6, 4))
+    with torch.no_grad():
+        for p in model.cell.parameters():
+            p[[6 * gate + unit for gate in range(gates) for unit in (0, 3)]] = 0
+        model.cell.weight_hh[:, [0, 3]] = 0
+    unread(model.o, [0, 3])
+    result = compact(model, torch.randn(ROWS))
+    assert result.model.cell.hidden_size == 4 and not result.kept
+    assert_same(result.model, model, torch.randn(ROWS))
+
+
 def test_units_of_a_transposed_linear_go():
     model = nn.Sequential(Conv1D(12, 8), nn.GELU(), Conv1D(4, 12))
     with torch.no_grad():
