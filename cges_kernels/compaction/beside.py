@@ -107,7 +107,7 @@ class Beside:
             if not self.channels.are_loose(ids):
                 self.take(func, x)
                 return torch.full((x.shape[dim],), NOBODY)
-            self.channels.join(lines, lines[:, :1], "")
+            self.channels.join(lines, lines[:, :1])
             return lines[:, 0].expand(x.shape[dim])
         return ids.flatten().expand(x.shape[dim])
 

@@ -122,7 +122,7 @@ class Channels:
         if len(ids):
             self.held.append(Held(ids, reason, read))
 
-    def join(self, a: Tensor, b: Tensor, reason: str) -> None:
+    def join(self, a: Tensor, b: Tensor, reason: str = "they meet what cannot be cut") -> None:
         """``a`` and ``b`` (which broadcast) meet element by element; with nobody's they are held."""
         pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs >= NOBODY).all(0)]
@@ -130,6 +130,13 @@ class Channels:
             met = (pairs == NOBODY).any(0)
             self.hold(pairs[:, met].flatten(), reason)
             self._pairs.append(pairs[:, ~met])
+
+    def touched(self) -> Tensor:
+        """Per channel, whether it was joined or held: [count]."""
+        touched = torch.zeros(self.count, dtype=torch.bool)
+        for ids in (*self._pairs, *(held.ids for held in self.held)):
+            touched[ids] = True
+        return touched
 
     def groups(self) -> Tensor:
         """For each channel the first of those that it can only leave with, by :meth:`join`: [count]."""

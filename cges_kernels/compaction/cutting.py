@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .channels import NOBODY, Channels, Weight, narrowed, varying
+from .channels import NOBODY, Channels, Weight
 from .layers import bias_of, sizes
 from .picking import laid_out_like
 
@@ -32,7 +32,7 @@ class Reading:
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         self.channels = channels
         self.params = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-        self.group = channels.groups()
+        self.group, self.touched = channels.groups(), channels.touched()
         self.nonzero = {name: self._nonzero(self.params[name]) for name in channels.weights}
         self._padding = {
             name: module.padding_idx
@@ -116,17 +116,12 @@ class Reading:
                 lines = self.lines(weight, dim)
                 if bool(gone[lines].all()) and not spared.keys() & set(lines.tolist()):
                     spared[int(lines[0])] = f"one channel of {weight.layer or weight.name} is left"
+        left = gone[self.group]
         for name, ids in self.channels.loose.items():
-            groups = self.group[ids]
-            if bool(gone[groups].any()) and len(varying(self._cut_mask(name, gone[groups]))) > 1:
-                ragged = groups[gone[groups]].unique().tolist()
+            if left[ids].any() and _cut_of(self.params[name], ids, left, self.touched) is None:
+                ragged = self.group[ids[left[ids]]].unique().tolist()
                 spared |= dict.fromkeys(ragged, f"they are scattered in {name}")
         return spared
-
-    def _cut_mask(self, name: str, gone: Tensor) -> Tensor:
-        """Which elements leave, given in the order of memory: the dims of the parameter, narrowed."""
-        x = self.params[name]
-        return narrowed(gone.as_strided(x.shape, x.stride()))
 
     # What leaves
 
@@ -194,16 +189,34 @@ def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
             bias != name and bias in named and bias not in channels.loose and len(weight.makes) == 1
         ):  # a fold gave it one
             _keep(named[bias], 0, ~gone[weight.ids[min(weight.makes)]])
+    touched = channels.touched()
     for name, ids in channels.loose.items():
-        mask = narrowed(gone[ids].as_strided(named[name].shape, named[name].stride()))
-        for dim in varying(mask):
-            _keep(named[name], dim, ~mask.flatten())
+        for dim, lines in _cut_of(named[name], ids, gone, touched) or []:
+            _keep(named[name], dim, ~lines)
     for name, ids in channels.widths.items():
         setattr(model.get_submodule(name), "num_features", int((~gone[ids]).sum()))  # noqa: B010  # for mypy
     for module, was in before:
         for key, size in sizes(module).items():
             if key in vars(module) and size != was[key]:
                 setattr(module, key, size)
+
+
+def _cut_of(x: Tensor, ids: Tensor, gone: Tensor, touched: Tensor) -> list[tuple[int, Tensor]] | None:
+    """Along which dim a parameter is cut whose elements have channels of their own, and which lines leave.
+
+    Elements that the forward pass did not touch, as those of a table for longer inputs, go with the others.
+
+    Returns:
+        One dim and [size] at most, or None where no lines are all of what leaves.
+    """
+    leaves, stays = (y[ids].as_strided(x.shape, x.stride()) for y in (gone, touched & ~gone))
+    if not leaves.any():
+        return []
+    for dim, size in enumerate(x.shape):
+        lines = leaves.movedim(dim, 0).reshape(size, -1).any(1)
+        if not lines.all() and not (stays.movedim(dim, 0).reshape(size, -1).any(1) & lines).any():
+            return [(dim, lines)]
+    return [] if leaves.all() else None
 
 
 def _keep(x: Tensor, dim: int, keep: Tensor) -> None:

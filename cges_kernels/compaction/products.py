@@ -53,7 +53,7 @@ def convolved(f: Beside, call: Call) -> None:
         made = weight.ids.get(0, torch.full((out.shape[1],), NOBODY))
         f.channels.hold(made, reason)
     if isinstance(bias, Tensor):
-        f.channels.join(made, f.ids(bias), "")
+        f.channels.join(made, f.ids(bias))
     f.note(out, made.reshape(1, -1, *[1] * (out.dim() - 2)))
 
 

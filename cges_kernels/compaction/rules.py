@@ -186,5 +186,5 @@ def halved(f: Beside, call: Call) -> None:
     ids = f.ids(args[0])
     if dim in varying(ids):
         ids, other = ids.chunk(2, dim)
-        f.channels.join(ids, other, "")
+        f.channels.join(ids, other)
     f.note(out, ids)

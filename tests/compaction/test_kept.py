@@ -328,6 +328,18 @@ def test_layer_scales_of_zero_go():
     assert result.model.gamma.tolist() == [1.0] * 4
 
 
+def test_a_table_for_longer_inputs_is_cut_whole():
+    model = net(
+        lambda self, x: self.c(self.a(x) + self.table[: x.shape[1]]), a=nn.Linear(8, 6), c=nn.Linear(6, 2)
+    )
+    model.table = nn.Parameter(torch.randn(20, 6))
+    unread(model.c, [1, 4])
+    result = compact(model, torch.randn(ROWS))
+    assert shapes(result) == {"table": (20, 4), "a.weight": (4, 8), "c.weight": (2, 4)} and not result.kept
+    assert torch.equal(result.model.table, model.table[:, [0, 2, 3, 5]])
+    assert_same(result.model, model, torch.randn(2, 9, 8))
+
+
 def test_the_last_channel_is_named():
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     unread(model[2], slice(None))
