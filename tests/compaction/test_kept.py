@@ -340,6 +340,35 @@ def test_a_table_for_longer_inputs_is_cut_whole():
     assert_same(result.model, model, torch.randn(2, 9, 8))
 
 
+def test_what_meets_the_input_is_named():
+    model = net(lambda self, x: self.c(x + self.a(x)), a=nn.Linear(8, 8), c=nn.Linear(8, 2))
+    unread(model.c, [1, 4])
+    result = compact(model, torch.randn(ROWS))
+    assert result.kept == {"a": f"{DEAD}2; in Net (add) they meet what cannot be cut"}
+
+
+def test_channels_go_through_padding_around_them():
+    model = nn.Sequential(conv(3, 8, 1), nn.ZeroPad2d(2), conv(8, 4), nn.ConstantPad2d(1, 0.5), conv(4, 2))
+    unread(model[2], [1, 4])
+    result = compact(model, torch.randn(IMAGE))
+    assert shapes(result)["0.weight"] == (6, 3, 1, 1) and not result.kept
+    assert_same(result.model, model, torch.randn(IMAGE))
+
+
+def test_inputs_are_picked_where_the_layer_is_called_alone():
+    """Else its weight would be taken without the hook that picks."""
+
+    def forward(self, x):
+        return self.called(x) + F.linear(x, self.taken.weight)
+
+    model = net(forward, called=nn.Linear(400, 9), taken=nn.Linear(400, 9))
+    unread(model.called, slice(2, None))
+    unread(model.taken, slice(2, None))
+    result = compact(model, torch.randn(2, 400))
+    assert shapes(result) == {"called.weight": (9, 2), "taken.weight": (9, 400)}
+    assert_same(result.model, model, torch.randn(2, 400))
+
+
 def test_the_last_channel_is_named():
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     unread(model[2], slice(None))
