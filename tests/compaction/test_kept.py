@@ -61,6 +61,19 @@ def shuffled(self, x):
     return self.c(F.channel_shuffle(self.a(x), 2))
 
 
+def biased_in_parts():
+    """As in BEiT: the bias of q, k and v is that of q and v, and constants between them."""
+
+    def forward(self, x):
+        bias = torch.cat([self.q, self.none, self.v])
+        return self.c(F.linear(x, self.a.weight, bias).unflatten(-1, (2, 3)).relu().flatten(-2))
+
+    model = net(forward, a=nn.Linear(8, 6, bias=False), c=nn.Linear(6, 2))
+    model.q, model.v = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
+    model.register_buffer("none", torch.zeros(2), persistent=False)
+    return model
+
+
 IMAGE, ROWS = (2, 3, 6, 6), (2, 5, 8)
 # Networks without a zero: (how to make it, an example's shape)
 DENSE = {
@@ -85,6 +98,7 @@ DENSE = {
         ),
         ROWS,
     ),
+    "biased in parts": (biased_in_parts, ROWS),
     "Conv1D": (lambda: nn.Sequential(Conv1D(12, 8), nn.GELU(), Conv1D(4, 12)), ROWS),
 }
 
