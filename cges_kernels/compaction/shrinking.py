@@ -43,7 +43,8 @@ class Shrinking:
             changes: list[Change] = [*folds, *reading.removals()]
             small = self._changed(changes)
             picked = self._pick(small)
-            difference = self.probes.differs(small)
+            changed = bool(changes) or bool(picked)
+            difference = self.probes.differs(small) if changed else None
             if difference is None:
                 return small, [unfolded, reading.stayed()]
             self._refuse(difference, reading, changes, picked)
