@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.calls import Given, tensors_in
+from ..core.dispatch import EachOperation
+from ..reporting.report import in_mode
 from . import operations as ops
 from . import products, rules
 from .beside import Beside, Call
 from .channels import Channels, varying
-from .running import following, fresh, run, training
+from .running import following, fresh, run
 
 NORMS = nn.modules.batchnorm._NormBase
 LARGE = 2**18  # elements, of which each would be a channel
@@ -44,17 +45,10 @@ RULES: dict[str, Callable[[Any, Call], None]] = {
 }
 
 
-class Follower(Beside, TorchDispatchMode):
+class Follower(Beside, EachOperation):
     """Notes what each operation makes of the channels beside what it takes."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with self:  # a composite arrives whole where tensors were made in inference mode
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = ops.kind(func)
         before = self.ids(args[0]).expand(args[0].shape) if kind == "turned" else None
         out = func(*args, **kwargs)
@@ -159,7 +153,7 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
     uses = {name: weight.uses for name, weight in channels.weights.items()}
     compared = {placed.text for placed in channels.by_numbers}
     trained = None
-    with contextlib.suppress(Exception), training(model):
+    with contextlib.suppress(Exception), in_mode(model, train=True):
         second, out = once()
         unused -= second.used
         sizes = {**sizes, **second.sizes}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.calls import Given, mapped, tensors_in
+from ..reporting.report import in_mode
 from .layers import is_floating
-from .running import compare, outputs, run, training
+from .running import compare, outputs, run
 
 BATCH = 2  # that an example is cut to
 
@@ -182,7 +183,7 @@ def _shapes(found: list[Any]) -> list[torch.Size]:
 
 
 def _in_training(model: nn.Module, given: Given) -> list[Any]:
-    with training(model):
+    with in_mode(model, train=True):
         return run(model, given)
 
 

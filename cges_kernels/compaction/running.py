@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from ..core.calls import Given, call, leaves, mapped
-from ..reporting.report import evaluating, measure_flops, unfused_operations
+from ..reporting.report import in_mode, measure_flops, unfused_operations
 from .layers import WEIGHTED, is_floating
 
 # By how much outputs may differ, relative to the largest of them.
@@ -47,18 +47,6 @@ def following() -> Iterator[None]:
     """Forward passes operation by operation: nothing compiled, fused or recorded for gradients."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), unfused_operations():
         yield
-
-
-@contextlib.contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    """Every module in training mode, then each as it was."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager
@@ -100,7 +88,7 @@ def outputs(model: nn.Module, given: Given) -> list[Any]:
     Where no number is among them, the last that one of its modules gave stand in front: decisions alone hide
     what they are made by.
     """
-    with evaluating(model):
+    with in_mode(model, train=False):
         return run(model, given)
 
 
@@ -169,7 +157,7 @@ def latencies(models: tuple[nn.Module, nn.Module], given: Given) -> tuple[float,
     with contextlib.ExitStack() as stack, torch.no_grad():
         for model in models:
             stack.enter_context(unchanged(model))
-            stack.enter_context(evaluating(model))
+            stack.enter_context(in_mode(model, train=False))
         for _ in range(TIMES):
             for model, taken in zip(models, times):
                 own = fresh(given)

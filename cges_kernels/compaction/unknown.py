@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.calls import Given, call, mapped
+from ..core.dispatch import EachOperation
 from . import operations as ops
 from .channels import Owners
 from .layers import is_floating
@@ -58,7 +58,7 @@ class _Lists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Unknowns(TorchDispatchMode):
+class _Unknowns(EachOperation):
     """Keeps a marker to what really reads it, and notes what each weight reads."""
 
     def __init__(self, model: nn.Module, marker: float) -> None:
@@ -98,14 +98,7 @@ class _Unknowns(TorchDispatchMode):
         """Which numbers hold the marker, or came of it: -Inf may be a mask's, where NaN is in its place."""
         return x.isnan() if math.isnan(self.marker) else x.isnan() | (x == self.marker)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with self:  # a composite arrives whole where tensors were made in inference mode
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ops.kind(func) in ("convolved", "multiplied") and all(map(is_floating, args[:2])):
             return self._product(func, args, kwargs)
         zeros = self._zeros(func, args)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.calls import Given, arguments_of, call, leaves
+from ..core.dispatch import EachOperation
 from ..core.groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
 from ..training.recipes import LayerWeight, regularised_weights
 from .explain import Table
@@ -189,7 +189,7 @@ def _fraction_left(layer: LayerWeight, group_by: GroupSpec) -> float:
     return int((outputs.sum(1) * inputs.sum(1)).sum()) / max(w.shape[1] * inputs.numel(), 1)
 
 
-class _FlopsByWeight(TorchDispatchMode):
+class _FlopsByWeight(EachOperation):
     """Counts each operation's FLOPs for the weight it reads; those of no weight go to the last entry.
 
     A weight is known by its address, so a transpose or one of its rows (attention's q of in_proj) is it too,
@@ -210,14 +210,7 @@ class _FlopsByWeight(TorchDispatchMode):
         found = (i for x in tensors for low, high, i in self._ranges if low <= x.data_ptr() < high)
         return next(found, len(self.flops) - 1)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with self:  # a composite arrives whole where tensors were made in inference mode
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._counter_mode(display=False) as counter:
             out = func(*args, **kwargs)
         flops = counter.get_total_flops()
@@ -237,7 +230,7 @@ def measure_flops(
     """Dense FLOPs of one forward pass, which ``run`` makes: one number per weight, then all others."""
     devices = {x.device for x in (*weights, *leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
     with (
-        evaluating(model),
+        in_mode(model, train=False),
         unfused_operations(),
         torch.no_grad(),
         torch.random.fork_rng(devices=list(devices)),
@@ -248,14 +241,14 @@ def measure_flops(
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, then each as it was."""
-    training = {module: module.training for module in model.modules()}
+def in_mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Every module in training or in eval mode, then each as it was."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        model.train(train)
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode in modes.items():
             module.training = mode
 
 
