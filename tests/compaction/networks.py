@@ -294,3 +294,11 @@ def padded_pair(bias, padding_mode="zeros", activation=None):
         model[0].weight[0] = 0
         model[0].bias[0] = bias
     return model
+
+
+def mlp(forward, width=8, **more):
+    return net(forward, a=nn.Linear(5, width), b=nn.Linear(width, 3), **more)
+
+
+def plain(self, x):
+    return self.b(self.a(x).relu())
