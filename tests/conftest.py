@@ -4,11 +4,11 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the machine may have other work
 
-import emulated
 import pytest
 import torch
 from cuda_emulator.build import compiler
-from right import INTERPRETED, device_of
+from helpers import emulated
+from helpers.right import INTERPRETED, device_of
 
 from cges_kernels import available_backends
 from cges_kernels.backends import unplanned
@@ -17,7 +17,7 @@ from cges_kernels.backends.extension import BUILT
 if INTERPRETED:  # settled before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        import interpreter  # noqa: F401
+        from helpers import interpreter  # noqa: F401
     if compiler():
         BUILT["cuda"] = emulated.load()
 

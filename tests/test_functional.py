@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from right import DTYPES, SPECS, fresh
+from helpers.right import DTYPES, SPECS, fresh
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad

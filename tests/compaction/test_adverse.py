@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, conv, kill, mlp, net, plain, shapes
+from helpers.networks import assert_same, conv, kill, mlp, net, plain, shapes
 from torch import nn
 
 from cges_kernels import compact

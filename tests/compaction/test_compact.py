@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import (
+from helpers.networks import (
     IMAGE,
     ZOO,
     assert_same,

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from networks import IMAGE, kill, residual
+from helpers.networks import IMAGE, kill, residual
 from torch import nn
 
 from cges_kernels import compact, load_compacted, save_compacted

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import net, shapes
+from helpers.networks import net, shapes
 from torch import nn
 from torch.nn import functional as F
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from networks import IMAGE, kill, net, residual, shapes, tied
+from helpers.networks import IMAGE, kill, net, residual, shapes, tied
 from torch import nn
 
 from cges_kernels import compact, load_compacted, save_compacted, sparsity_report

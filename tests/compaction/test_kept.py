@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same, conv, net, shapes
+from helpers.networks import assert_same, conv, net, shapes
 from torch import nn
 
 from cges_kernels import compact

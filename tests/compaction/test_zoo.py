@@ -11,7 +11,7 @@ pytest.importorskip("vision")
 pytest.importorskip("transformers")
 
 import transformers
-from vision import timm, torchvision
+from helpers.vision import timm, torchvision
 
 from cges_kernels import compact
 from cges_kernels.compaction.running import leaves

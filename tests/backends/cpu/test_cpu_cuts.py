@@ -1,0 +1,206 @@
+"""How the CPU executor cuts tensors into tiles: all ways are right, and bits tell of no thread or address."""
+
+import os
+
+import pytest
+import torch
+from helpers.right import MODES, SPECS, check_step, coefficients, fresh, inputs, one_step, training
+
+from bench.memory import Case, peak_extra_memory
+from bench.timing import l2_bytes
+from cges_kernels import prox
+from cges_kernels.backends.extension import BUILT
+
+# Columns of rows a multiple of 4 KB apart (in float32), which are streamed from 512 rows on.
+PAGES = [(511, 1024), (513, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
+PANELS = (2000, 160)  # three panels, whose rows are whole pairs of cache lines
+CUTS = [(500, 600), (17000, 33), (400, 90, 5, 5), PANELS, *PAGES]
+LINE_PAIR = 128
+IN_PART = (420, 160)  # panels of 64 columns, whose z is larger than the fixture's limit, but not twice
+
+
+@pytest.fixture
+def small_scratch():
+    """Room for the z of 256 rows of a panel."""
+    if "cpu" not in BUILT:
+        pytest.skip("the CPU executor is not built")
+    BUILT["cpu"].limit_z_bytes(2**16)
+    yield
+    BUILT["cpu"].limit_z_bytes(2**31)
+
+
+@pytest.mark.usefixtures("small_scratch", "poisoned_memory")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", [None, "group", "element"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_z_in_scratch_in_part(dtype, freeze_zeros, prox_mode):
+    """The rest of it is in w, or made anew in every sweep."""
+    w, grad, buf = inputs(IN_PART, dtype)
+    w[:, 1::2] = 0.0
+    for held in (buf, None):
+        options = training(w, "feature", prox_mode)
+        got, _ = check_step("cpu", w, grad, held, freeze_zeros=freeze_zeros, **options)
+        assert got[:, 1::2].any() == (freeze_zeros is None) and got[:, ::2].any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", PAGES, ids=str)
+def test_rows_pages_apart(shape, dtype, prox_mode):
+    rows, columns, *kernel = shape
+    w, grad, buf = inputs((rows, columns * 4 // dtype.itemsize, *kernel), dtype)
+    for group_by in ["feature", "channel"][: 1 + bool(kernel)]:
+        for held in (buf, None):
+            check_step("cpu", w, grad, held, **training(w, group_by, prox_mode))
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("view", [(3, 600, 1024), (2, 513, 2048)], ids=str)
+def test_many_matrices_of_rows_pages_apart(view, prox_mode):
+    w, grad, buf = inputs(view, torch.float32)
+    check_step("cpu", w, grad, buf, **training(w, (1,), prox_mode))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("shape", [(140, 9000), (140, 40_000), (17_000, 600)], ids=str)
+def test_rows_longer_than_a_piece_and_more_sums_than_are_kept(shape):
+    w, grad, buf = inputs(shape, torch.float32)
+    check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_frozen_elements_of_long_runs(dtype, prox_mode):
+    w, grad, buf = inputs((3, 70_000), dtype)
+    w[:, ::3] = 0.0
+    got, _ = check_step("cpu", w, grad, buf, freeze_zeros="element", **training(w, "filter", prox_mode))
+    assert not got[:, ::3].any() and got.any()
+
+
+def test_a_group_that_all_but_fits_scratch():
+    """Rows of z that scratch has no room for are in w; blocks of rows end where they begin."""
+    for columns in (2300, 2621):  # at an L2 of 1 MB
+        w, grad, buf = inputs((100, 2, columns), torch.float32)
+        check_step("cpu", w, grad, buf, **training(w, "channel", "exact"))
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_an_exclusive_lasso_beyond_all_bounds(backend, rows):
+    w = fresh((rows, 8))
+    got = prox(w, exclusive_lasso=1e20, group_by="feature", prox_mode="exact", backend=backend)
+    truth = prox(w.double(), exclusive_lasso=1e20, group_by="feature", prox_mode="exact", backend="reference")
+    assert torch.allclose(got.double(), truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(nesterov=True, weight_decay=0.1), dict(dampening=0.5, maximize=True)]
+)
+def test_update_rules_of_rows_pages_apart(options):
+    w, grad, buf = inputs((520, 1024), torch.float32)
+    check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [True, False])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
+@pytest.mark.parametrize("shape", PAGES, ids=str)
+def test_frozen_rows_pages_apart(shape, freeze_zeros, prox_mode, penalty):
+    w, grad, buf = inputs(shape, torch.float32)
+    w[torch.rand(shape) < 0.3] = 0.0
+    w[:, 1::2] = 0.0
+    w[:-1, 2], w[-1, 2] = 0.0, 1.0  # alive by its last row alone, in another piece than the first
+    options = training(w, "feature", prox_mode)
+    if not penalty:
+        options |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0)
+    for held in (buf, None):
+        got, got_buf = check_step("cpu", w, grad, held, freeze_zeros=freeze_zeros, **options)
+        assert not got[:, 1::2].any() and not got_buf[:, 1::2].any() and got[:, 4::2].any()
+        assert penalty or got[:, 2].any()
+
+
+@pytest.mark.parametrize("shape", PAGES, ids=str)
+def test_prox_alone_of_rows_pages_apart(shape):
+    w = fresh(shape)
+    options = coefficients(w, "feature")
+    expected, _ = check_step("cpu", w, torch.zeros_like(w), None, lr=1.0, **options)
+    assert torch.equal(prox(w, backend="cpu", **options), expected)
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nan_and_inf_of_rows_pages_apart(poison, prox_mode):
+    w = fresh((520, 1024))
+    w[300, 11] = poison
+    options = coefficients(w, "feature") | {"prox_mode": prox_mode}
+    for without in ({}, {"group_lasso": 0.0}):
+        got, expected = (prox(w, **options | without, backend=name) for name in ("cpu", "reference"))
+        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+        assert not got[:, 11].isfinite().all()
+        assert got[:, :11].isfinite().all() and got[:, 12:].isfinite().all()
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", CUTS, ids=str)
+def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
+    w, grad, buf = inputs(shape, torch.float32)
+    results = []
+    for count in (1, 2, 3, 9):
+        threads(count)
+        results.append(one_step("cpu", w, grad, buf, **training(w, group_by, prox_mode)))
+    for got, got_buf in results[1:]:
+        assert torch.equal(got, results[0][0]) and torch.equal(got_buf, results[0][1])
+    assert 0 < results[0][0].count_nonzero() < w.numel()
+
+
+def check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode, **more):
+    """Panels begin where pairs of cache lines do: at other columns, if the tensor begins elsewhere."""
+    w, grad, buf = inputs(shape, dtype)
+    options = training(w, "feature", prox_mode) | more
+    pair = LINE_PAIR // dtype.itemsize
+
+    def placed(offset):  # so many elements behind the beginning of a pair
+        def place(x):
+            memory = torch.empty(x.numel() + 2 * pair, dtype=dtype)
+            begin = -(memory.data_ptr() // dtype.itemsize) % pair + offset
+            return memory[begin:][: x.numel()].view(x.shape).copy_(x)
+
+        return place
+
+    first, first_buf = check_step("cpu", w, grad, buf, **options)
+    for offset in (0, 1, pair // 2, pair // 2 + 1, pair - 1):
+        got, got_buf = one_step("cpu", w, grad, buf, placed(offset), **options)
+        assert torch.equal(got, first) and torch.equal(got_buf, first_buf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", CUTS, ids=str)
+def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
+    check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode)
+
+
+@pytest.mark.usefixtures("small_scratch")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", [None, "element"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, freeze_zeros, prox_mode):
+    check_bits_wherever_the_tensor_begins(IN_PART, dtype, prox_mode, freeze_zeros=freeze_zeros)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("shape", [(4096, 1056), (20_000, 1024)], ids=str)
+def test_scratch_is_at_most_the_l2_a_thread(shape, prox_mode, dtype):
+    if "cpu" not in BUILT or not l2_bytes() or not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the CPU executor is not built, or nobody tells of the L2 and of memory")
+    (taken,) = peak_extra_memory(
+        1, (Case(*shape, prox_mode, dtype),)
+    ).values()  # what threads share counts once
+    assert taken <= max(l2_bytes(), (640 + 128) << 10)  # an eighth of it is not scratch

@@ -1,0 +1,320 @@
+"""Every executor against the float64 reference: specs, modes, dtypes, shapes, edges."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.right import (
+    DTYPES,
+    MODES,
+    SPECS,
+    as_large_as_may_be,
+    check_step,
+    coefficients,
+    fresh,
+    inputs,
+    one_step,
+    training,
+)
+
+from cges_kernels import prox, prox_
+from cges_kernels.backends.extension import BUILT
+from cges_kernels.core import reference
+
+SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
+LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.usefixtures("poisoned_memory", "tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
+    w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
+    for held in (buf, None):
+        check_step(fused_backend, w, grad, held, **training(w, group_by, prox_mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_groups_longer_than_any_tile(fused_backend, shape, group_by, prox_mode, dtype):
+    w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
+    check_step(fused_backend, w, grad, buf, **training(w, group_by, prox_mode))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("view", [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)], ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_many_small_matrices(fused_backend, prox_mode, view):
+    """Kept dims on both sides of the reduced ones, as in grouped convolutions."""
+    w, grad, buf = inputs(as_large_as_may_be(fused_backend, view), torch.float32)
+    dims = (1,) if len(view) == 3 else (1, 3)
+    check_step(fused_backend, w, grad, buf, **training(w, dims, prox_mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_nothing_underflows_to_negative_zero(fused_backend, dtype):
+    """Group lasso scales what is barely alive down to nothing."""
+    w = fresh((50, 60), dtype, scale=1e-3 if dtype == torch.float16 else 1e-18)
+    if dtype == torch.float32:
+        w[1:] *= 1e-25  # denormal beside an entry whose square is not
+    norms = w.double().norm(dim=0)
+    for backend in (fused_backend, "reference"):
+        got = prox(w, group_lasso=float(norms.median()) * (1 - 1e-3), backend=backend)
+        assert got.any() and not torch.signbit(got[got == 0]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"),
+    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)],
+)
+def test_update_rules(fused_backend, momentum, dampening, nesterov, weight_decay, maximize, dtype):
+    w, grad, buf = inputs((45, 130), dtype)
+    options = dict(
+        lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay
+    )
+    options |= {"maximize": maximize, **coefficients(w, "feature")}
+    check_step(fused_backend, w, grad, buf if momentum else None, **options)
+    check_step(fused_backend, w, grad, None, **options)
+
+
+@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "group_lasso exclusive_lasso", ""])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+def test_each_term_alone(fused_backend, group_by, prox_mode, terms):
+    w, grad, _ = inputs((60, 40, 3), torch.float32)
+    options = coefficients(w, group_by)
+    options |= {name: 0.0 for name in ("group_lasso", "exclusive_lasso", "l1") if name not in terms.split()}
+    if not terms:
+        got, _ = one_step(fused_backend, w, grad, lr=0.5, prox_mode=prox_mode, **options)
+        truth = torch.addcmul(w.double(), grad.double(), torch.tensor(-0.5, dtype=torch.float64)).cpu()
+        assert (got.double() - truth).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max()
+    else:
+        check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **options)
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", [*SPECS, (0, 1), (1, 2, 3)])
+def test_memory_formats(fused_backend, group_by, prox_mode):
+    for format_ in (torch.channels_last, torch.contiguous_format):
+        w, grad, buf = (x.to(memory_format=format_) for x in inputs((24, 10, 3, 5), torch.float32))
+        options = training(w, group_by, prox_mode)
+        check_step(fused_backend, w, grad, buf, **options)
+    w, grad, buf = (x.t() for x in inputs((70, 50), torch.float32))
+    if max(d for d in (0, *group_by) if isinstance(d, int)) == 0:
+        options = training(w, group_by, prox_mode)
+        check_step(fused_backend, w, grad, buf, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_by", "view"),
+    [
+        ((64, 8, 3, 3), (1,), (4, 16, 8, 3, 3)),
+        ((32, 24), (1, 2), (4, 8, 24)),
+        ((80, 30), (0, 2), (4, 20, 30)),
+    ],
+    ids=["grouped-convolution", "heads", "lstm-units"],
+)
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_views(fused_backend, shape, group_by, view, prox_mode):
+    w, grad, _ = inputs(shape, torch.float32)
+    check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by, view))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 3])
+def test_misaligned_storage(fused_backend, offset, dtype):
+    """Right; and where the order of sums does not follow the width of a vector, the same bits."""
+
+    def misaligned(x):
+        return torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x)
+
+    for group_by in SPECS:
+        w, grad, buf = inputs((50, 77), dtype)
+        options = training(w, group_by, "sequential")
+        check_step(fused_backend, w, grad, buf, misaligned, **options)
+        if fused_backend != "triton":
+            steps = [
+                one_step(fused_backend, w, grad, buf, place, **options) for place in (misaligned, torch.clone)
+            ]
+            assert torch.equal(steps[0][0], steps[1][0])
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", [(64, 48), (16, 8, 3, 3), (3, 90), (70, 2000)], ids=str)
+def test_freeze_zeros(fused_backend, shape, group_by, freeze_zeros, prox_mode):
+    shape = as_large_as_may_be(fused_backend, shape)
+    w, grad, buf = inputs(shape, torch.float32)
+    w[torch.rand(shape) < 0.3] = 0.0
+    w[:, 1::2] = 0.0
+    w[1::2] = 0.0
+    options = {"lr": 0.5, "momentum": 0.9, "freeze_zeros": freeze_zeros, "prox_mode": prox_mode}
+    for penalty in ({"group_by": group_by}, coefficients(w, group_by, strength=0.5)):
+        got, got_buf = check_step(fused_backend, w, grad, buf, **options, **penalty)
+        frozen = reference.frozen_mask(w, freeze_zeros, group_by).cpu()
+        assert not got[frozen].any() and not got_buf[frozen].any()
+        assert got[~frozen].any()
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("share", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("exclusive_lasso", [0.1, 10.0])
+def test_exact_mode_where_newton_leaves_the_bracket(fused_backend, exclusive_lasso, share):
+    """Heavy tails, equal entries, and norms barely above the group lasso's threshold."""
+    z = fresh((100, 32), torch.float64)
+    z[:, 1::4] **= 5
+    z[:, 2::4] = -0.7
+    z[:, 3::4] += 10 * z[:, 3::4].sign()
+    z /= z.norm(dim=0)
+    options = dict(group_lasso=share, exclusive_lasso=exclusive_lasso, prox_mode="exact")
+    got, expected = (prox(z, **options, backend=name) for name in (fused_backend, "reference"))
+    assert expected.any() and (got - expected).abs().max() <= 8 * torch.finfo(z.dtype).eps
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+def test_zero_groups_come_to_life(fused_backend, group_by, prox_mode):
+    """Where nothing freezes them, what counts is z, not w."""
+    w, grad, _ = inputs((40, 30), torch.float32)
+    w[:, :7] = w[:5] = 0.0
+    got, _ = check_step(
+        fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by)
+    )
+    assert got[:, :7].any() and got[:5].any()
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "all"])
+def test_nan_and_inf_spread_as_in_the_reference(fused_backend, terms, group_by, prox_mode, poison):
+    w = fresh((40, 50))
+    w[7, 11] = poison
+    options = coefficients(w, group_by)
+    if terms != "all":
+        options |= {name: 0.0 for name in ("group_lasso", "exclusive_lasso", "l1") if name != terms}
+    got = prox(w, backend=fused_backend, prox_mode=prox_mode, **options)
+    expected = prox(w, backend="reference", prox_mode=prox_mode, **options)
+    assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+    assert not got.isfinite().all()
+    fine = expected.isfinite()
+    assert torch.equal(got[fine] == 0, expected[fine] == 0)
+
+
+def test_zero_group_stays_zero_and_huge_alpha_kills(backend):
+    w = fresh((30, 20))
+    w[:, 3] = 0.0
+    assert not prox(w, group_lasso=0.1, exclusive_lasso=0.1, backend=backend)[:, 3].any()
+    killed = prox(w, group_lasso=1e9, backend=backend)
+    assert not killed.any() and not torch.signbit(killed).any()
+
+
+def test_denormals_and_negative_zeros(fused_backend):
+    tiny = torch.finfo(torch.float32).tiny
+    w = fresh((40, 40)) * tiny
+    w[0] = -0.0
+    same = prox(w, backend=fused_backend)
+    assert torch.equal(same, w) and torch.equal(
+        torch.signbit(same), torch.signbit(w)
+    )  # no penalty: bit for bit
+    got, expected = (prox(w, l1=tiny / 2, backend=name) for name in (fused_backend, "reference"))
+    assert torch.equal(got, expected) and got.any()
+    assert not torch.signbit(got[got == 0]).any()
+
+
+def test_lr_zero_is_a_no_op(backend):
+    w, grad, buf = inputs((30, 40), torch.float32)
+    got, _ = one_step(backend, w, grad, buf, lr=0.0, momentum=0.9, **coefficients(w, "feature"))
+    assert torch.equal(got, w.cpu())
+
+
+def test_many_tensors_at_once(fused_backend):
+    tensors = [fresh((i % 37 + 1, i % 11 + 1)) for i in range(500)]
+    options = dict(group_lasso=0.3, exclusive_lasso=0.01, l1=0.1, backend=fused_backend)
+    alone = {i: prox(tensors[i], **options) for i in range(0, 500, 7)}
+    prox_(tensors, **options)
+    assert all(torch.equal(tensors[i], w) for i, w in alone.items())
+
+
+def test_two_threads_really_run(threads):
+    threads(2)
+    assert BUILT["cpu"].parallel_threads() == 2
+
+
+def test_empty_and_single_element_tensors(backend):
+    for shape in [(0,), (0, 5), (5, 0), (), (1,), (1, 1)]:
+        w = fresh(shape)
+        got = prox(w, group_lasso=0.1, exclusive_lasso=0.1, l1=0.01, backend=backend)
+        truth = reference.shrink(w.double(), reference.Thresholds(0.1, 0.1, 0.01))
+        assert got.shape == w.shape
+        torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("group_by", ["feature", "filter"])
+@pytest.mark.parametrize("exponent", [-30, -23, -20, -18, 16, 18, 20, 35])
+def test_very_small_and_very_large_weights(fused_backend, exponent, group_by, prox_mode):
+    """Beyond what float32 squares hold, norms are 0 or infinite: for all executors alike, and never NaN."""
+    scale, w = 10.0**exponent, torch.randn(40, 48).clamp(-1, 1)
+    given = dict(group_lasso=3 * scale, exclusive_lasso=0.002, l1=0.01 * scale)
+    for names in (["group_lasso"], ["exclusive_lasso"], list(given)):
+        options = dict({name: given[name] for name in names}, group_by=group_by, prox_mode=prox_mode)
+        found, expected = (prox(w * scale, **options, backend=b) for b in (fused_backend, "reference"))
+        assert not found.isnan().any()
+        torch.testing.assert_close(found / scale, expected / scale)
+        assert torch.equal(found == 0, expected == 0)
+        truth = prox(w.double() * scale, **options, backend="reference") / scale
+        if -19 < exponent < 18 or names == ["exclusive_lasso"]:  # functional.prox says so
+            torch.testing.assert_close((found.double() / scale), truth, rtol=1e-4, atol=1e-6)
+        elif exponent in (-30, 20):
+            killed, kept = (group.all() for group in (found == 0, found != 0))
+            assert names != ["group_lasso"] or (killed if exponent < 0 else kept)
+
+
+PENALTIES = [
+    dict(zip(("group_lasso", "exclusive_lasso", "l1"), values))
+    for values in itertools.product((0.0, 0.4), (0.0, 0.3), (0.0, 0.2))
+    if any(values[:2])
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda x: "-".join(str(v) for v in x.values()))
+def test_a_group_of_one_is_a_group_with_zeros(backend, penalty, prox_mode, dtype):
+    """A closed form serves groups of one, a search the same groups with a zero more."""
+    edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
+    z = torch.cat([edges, torch.randn(1000)]).to(dtype)
+    wide = torch.stack([z, torch.zeros_like(z)], 1)
+    options = dict(penalty, prox_mode=prox_mode, group_by="filter", backend=backend)
+    one, two = prox(z[:, None], **options)[:, 0], prox(wide, **options)[:, 0]
+    whole = wide.isfinite().all(1)
+    torch.testing.assert_close(one[whole], two[whole])
+    assert torch.equal(one[whole] == 0, two[whole] == 0)
+    truth = prox(z[:, None], **{**options, "backend": "reference"})[:, 0]
+    assert torch.equal(one.isnan(), truth.isnan()) and torch.equal(one.isinf(), truth.isinf())
+
+
+@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_groups_of_one_stay_zero(fused_backend, prox_mode, freeze_zeros):
+    w, grad, buf = inputs((300, 1), torch.float32)
+    w[::3] = 0
+    options = dict(training(w, "filter", prox_mode), freeze_zeros=freeze_zeros)
+    check_step(fused_backend, w, grad, buf, **options)
+    new, new_buf = one_step(fused_backend, w, grad, buf, **options)
+    assert not new[::3].any() and not new_buf[::3].any() and new.any()

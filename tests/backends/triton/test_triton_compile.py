@@ -1,0 +1,56 @@
+"""What the compiler makes of the Triton kernels, for GPUs that are not here: spills, registers, accesses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.programs import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compile")]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Every kernel compiled, as dicts; in a process of its own, where kernels are not interpreted."""
+    script = ROOT / "tests" / "helpers" / "compile_triton.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_launch_choice_was_compiled(kernels):
+    for cc in (80, 90, 100):
+        of_cc = [k for k in kernels if k["cc"] == cc]
+        assert {k["kernel"] for k in of_cc} == {"whole_groups", "split_groups"}
+        assert {k["kind"] for k in of_cc} == {0, 1, 2, 3} and 4 in {k["vec"] for k in of_cc}
+        assert {k["parts"] for k in of_cc if k["kernel"] == "whole_groups"} == {1, 2, 4}
+
+
+def test_no_spills(kernels):
+    assert not [k for k in kernels if k["spills"]]
+
+
+def test_registers_are_within_budget(kernels):
+    """Of an SM's 65,536: up to 128 two programs of 8 warps share it; others take more."""
+    for k in kernels:
+        small = k["parts"] <= 2 and not k["full"] and not k["wide"] and k["dtype"] != "float64"
+        assert k["registers"] <= (128 if small else 255), k
+        if k["dtype"] == "float32" and k["parts"] == 1 and not k["wide"]:
+            assert k["registers"] <= (128 if k["vec"] > 1 else 176), k
+
+
+def test_aligned_accesses_are_16_bytes(kernels):
+    """Three tensors are read and two written, each as often: w, gradient and buffer; w and buffer."""
+    aligned = [k for k in kernels if k["vec"] > 1]
+    assert aligned
+    for k in aligned:
+        elements = k["parts"] * k["red"] * k["keep"] / 256 / k["vec"]  # accesses of a thread to one tensor
+        assert k["vector_loads"] >= 3 * elements and k["vector_stores"] == 2 * elements, k
+
+
+def test_no_double_arithmetic_in_single_precision(kernels):
+    assert all(k["fp64"] == 0 for k in kernels if k["dtype"] != "float64")
+    assert all(k["fp64"] > 0 for k in kernels if k["dtype"] == "float64")

@@ -1,0 +1,111 @@
+"""DistributedDataParallel: each rank makes the same step from the same averaged gradients, to the bit.
+
+`PYTHONPATH=tests torchrun tests/distributed/test_ddp.py` is the training itself; the tests start it as a user would.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.programs import ROOT
+from helpers.steps import FASTEST
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cges_kernels import ProxSGD, sparsity_param_groups, sparsity_report
+
+RANKS, STEPS = 2, 50
+HANG = 60  # seconds until a rank that waits in vain for another gives up
+
+
+def train(device, backend, prox_mode, as_bucket_views):
+    """Train on a different random half of the data per rank; returns what the ranks must agree on."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(256, 1, 8, 8), torch.randint(4, (256,))
+    images += 2 * torch.eye(8)[2 * labels][:, None, None]  # the label lights up one column
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 4),
+    ).to(device)  # fmt: skip
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=as_bucket_views)
+    groups = sparsity_param_groups(model, group_lasso=0.05, exclusive_lasso=0.01, scale="size")
+    optimizer = ProxSGD(groups, lr=0.05, momentum=0.9, prox_mode=prox_mode, backend=backend)
+    torch.manual_seed(1 + dist.get_rank())
+    dead, losses = [], []
+    for _ in range(STEPS):
+        mine = torch.randint(256, (32,))
+        loss = nn.functional.cross_entropy(parallel(images[mine].to(device)), labels[mine].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        dead.append(sparsity_report(model).to_dict()["total"]["dead_groups"])
+    state = [buf for entry in optimizer.state.values() for buf in entry.values()]
+    tensors = [x.detach().cpu() for x in [*model.parameters(), *state]]
+    return tensors, dead, losses
+
+
+def main(device, backend, prox_mode, as_bucket_views):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=HANG))
+    mine = train(device, backend, prox_mode, as_bucket_views == "views")
+    everyone = [None] * RANKS
+    dist.all_gather_object(everyone, mine)
+    if dist.get_rank() == 0:
+        (first, dead, losses), (second, _, others) = everyone
+        report = dict(
+            tensors=len(first),
+            same=sum(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(first, second)),
+            dead=dead,
+            losses=[losses, others],
+        )
+        print("report:" + json.dumps(report))
+    dist.destroy_process_group()
+
+
+def torchrun(*options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    # A package that is not installed is found from here; and torchrun would set the threads, and say so.
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, __file__, *options], capture_output=True, text=True, timeout=2 * HANG, env=environment
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout.split("report:")[1])
+
+
+def assert_ranks_agree(report):
+    assert report["same"] == report["tensors"] > 10
+    one, other = report["losses"]
+    assert one != other  # the ranks did see different data
+    assert sum(one[-5:]) < 0.7 * sum(one[:5])  # and learnt
+    assert report["dead"][0] == 0 and len(set(report["dead"])) > 5  # groups died on the way
+
+
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo"
+)
+
+
+@pytest.mark.slow
+@needs_gloo
+@pytest.mark.parametrize("prox_mode, gradients", [("sequential", "views"), ("exact", "own")])
+def test_ranks_agree_to_the_bit(prox_mode, gradients):
+    assert_ranks_agree(torchrun("cpu", FASTEST, prox_mode, gradients))
+
+
+@pytest.mark.gpu
+@needs_gloo
+@pytest.mark.parametrize("executor", ["cuda", "triton"])
+def test_ranks_agree_to_the_bit_on_a_gpu(executor):
+    """Both ranks on one GPU, which gloo allows."""
+    assert_ranks_agree(torchrun("cuda", executor, "sequential", "views"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

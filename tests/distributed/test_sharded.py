@@ -1,0 +1,80 @@
+"""Parameters that are sharded over ranks: every case of sharded_worker.py, in processes that torchrun starts.
+
+A launch takes seconds, so there is one per number of ranks, for all the cases that are to run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.programs import ROOT
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("needs a torch with gloo", allow_module_level=True)
+
+from sharded_worker import CASES, ON_GPUS, QUICK, matrix
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+LIMIT = 170  # seconds for a launch; a collective that hangs gives up earlier
+
+
+def every_case():
+    for world, cases in CASES.items():
+        for name, run in cases.items():
+            is_slow = world != 2 or (getattr(run, "func", None) is matrix and name not in QUICK)
+            marks = [pytest.mark.xdist_group(f"torchrun {world}"), *[pytest.mark.slow] * is_slow]
+            yield pytest.param((world, "cpu", "gloo"), name, marks=marks, id=f"{world}-{name}")
+    for world, backend in ((1, "nccl"), (2, "nccl"), (2, "gloo")):
+        for name in ON_GPUS[world][: -1 if backend == "gloo" else None]:
+            marks = [pytest.mark.xdist_group(f"torchrun {world} {backend}"), pytest.mark.gpu]
+            yield pytest.param((world, "cuda", backend), name, marks=marks, id=f"{backend}-{world}-{name}")
+
+
+@pytest.fixture(scope="module")
+def launched(request, tmp_path_factory):
+    """By number of ranks, device and backend: what went wrong on each rank, by case, and what was printed."""
+    done = {}
+
+    def launch(ranks):
+        if ranks not in done:
+            world, device, backend = ranks
+            params = [item.callspec.params for item in request.session.items if item.path == request.path]
+            wanted = [x["name"] for x in params if x["ranks"] == ranks]
+            directory = tmp_path_factory.mktemp("-".join(map(str, ranks)))
+            command = f"-m torch.distributed.run --standalone --nproc_per_node {world}".split()
+            env = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+                "OMP_NUM_THREADS": "1",
+            }
+            try:
+                run = subprocess.run(
+                    [sys.executable, *command, str(WORKER), str(directory), device, backend, *wanted],
+                    **dict(capture_output=True, text=True, timeout=LIMIT, env=env),
+                )
+                printed = run.stdout[-3000:] + run.stderr[-3000:]
+            except subprocess.TimeoutExpired as error:
+                printed = f"{error}\n{error.stderr}"
+            files = [directory / f"rank{rank}.json" for rank in range(world)]
+            done[ranks] = [json.loads(f.read_text()) if f.exists() else {} for f in files], printed
+        return done[ranks]
+
+    return launch
+
+
+@pytest.mark.parametrize("ranks, name", list(every_case()))
+def test_sharded(ranks, name, launched):
+    world, _, backend = ranks
+    if backend == "nccl" and not dist.is_nccl_available():
+        pytest.skip("needs a torch with NCCL")
+    if backend == "nccl" and world > torch.cuda.device_count():
+        pytest.skip(f"NCCL needs a GPU per rank, {world}")
+    outcomes, printed = launched(ranks)
+    for rank, outcome in enumerate(outcomes):
+        assert name in outcome, f"rank {rank} did not get there:\n{printed}"
+        assert outcome[name] is None, f"rank {rank}: {outcome[name]}"

@@ -1,0 +1,65 @@
+"""ProxSGD as an OptimizerInfo: what torch's optimizer tests need to know of an optimizer."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from helpers.right import device_of
+from torch.optim import SGD
+
+from cges_kernels import ProxSGD
+
+pytest.importorskip("expecttest", reason="torch.testing's internals need expecttest, of the extra `test`")
+TESTED = "2.13"  # the torch whose internals these are; another may have changed them
+try:
+    # The import would freeze the flags of torch.backends for every other test of the process.
+    with mock.patch("torch.backends.disable_global_flags"):
+        from torch.testing._internal import common_optimizers as torchs
+    from torch.testing._internal.common_optimizers import OptimizerInfo, OptimizerInput
+
+    SGDS = next(info for info in torchs.optim_db if info.optim_cls is SGD)
+    PENALTIES = [
+        dict(group_lasso=0.1),
+        dict(exclusive_lasso=0.01, l1=0.1, momentum=0.9, group_by="filter"),
+        dict(group_lasso=0.1, exclusive_lasso=0.01, prox_mode="exact", group_by="channel"),
+        dict(group_lasso=0.1, momentum=0.9, dampening=0.5, freeze_zeros="element", lr=torch.tensor(0.001)),
+    ]
+
+    def inputs(device, dtype=None):
+        more = [OptimizerInput(None, copy.deepcopy(options), desc=str(options)) for options in PENALTIES]
+        if device != "cpu":
+            more.append(OptimizerInput(None, dict(capturable=True, momentum=0.9), desc="capturable"))
+        return SGDS.optim_inputs_func(device, dtype) + more
+
+    INFO = OptimizerInfo(
+        ProxSGD,
+        optim_inputs_func=inputs,
+        optim_error_inputs_func=SGDS.optim_error_inputs_func,
+        scheduler_inputs=SGDS.scheduler_inputs,
+        supported_impls=SGDS.supported_impls,
+        not_og_supported_flags=SGDS.not_og_supported_flags,
+        has_capturable_arg=True,
+        supports_complex=False,
+        supports_fused_on=("cpu", "cuda"),
+    )
+except (ImportError, AttributeError, TypeError) as error:
+    if torch.__version__.startswith(TESTED):
+        raise
+    pytest.skip(f"torch's OptimizerInfo is not that of torch {TESTED}: {error}", allow_module_level=True)
+
+
+def every_config(backend, skip=("differentiable",)):
+    """torch's helper: each input with all flags False, and with each flag alone True."""
+    found = torchs._get_optim_inputs_including_global_cliquey_kwargs(
+        device_of(backend), torch.float32, INFO, skip=skip
+    )
+    return [config.kwargs for config in found]
+
+
+def make(backend, params, **options):
+    """ProxSGD on ``backend``, except where options, also those of a param group, ask for the reference."""
+    params = list(params)
+    everyone = [options, *(group for group in params if isinstance(group, dict))]
+    unfused = any(o.get("foreach") or o.get("differentiable") or o.get("fused") is False for o in everyone)
+    return ProxSGD(params, **options, backend="auto" if unfused else backend)

@@ -1,0 +1,140 @@
+"""What right means for an executor, as functions that tests share.
+
+Truth is reference.py in float64. An executor passes when its error is at most twice that of the same formulas
+in PyTorch at the executor's own compute dtype, plus one rounding to the output dtype; and when its zeros are
+the truth's, except where |z| or the group's norm is within a few roundings of its threshold.
+"""
+
+import torch
+
+from cges_kernels import ProxSGD
+from cges_kernels.core import reference
+from cges_kernels.core.groups import canonical_layout, has_groups, reduced_dims, viewed
+from cges_kernels.core.reference import Thresholds, compute_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MODES = ("sequential", "exact")
+SPECS = ("feature", "filter", "channel", "tensor")
+INTERPRETED = not torch.cuda.is_available()  # Triton's kernels, then, on the CPU and slowly
+BAND = 16  # roundings of the compute dtype, relative to the larger of the two that are compared
+# What Triton's interpreter can take, in reasonable time, of large shapes. The last are still beyond any tile.
+MODEST = {
+    **{(300, 70): (70, 7), (20, 2500): (7, 130), (70, 2000): (70, 130)},
+    **{(900, 3, 2): (90, 3, 2), (40, 5, 300): (4, 5, 300)},
+    **{
+        (17000, 19): (1030, 5),
+        (5, 300_000): (1, 17_000),
+        (2, 5, 70_001): (2, 5, 700),
+        (300, 4, 300): (40, 4, 40),
+    },
+    **{(2, 600_000): (2, 17_000), (40_000, 16): (1100, 16)},
+}
+
+
+def as_large_as_may_be(backend, shape):
+    return MODEST.get(shape, shape) if INTERPRETED and backend == "triton" else shape
+
+
+def device_of(backend):
+    """Where ``backend`` serves tensors: on the GPU, where there is one."""
+    return "cpu" if INTERPRETED or backend not in ("triton", "cuda") else "cuda"
+
+
+def one_step(backend, w, grad, buf=None, place=torch.clone, **options):
+    """(w, buffer) after one ProxSGD step, on the CPU; it is made on copies as ``place`` makes them."""
+    p, grad, buf = (None if x is None else place(x.to(device_of(backend))) for x in (w, grad, buf))
+    optimizer = ProxSGD([p], backend=backend, **options)
+    if buf is not None:
+        optimizer.state[p]["momentum_buffer"] = buf
+    p.grad = grad
+    optimizer.step()
+    buf = optimizer.state[p].get("momentum_buffer") if options.get("momentum") else None
+    return p.cpu(), None if buf is None else buf.cpu()
+
+
+def relative_distance(x, threshold):
+    return (x - threshold) / torch.maximum(x, threshold).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def assert_right(got, truth, same, margin, dtype):
+    """``got`` against float64 ``truth``; ``same`` is the same formulas at the compute dtype, unrounded.
+
+    ``margin`` is threshold_margin of the truth. For float64 there is no better truth, so ``same`` is taken at
+    float32 and its error scaled by the ratio of the two epsilons.
+    """
+    compute = compute_dtype(dtype)
+    eps, out_eps = torch.finfo(compute).eps, torch.finfo(dtype).eps
+    same_error = (same.double() - truth).abs().max() if truth.numel() else torch.tensor(0.0)
+    if dtype == torch.float64:
+        same_error = same_error * (eps / torch.finfo(torch.float32).eps)
+    one_rounding = out_eps * truth.abs() + torch.finfo(dtype).smallest_normal * out_eps
+    error, bound = (got.double() - truth).abs(), 2 * same_error + one_rounding
+    assert (error <= bound).all(), (
+        f"error {error.max():.3g} exceeds the bound of {2 * same_error:.3g} + one rounding"
+    )
+    vanishes = truth.abs() <= torch.finfo(dtype).smallest_normal * out_eps  # below what the dtype can hold
+    flips = ((got == 0) != (truth == 0)) & (margin.abs() > BAND * eps) & ~vanishes
+    assert not flips.any(), f"{int(flips.sum())} zeros differ outside the band"
+    assert not (torch.signbit(got) & (got == 0)).any(), "a zero is written -0.0"
+
+
+def check_step(backend, w, grad, buf, place=torch.clone, **options):
+    """One step of ``backend`` is right, momentum buffer included; returns both."""
+    got, got_buf = one_step(backend, w, grad, buf, place, **options)
+    w, grad, buf = (None if x is None else x.cpu() for x in (w, grad, buf))
+    low = torch.float32  # of `same`; for float64 assert_right scales its error
+    truth, truth_buf = reference.step(w, grad, buf, accumulate=torch.float64, **options)
+    same, same_buf = reference.step(w, grad, buf, accumulate=low, **options)
+    margin = threshold_margin(w, grad, buf, **options)
+    assert got.dtype == w.dtype and got.stride() == w.stride()
+    assert_right(got, truth, same, margin, w.dtype)
+    if truth_buf is not None:
+        anywhere = torch.zeros_like(truth_buf)  # no threshold: a zero may round either way
+        assert_right(got_buf + 0.0, truth_buf, same_buf, anywhere, w.dtype)
+    return got, got_buf
+
+
+def threshold_margin(w, grad, buf, *, lr, group_by="feature", view=None, prox_mode="sequential", **options):
+    """How far each element is from its fate changing: |z| from t or its group's norm from a, in float64."""
+    options.pop("freeze_zeros", None)
+    a, b, c = (lr * options.pop(name, 0.0) for name in ("group_lasso", "exclusive_lasso", "l1"))
+    w, grad, buf = (None if x is None else x.double() for x in (w, grad, buf))
+    z, _ = reference.sgd_update(w, grad, buf, lr=lr, **options)
+    v = viewed(z, view)
+    if not (has_groups(v.dim(), group_by) and z.numel() and (a or b)):
+        return relative_distance(z.abs(), torch.full_like(z, c))
+    dims = reduced_dims(v.dim(), group_by)
+    t = reference.solve_shrinkage(v, dims, Thresholds(a, b, c), prox_mode)[1]
+    margin = relative_distance(v.abs(), t.expand(v.shape))
+    if a:
+        norm = reference.group_stats(v, t if prox_mode == "exact" else c, dims).l2
+        death = relative_distance(norm, torch.full_like(norm, a)).expand(v.shape)
+        margin = torch.where(death.abs() < margin.abs(), death, margin)
+    return margin.reshape(z.shape)
+
+
+def fresh(shape, dtype=torch.float32, generator=None, scale=1.0):
+    """Normal random values, drawn in float32 and on the CPU so that every executor sees the same numbers."""
+    w = scale * torch.randn(shape, generator=generator, device="cpu")
+    return w.to(torch.get_default_device(), dtype)
+
+
+def coefficients(w, group_by, view=None, strength=1.0):
+    """Coefficients that leave most, but not all, of a normal random tensor."""
+    n = max(1, canonical_layout(w, group_by, view).group_size)
+    return {
+        "group_lasso": 0.3 * strength * n**0.5,
+        "exclusive_lasso": 0.25 * strength / n,
+        "l1": 0.05 * strength,
+        "group_by": group_by,
+        "view": view,
+    }
+
+
+def training(w, group_by, prox_mode):
+    """A step with momentum under all three penalties."""
+    return {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+
+
+def inputs(shape, dtype, count=3):
+    return [fresh(shape, dtype) for _ in range(count)]

@@ -1,0 +1,64 @@
+"""Parameters, their gradients and some steps: the same numbers wherever they are asked for."""
+
+import pytest
+import torch
+from torch import nn
+
+from cges_kernels import available_backends
+
+FASTEST = "cpu" if "cpu" in available_backends() else "reference"
+needs_cpu = pytest.mark.skipif(FASTEST != "cpu", reason="the C++ extension is not built")
+SHAPES = [(6, 5), (4, 3, 3, 3), (9,), (), (0, 3), (130, 70)]
+PENALTY = dict(group_lasso=0.02, exclusive_lasso=0.001, l1=0.01)
+
+
+def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
+    """Fresh random parameters, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes)
+    return [nn.Parameter(w.to(torch.get_default_device(), dtype)) for w in draw]
+
+
+def copies(params):
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def give_grads(params, step, *twins):
+    """Random gradients that depend on the step and the place in the list alone; twins get the same."""
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64, device="cpu")
+        for x in (p, *(twin[i] for twin in twins)):
+            x.grad = torch.empty_like(x).copy_(grad)
+
+
+def train(optimizer, params, steps):
+    for step in steps:
+        give_grads(params, step)
+        optimizer.step()
+
+
+def everything(optimizer):
+    """Parameters, then the momentum buffers of those that have one."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    buffers = [optimizer.state[p].get("momentum_buffer") for p in params if p in optimizer.state]
+    return [x.detach().clone() for x in params + buffers if x is not None]
+
+
+def bits(x):
+    return x.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def assert_same_bits(xs, ys):
+    assert len(xs) == len(ys)
+    for x, y in zip(xs, ys):
+        assert x.dtype == y.dtype and torch.equal(bits(x), bits(y))
+
+
+def assert_as_near_as(backend, xs, ys):
+    """Bitwise for the reference; 1e-12 in float64 for the others, whose fused multiply-adds may differ."""
+    if backend == "reference":
+        return assert_same_bits(xs, ys)
+    assert len(xs) == len(ys)
+    for x, y in zip(xs, ys):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,296 @@
+"""Learning rates and coefficients as tensors that kernels read, and steps in CUDA graphs."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.right import device_of
+from torch import nn
+
+from cges_kernels import CoefficientWarmup, ProxSGD, optimizer
+
+SHAPES = [(33, 7), (20,), (5, 3, 2, 2)]
+# Powers of two and their like: products are exact in any order and precision.
+NUMBERS = dict(lr=0.125, group_lasso=0.75, exclusive_lasso=0.03125, l1=0.25)
+SGD = dict(momentum=0.5, weight_decay=0.25)
+MODES = ["sequential", "exact"]
+
+
+def parameters(dtype=torch.float32):
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
+
+
+def copies(params):
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def as_tensors(numbers, device):
+    return {k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in numbers.items()}
+
+
+def give_grads(*sets):
+    for same in zip(*sets):
+        grad = torch.randn_like(same[0])
+        for p in same:
+            p.grad = grad.clone()
+
+
+def assert_same(*sets):
+    assert all(torch.equal(p, q) for p, q in zip(*sets))
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_are_the_numbers_that_they_hold(kernel_backend, prox_mode, dtype):
+    """All of them, and each one alone; changed in place between steps."""
+    every = as_tensors(NUMBERS, device_of(kernel_backend))
+    for chosen in (list(NUMBERS), *([key] for key in NUMBERS)):
+        params = parameters(dtype)
+        twins = copies(params)
+        tensors = {key: every[key].clone() for key in chosen}
+        options = dict(SGD, backend=kernel_backend, prox_mode=prox_mode)
+        ours = ProxSGD(params, **options, **{**NUMBERS, **tensors})
+        plain = ProxSGD(twins, **options, **NUMBERS)
+        for factor in (1.0, 0.5, 0.0, 2.0):
+            for key in chosen:
+                tensors[key].fill_(NUMBERS[key] * factor)
+                plain.param_groups[0][key] = NUMBERS[key] * factor
+            give_grads(params, twins)
+            ours.step()
+            plain.step()
+            assert_same(params, twins)
+        assert any((p == 0).any() for p in params)
+
+
+def test_no_step_waits_for_a_tensor(kernel_backend, monkeypatch):
+    params = parameters()
+    tensors = as_tensors(NUMBERS, device_of(kernel_backend))
+    ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
+    give_grads(params)
+    ours.step()
+
+    def refuse(*_):
+        raise AssertionError("the host asked for a tensor's value")
+
+    for name in ("item", "__float__", "__bool__", "tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    tensors["lr"].fill_(0.0625)
+    ours.step()
+
+
+def test_another_tensor_takes_the_place_of_one(kernel_backend):
+    params, twins = parameters(), None
+    twins = copies(params)
+    tensors = as_tensors(NUMBERS, device_of(kernel_backend))
+    ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
+    plain = ProxSGD(twins, **SGD, **NUMBERS, backend=kernel_backend)
+    for l1 in (torch.tensor(0.5, device=device_of(kernel_backend)), 0.125, torch.tensor([0.25])):
+        ours.param_groups[0]["l1"] = l1
+        plain.param_groups[0]["l1"] = float(l1)
+        give_grads(params, twins)
+        ours.step()
+        plain.step()
+        assert_same(params, twins)
+
+
+def test_tensors_that_kernels_cannot_read_are_read_by_the_host(fused_backend):
+    params = parameters()
+    twins = copies(params)
+    tensors = {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in NUMBERS.items()}
+    ours = ProxSGD(params, **SGD, **tensors, backend=fused_backend)
+    plain = ProxSGD(twins, **SGD, **NUMBERS, backend=fused_backend)
+    for _ in range(2):
+        give_grads(params, twins)
+        ours.step()
+        plain.step()
+        assert_same(params, twins)
+        tensors["l1"].mul_(2)
+        plain.param_groups[0]["l1"] *= 2
+
+
+@pytest.mark.parametrize("key", ["momentum", "dampening", "weight_decay"])
+def test_other_tensors_are_read_by_the_host(fused_backend, key):
+    params = parameters()
+    twins = copies(params)
+    value = torch.tensor(0.25, device=device_of(fused_backend))
+    ours = ProxSGD(params, backend=fused_backend, **{**SGD, **NUMBERS, key: value})
+    plain = ProxSGD(twins, backend=fused_backend, **{**SGD, **NUMBERS, key: 0.25})
+    for _ in range(3):
+        give_grads(params, twins)
+        ours.step()
+        plain.step()
+        assert_same(params, twins)
+        value.mul_(0.5)
+        plain.param_groups[0][key] *= 0.5
+
+
+def test_schedulers_change_tensors_in_place(kernel_backend):
+    params = parameters()
+    tensors = as_tensors(NUMBERS, device_of(kernel_backend))
+    ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
+    warmup = CoefficientWarmup(ours, steps=4)
+    schedule = torch.optim.lr_scheduler.StepLR(ours, 1, gamma=0.5)
+    give_grads(params)
+    for i in range(1, 4):
+        ours.step()
+        warmup.step()
+        schedule.step()
+        assert ours.param_groups[0]["lr"] is tensors["lr"] and float(tensors["lr"]) == 0.125 * 0.5**i
+        assert ours.param_groups[0]["l1"] is tensors["l1"] and float(tensors["l1"]) == 0.25 * i / 4
+
+
+class Capture:
+    """A step that believes that it goes into a graph, and what is refused before it does anything."""
+
+    def __init__(self, kernel_backend, monkeypatch, **options):
+        self.params = parameters()
+        self.optimizer = ProxSGD(self.params, backend=kernel_backend, **{**SGD, **NUMBERS, **options})
+        give_grads(self.params)
+        self.monkeypatch = monkeypatch
+
+    def fails_with(self, text):
+        before = copies(self.params)
+        self.monkeypatch.setattr(optimizer, "is_capturing", lambda: True)
+        self.monkeypatch.setattr(optimizer, "_capture_health_check", lambda _: None)
+        with pytest.raises(RuntimeError, match=text):
+            self.optimizer.step()
+        assert_same(self.params, before)
+
+
+def test_the_first_step_is_not_for_a_graph(kernel_backend, monkeypatch):
+    Capture(kernel_backend, monkeypatch).fails_with(
+        "expected a step of the same parameters and options before"
+    )
+
+
+def test_momentum_cannot_begin_in_a_graph(kernel_backend, monkeypatch):
+    capture = Capture(kernel_backend, monkeypatch)
+    capture.optimizer.step()
+    del capture.optimizer.state[capture.params[2]]["momentum_buffer"]
+    capture.fails_with(r"param_groups\[0\]\['params'\]\[2\]: expected a momentum buffer")
+
+
+def test_a_graph_leaves_no_parameter_out(kernel_backend, monkeypatch):
+    capture = Capture(kernel_backend, monkeypatch)
+    capture.optimizer.step()
+    capture.params[1].grad = None
+    capture.fails_with(r"param_groups\[0\]\['params'\]\[1\]: expected a gradient during capture, got None")
+
+
+def test_a_graph_asks_the_host_for_no_tensor(kernel_backend, monkeypatch):
+    capture = Capture(kernel_backend, monkeypatch, lr=torch.tensor(0.1, dtype=torch.float64))
+    capture.optimizer.step()
+    capture.fails_with(r"param_groups\[0\]\['lr'\]: .*float32 tensor of one element .*got torch.float64")
+
+
+def test_numbers_do_not_change_within_a_graph(kernel_backend, monkeypatch):
+    """A new number beside a tensor would be checked by the host, which cannot read that now."""
+    capture = Capture(kernel_backend, monkeypatch, lr=torch.tensor(0.125))
+    capture.optimizer.step()
+    capture.optimizer.param_groups[0]["l1"] = 0.5
+    capture.fails_with("expected the last step's hyperparameters during capture")
+
+
+def test_what_a_graph_comes_back_to_outlives_the_plans(kernel_backend, monkeypatch):
+    """An option that changes makes new plans; the old ones' tables may be in graphs."""
+    capture = Capture(kernel_backend, monkeypatch)
+    capture.optimizer.step()
+    plan = capture.optimizer._planner.plans[kernel_backend]
+    for _ in range(2):
+        with monkeypatch.context() as m:
+            m.setattr(optimizer, "is_capturing", lambda: True)
+            m.setattr(optimizer, "_capture_health_check", lambda _: None)
+            capture.optimizer.step()
+    capture.optimizer.param_groups[0]["group_by"] = "filter"
+    capture.optimizer.step()
+    assert capture.optimizer._planner.plans[kernel_backend] is not plan
+    assert any(plan in kept.values() for kept in capture.optimizer._planner._in_graphs)
+
+
+def test_options_do_not_change_within_a_graph(kernel_backend, monkeypatch):
+    capture = Capture(kernel_backend, monkeypatch)
+    capture.optimizer.step()
+    capture.optimizer.param_groups[0]["group_by"] = "filter"
+    capture.fails_with("expected a step of the same parameters and options before")
+
+
+@pytest.mark.parametrize("executor", ["reference", "cpu"])
+def test_executors_that_need_the_host_are_in_no_graph(executor, monkeypatch):
+    capture = Capture(executor, monkeypatch)
+    capture.optimizer.step()
+    capture.fails_with(f"expected an executor of .*'cuda', 'triton'.* got '{executor}'")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_replays_follow_tensors(kernel_backend, prox_mode):
+    params = parameters()
+    twins = copies(params)
+    tensors = as_tensors(NUMBERS, "cuda")
+    options = dict(SGD, backend=kernel_backend, prox_mode=prox_mode)
+    ours = ProxSGD(params, capturable=True, **options, **tensors)
+    plain = ProxSGD(twins, **options, **NUMBERS)
+    give_grads(params, twins)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch say that this step is in no graph
+        ours.step()
+    plain.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for factor in (1.0, 0.5, 0.0, 2.0):
+        for key, value in NUMBERS.items():
+            tensors[key].fill_(value * factor)
+            plain.param_groups[0][key] = value * factor
+        graph.replay()
+        plain.step()
+        assert_same(params, twins)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_a_whole_iteration(kernel_backend):
+    """Gradients are new in the graph, and plain steps with gradients elsewhere come between replays."""
+    params = parameters()
+    twins = copies(params)
+    ours = ProxSGD(params, backend=kernel_backend, capturable=True, **SGD, **NUMBERS)
+    plain = ProxSGD(twins, backend=kernel_backend, **SGD, **NUMBERS)
+    x = [torch.randn_like(p) for p in params]
+
+    def iterate(stepped, params):
+        sum((p * p * y).sum() for p, y in zip(params, x)).backward()
+        stepped.step()
+
+    for stepped, its in ((ours, params), (plain, twins)):
+        iterate(stepped, its)
+        stepped.zero_grad()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        iterate(ours, params)
+    in_graph = [p.grad for p in params]
+    for _ in range(2):
+        graph.replay()
+        iterate(plain, twins)
+        plain.zero_grad()
+        assert_same(params, twins)
+        for p, q in zip(params, twins):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        plain.step()
+        plain.zero_grad()
+        assert_same(params, twins)
+        for p, grad in zip(params, in_graph):
+            p.grad = grad.zero_()
+
+
+@pytest.mark.gpu
+def test_torch_refuses_a_capture_without_capturable(kernel_backend):
+    params = parameters()
+    ours = ProxSGD(params, backend=kernel_backend, **SGD, **NUMBERS)
+    give_grads(params)
+    ours.step()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ours.step()

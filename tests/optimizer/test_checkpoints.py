@@ -1,0 +1,258 @@
+"""Checkpoints over dtypes and devices, and torch.distributed.checkpoint; test_state.py has plain files."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers.refusals import rejected
+from helpers.steps import assert_same_bits, everything, give_grads, parameters, train
+from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import SGD
+
+from cges_kernels import ProxSGD, cges_param_groups
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(6, 5), (4, 3, 3, 3), (9,), ()]
+PENALTY = dict(group_lasso=0.02, exclusive_lasso=0.001, l1=0.01)
+
+
+def buffers(optimizer):
+    return [state["momentum_buffer"] for state in optimizer.state.values()]
+
+
+# Other dtypes, devices and shapes
+
+
+@pytest.mark.parametrize("saved", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_file_of_another_dtype_loads_as_in_torch(backend, saved, dtype):
+    """The buffers take their parameter's dtype, once, by one rounding; and training goes on from them."""
+    first = parameters(SHAPES, saved)
+    sgd = SGD(first, lr=0.125, momentum=0.875)
+    train(sgd, first, range(2))
+    loaded = []
+    for make in (SGD, lambda ps, **kw: ProxSGD(ps, **kw, backend=backend)):
+        params = parameters(SHAPES, dtype)
+        optimizer = make(params, lr=0.1, momentum=0.9)
+        optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
+        loaded.append(optimizer)
+    assert_same_bits(*map(buffers, loaded))
+    assert all(buf.dtype == dtype for buf in buffers(loaded[1]))
+    train(loaded[1], params, [2])
+    assert not torch.equal(buffers(loaded[0])[0], buffers(loaded[1])[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saving_and_copying_leave_the_buffers_their_dtype(backend, dtype):
+    params = parameters(SHAPES, dtype)
+    optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=backend)
+    train(optimizer, params, range(2))
+    for p in params:
+        p.data = p.data.to(torch.float32)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    held = torch.load(file, weights_only=True)["state"].values()
+    assert {state["momentum_buffer"].dtype for state in held} == {dtype}
+    assert {buf.dtype for buf in buffers(copy.deepcopy(optimizer))} == {dtype}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("there", ["cpu", "cuda"])
+@pytest.mark.parametrize("here", ["cpu", "cuda"])
+def test_a_file_moves_between_devices(there, here):
+    params, others = ([nn.Parameter(p.to(device)) for p in parameters(SHAPES)] for device in (there, here))
+    optimizer, moved = (ProxSGD(ps, lr=0.1, momentum=0.9, **PENALTY) for ps in (params, others))
+    train(optimizer, params, range(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    moved.load_state_dict(torch.load(file, weights_only=True))
+    assert {buf.device.type for buf in buffers(moved)} == {here}
+    for p, q in zip(params, others):
+        q.data.copy_(p)
+    train(optimizer, params, range(2, 4))
+    train(moved, others, range(2, 4))
+    for p, q in zip(everything(optimizer), everything(moved)):
+        torch.testing.assert_close(q, p, check_device=False, rtol=1e-12, atol=1e-12)
+
+
+def half_way(backend):
+    params = parameters(SHAPES)
+    optimizer = ProxSGD(params, lr=0.1, momentum=0.9, **PENALTY, backend=backend)
+    train(optimizer, params, range(2))
+    give_grads(params, 2)
+    return optimizer, copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (30,), (6, 5, 1), (6, 4), ()], ids=str)
+def test_a_file_of_another_shape_is_refused_before_anything_changes(backend, shape):
+    optimizer, state = half_way(backend)
+    state["param_groups"][0]["lr"] = 0.5
+    state["state"][0]["momentum_buffer"] = torch.randn(shape)
+    words = (r"params'\]\[0\]", "momentum_buffer", r"expected.*shape \(6, 5\)")
+    with rejected(optimizer, (ValueError, RuntimeError), *words):
+        optimizer.load_state_dict(state)
+    optimizer.step()
+
+
+def test_a_file_without_values_is_refused_before_anything_changes(backend):
+    optimizer, state = half_way(backend)
+    state["param_groups"][0]["lr"] = 0.5
+    state["state"][3]["momentum_buffer"] = torch.empty((), device="meta")
+    with rejected(optimizer, NotImplementedError, "meta tensor"):
+        optimizer.load_state_dict(state)
+    optimizer.step()
+
+
+# torch.distributed.checkpoint. It makes the buffers, where there are none, by a step with lr = 0 and zero
+# gradients, in the optimizer that is saved and in the one that is loaded.
+
+
+def network():
+    torch.manual_seed(0)
+    grouped, normed = nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)
+    return nn.Sequential(grouped, normed, nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
+
+
+def fit(model, optimizer, seeds):
+    for seed in seeds:
+        x = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(seed), device="cpu")
+        optimizer.zero_grad()
+        model(x.to(model[0].weight)).square().mean().backward()
+        optimizer.step()
+
+
+def sparse_sgd(model, backend, lam=0.3, **options):
+    return ProxSGD(
+        cges_param_groups(model, lam=lam), **{"lr": 0.1, "momentum": 0.9, **options}, backend=backend
+    )
+
+
+FIRST_STEP = [
+    dict(),
+    dict(momentum=0),
+    dict(weight_decay=0.1, maximize=True, dampening=0.5),
+    dict(lr=torch.tensor(0.1), prox_mode="exact"),
+    dict(freeze_zeros="element"),
+]
+
+
+@pytest.mark.parametrize("options", FIRST_STEP, ids=str)
+def test_the_step_that_makes_the_buffers_changes_no_parameter(backend, options):
+    """Not a bit, with penalties and zeros in place; and the buffers are those that torch.optim.SGD gets."""
+    model = network()
+    with torch.no_grad():
+        model[4].weight[:, ::3] = 0
+        model[0].weight[1] = 0
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = sparse_sgd(model, backend, **options)
+    state = get_optimizer_state_dict(model, optimizer)
+    assert_same_bits(before, list(model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    assert all(group["lr"] == options.get("lr", 0.1) for group in optimizer.param_groups)
+
+    of_sgd = {k: v for k, v in options.items() if k not in ("prox_mode", "freeze_zeros")}
+    sgd = SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **of_sgd}, foreach=False)
+    wanted = get_optimizer_state_dict(model, sgd)["state"]
+    assert {name: set(entry) for name, entry in state["state"].items()} == {
+        name: set(entry) for name, entry in wanted.items()
+    }
+    for name, entry in wanted.items():
+        for key, value in entry.items():
+            torch.testing.assert_close(state["state"][name][key], value, rtol=1e-6, atol=0)
+
+
+WAYS = {
+    "plain": None,
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_distributed_checkpoint_restores_everything(backend, way, tmp_path):
+    """Also into an optimizer built with other coefficients; what was saved wins, as in load_state_dict."""
+    model, resumed = network(), network()
+    optimizer, other = sparse_sgd(model, backend), sparse_sgd(resumed, backend, lam=0.7)
+    fit(model, optimizer, range(3))
+    state = {
+        "model": model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=WAYS[way]),
+    }
+    dcp.save(state, checkpoint_id=tmp_path)
+
+    state = {
+        "model": resumed.state_dict(),
+        "optimizer": get_optimizer_state_dict(resumed, other, options=WAYS[way]),
+    }
+    dcp.load(state, checkpoint_id=tmp_path)
+    resumed.load_state_dict(state["model"])
+    set_optimizer_state_dict(resumed, other, state["optimizer"], options=WAYS[way])
+    for group, restored in zip(optimizer.param_groups, other.param_groups):
+        assert restored["param_names"] == group["param_names"]
+        assert restored["group_lasso"] == group["group_lasso"]
+        assert restored["group_by"] == group["group_by"] or tuple(restored["group_by"]) == group["group_by"]
+    fit(model, optimizer, range(3, 6))
+    fit(resumed, other, range(3, 6))
+    assert_same_bits(everything(optimizer), everything(other))
+    assert any((p == 0).any() and (p != 0).any() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is")
+def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(backend, tmp_path):
+    """It lacks the penalties' keys, which a partial load leaves as they were constructed."""
+    model, resumed = network(), network()
+    sgd = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    fit(model, sgd, range(3))
+    dcp.save({"optimizer": get_optimizer_state_dict(model, sgd)}, checkpoint_id=tmp_path)
+    resumed.load_state_dict(model.state_dict())
+    optimizer = ProxSGD(resumed.parameters(), lr=7.0, momentum=0.9, l1=0.5, backend=backend)
+    state = {"optimizer": get_optimizer_state_dict(resumed, optimizer)}
+    dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(resumed, optimizer, state["optimizer"])
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["l1"]) == (0.1, 0.01, 0.5)
+    group["l1"], sgd.param_groups[0]["foreach"] = 0.0, False
+    fit(model, sgd, range(3, 6))
+    fit(resumed, optimizer, range(3, 6))
+    for p, q in zip(everything(sgd), everything(optimizer)):
+        torch.testing.assert_close(q, p)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_state_dict_of_another_order_goes_by_name(flat):
+    """It is in the new order already when it gets to load_state_dict."""
+
+    class Pair(nn.Module):
+        def __init__(self, order):
+            super().__init__()
+            for name in order:
+                setattr(self, name, nn.Linear(2, 2, bias=False))
+
+    def built(order):
+        model = Pair(order)
+        groups = [{"params": [(f"{n}.weight", model.get_submodule(n).weight) for n in order]}]
+        return model, ProxSGD(groups, lr=0.1, momentum=0.9, l1=1e-4)
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = built("ab")
+    for value, name in enumerate("ab", 1):
+        weight = model.get_submodule(name).weight
+        weight.grad = torch.full_like(weight, value)
+    optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    model, optimizer = built("ba")
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    for value, name in enumerate("ab", 1):
+        assert (optimizer.state[model.get_submodule(name).weight]["momentum_buffer"] == value).all()
+    assert optimizer.param_groups[0]["param_names"] == ["b.weight", "a.weight"]

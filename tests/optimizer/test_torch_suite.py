@@ -1,0 +1,406 @@
+"""PyTorch's own optimizer tests, asked of ProxSGD.
+
+torch's wheel holds what its test/test_optim.py needs to know of an optimizer, an OptimizerInfo: constructor
+inputs, schedulers, faulty inputs, what it supports. optimizer_info.py makes ProxSGD's of SGD's; here are the
+questions that test_optim.py asks. Steps that may be fused are `fused_backend`'s; those of foreach=True,
+differentiable=True and fused=False are the reference's.
+
+Not asked, and why:
+
+- complex parameters and sparse gradients (test_complex*, test_rosenbrock_sparse): refused, which is tested.
+- the same parameter twice in a group: torch warns; updates of both in one pass would race, so that torch's
+  warning is followed by an error.
+- parameters with gaps (the slices in test_forloop_goes_right_direction): refused, as they have no layout of
+  groups, which is tested; transposed ones take their place.
+- test_defaults_changed_to_foreach, test_peak_memory_foreach: there is no foreach implementation, and
+  foreach=True means the reference; test_optimizer.py tests which option selects what.
+- test_mixed_device_dtype: a param group is served by one executor, if its devices differ by the reference.
+- test_*_large_tensor: test_cuda.py tests more than 2^31 elements.
+- test_load_nontensor_step, and capturable in test_cpu_load_state_dict: there is no count of steps.
+- test_second_order_*, and what is about multi-GPU machines: not for SGD, not for the machines at hand.
+"""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from helpers.optimizer_info import INFO, every_config, inputs, make
+from helpers.right import device_of
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from cges_kernels import ProxSGD
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Problem:
+    """torch's usual one: the least squares of weight @ x + bias."""
+
+    def __init__(self, transposed=False):
+        weight = torch.randn(5, 10).t() if transposed else torch.randn(10, 5)
+        self.params = [nn.Parameter(weight), nn.Parameter(torch.randn(10))]
+        self.x = torch.randn(5)
+
+    def loss(self):
+        """Fresh gradients, and the loss."""
+        for p in self.params:
+            p.grad = None
+        loss = (self.params[0].mv(self.x) + self.params[1]).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    def twin(self):
+        """The same problem with copies of the parameters."""
+        other = copy.copy(self)
+        other.params = [nn.Parameter(p.detach().clone()) for p in self.params]
+        return other
+
+    def named(self, with_names):
+        return [(f"name{i}", p) for i, p in enumerate(self.params)] if with_names else self.params
+
+
+def assert_right_direction(optimizer, problem, maximize, schedulers=(), steps=20):
+    before = problem.loss()
+    for _ in range(steps):
+        loss = optimizer.step(problem.loss)
+        for scheduler in schedulers:
+            scheduler.step(*([loss] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    assert problem.loss() > before if maximize else problem.loss() < before
+
+
+# Errors
+
+
+ERRORS = INFO.optim_error_inputs_func("cpu", torch.float32)
+
+
+@pytest.mark.parametrize("faulty", ERRORS, ids=[e.optimizer_error_input.desc for e in ERRORS])
+def test_errors(faulty):
+    params, options = faulty.optimizer_error_input.params, faulty.optimizer_error_input.kwargs
+    if issubclass(faulty.error_type, Warning):  # the same parameter twice; see above
+        with pytest.warns(faulty.error_type, match=faulty.error_regex):
+            with pytest.raises(ValueError, match="expected each tensor once"):
+                ProxSGD(params, **options)
+    else:
+        with pytest.raises(faulty.error_type, match=faulty.error_regex):
+            ProxSGD(params, **options)
+
+
+def test_complex_sparse_meta_and_strided_parameters_are_refused(fused_backend):
+    refused = {
+        "complex64": torch.randn(2, dtype=torch.complex64),
+        "sparse_coo": torch.zeros(3, layout=torch.sparse_coo),
+        "meta": torch.empty(2, 3, device="meta"),
+        "non-overlapping": torch.randn(10, 5, 2)[..., 0],
+    }
+    for options, (word, w) in itertools.product(every_config(fused_backend), refused.items()):
+        with pytest.raises(ValueError, match=word):
+            make(fused_backend, [w], **options)
+
+
+def test_sparse_gradients_are_refused(fused_backend):
+    for options in every_config(fused_backend):
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3).to_sparse()
+        optimizer = make(fused_backend, [p], **options)
+        with pytest.raises(RuntimeError, match="sparse is not supported"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(3))
+
+
+# Steps
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_forloop_goes_right_direction(transposed):
+    for constructors in ([], *INFO.scheduler_inputs):
+        for options in (config.kwargs for config in inputs("cpu")):
+            problem = Problem(transposed)
+            optimizer = ProxSGD(problem.params, **options, foreach=False, fused=False)
+            schedulers = [construct(optimizer) for construct in constructors]
+            assert_right_direction(optimizer, problem, options.get("maximize"), schedulers)
+
+
+def test_param_group_with_lrscheduler_goes_right_direction(fused_backend):
+    for constructors in INFO.scheduler_inputs:
+        problem = Problem()
+        weight, bias = problem.params
+        optimizer = make(fused_backend, [{"params": [weight]}, {"params": [bias], "lr": 0.01}])
+        assert_right_direction(
+            optimizer, problem, False, [construct(optimizer) for construct in constructors]
+        )
+
+
+def test_param_groups_weight_decay(fused_backend):
+    for options in every_config(fused_backend):
+        problem = Problem()
+        weight, bias = problem.params
+        groups = [dict(options, params=[weight]), dict(options, params=[bias], weight_decay=0.0)]
+        assert_right_direction(make(fused_backend, groups), problem, options.get("maximize"), steps=5)
+
+
+def test_param_groups_lr(fused_backend):
+    for options in every_config(fused_backend):
+        problem, idle = Problem(), nn.Parameter(torch.randn(2))
+        idle.grad, before = torch.rand(2), idle.detach().clone()
+        options.setdefault("lr", 1e-3)
+        groups = [dict(options, params=problem.params), dict(params=[idle])]
+        optimizer = make(fused_backend, groups, lr=1e-28)
+        assert_right_direction(optimizer, problem, options.get("maximize"), steps=5)
+        assert torch.equal(idle, before)
+
+
+def test_tensor_lr(fused_backend):
+    for options in every_config(fused_backend):
+        one = Problem()
+        two = one.twin()
+        number = make(fused_backend, one.params, **{**options, "lr": 1e-3})
+        tensor = make(fused_backend, two.params, **{**options, "lr": torch.tensor(1e-3)})
+        for _ in range(5):
+            number.step(one.loss)
+            tensor.step(two.loss)
+            torch.testing.assert_close(one.params, two.params)
+
+
+def network(device, dtype):
+    """torch's small network, a parameter without dimensions whose gradient is fixed, and an input."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 1), nn.Sigmoid())
+    scalar = torch.full((), 0.5, device=device, dtype=dtype, requires_grad=True)
+    scalar.grad = torch.full_like(scalar, 0.25)
+    x = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], device=device, dtype=dtype).reshape(3, 2)
+    return model.to(device, dtype), scalar, x
+
+
+def assert_steps_match(cases):
+    """Seven steps of two (optimizer, network); every difference is compared, then removed.
+
+    Step 2 has no gradients, and from step 3 on the second layer is frozen for two steps.
+    """
+    for step in range(7):
+        for optimizer, (model, _, x) in cases:
+            model.zero_grad()
+            model[2].requires_grad_(not 3 <= step < 5)
+            if step != 2:
+                model(x).sum().backward()
+            optimizer.step()
+        (one, (model, scalar, _)), (two, (twin, other, _)) = cases
+        for p, q in zip([*model.parameters(), scalar], [*twin.parameters(), other], strict=True):
+            values = [(p.detach(), q.detach())]
+            assert one.state.get(p, {}).keys() == two.state.get(q, {}).keys()
+            values += [(value, two.state[q][key]) for key, value in one.state.get(p, {}).items()]
+            for wanted, got in values:
+                torch.testing.assert_close(got, wanted, check_device=False)
+                got.copy_(wanted)
+
+
+def matching_cases(options, first, second):
+    """(optimizer, network) for each of two (device, backend, more options)."""
+    cases = []
+    for device, backend, more in (first, second):
+        model, scalar, x = network(device, options.get("dtype", torch.float64))
+        chosen = {k: v for k, v in options.items() if k != "dtype"}
+        optimizer = make(backend, [*model.parameters(), scalar], **copy.deepcopy(chosen), **more)
+        cases.append((optimizer, (model, scalar, x)))
+    return cases
+
+
+def test_foreach_matches_forloop():
+    for config in inputs("cpu"):
+        flags = [("cpu", "auto", dict(foreach=foreach, fused=False)) for foreach in (False, True)]
+        assert_steps_match(matching_cases(config.kwargs, *flags))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_matches_forloop(fused_backend, dtype):
+    device = device_of(fused_backend)
+    for config in inputs(device):
+        flags = [(device, fused_backend, dict(fused=fused)) for fused in (False, True)]
+        assert_steps_match(matching_cases({**config.kwargs, "dtype": dtype}, *flags))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_cpu_matches_cuda(dtype):
+    for config in inputs("cpu"):
+        flags = [(device, "auto", dict(fused=True)) for device in ("cpu", "cuda")]
+        assert_steps_match(matching_cases({**config.kwargs, "dtype": dtype}, *flags))
+
+
+def test_fused_does_not_step_if_found_inf(fused_backend):
+    """Nor does a step that was skipped leave a trace: the next one is an optimizer's first."""
+    for config, with_scale in itertools.product(inputs(device_of(fused_backend)), (False, True)):
+        params, twins = ([nn.Parameter(torch.ones(2, 3)) for _ in range(5)] for _ in range(2))
+        for p in params + twins:
+            p.grad = torch.ones_like(p)
+        options = {**config.kwargs, "fused": True}
+        optimizer = make(fused_backend, params, **copy.deepcopy(options))
+        optimizer.grad_scale = torch.ones(1) if with_scale else None
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        assert all(torch.equal(p, torch.ones(2, 3)) for p in params)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+        make(fused_backend, twins, **copy.deepcopy(options)).step()
+        assert all(torch.equal(p, q) and not torch.equal(p, torch.ones(2, 3)) for p, q in zip(params, twins))
+
+
+def test_step_is_noop_when_params_have_no_grad(fused_backend):
+    for options in every_config(fused_backend, skip=()):
+        params = [torch.randn(2, 3) for _ in range(2)]
+        before = [p.clone() for p in params]
+        optimizer = make(fused_backend, params, **options)
+        assert optimizer.step(lambda: torch.tensor([1.0])) == 1
+        assert all(torch.equal(p, q) for p, q in zip(params, before)) and not any(optimizer.state.values())
+
+
+def test_step_is_noop_for_zero_grads(fused_backend):
+    shrinking = ("weight_decay", "group_lasso", "exclusive_lasso", "l1")  # these need no gradient
+    for options in every_config(fused_backend):
+        if not any(options.get(name) for name in shrinking):
+            p = nn.Parameter(torch.randn(5, 1))
+            p.grad, before = torch.zeros_like(p), p.detach().clone()
+            make(fused_backend, [p], **options).step()
+            assert torch.equal(p, before)
+
+
+def test_non_empty_state(fused_backend):
+    for options in every_config(fused_backend):
+        problem = Problem()
+        optimizer = make(fused_backend, problem.params, **options)
+        optimizer.step(problem.loss)
+        assert all(len(state) for state in optimizer.state.values())
+
+
+# State
+
+
+@pytest.mark.parametrize("named", [*itertools.product((False, True), repeat=2)], ids=str)
+def test_state_dict_deterministic(fused_backend, named):
+    for options in every_config(fused_backend):
+        problem = Problem()
+        optimizer = make(fused_backend, problem.named(named[0]), **copy.deepcopy(options))
+        for _ in range(3):
+            optimizer.step(problem.loss)
+        twin = problem.twin()
+        resumed = make(fused_backend, twin.named(named[1]), **copy.deepcopy(options))
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert ("param_names" in resumed.param_groups[0]) == any(named)
+        for _ in range(3):
+            optimizer.step(problem.loss)
+            resumed.step(twin.loss)
+            assert all(torch.equal(p, q) for p, q in zip(problem.params, twin.params))
+        states = [optimizer.state_dict(), resumed.state_dict()]
+        for state in states:
+            state["param_groups"][0].pop("param_names", None)
+        torch.testing.assert_close(states[0]["state"], states[1]["state"], rtol=0, atol=0)
+        assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+def test_can_load_older_state_dict(fused_backend):
+    for options in every_config(fused_backend):
+        problem = Problem()
+        optimizer = make(fused_backend, problem.params, **options)
+        optimizer.step(problem.loss)
+        old, before = copy.deepcopy(optimizer.state_dict()), optimizer.state_dict()["param_groups"]
+        for flag in INFO.not_og_supported_flags:
+            del old["param_groups"][0][flag]
+        optimizer.load_state_dict(old)
+        assert optimizer.state_dict()["param_groups"] == before
+        optimizer.step(problem.loss)
+
+
+def test_save_load_equality_with_weights_only(fused_backend):
+    for options, named in itertools.product(every_config(fused_backend), (False, True)):
+        problem, file = Problem(), io.BytesIO()
+        optimizer = make(fused_backend, problem.named(named), **options)
+        optimizer.step(problem.loss)
+        state = optimizer.state_dict()
+        torch.save(state, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert loaded["param_groups"] == state["param_groups"]
+        torch.testing.assert_close(loaded["state"], state["state"], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_dict_of_the_cpu_continues_on_cuda(fused):
+    for config in inputs("cpu"):
+        problem = Problem()
+        optimizer = ProxSGD(problem.params, **config.kwargs, fused=fused)
+        optimizer.step(problem.loss)
+        twin = problem.twin()
+        twin.x, twin.params = twin.x.cuda(), [nn.Parameter(p.detach().cuda()) for p in twin.params]
+        moved = ProxSGD(twin.params, **config.kwargs, fused=fused)
+        moved.load_state_dict(optimizer.state_dict())
+        for _ in range(5):
+            optimizer.step(problem.loss)
+            moved.step(twin.loss)
+        for p, q in zip(problem.params, twin.params):
+            torch.testing.assert_close(q, p, check_device=False)
+
+
+# Hooks, copies, repr
+
+
+def test_step_hooks_run_in_order(fused_backend):
+    for options in every_config(fused_backend, skip=()):
+        optimizer, seen = make(fused_backend, [torch.ones(2)], **options), []
+        handles = [
+            register_optimizer_step_pre_hook(lambda *_, seen=seen: seen.append("before all")),
+            register_optimizer_step_post_hook(lambda *_, seen=seen: seen.append("after all")),
+            optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append("before")),
+            optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append("after")),
+        ]
+        optimizer.step()
+        for handle in handles:
+            handle.remove()
+        optimizer.step()
+        assert seen == ["before all", "before", "after", "after all"]
+
+
+def test_state_dict_hooks(fused_backend):
+    for options in every_config(fused_backend, skip=()):
+        optimizer = make(fused_backend, [torch.ones(2)], **options)
+        optimizer.register_state_dict_pre_hook(lambda o: o.state.update(test=1))
+        assert optimizer.state_dict()["state"] == {"test": 1}
+        optimizer.register_state_dict_post_hook(lambda o, state: {**state, "ran": state["state"].pop("test")})
+        state = optimizer.state_dict()
+        assert state["ran"] == 1 and not state["state"]
+
+
+def test_load_state_dict_hooks(fused_backend):
+    for options in every_config(fused_backend, skip=()):
+        optimizer, seen = make(fused_backend, [torch.ones(2)], **options), []
+        state = copy.deepcopy(optimizer.state_dict())
+
+        def with_lr(lr):
+            return lambda o, loaded: {**loaded, "param_groups": [dict(loaded["param_groups"][0], lr=lr)]}
+
+        optimizer.register_load_state_dict_pre_hook(with_lr(0.002))
+        optimizer.register_load_state_dict_pre_hook(with_lr(0.003), prepend=True)
+        optimizer.register_load_state_dict_post_hook(
+            lambda o, seen=seen: seen.append(o.param_groups[0]["lr"])
+        )
+        optimizer.load_state_dict(state)
+        assert seen == [0.002]
+
+
+def test_deepcopy_copies_all_public_attributes(fused_backend):
+    for options in every_config(fused_backend):
+        problem = Problem()
+        optimizer = make(fused_backend, problem.params, **options)
+        optimizer.step(problem.loss)
+        one, two = ({k for k in vars(o) if k[0] != "_"} for o in (optimizer, copy.deepcopy(optimizer)))
+        assert one == two
+
+
+def test_optimizer_can_be_printed(fused_backend):
+    for options in every_config(fused_backend, skip=()):
+        printed = repr(make(fused_backend, Problem().params, **options))
+        assert printed.startswith("ProxSGD") and "group_lasso" in printed
