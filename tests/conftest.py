@@ -9,6 +9,7 @@ import torch
 from cuda_emulator.build import compiler
 from helpers import emulated
 from helpers.right import INTERPRETED, device_of
+from helpers.tiers import TILES, check_reasons
 
 from cges_kernels import available_backends
 from cges_kernels.backends import unplanned
@@ -20,6 +21,10 @@ if INTERPRETED:  # settled before anything imports a kernel
         from helpers import interpreter  # noqa: F401
     if compiler():
         BUILT["cuda"] = emulated.load()
+
+
+def pytest_collection_modifyitems(items):
+    check_reasons(items)
 
 
 def pytest_runtest_setup(item):
@@ -60,9 +65,9 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["whole", "pieces"])
+@pytest.fixture(params=TILES)
 def tiles(request, monkeypatch):
-    """Groups that fit a tile, then the same ones taken for groups that do not."""
+    """Groups that fit a tile ("whole"), or the same ones taken for groups that do not ("pieces")."""
     if request.param == "pieces":
         if "cpu" in BUILT:
             BUILT["cpu"].limit_z_bytes(0)

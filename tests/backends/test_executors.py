@@ -16,6 +16,7 @@ from helpers.right import (
     one_step,
     training,
 )
+from helpers.tiers import TILES, covering
 
 from cges_kernels import prox, prox_
 from cges_kernels.backends.extension import BUILT
@@ -23,33 +24,28 @@ from cges_kernels.core import reference
 
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
 LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
+MATRICES = [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)]  # all but the first and third dim reduced
+TERMS = ("group_lasso", "exclusive_lasso", "l1")
+MOMENTA = [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)]
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@covering(shape=SHAPES, group_by=SPECS, prox_mode=MODES, dtype=DTYPES, tiles=TILES, indirect=["tiles"])
 def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
     w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
     for held in (buf, None):
         check_step(fused_backend, w, grad, held, **training(w, group_by, prox_mode))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+@covering(shape=LARGE, group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
 def test_groups_longer_than_any_tile(fused_backend, shape, group_by, prox_mode, dtype):
     w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
     check_step(fused_backend, w, grad, buf, **training(w, group_by, prox_mode))
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("view", [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)], ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
+@covering(view=MATRICES, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
 def test_many_small_matrices(fused_backend, prox_mode, view):
     """Kept dims on both sides of the reduced ones, as in grouped convolutions."""
     w, grad, buf = inputs(as_large_as_may_be(fused_backend, view), torch.float32)
@@ -69,14 +65,9 @@ def test_nothing_underflows_to_negative_zero(fused_backend, dtype):
         assert got.any() and not torch.signbit(got[got == 0]).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize(
-    ("momentum", "dampening", "nesterov"),
-    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)],
-)
-def test_update_rules(fused_backend, momentum, dampening, nesterov, weight_decay, maximize, dtype):
+@covering(rule=MOMENTA, weight_decay=(0.0, 0.1), maximize=(False, True), dtype=DTYPES)
+def test_update_rules(fused_backend, rule, weight_decay, maximize, dtype):
+    momentum, dampening, nesterov = rule
     w, grad, buf = inputs((45, 130), dtype)
     options = dict(
         lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay
@@ -86,13 +77,11 @@ def test_update_rules(fused_backend, momentum, dampening, nesterov, weight_decay
     check_step(fused_backend, w, grad, None, **options)
 
 
-@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "group_lasso exclusive_lasso", ""])
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
+@covering(terms=[*TERMS, "group_lasso exclusive_lasso", ""], prox_mode=MODES, group_by=SPECS)
 def test_each_term_alone(fused_backend, group_by, prox_mode, terms):
     w, grad, _ = inputs((60, 40, 3), torch.float32)
     options = coefficients(w, group_by)
-    options |= {name: 0.0 for name in ("group_lasso", "exclusive_lasso", "l1") if name not in terms.split()}
+    options |= {name: 0.0 for name in TERMS if name not in terms.split()}
     if not terms:
         got, _ = one_step(fused_backend, w, grad, lr=0.5, prox_mode=prox_mode, **options)
         truth = torch.addcmul(w.double(), grad.double(), torch.tensor(-0.5, dtype=torch.float64)).cpu()
@@ -101,8 +90,7 @@ def test_each_term_alone(fused_backend, group_by, prox_mode, terms):
         check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **options)
 
 
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", [*SPECS, (0, 1), (1, 2, 3)])
+@covering(group_by=[*SPECS, (0, 1), (1, 2, 3)], prox_mode=MODES)
 def test_memory_formats(fused_backend, group_by, prox_mode):
     for format_ in (torch.channels_last, torch.contiguous_format):
         w, grad, buf = (x.to(memory_format=format_) for x in inputs((24, 10, 3, 5), torch.float32))
@@ -149,10 +137,14 @@ def test_misaligned_storage(fused_backend, offset, dtype):
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", [(64, 48), (16, 8, 3, 3), (3, 90), (70, 2000)], ids=str)
+@covering(
+    shape=[(64, 48), (16, 8, 3, 3), (3, 90), (70, 2000)],
+    group_by=SPECS,
+    freeze_zeros=("group", "element"),
+    prox_mode=MODES,
+    tiles=TILES,
+    indirect=["tiles"],
+)
 def test_freeze_zeros(fused_backend, shape, group_by, freeze_zeros, prox_mode):
     shape = as_large_as_may_be(fused_backend, shape)
     w, grad, buf = inputs(shape, torch.float32)
@@ -168,8 +160,7 @@ def test_freeze_zeros(fused_backend, shape, group_by, freeze_zeros, prox_mode):
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("share", [0.0, 0.9, 0.999])
-@pytest.mark.parametrize("exclusive_lasso", [0.1, 10.0])
+@covering(share=(0.0, 0.9, 0.999), exclusive_lasso=(0.1, 10.0), tiles=TILES, indirect=["tiles"])
 def test_exact_mode_where_newton_leaves_the_bracket(fused_backend, exclusive_lasso, share):
     """Heavy tails, equal entries, and norms barely above the group lasso's threshold."""
     z = fresh((100, 32), torch.float64)
@@ -183,8 +174,7 @@ def test_exact_mode_where_newton_leaves_the_bracket(fused_backend, exclusive_las
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
+@covering(group_by=SPECS, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
 def test_zero_groups_come_to_life(fused_backend, group_by, prox_mode):
     """Where nothing freezes them, what counts is z, not w."""
     w, grad, _ = inputs((40, 30), torch.float32)
@@ -196,16 +186,20 @@ def test_zero_groups_come_to_life(fused_backend, group_by, prox_mode):
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "all"])
+@covering(
+    terms=[*TERMS, "all"],
+    group_by=SPECS,
+    prox_mode=MODES,
+    poison=(NAN, INF, -INF),
+    tiles=TILES,
+    indirect=["tiles"],
+)
 def test_nan_and_inf_spread_as_in_the_reference(fused_backend, terms, group_by, prox_mode, poison):
     w = fresh((40, 50))
     w[7, 11] = poison
     options = coefficients(w, group_by)
     if terms != "all":
-        options |= {name: 0.0 for name in ("group_lasso", "exclusive_lasso", "l1") if name != terms}
+        options |= {name: 0.0 for name in TERMS if name != terms}
     got = prox(w, backend=fused_backend, prox_mode=prox_mode, **options)
     expected = prox(w, backend="reference", prox_mode=prox_mode, **options)
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
@@ -264,9 +258,13 @@ def test_empty_and_single_element_tensors(backend):
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", ["feature", "filter"])
-@pytest.mark.parametrize("exponent", [-30, -23, -20, -18, 16, 18, 20, 35])
+@covering(
+    exponent=[-30, -23, -20, -18, 16, 18, 20, 35],
+    group_by=("feature", "filter"),
+    prox_mode=MODES,
+    tiles=TILES,
+    indirect=["tiles"],
+)
 def test_very_small_and_very_large_weights(fused_backend, exponent, group_by, prox_mode):
     """Beyond what float32 squares hold, norms are 0 or infinite: for all executors alike, and never NaN."""
     scale, w = 10.0**exponent, torch.randn(40, 48).clamp(-1, 1)
@@ -292,9 +290,7 @@ PENALTIES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda x: "-".join(str(v) for v in x.values()))
+@covering(penalty=PENALTIES, prox_mode=MODES, dtype=DTYPES)
 def test_a_group_of_one_is_a_group_with_zeros(backend, penalty, prox_mode, dtype):
     """A closed form serves groups of one, a search the same groups with a zero more."""
     edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
@@ -309,8 +305,7 @@ def test_a_group_of_one_is_a_group_with_zeros(backend, penalty, prox_mode, dtype
     assert torch.equal(one.isnan(), truth.isnan()) and torch.equal(one.isinf(), truth.isinf())
 
 
-@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
-@pytest.mark.parametrize("prox_mode", MODES)
+@covering(prox_mode=MODES, freeze_zeros=("group", "element"))
 def test_groups_of_one_stay_zero(fused_backend, prox_mode, freeze_zeros):
     w, grad, buf = inputs((300, 1), torch.float32)
     w[::3] = 0

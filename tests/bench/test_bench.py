@@ -14,7 +14,7 @@ import pytest
 import torch
 from cuda_emulator.build import compiler
 from helpers import emulated
-from helpers.programs import ROOT
+from helpers.programs import PATHS, ROOT
 
 from bench import baselines, gpu, lab, plots, readme, smoke, suites, table, timing, workloads
 from bench.table import Row
@@ -454,7 +454,7 @@ def test_the_compiled_contender_takes_the_step_of_the_reference():
 def interpreted(program, *arguments):
     """Runs this file's ``program`` with Triton's kernels interpreted."""
     command = [sys.executable, __file__, program, *map(str, arguments)]
-    env = {**NO_GPU, "TRITON_INTERPRET": "1"}
+    env = {**NO_GPU, "TRITON_INTERPRET": "1", "PYTHONPATH": PATHS}
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout

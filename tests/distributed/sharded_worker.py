@@ -1,9 +1,9 @@
 """The cases of test_sharded.py, as torchrun runs them: every rank goes through all of its world's cases.
 
-    PYTHONPATH=tests torchrun --nproc_per_node N tests/distributed/sharded_worker.py DIRECTORY DEVICE BACKEND [CASE ...]
+    torchrun --nproc_per_node N tests/distributed/sharded_worker.py DIRECTORY DEVICE BACKEND [CASE ...]
 
-DEVICE is cpu or cuda, of which ranks take one each as far as they go round, BACKEND torch.distributed's.
-Each rank writes rank<r>.json there: by case, what went wrong, or null.
+with tests/ in PYTHONPATH. DEVICE is cpu or cuda, of which ranks take one each as far as they go round,
+BACKEND torch.distributed's. Each rank writes rank<r>.json there: by case, what went wrong, or null.
 """
 
 import gc

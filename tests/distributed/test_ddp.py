@@ -1,6 +1,6 @@
 """DistributedDataParallel: each rank makes the same step from the same averaged gradients, to the bit.
 
-`PYTHONPATH=tests torchrun tests/distributed/test_ddp.py` is the training itself; the tests start it as a user would.
+The file itself is the training, and the tests start it as a user would: torchrun, with tests/ in PYTHONPATH.
 """
 
 import json
@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.programs import ROOT
+from helpers.programs import PATHS
 from helpers.steps import FASTEST
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -70,7 +70,7 @@ def main(device, backend, prox_mode, as_bucket_views):
 def torchrun(*options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     # A package that is not installed is found from here; and torchrun would set the threads, and say so.
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [PATHS, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, __file__, *options], capture_output=True, text=True, timeout=2 * HANG, env=environment

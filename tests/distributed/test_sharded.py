@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.programs import ROOT
+from helpers.programs import PATHS
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs a torch with gloo", allow_module_level=True)
@@ -49,7 +49,7 @@ def launched(request, tmp_path_factory):
             command = f"-m torch.distributed.run --standalone --nproc_per_node {world}".split()
             env = {
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+                "PYTHONPATH": PATHS,
                 "OMP_NUM_THREADS": "1",
             }
             try:

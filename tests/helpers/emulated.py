@@ -1,7 +1,7 @@
 """The extension once more, its CUDA kernels compiled for the CPU: backend="cuda" then takes CPU tensors.
 
-`PYTHONPATH=tests python -m helpers.emulated` builds it, in build/emulated. Blocks have 64 threads there: two warps, so that
-every barrier matters, and no more fibers than that takes.
+`PYTHONPATH=tests python -m helpers.emulated` builds it, in build/emulated. Blocks have 64 threads there:
+two warps, so that every barrier matters, and no more fibers than that takes.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# PYTHONPATH of a process that imports the package, bench and these helpers, installed or not.
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 def run_python(code, cwd, **env):

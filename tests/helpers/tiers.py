@@ -1,0 +1,46 @@
+"""Two tiers of tests: `make test` runs in minutes what sees a break, `make test-full` everything.
+
+A test marked `full` is of the second tier alone; the mark's argument says what the test buys.
+"""
+
+import itertools
+
+import pytest
+from allpairspy import AllPairs
+
+TILES = ("whole", "pieces")  # what conftest.py's fixture `tiles` takes
+PRODUCT = pytest.mark.full("the rest of a product, whose covering array the first tier runs")
+
+
+def covering(indirect=(), **options):
+    """Parametrises by the product of these lists, of which the first tier runs a covering array.
+
+    Breaks mostly show for one value or for a pair of them: in a covering array each pair of values of two
+    options comes together at least once. Of two options that is their product. `indirect` names those that are
+    fixtures.
+    """
+    values = [list(option) for option in options.values()]
+    first_tier = {tuple(row) for row in AllPairs([range(len(option)) for option in values])}
+    cases = [
+        pytest.param(
+            *(option[i] for option, i in zip(values, at)),
+            marks=() if at in first_tier else PRODUCT,
+            id="-".join(identity(option[i]) for option, i in zip(values, at)),
+        )
+        for at in itertools.product(*(range(len(option)) for option in values))
+    ]
+    return pytest.mark.parametrize(tuple(options), cases, indirect=list(indirect))
+
+
+def identity(value):
+    if isinstance(value, dict):
+        return ",".join(f"{key}={x}" for key, x in value.items()) or "none"
+    return getattr(value, "__name__", str(value)).removeprefix("torch.")
+
+
+def check_reasons(items):
+    """Of tests that say nothing of why they are not in the first tier, and of marks that it does not know."""
+    for item in items:
+        for mark in item.iter_markers("full"):
+            if not (mark.args and isinstance(mark.args[0], str)):
+                raise pytest.UsageError(f"{item.nodeid}: expected full(reason), got full{mark.args}")
