@@ -16,8 +16,8 @@ def covering(indirect=(), **options):
     """Parametrises by the product of these lists, of which the first tier runs a covering array.
 
     Breaks mostly show for one value or for a pair of them: in a covering array each pair of values of two
-    options comes together at least once. Of two options that is their product. `indirect` names those that are
-    fixtures.
+    options comes together at least once. Of two options that is their product. `indirect` names the options
+    that are fixtures.
     """
     values = [list(option) for option in options.values()]
     first_tier = {tuple(row) for row in AllPairs([range(len(option)) for option in values])}
