@@ -97,15 +97,20 @@ def hash_of(text):
 
 
 # Parameters of tests that stand for every executor that can run here, and which they leave out.
-LEFT_OUT = {"backend": (), "fused_backend": ("reference",), "kernel_backend": ("reference", "cpu")}
+LEFT_OUT = {
+    "backend": (),
+    "fused_backend": ("reference",),
+    "kernel_backend": ("reference", "cpu"),
+    "checked_backend": (),
+}
+CHECKED = pytest.mark.full("checks are Python's or the C++ plan's: the first tier sees them by two executors")
 
 
 def pytest_generate_tests(metafunc):
-    """Without a GPU, Triton's and CUDA's kernels are slow; of them the quick tests are in their own files."""
     for name, left_out in LEFT_OUT.items():
         if name in metafunc.fixturenames:
             backends = [
-                pytest.param(b, marks=pytest.mark.slow) if INTERPRETED and b in ("triton", "cuda") else b
+                pytest.param(b, marks=CHECKED) if name == "checked_backend" and b in ("triton", "cuda") else b
                 for b in available_backends()
                 if b not in left_out
             ]
