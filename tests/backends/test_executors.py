@@ -7,6 +7,7 @@ import torch
 from helpers.right import (
     DTYPES,
     MODES,
+    MOMENTA,
     SPECS,
     as_large_as_may_be,
     check_step,
@@ -26,7 +27,6 @@ SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300,
 LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
 MATRICES = [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)]  # all but the first and third dim reduced
 TERMS = ("group_lasso", "exclusive_lasso", "l1")
-MOMENTA = [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)]
 NAN, INF = float("nan"), float("inf")
 
 

@@ -14,6 +14,7 @@ from cges_kernels.core.reference import Thresholds, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = ("sequential", "exact")
+MOMENTA = [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)]  # dampening, nesterov
 SPECS = ("feature", "filter", "channel", "tensor")
 INTERPRETED = not torch.cuda.is_available()  # Triton's kernels, then, on the CPU and slowly
 BAND = 16  # roundings of the compute dtype, relative to the larger of the two that are compared

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from helpers.right import MODES, SPECS, check_step, coefficients, fresh, inputs, one_step, training
+from helpers.right import DTYPES, MODES, SPECS, check_step, coefficients, fresh, inputs, one_step, training
+from helpers.tiers import covering
 
 from bench.memory import Case, peak_extra_memory
 from bench.timing import l2_bytes
@@ -30,9 +31,11 @@ def small_scratch():
 
 
 @pytest.mark.usefixtures("small_scratch", "poisoned_memory")
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("freeze_zeros", [None, "group", "element"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@covering(
+    dtype=DTYPES,
+    freeze_zeros=[None, "group", "element"],
+    prox_mode=MODES,
+)
 def test_z_in_scratch_in_part(dtype, freeze_zeros, prox_mode):
     """The rest of it is in w, or made anew in every sweep."""
     w, grad, buf = inputs(IN_PART, dtype)
@@ -43,11 +46,8 @@ def test_z_in_scratch_in_part(dtype, freeze_zeros, prox_mode):
         assert got[:, 1::2].any() == (freeze_zeros is None) and got[:, ::2].any()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", PAGES, ids=str)
+@covering(shape=PAGES, dtype=[torch.float32, torch.float64, torch.bfloat16], prox_mode=MODES)
 def test_rows_pages_apart(shape, dtype, prox_mode):
     rows, columns, *kernel = shape
     w, grad, buf = inputs((rows, columns * 4 // dtype.itemsize, *kernel), dtype)
@@ -103,11 +103,7 @@ def test_update_rules_of_rows_pages_apart(options):
     check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"), **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("penalty", [True, False])
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
-@pytest.mark.parametrize("shape", PAGES, ids=str)
+@covering(shape=PAGES, freeze_zeros=["group", "element"], prox_mode=MODES, penalty=[True, False])
 def test_frozen_rows_pages_apart(shape, freeze_zeros, prox_mode, penalty):
     w, grad, buf = inputs(shape, torch.float32)
     w[torch.rand(shape) < 0.3] = 0.0
@@ -143,9 +139,7 @@ def test_nan_and_inf_of_rows_pages_apart(poison, prox_mode):
         assert got[:, :11].isfinite().all() and got[:, 12:].isfinite().all()
 
 
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", CUTS, ids=str)
+@covering(shape=CUTS, group_by=SPECS, prox_mode=MODES)
 def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
     w, grad, buf = inputs(shape, torch.float32)
     results = []
@@ -177,26 +171,21 @@ def check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode, **more):
         assert torch.equal(got, first) and torch.equal(got_buf, first_buf)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", CUTS, ids=str)
+@covering(shape=CUTS, dtype=[torch.float32, torch.float64, torch.float16], prox_mode=MODES)
 def test_same_bits_wherever_the_tensor_begins(shape, dtype, prox_mode):
     check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode)
 
 
 @pytest.mark.usefixtures("small_scratch")
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("freeze_zeros", [None, "element"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@covering(
+    dtype=[torch.float32, torch.float64, torch.float16], freeze_zeros=[None, "element"], prox_mode=MODES
+)
 def test_same_bits_whatever_part_of_z_is_in_scratch(dtype, freeze_zeros, prox_mode):
     check_bits_wherever_the_tensor_begins(IN_PART, dtype, prox_mode, freeze_zeros=freeze_zeros)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("shape", [(4096, 1056), (20_000, 1024)], ids=str)
+@pytest.mark.full("the memory that a step takes, of tensors large enough to tell")
+@covering(shape=[(4096, 1056), (20_000, 1024)], prox_mode=MODES, dtype=["float32", "float64", "bfloat16"])
 def test_scratch_is_at_most_the_l2_a_thread(shape, prox_mode, dtype):
     if "cpu" not in BUILT or not l2_bytes() or not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("the CPU executor is not built, or nobody tells of the L2 and of memory")

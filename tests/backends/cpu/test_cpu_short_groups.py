@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.right import DTYPES, MODES, check_step, coefficients, fresh, inputs, one_step, training
+from helpers.tiers import covering
 
 from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT
@@ -23,9 +24,7 @@ RUNS_IN_COLUMNS = [((rows, 211, run), (0, 2)) for rows in range(2, 9) for run in
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@covering(layout=LAYOUTS, prox_mode=MODES, dtype=DTYPES)
 def test_all_sizes(layout, prox_mode, dtype):
     for n in SIZES:
         for groups in (1, 64, 333):  # a block and parts of one
@@ -63,10 +62,7 @@ def test_equal_magnitudes(b):
         torch.testing.assert_close(got, w / (1 + b * n), rtol=0, atol=2.5e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("freeze_zeros", ["group", "element"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@covering(layout=LAYOUTS, freeze_zeros=["group", "element"], prox_mode=MODES, dtype=DTYPES)
 def test_what_is_zero_stays_zero(layout, freeze_zeros, prox_mode, dtype):
     for n, left_out in itertools.product((2, 5, 16), [(), NORMS, (*NORMS, "l1")]):
         shape, dims = LAYOUTS[layout](n, 205)

@@ -13,6 +13,7 @@ import torch
 from helpers import emulated
 from helpers.emulated import limit_device
 from helpers.right import DTYPES, INTERPRETED, MODES, SPECS, check_step, coefficients, fresh, training
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD, prox, prox_
 from cges_kernels.backends import registry, unplanned
@@ -95,10 +96,7 @@ def test_each_shape_takes_the_path_that_its_size_says(device):
     assert paths(SHARED)[2] == 0 and paths(SHARED)[3] > 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("group_by", SPECS)
-@pytest.mark.parametrize("shape", [SHARED, TICKET, (3, 5000), (40, 3, 70)], ids=str)
+@covering(shape=[SHARED, TICKET, (3, 5000), (40, 3, 70)], group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
 @pytest.mark.usefixtures("little_memory", "poisoned_memory")
 @on_emulator
 def test_a_device_without_cooperative_launches(device, shape, group_by, prox_mode, dtype):

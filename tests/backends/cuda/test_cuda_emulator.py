@@ -90,7 +90,7 @@ def test_wrong_results_of_planted_faults(library, name):
     assert results == {-1}
 
 
-@pytest.mark.slow
+@pytest.mark.full("that ThreadSanitizer sees what is planted; its programs take minutes")
 @pytest.mark.parametrize("blocks_in_flight", [1, 4])
 @pytest.mark.parametrize("name", RACING)
 def test_thread_sanitizer_sees_missing_synchronisation(planted, name, blocks_in_flight):

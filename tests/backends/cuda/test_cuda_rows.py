@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import emulated
 from helpers.cuda import GENERAL, PENALTY, PLAIN, on_emulator, optimizer_of, parameter, path_of
-from helpers.right import DTYPES, INTERPRETED, MODES, check_step, coefficients, fresh, one_step
+from helpers.right import DTYPES, INTERPRETED, MODES, MOMENTA, check_step, coefficients, fresh, one_step
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD, prox
 from cges_kernels.backends.extension import BUILT
@@ -48,9 +49,7 @@ def rows(dtype):
 
 
 @on_emulator
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
+@covering(offset=[0, 1], options=[PLAIN, *GENERAL], dtype=DTYPES)
 def test_each_byte_is_read_once_and_written_once(device, options, dtype, offset):
     params = [parameter(shape, dtype, offset) for shape in rows(dtype)]
     assert set.union(*(path_of(p.shape, dtype=dtype) for p in params)) == {"rows"}
@@ -235,14 +234,11 @@ def test_every_length_of_short_rows(prox_mode, dtype):
         check_step(BACKEND, w, grad, buf, **options)
 
 
-@pytest.mark.parametrize("shape", [(9, 48), (7, 9), (300, 1), (77,)], ids=str)
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize(
-    ("momentum", "dampening", "nesterov"),
-    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)],
+@covering(
+    shape=[(9, 48), (7, 9), (300, 1), (77,)], rule=MOMENTA, weight_decay=[0.0, 0.1], maximize=[False, True]
 )
-def test_update_rules(shape, momentum, dampening, nesterov, weight_decay, maximize):
+def test_update_rules(shape, rule, weight_decay, maximize):
+    momentum, dampening, nesterov = rule
     w, grad, buf = (fresh(shape) for _ in range(3))
     options = dict(lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov)
     options |= dict(weight_decay=weight_decay, maximize=maximize, **coefficients(w, "filter"))
@@ -264,7 +260,9 @@ def test_a_plain_step_has_all_loads_under_way_before_it_writes(device):
 
 
 @on_emulator
-@pytest.mark.slow
+@pytest.mark.full(
+    "blocks as on a GPU: of several groups, of several warps each; builds the kernels once more"
+)
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("freeze_zeros", [None, "group"])
 def test_blocks_of_256_threads(monkeypatch, freeze_zeros, prox_mode):
@@ -281,9 +279,7 @@ def test_blocks_of_256_threads(monkeypatch, freeze_zeros, prox_mode):
 # Edges
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(9, 48), (7, 9), (300, 1), (77,)], ids=str)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@covering(momentum=[0.0, 0.9], shape=[(9, 48), (7, 9), (300, 1), (77,)], dtype=DTYPES)
 def test_without_coefficients_w_is_z_bit_for_bit(momentum, shape, dtype):
     w, zeros = fresh(shape, dtype), torch.zeros(shape, dtype=dtype)
     w.view(-1)[::3] = -0.0
@@ -330,10 +326,12 @@ def test_numbers_in_device_memory_take_no_plain_step(what):
     torch.testing.assert_close(*got, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("terms", ["group_lasso", "exclusive_lasso", "l1", "all"])
-@pytest.mark.parametrize("shape", [(9, 48), (7, 9), (300, 1), (2, 1024), (77,)], ids=str)
+@covering(
+    shape=[(9, 48), (7, 9), (300, 1), (2, 1024), (77,)],
+    terms=["group_lasso", "exclusive_lasso", "l1", "all"],
+    prox_mode=MODES,
+    poison=[float("nan"), float("inf"), -float("inf")],
+)
 def test_nan_and_inf_spread_as_in_the_reference(shape, terms, prox_mode, poison):
     """With a running momentum too: that is the plain path."""
     w, grad, buf = fresh(shape), fresh(shape), fresh(shape)

@@ -23,7 +23,7 @@ ALL_OF_IT += ["test_executors.py", "-k", f"cuda and not ({LEFT_OUT})"]
 SMALL_CASES = ["cuda/test_cuda.py", "-k", "one_small_step"]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full("what only a sanitizer sees: accesses beyond arrays, missing barriers and waits"),
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
     pytest.mark.xdist_group("sanitizers"),
 ]

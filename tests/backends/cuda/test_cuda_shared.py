@@ -21,6 +21,7 @@ from helpers.cuda import (
     path_of,
 )
 from helpers.right import DTYPES, INTERPRETED, MODES, check_step, fresh, one_step, training
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD
 from cges_kernels.backends.extension import BUILT
@@ -89,9 +90,7 @@ def test_each_byte_is_read_once_and_written_once(device, options, dtype):
 
 
 @on_emulator
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("freeze_zeros", [None, "group"])
+@covering(freeze_zeros=[None, "group"], prox_mode=MODES, dtype=DTYPES)
 def test_right_step_after_step(device, freeze_zeros, prox_mode, dtype):
     """The second step finds the counters as the first has left them."""
     device["multiprocessors"] = 8

@@ -20,6 +20,7 @@ from helpers.cuda import (
     path_of,
 )
 from helpers.right import DTYPES, MODES, check_step, coefficients, fresh, training
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD
 from cges_kernels.backends.extension import BUILT
@@ -73,9 +74,7 @@ def test_these_are_tiles():
 
 
 @on_emulator
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
+@covering(offset=[0, 1], options=[PLAIN, *GENERAL], dtype=DTYPES)
 def test_each_byte_is_read_once_and_written_once(device, options, dtype, offset):
     """But for buffers of frozen groups: that these are dead is known only when all of them has been read."""
     groups = model(dtype, offset)
@@ -247,9 +246,7 @@ def test_same_bits_beside_whoever_takes_the_general_path(neighbour, dtype):
 
 
 @on_emulator
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("kilobytes", [227, 163, 99], ids=lambda x: f"{x}KB")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@covering(dtype=[torch.float32, torch.float64, torch.bfloat16], kilobytes=[227, 163, 99], prox_mode=MODES)
 def test_less_shared_memory(device, dtype, kilobytes, prox_mode):
     """An H100's, an A100's and a consumer card's: tiles hold fewer rows, and the ring has fewer slots."""
     device["shared_memory_per_multiprocessor"] = (kilobytes + 1) << 10
@@ -260,7 +257,7 @@ def test_less_shared_memory(device, dtype, kilobytes, prox_mode):
 
 
 @on_emulator
-@pytest.mark.slow
+@pytest.mark.full("tiles and blocks of the size that a GPU has; builds the kernels once more")
 def test_how_large_tiles_are_on_a_gpu(monkeypatch):
     """Which rows of 128 bytes, and which groups in one run, a block holds."""
     monkeypatch.setitem(BUILT, "cuda", emulated.load(256))
@@ -273,7 +270,7 @@ def test_how_large_tiles_are_on_a_gpu(monkeypatch):
 
 
 @on_emulator
-@pytest.mark.slow
+@pytest.mark.full("tiles and blocks of the size that a GPU has; builds the kernels once more")
 def test_how_many_tiles_there_are_on_a_gpu(monkeypatch, device):
     """Columns of 256 bytes, 128 or 64; more of them in low tensors; several small matrices in one."""
     module = emulated.load(256)
@@ -297,7 +294,7 @@ def test_how_many_tiles_there_are_on_a_gpu(monkeypatch, device):
 
 
 @on_emulator
-@pytest.mark.slow
+@pytest.mark.full("tiles and blocks of the size that a GPU has; builds the kernels once more")
 @pytest.mark.parametrize("options", [PLAIN, GENERAL[1], FREEZES_GROUPS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_512_threads(monkeypatch, dtype, options):
@@ -340,9 +337,7 @@ def test_tensors_without_a_gradient_keep_their_bits_between_others():
             assert torch.equal(p, x) == (i in range(*skipped.indices(len(params)))), p.shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("offset", [0, 1])
+@covering(offset=[0, 1], momentum=[0.0, 0.9], dtype=DTYPES)
 def test_frozen_groups_stay_dead_and_forget_their_buffer(offset, momentum, dtype):
     for nan in (False, True):
         groups = [g for g in model(dtype, offset) if g["params"][0].dim() > 1]

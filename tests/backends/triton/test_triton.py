@@ -29,7 +29,6 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="for the interpre
 
 WHOLE, SPLIT = "whole_groups", "split_groups"
 MODES = ("sequential", "exact")
-MODES_SLOW = ("sequential", pytest.param("exact", marks=pytest.mark.slow))
 PENALTY = dict(group_lasso=0.2, exclusive_lasso=0.01, l1=0.05)
 MIXED = [(6, 5), (70, 5), (9,), (0, 3), (40, 20), (3, 90), (4, 3, 3, 3)]  # groups that fit SMALL, and longer
 
@@ -85,7 +84,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("prox_mode", MODES_SLOW)
+@pytest.mark.parametrize("prox_mode", MODES)
 def test_a_step_is_one_launch_per_dtype_and_path(launches, prox_mode):
     params = [
         *parameters(MIXED, torch.float32),
@@ -203,7 +202,7 @@ def changing_steps(prox_mode):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("prox_mode", MODES_SLOW)
+@pytest.mark.parametrize("prox_mode", MODES)
 def test_changed_hyperparameters_change_no_constant(launches, prox_mode):
     for _ in changing_steps(prox_mode):
         pass
@@ -267,7 +266,7 @@ def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("prox_mode", MODES_SLOW)
+@pytest.mark.parametrize("prox_mode", MODES)
 def test_buffers_replaced_by_a_checkpoint(prox_mode):
     params, others = (parameters([(70, 5), (6, 5)]) for _ in range(2))
     first, second = (optimizer_of(x, prox_mode=prox_mode, **PENALTY) for x in (params, others))
@@ -331,7 +330,6 @@ def test_a_graph_keeps_its_tables_when_a_gradient_moves(monkeypatch):
 # Bits
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     ("prox_mode", "dtype"), [("sequential", torch.bfloat16), ("exact", torch.float32)], ids=str
@@ -355,7 +353,6 @@ def test_bits_depend_neither_on_the_neighbours_nor_on_the_run(prox_mode, dtype):
         assert_same_bits([together[i]], [params[i]])
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_several_windows_give_the_same_bits_as_one(launches, monkeypatch, prox_mode):
@@ -378,7 +375,6 @@ def test_the_plan_in_python_gives_the_same_bits(monkeypatch):
     assert_same_bits(*results)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_everything_differs_in_one_optimizer():
     """Specs, modes, freezing, momentum and dtypes side by side give what each alone gives."""
@@ -456,7 +452,6 @@ def three_at_once(monkeypatch):
     return set_up
 
 
-@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
@@ -520,9 +515,7 @@ def test_offsets_beyond_32_bits_are_wide(monkeypatch, layout, wide):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(
-    "group_by", ["feature", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("filter", "channel"))]
-)
+@pytest.mark.parametrize("group_by", ["feature", "filter", "channel"])
 def test_wide_offsets_give_the_same_bits(monkeypatch, group_by):
     shapes = [(70, 12), (5, 7, 11), (6, 40)]
     expected = steps_of(parameters(shapes, torch.float32), group_by=group_by, **PENALTY)
@@ -593,7 +586,6 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
     assert torch.equal(w, torch.ones(4, 3, device="cpu"))
 
 
-@pytest.mark.slow
 def test_all_else_works_without_triton():
     run_python(
         "import sys, torch\n"

@@ -8,7 +8,10 @@ import sys
 import pytest
 from helpers.programs import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compile")]
+pytestmark = [
+    pytest.mark.full("every kernel compiled for every architecture, for minutes"),
+    pytest.mark.xdist_group("triton_compile"),
+]
 
 
 @pytest.fixture(scope="module")
