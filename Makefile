@@ -5,8 +5,10 @@ PYTHON ?= python3
 # The exact torch to build and test against; several requirements may be given,
 # for example: make TORCH="torch==2.11.0 triton==3.6.0 numpy==2.2.*" test
 TORCH  ?= torch==2.13.0
-# Extra arguments for demo, bench, accuracy, test and test-quick: make demo ARGS="--help"
+# Extra arguments for demo, bench, accuracy, mutants, test and test-full: make demo ARGS="--help"
 ARGS   ?=
+# Empty, tests do without a look at style and types first
+LINT   ?= lint
 # Where `make gpu` leaves results and logs, which of its stages it runs (all, if empty), and which backend it
 # smokes, sanitizes and measures (all, if empty; `make gpu-quick`: cuda)
 OUT     ?= bench/results
@@ -30,7 +32,7 @@ EXT_STAMP   := $(VENV)/.ext
 BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
+.PHONY: help install demo test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,11 +42,14 @@ install: $(EXT_STAMP)  ## set up .venv, the dependencies and the C++ extension
 demo: install  ## train the demo on real data
 	$(PY) -m cges_kernels.demo $(ARGS)
 
-test: install lint  ## lint, then every test
+test: install $(LINT)  ## lint, then the tests that see a break within minutes
+	$(PY) -m pytest $(PARALLEL) -m "not full" $(ARGS)
+
+test-full: install  ## every test: products of options, sanitizers, all architectures, whole flows
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-test-quick: install  ## the tests that are not marked slow
-	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+mutants: install  ## break the code line by line and see which tests notice; resumes where it was stopped
+	$(PY) tests/mutants/run.py $(ARGS)
 
 lint: $(DEPS_STAMP)  ## check style, formatting and types, change nothing
 	$(PY) -m ruff check .

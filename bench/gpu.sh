@@ -41,7 +41,7 @@ measure() {  # SECONDS MODULE ...
 run_stage() {
     case $1 in
         build) build 900 ;;
-        tests) limit 1200 "$PY" -m pytest -m "gpu or not slow" ${ARGS:-} ;;
+        tests) limit 1200 "$PY" -m pytest -m "gpu or not full" ${ARGS:-} ;;
         smoke) limit 300 "$PY" -m bench.smoke $ONLY ;;
         memcheck | racecheck | synccheck | initcheck) sanitize "$1" ;;
         bench) measure 590 bench.gpu $ONLY ;;
