@@ -1,5 +1,7 @@
 import pytest
 from helpers import emulated
+from helpers.cuda import LIMIT
+from helpers.right import INTERPRETED
 
 from cges_kernels.backends import registry
 from cges_kernels.backends.extension import BUILT
@@ -13,3 +15,10 @@ def device():
     yield found
     found.reset()
     registry._why_not_device.cache_clear()
+
+
+@pytest.fixture
+def little_memory():
+    emulated.limit_device(shared_bytes=LIMIT if INTERPRETED else 36_000, multiprocessors=4)
+    yield
+    emulated.limit_device()

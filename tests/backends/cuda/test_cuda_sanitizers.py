@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cuda_emulator.build import compiler, has_sanitizer, sanitizer_library
@@ -18,9 +19,9 @@ from helpers.programs import ROOT
 HERE = ROOT / "tests" / "backends"
 # slow, or the same accesses
 LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of or every_wait or step_after_step"
-ALL_OF_IT = [f"cuda/test_cuda{part}.py" for part in ("", "_rows", "_tiles", "_shared")]
-ALL_OF_IT += ["test_executors.py", "-k", f"cuda and not ({LEFT_OUT})"]
-SMALL_CASES = ["cuda/test_cuda.py", "-k", "one_small_step"]
+FILES = sorted(path for path in (HERE / "cuda").glob("test_cuda_*.py") if path != Path(__file__))
+ALL_OF_IT = [*FILES, "test_executors.py", "-k", f"cuda and not ({LEFT_OUT})"]
+SMALL_CASES = ["cuda/test_cuda_paths.py", "-k", "one_small_step"]
 
 pytestmark = [
     pytest.mark.full("what only a sanitizer sees: accesses beyond arrays, missing barriers and waits"),

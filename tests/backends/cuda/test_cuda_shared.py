@@ -5,15 +5,18 @@ That they are right, over all specs, modes and dtypes, is in test_executors.py, 
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from helpers import emulated
+from helpers import cuda, emulated
 from helpers.cuda import (
+    BACKEND,
     GENERAL,
     PENALTY,
     PLAIN,
-    give_grads,
+    give_grads_at,
+    needs_cuda,
     on_emulator,
     optimizer_of,
     parameter,
@@ -24,12 +27,8 @@ from helpers.right import DTYPES, INTERPRETED, MODES, check_step, fresh, one_ste
 from helpers.tiers import covering
 
 from cges_kernels import ProxSGD
-from cges_kernels.backends.extension import BUILT
 
-BACKEND = "cuda"
-pytestmark = pytest.mark.skipif(
-    "cuda" not in BUILT, reason="the extension is built without the CUDA executor"
-)
+pytestmark = needs_cuda
 # Columns of whole accesses, of odd lengths, fewer than a tile's; adjacent columns of one group; several
 # matrices; long rows; the whole tensor. With so little memory and 8 multiprocessors each is a panel of 2 to 8
 # parts.
@@ -42,25 +41,15 @@ PANELS = [
     ("filter", (3, 30_000)),
     ("tensor", (190, 147)),
 ]
-LIMIT = {"shared_bytes": 40_000 if INTERPRETED else 160_000, "multiprocessors": 8}
-
-
-@pytest.fixture
-def device():
-    found = emulated.Device(BUILT["cuda"].__file__)
-    yield found
-    found.reset()
+LIMITS = {"shared_bytes": 40_000 if INTERPRETED else 160_000, "multiprocessors": 8}
+model = partial(cuda.model, tiles=PANELS)
 
 
 @pytest.fixture(autouse=True)
 def little():
-    emulated.limit_device(**LIMIT)
+    emulated.limit_device(**LIMITS)
     yield
     emulated.limit_device()
-
-
-def model(dtype=torch.float32, panels=PANELS):
-    return [{"params": [parameter(shape, dtype)], "group_by": spec} for spec, shape in panels]
 
 
 @on_emulator
@@ -78,7 +67,7 @@ def test_each_byte_is_read_once_and_written_once(device, options, dtype):
     groups = model(dtype)
     optimizer = optimizer_of(groups, **options)
     for step in range(2):
-        give_grads(parameters_of(groups), dtype)
+        give_grads_at(parameters_of(groups), dtype)
         device["launches"] = 0
         accesses = device.accesses(optimizer.step)
         assert device["launches"] == 1
@@ -135,7 +124,7 @@ def test_every_wait_ends_with_as_few_blocks_as_there_may_be(device, multiprocess
     device["multiprocessors"] = multiprocessors
     device["shared_memory_per_multiprocessor"] = 90 << 10  # one block each
     shapes = [(rows, columns) for rows in (140, 260, 380, 900) for columns in (40, 200, 700)]
-    groups = model(panels=[("feature", shape) for shape in [*shapes, (30, 40), (64,)]])
+    groups = model(tiles=[("feature", shape) for shape in [*shapes, (30, 40), (64,)]])
     optimizer = optimizer_of(groups, **PLAIN)
     expected = [torch.nn.Parameter(p.detach().clone()) for p in parameters_of(groups)]
     reference = ProxSGD(expected, lr=0.1, backend="reference", **PENALTY, **PLAIN)
@@ -157,9 +146,9 @@ def test_plans_by_turns_and_gradients_that_come_and_go(device):
     pair = []
     for _ in range(2):
         torch.manual_seed(5)
-        pair.append(model(panels=PANELS[:4]))
+        pair.append(model(tiles=PANELS[:4]))
     alone, by_turns = (optimizer_of(groups, **PLAIN) for groups in pair)
-    other = model(panels=PANELS[1:5])
+    other = model(tiles=PANELS[1:5])
     beside = optimizer_of(other, prox_mode="exact", momentum=0.9)
     for step in range(5):
         grads = [fresh(p.shape) for p in parameters_of(pair[0])]
@@ -169,7 +158,7 @@ def test_plans_by_turns_and_gradients_that_come_and_go(device):
                 p.grad = None if grad is None else grad.clone()
             optimizer.step()
             if optimizer is by_turns:
-                give_grads(parameters_of(other))
+                give_grads_at(parameters_of(other))
                 beside.step()
     for p, q in zip(*map(parameters_of, pair)):
         assert torch.equal(p, q)
@@ -183,7 +172,7 @@ def test_a_step_that_overflows_leaves_the_counters_alone(device):
     optimizer = optimizer_of(groups, **PLAIN)
     for overflows in (0.0, 1.0, 0.0, 0.0):
         before = [p.detach().clone() for p in params]
-        give_grads(params)
+        give_grads_at(params)
         optimizer.found_inf = torch.tensor(overflows)
         optimizer.grad_scale = torch.tensor(2.0)
         optimizer.step()
@@ -200,7 +189,7 @@ def test_a_block_goes_on_while_it_waits(device):
     assert path_of(p.shape, "feature") == {"shared"}
     for options, rows in ((PLAIN, 4), (GENERAL[1], 0)):
         optimizer = optimizer_of([p], group_by="feature", **options)
-        give_grads([p])
+        give_grads_at([p])
         optimizer.step()
         accesses = device.accesses(optimizer.step)
         buf = optimizer.state[p]["momentum_buffer"]
