@@ -8,6 +8,8 @@ import itertools
 import pytest
 from allpairspy import AllPairs
 
+from cges_kernels import available_backends
+
 TILES = ("whole", "pieces")  # what conftest.py's fixture `tiles` takes
 PRODUCT = pytest.mark.full("the rest of a product, whose covering array the first tier runs")
 
@@ -30,6 +32,11 @@ def covering(indirect=(), **options):
         for at in itertools.product(*(range(len(option)) for option in values))
     ]
     return pytest.mark.parametrize(tuple(options), cases, indirect=list(indirect))
+
+
+def fused_backends():
+    """What a covering array takes for the executors that can run here, the reference apart."""
+    return [name for name in available_backends() if name != "reference"]
 
 
 def identity(value):
