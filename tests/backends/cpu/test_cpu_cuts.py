@@ -1,6 +1,7 @@
 """How the CPU executor cuts tensors into tiles: all ways are right, and bits tell of no thread or address."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ PAGES = [(511, 1024), (513, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
 PANELS = (2000, 160)  # three panels, whose rows are whole pairs of cache lines
 CUTS = [(500, 600), (17000, 33), (400, 90, 5, 5), PANELS, *PAGES]
 LINE_PAIR = 128
+LARGE = partial(pytest.param, marks=pytest.mark.full("tensors of millions of elements"))
 IN_PART = (420, 160)  # panels of 64 columns, whose z is larger than the fixture's limit, but not twice
 
 
@@ -64,7 +66,7 @@ def test_many_matrices_of_rows_pages_apart(view, prox_mode):
 
 
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("shape", [(140, 9000), (140, 40_000), (17_000, 600)], ids=str)
+@pytest.mark.parametrize("shape", [(140, 9000), LARGE((140, 40_000)), LARGE((17_000, 600))], ids=str)
 def test_rows_longer_than_a_piece_and_more_sums_than_are_kept(shape):
     w, grad, buf = inputs(shape, torch.float32)
     check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"))

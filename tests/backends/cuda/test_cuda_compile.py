@@ -131,6 +131,7 @@ def test_nothing_but_integers_is_atomic(instructions):
         assert not {x for x in atomics if ".F" in x}, (key, atomics)
 
 
+@pytest.mark.full("how many instructions an element takes, counted in SASS, which takes half a minute")
 @pytest.mark.parametrize("path", ["plain", "general"])
 def test_instructions_that_an_element_adds(tmp_path, path):
     """From threads with 16 elements to threads with 32 of them: what all threads do once is left out."""
@@ -158,6 +159,7 @@ def test_instructions_that_an_element_adds(tmp_path, path):
         assert 10 < added <= most, (dtype, added)
 
 
+@pytest.mark.full("how many instructions an element takes, counted in SASS, which takes half a minute")
 @pytest.mark.parametrize("path", ["plain", "general"])
 def test_instructions_that_an_element_takes_in_a_tile(path):
     """In the loops that write one tile back and take in the next, where all accesses are of 16 bytes."""

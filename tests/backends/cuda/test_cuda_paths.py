@@ -111,7 +111,7 @@ def test_one_launch_for_each_dtype_and_path(device, shapes, dtypes, expected):
 @on_emulator
 def test_many_param_groups_take_few_launches(device):
     """Some 90 rows of coefficients fit a launch."""
-    params = parameters([(3, 2)] * 400)
+    params = parameters([(3, 2)] * 400, torch.float32)
     groups = [{"params": [p], "l1": 1e-3 * i} for i, p in enumerate(params)]
     give_grads(params, 0)
     expected = copy.deepcopy(params)

@@ -22,7 +22,7 @@ from helpers.cuda import (
 )
 from helpers.emulated import limit_device
 from helpers.right import MODES, fresh
-from helpers.steps import give_grads, parameters
+from helpers.steps import give_grads, parameters, train
 
 from cges_kernels import ProxSGD, prox_
 from cges_kernels.backends import unplanned
@@ -50,16 +50,11 @@ def test_same_bits_in_every_order_of_blocks(device, dtype, prox_mode):
 def test_same_bits_whatever_the_neighbours(prox_mode):
     shapes = [TICKET, TILE, SHARED, (2, 3000), (31,)]
     together = trained(shapes, prox_mode=prox_mode)
-    generator = torch.Generator().manual_seed(7)
-    values = [fresh(shape, torch.float32, generator) for shape in shapes]
     for i in range(len(shapes)):
-        p = torch.nn.Parameter(values[i].clone())
-        optimizer = ProxSGD([p], lr=0.1, momentum=0.9, backend=BACKEND, prox_mode=prox_mode, **PENALTY)
-        for step in range(3):
-            generator = torch.Generator().manual_seed(100 + step)
-            p.grad = [fresh(shape, torch.float32, generator) for shape in shapes][i]
-            optimizer.step()
-        assert torch.equal(p, together[2 * i])
+        params = parameters(shapes, torch.float32)
+        alone = ProxSGD([params[i]], lr=0.1, momentum=0.9, backend=BACKEND, prox_mode=prox_mode, **PENALTY)
+        train(alone, params, range(3))
+        assert torch.equal(params[i], together[2 * i])
 
 
 @on_emulator

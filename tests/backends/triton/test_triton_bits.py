@@ -14,6 +14,7 @@ from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT
 
 split = pytest.importorskip("cges_kernels.backends.triton.split")
+tl = pytest.importorskip("triton.language")  # the interpreter looks for it here
 pytestmark = needs_triton
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
 
