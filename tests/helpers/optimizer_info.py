@@ -1,4 +1,4 @@
-"""ProxSGD as an OptimizerInfo: what torch's optimizer tests need to know of an optimizer."""
+"""ProxSGD as an OptimizerInfo: what torch's tests need to know of an optimizer; and their problem."""
 
 import copy
 from unittest import mock
@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.right import device_of
+from torch import nn
 from torch.optim import SGD
 
 from cges_kernels import ProxSGD
@@ -63,3 +64,29 @@ def make(backend, params, **options):
     everyone = [options, *(group for group in params if isinstance(group, dict))]
     unfused = any(o.get("foreach") or o.get("differentiable") or o.get("fused") is False for o in everyone)
     return ProxSGD(params, **options, backend="auto" if unfused else backend)
+
+
+class Problem:
+    """torch's usual one: the least squares of weight @ x + bias."""
+
+    def __init__(self, transposed=False):
+        weight = torch.randn(5, 10).t() if transposed else torch.randn(10, 5)
+        self.params = [nn.Parameter(weight), nn.Parameter(torch.randn(10))]
+        self.x = torch.randn(5)
+
+    def loss(self):
+        """Fresh gradients, and the loss."""
+        for p in self.params:
+            p.grad = None
+        loss = (self.params[0].mv(self.x) + self.params[1]).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    def twin(self):
+        """The same problem with copies of the parameters."""
+        other = copy.copy(self)
+        other.params = [nn.Parameter(p.detach().clone()) for p in self.params]
+        return other
+
+    def named(self, with_names):
+        return [(f"name{i}", p) for i, p in enumerate(self.params)] if with_names else self.params

@@ -1,5 +1,7 @@
 """Parameters, their gradients and some steps: the same numbers wherever they are asked for."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,18 @@ def copies(params):
     return [nn.Parameter(p.detach().clone()) for p in params]
 
 
+def two_groups(**second):
+    """Param groups of fresh parameters, and these parameters in one list."""
+    params = parameters()
+    return [{"params": params[:3]}, {"params": params[3:], "lr": 0.05, **second}], params
+
+
+def copy_values(to, source):
+    with torch.no_grad():
+        for p, q in zip(to, source):
+            p.copy_(q)
+
+
 def give_grads(params, step, *twins):
     """Random gradients that depend on the step and the place in the list alone; twins get the same."""
     for i, p in enumerate(params):
@@ -36,6 +50,13 @@ def train(optimizer, params, steps):
     for step in steps:
         give_grads(params, step)
         optimizer.step()
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def everything(optimizer):

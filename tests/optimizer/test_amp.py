@@ -5,7 +5,10 @@ import io
 
 import pytest
 import torch
-from helpers.right import device_of
+from helpers.refusals import snapshot
+from helpers.right import MODES, device_of
+from helpers.steps import assert_same_bits, copies, everything, parameters
+from helpers.tiers import covering, fused_backends
 from torch import nn
 
 from cges_kernels import ProxSGD
@@ -18,33 +21,11 @@ OPTIONS = dict(
 SHAPES = [(33, 7), (20,), (5, 3, 2, 2), ()]
 
 
-def parameters(dtype=torch.float32):
-    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
-
-
-def pair_of_optimizers(backend, dtype=torch.float32, **options):
-    params = parameters(dtype)
-    twins = [nn.Parameter(p.detach().clone()) for p in params]
+def pair_of_optimizers(backend, **options):
+    params = parameters(SHAPES, torch.float32)
+    twins = copies(params)
     made = [ProxSGD(x, backend=backend, fused=True, **OPTIONS, **options) for x in (params, twins)]
     return params, twins, *made
-
-
-def bits(optimizer):
-    """Everything that a step may change, state entries included."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = {i: dict(optimizer.state[p]) for i, p in enumerate(params) if p in optimizer.state}
-    return [p.detach().clone() for p in params], {
-        i: {k: v.clone() for k, v in x.items()} for i, x in kept.items()
-    }
-
-
-def assert_same(found, expected):
-    for p, q in zip(found[0], expected[0]):
-        assert torch.equal(p, q)
-    assert found[1].keys() == expected[1].keys()
-    for i, entry in expected[1].items():
-        assert found[1][i].keys() == entry.keys()
-        assert all(torch.equal(found[1][i][k], v) for k, v in entry.items())
 
 
 def backward(scaler, params, inputs):
@@ -53,7 +34,7 @@ def backward(scaler, params, inputs):
     (loss if scaler is None else scaler.scale(loss)).backward()
 
 
-@pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
+@pytest.mark.parametrize("prox_mode", MODES)
 def test_a_scaler_leaves_unscaling_to_the_step(fused_backend, prox_mode):
     params, twins, ours, plain = pair_of_optimizers(fused_backend, prox_mode=prox_mode)
     scaler = torch.amp.GradScaler(device_of(fused_backend), init_scale=SCALE)
@@ -66,7 +47,7 @@ def test_a_scaler_leaves_unscaling_to_the_step(fused_backend, prox_mode):
         scaled = [p.grad.clone() for p in params]
         scaler.step(ours)
         plain.step()
-        assert_same(bits(ours), bits(plain))
+        assert_same_bits(everything(ours), everything(plain))
         assert all(
             torch.equal(p.grad, g) for p, g in zip(params, scaled)
         )  # unscaled in the kernel, not in place
@@ -74,25 +55,26 @@ def test_a_scaler_leaves_unscaling_to_the_step(fused_backend, prox_mode):
     assert not hasattr(ours, "grad_scale") and any((p == 0).any() for p in params)
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-@pytest.mark.parametrize("first", [True, False])
-def test_a_step_that_overflows_changes_nothing(fused_backend, first, bad):
-    params, _, ours, _ = pair_of_optimizers(fused_backend)
-    scaler = torch.amp.GradScaler(device_of(fused_backend), init_scale=SCALE)
+@covering(
+    bad=[float("inf"), float("nan")], first=[True, False], executor=fused_backends(), indirect=["executor"]
+)
+def test_a_step_that_overflows_changes_nothing(executor, first, bad):
+    params, _, ours, _ = pair_of_optimizers(executor)
+    scaler = torch.amp.GradScaler(device_of(executor), init_scale=SCALE)
     if not first:
         backward(scaler, params, [torch.randn_like(p) for p in params])
         scaler.step(ours)
         scaler.update()
         ours.zero_grad()
-    before = bits(ours)
     inputs = [torch.randn_like(p) for p in params]
     inputs[1][3] = bad
     backward(scaler, params, inputs)
+    before = snapshot(ours)
     scaler.step(ours)
     scaler.update()
-    assert_same(bits(ours), before)
+    assert snapshot(ours) == before
     assert scaler.get_scale() == SCALE / 2
-    assert not first or not any(before[1].values())  # no momentum buffer, then, is there either
+    assert not first or not any(ours.state.values())  # no momentum buffer, then, is there either
 
 
 def test_after_an_overflow_steps_go_on_as_if_it_had_not_been(fused_backend):
@@ -110,13 +92,13 @@ def test_after_an_overflow_steps_go_on_as_if_it_had_not_been(fused_backend):
             plain.step()
         scaler.step(ours)
         scaler.update()
-    assert_same(bits(ours), bits(plain))
+    assert_same_bits(everything(ours), everything(plain))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_any_scale_divides(backend, shape):
     """A scale that is no power of two, set by hand, beside the reference on the quotient."""
-    params, scale = parameters(), torch.full(shape, 3.0, device=device_of(backend))
+    params, scale = parameters(SHAPES, torch.float32), torch.full(shape, 3.0, device=device_of(backend))
     expected, buffers = [p.detach().clone() for p in params], [None] * len(params)
     optimizer = ProxSGD(params, backend=backend, **OPTIONS)
     optimizer.grad_scale, optimizer.found_inf = scale, torch.zeros_like(scale)
@@ -162,8 +144,8 @@ def test_steps_do_not_follow_the_default_dtype(fused_backend):
 
 @pytest.mark.parametrize("fused", [True, None])
 def test_unscale_then_clip(fused_backend, fused):
-    params, twins = parameters(), None
-    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    params = parameters(SHAPES, torch.float32)
+    twins = copies(params)
     ours = ProxSGD(params, backend=fused_backend, fused=fused, **OPTIONS)
     plain = ProxSGD(twins, backend=fused_backend, **OPTIONS)
     scaler = torch.amp.GradScaler(device_of(fused_backend), init_scale=SCALE)
@@ -183,11 +165,11 @@ def test_unscale_then_clip(fused_backend, fused):
             backward(None, twins, inputs)
             nn.utils.clip_grad_norm_(twins, 0.5)
             plain.step()
-        assert_same(bits(ours), bits(plain))
+        assert_same_bits(everything(ours), everything(plain))
 
 
 def test_only_fused_true_says_that_it_unscales(fused_backend):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     flags = {
         fused: hasattr(ProxSGD(params, backend=backend, fused=fused), "_step_supports_amp_scaling")
         for fused, backend in ((True, fused_backend), (None, fused_backend), (False, "reference"))
@@ -215,12 +197,12 @@ def test_overflow_is_decided_on_the_gpu(fused_backend):
         for p in params:
             p.grad = torch.randn_like(p)
         ours.grad_scale, ours.found_inf = scale, torch.full((), overflow, device="cuda")
-        before = bits(ours)
+        before = snapshot(ours)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("default" if not before[1] else "error")
+        torch.cuda.set_sync_debug_mode("error" if ours.state else "default")
         try:
             ours.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         if overflow:
-            assert_same(bits(ours), before)
+            assert snapshot(ours) == before

@@ -4,69 +4,55 @@ import warnings
 
 import pytest
 import torch
-from helpers.right import device_of
-from torch import nn
+from helpers.right import MODES, device_of
+from helpers.steps import assert_same_bits, copies, give_grads, parameters
+from helpers.tiers import covering
 
-from cges_kernels import CoefficientWarmup, ProxSGD, optimizer
+from cges_kernels import CoefficientWarmup, ProxSGD, available_backends, optimizer
+from cges_kernels.backends.planner import IN_KERNELS
 
 SHAPES = [(33, 7), (20,), (5, 3, 2, 2)]
 # Powers of two and their like: products are exact in any order and precision.
 NUMBERS = dict(lr=0.125, group_lasso=0.75, exclusive_lasso=0.03125, l1=0.25)
 SGD = dict(momentum=0.5, weight_decay=0.25)
-MODES = ["sequential", "exact"]
-
-
-def parameters(dtype=torch.float32):
-    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
-
-
-def copies(params):
-    return [nn.Parameter(p.detach().clone()) for p in params]
 
 
 def as_tensors(numbers, device):
     return {k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in numbers.items()}
 
 
-def give_grads(*sets):
-    for same in zip(*sets):
-        grad = torch.randn_like(same[0])
-        for p in same:
-            p.grad = grad.clone()
-
-
-def assert_same(*sets):
-    assert all(torch.equal(p, q) for p, q in zip(*sets))
-
-
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tensors_are_the_numbers_that_they_hold(kernel_backend, prox_mode, dtype):
+@covering(
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    prox_mode=MODES,
+    executor=[name for name in IN_KERNELS if name in available_backends()],
+    indirect=["executor"],
+)
+def test_tensors_are_the_numbers_that_they_hold(executor, prox_mode, dtype):
     """All of them, and each one alone; changed in place between steps."""
-    every = as_tensors(NUMBERS, device_of(kernel_backend))
+    every = as_tensors(NUMBERS, device_of(executor))
     for chosen in (list(NUMBERS), *([key] for key in NUMBERS)):
-        params = parameters(dtype)
+        params = parameters(SHAPES, dtype)
         twins = copies(params)
         tensors = {key: every[key].clone() for key in chosen}
-        options = dict(SGD, backend=kernel_backend, prox_mode=prox_mode)
+        options = dict(SGD, backend=executor, prox_mode=prox_mode)
         ours = ProxSGD(params, **options, **{**NUMBERS, **tensors})
         plain = ProxSGD(twins, **options, **NUMBERS)
-        for factor in (1.0, 0.5, 0.0, 2.0):
+        for step, factor in enumerate((1.0, 0.5, 0.0, 2.0)):
             for key in chosen:
                 tensors[key].fill_(NUMBERS[key] * factor)
                 plain.param_groups[0][key] = NUMBERS[key] * factor
-            give_grads(params, twins)
+            give_grads(params, step, twins)
             ours.step()
             plain.step()
-            assert_same(params, twins)
+            assert_same_bits(params, twins)
         assert any((p == 0).any() for p in params)
 
 
 def test_no_step_waits_for_a_tensor(kernel_backend, monkeypatch):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     tensors = as_tensors(NUMBERS, device_of(kernel_backend))
     ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
-    give_grads(params)
+    give_grads(params, 0)
     ours.step()
 
     def refuse(*_):
@@ -79,58 +65,59 @@ def test_no_step_waits_for_a_tensor(kernel_backend, monkeypatch):
 
 
 def test_another_tensor_takes_the_place_of_one(kernel_backend):
-    params, twins = parameters(), None
+    params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     tensors = as_tensors(NUMBERS, device_of(kernel_backend))
     ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
     plain = ProxSGD(twins, **SGD, **NUMBERS, backend=kernel_backend)
-    for l1 in (torch.tensor(0.5, device=device_of(kernel_backend)), 0.125, torch.tensor([0.25])):
+    values = (torch.tensor(0.5, device=device_of(kernel_backend)), 0.125, torch.tensor([0.25]))
+    for step, l1 in enumerate(values):
         ours.param_groups[0]["l1"] = l1
         plain.param_groups[0]["l1"] = float(l1)
-        give_grads(params, twins)
+        give_grads(params, step, twins)
         ours.step()
         plain.step()
-        assert_same(params, twins)
+        assert_same_bits(params, twins)
 
 
 def test_tensors_that_kernels_cannot_read_are_read_by_the_host(fused_backend):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     tensors = {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in NUMBERS.items()}
     ours = ProxSGD(params, **SGD, **tensors, backend=fused_backend)
     plain = ProxSGD(twins, **SGD, **NUMBERS, backend=fused_backend)
-    for _ in range(2):
-        give_grads(params, twins)
+    for step in range(2):
+        give_grads(params, step, twins)
         ours.step()
         plain.step()
-        assert_same(params, twins)
+        assert_same_bits(params, twins)
         tensors["l1"].mul_(2)
         plain.param_groups[0]["l1"] *= 2
 
 
 @pytest.mark.parametrize("key", ["momentum", "dampening", "weight_decay"])
 def test_other_tensors_are_read_by_the_host(fused_backend, key):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     value = torch.tensor(0.25, device=device_of(fused_backend))
     ours = ProxSGD(params, backend=fused_backend, **{**SGD, **NUMBERS, key: value})
     plain = ProxSGD(twins, backend=fused_backend, **{**SGD, **NUMBERS, key: 0.25})
-    for _ in range(3):
-        give_grads(params, twins)
+    for step in range(3):
+        give_grads(params, step, twins)
         ours.step()
         plain.step()
-        assert_same(params, twins)
+        assert_same_bits(params, twins)
         value.mul_(0.5)
         plain.param_groups[0][key] *= 0.5
 
 
 def test_schedulers_change_tensors_in_place(kernel_backend):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     tensors = as_tensors(NUMBERS, device_of(kernel_backend))
     ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
     warmup = CoefficientWarmup(ours, steps=4)
     schedule = torch.optim.lr_scheduler.StepLR(ours, 1, gamma=0.5)
-    give_grads(params)
+    give_grads(params, 0)
     for i in range(1, 4):
         ours.step()
         warmup.step()
@@ -143,9 +130,9 @@ class Capture:
     """A step that believes that it goes into a graph, and what is refused before it does anything."""
 
     def __init__(self, kernel_backend, monkeypatch, **options):
-        self.params = parameters()
+        self.params = parameters(SHAPES, torch.float32)
         self.optimizer = ProxSGD(self.params, backend=kernel_backend, **{**SGD, **NUMBERS, **options})
-        give_grads(self.params)
+        give_grads(self.params, 0)
         self.monkeypatch = monkeypatch
 
     def fails_with(self, text):
@@ -154,7 +141,7 @@ class Capture:
         self.monkeypatch.setattr(optimizer, "_capture_health_check", lambda _: None)
         with pytest.raises(RuntimeError, match=text):
             self.optimizer.step()
-        assert_same(self.params, before)
+        assert_same_bits(self.params, before)
 
 
 def test_the_first_step_is_not_for_a_graph(kernel_backend, monkeypatch):
@@ -224,13 +211,13 @@ def test_executors_that_need_the_host_are_in_no_graph(executor, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_replays_follow_tensors(kernel_backend, prox_mode):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     tensors = as_tensors(NUMBERS, "cuda")
     options = dict(SGD, backend=kernel_backend, prox_mode=prox_mode)
     ours = ProxSGD(params, capturable=True, **options, **tensors)
     plain = ProxSGD(twins, **options, **NUMBERS)
-    give_grads(params, twins)
+    give_grads(params, 0, twins)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions of torch say that this step is in no graph
         ours.step()
@@ -245,13 +232,13 @@ def test_replays_follow_tensors(kernel_backend, prox_mode):
             plain.param_groups[0][key] = value * factor
         graph.replay()
         plain.step()
-        assert_same(params, twins)
+        assert_same_bits(params, twins)
 
 
 @pytest.mark.gpu
 def test_a_graph_of_a_whole_iteration(kernel_backend):
     """Gradients are new in the graph, and plain steps with gradients elsewhere come between replays."""
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     ours = ProxSGD(params, backend=kernel_backend, capturable=True, **SGD, **NUMBERS)
     plain = ProxSGD(twins, backend=kernel_backend, **SGD, **NUMBERS)
@@ -273,23 +260,23 @@ def test_a_graph_of_a_whole_iteration(kernel_backend):
         graph.replay()
         iterate(plain, twins)
         plain.zero_grad()
-        assert_same(params, twins)
+        assert_same_bits(params, twins)
         for p, q in zip(params, twins):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         ours.step()
         plain.step()
         plain.zero_grad()
-        assert_same(params, twins)
+        assert_same_bits(params, twins)
         for p, grad in zip(params, in_graph):
             p.grad = grad.zero_()
 
 
 @pytest.mark.gpu
 def test_torch_refuses_a_capture_without_capturable(kernel_backend):
-    params = parameters()
+    params = parameters(SHAPES, torch.float32)
     ours = ProxSGD(params, backend=kernel_backend, **SGD, **NUMBERS)
-    give_grads(params)
+    give_grads(params, 0)
     ours.step()
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):

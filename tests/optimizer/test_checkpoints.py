@@ -1,13 +1,14 @@
-"""Checkpoints over dtypes and devices, and torch.distributed.checkpoint; test_state.py has plain files."""
+"""Checkpoints of other dtypes and devices, and torch.distributed.checkpoint."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.refusals import rejected
-from helpers.steps import assert_same_bits, everything, give_grads, parameters, train
+from helpers.right import DTYPES
+from helpers.steps import PENALTY, assert_same_bits, everything, give_grads, parameters, through_a_file, train
+from helpers.tiers import covering
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -17,11 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import SGD
 
-from cges_kernels import ProxSGD, cges_param_groups
+from cges_kernels import ProxSGD, available_backends, cges_param_groups
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(6, 5), (4, 3, 3, 3), (9,), ()]
-PENALTY = dict(group_lasso=0.02, exclusive_lasso=0.001, l1=0.01)
 
 
 def buffers(optimizer):
@@ -31,15 +30,14 @@ def buffers(optimizer):
 # Other dtypes, devices and shapes
 
 
-@pytest.mark.parametrize("saved", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_file_of_another_dtype_loads_as_in_torch(backend, saved, dtype):
+@covering(saved=DTYPES, dtype=DTYPES, executor=available_backends(), indirect=["executor"])
+def test_a_file_of_another_dtype_loads_as_in_torch(executor, saved, dtype):
     """The buffers take their parameter's dtype, once, by one rounding; and training goes on from them."""
     first = parameters(SHAPES, saved)
     sgd = SGD(first, lr=0.125, momentum=0.875)
     train(sgd, first, range(2))
     loaded = []
-    for make in (SGD, lambda ps, **kw: ProxSGD(ps, **kw, backend=backend)):
+    for make in (SGD, lambda ps, **kw: ProxSGD(ps, **kw, backend=executor)):
         params = parameters(SHAPES, dtype)
         optimizer = make(params, lr=0.1, momentum=0.9)
         optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
@@ -51,16 +49,13 @@ def test_a_file_of_another_dtype_loads_as_in_torch(backend, saved, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_saving_and_copying_leave_the_buffers_their_dtype(backend, dtype):
+def test_saving_and_copying_leave_the_buffers_their_dtype(fastest_backend, dtype):
     params = parameters(SHAPES, dtype)
-    optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=backend)
+    optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=fastest_backend)
     train(optimizer, params, range(2))
     for p in params:
         p.data = p.data.to(torch.float32)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    held = torch.load(file, weights_only=True)["state"].values()
+    held = through_a_file(optimizer.state_dict())["state"].values()
     assert {state["momentum_buffer"].dtype for state in held} == {dtype}
     assert {buf.dtype for buf in buffers(copy.deepcopy(optimizer))} == {dtype}
 
@@ -72,10 +67,7 @@ def test_a_file_moves_between_devices(there, here):
     params, others = ([nn.Parameter(p.to(device)) for p in parameters(SHAPES)] for device in (there, here))
     optimizer, moved = (ProxSGD(ps, lr=0.1, momentum=0.9, **PENALTY) for ps in (params, others))
     train(optimizer, params, range(2))
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    moved.load_state_dict(torch.load(file, weights_only=True))
+    moved.load_state_dict(through_a_file(optimizer.state_dict()))
     assert {buf.device.type for buf in buffers(moved)} == {here}
     for p, q in zip(params, others):
         q.data.copy_(p)
@@ -94,8 +86,8 @@ def half_way(backend):
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (30,), (6, 5, 1), (6, 4), ()], ids=str)
-def test_a_file_of_another_shape_is_refused_before_anything_changes(backend, shape):
-    optimizer, state = half_way(backend)
+def test_a_file_of_another_shape_is_refused_before_anything_changes(fastest_backend, shape):
+    optimizer, state = half_way(fastest_backend)
     state["param_groups"][0]["lr"] = 0.5
     state["state"][0]["momentum_buffer"] = torch.randn(shape)
     words = (r"params'\]\[0\]", "momentum_buffer", r"expected.*shape \(6, 5\)")
@@ -104,8 +96,8 @@ def test_a_file_of_another_shape_is_refused_before_anything_changes(backend, sha
     optimizer.step()
 
 
-def test_a_file_without_values_is_refused_before_anything_changes(backend):
-    optimizer, state = half_way(backend)
+def test_a_file_without_values_is_refused_before_anything_changes(checked_backend):
+    optimizer, state = half_way(checked_backend)
     state["param_groups"][0]["lr"] = 0.5
     state["state"][3]["momentum_buffer"] = torch.empty((), device="meta")
     with rejected(optimizer, NotImplementedError, "meta tensor"):
@@ -147,14 +139,14 @@ FIRST_STEP = [
 
 
 @pytest.mark.parametrize("options", FIRST_STEP, ids=str)
-def test_the_step_that_makes_the_buffers_changes_no_parameter(backend, options):
+def test_the_step_that_makes_the_buffers_changes_no_parameter(checked_backend, options):
     """Not a bit, with penalties and zeros in place; and the buffers are those that torch.optim.SGD gets."""
     model = network()
     with torch.no_grad():
         model[4].weight[:, ::3] = 0
         model[0].weight[1] = 0
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = sparse_sgd(model, backend, **options)
+    optimizer = sparse_sgd(model, checked_backend, **options)
     state = get_optimizer_state_dict(model, optimizer)
     assert_same_bits(before, list(model.parameters()))
     assert all(p.grad is None for p in model.parameters())
@@ -180,10 +172,10 @@ WAYS = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_distributed_checkpoint_restores_everything(backend, way, tmp_path):
+def test_a_distributed_checkpoint_restores_everything(checked_backend, way, tmp_path):
     """Also into an optimizer built with other coefficients; what was saved wins, as in load_state_dict."""
     model, resumed = network(), network()
-    optimizer, other = sparse_sgd(model, backend), sparse_sgd(resumed, backend, lam=0.7)
+    optimizer, other = sparse_sgd(model, checked_backend), sparse_sgd(resumed, checked_backend, lam=0.7)
     fit(model, optimizer, range(3))
     state = {
         "model": model.state_dict(),
@@ -209,14 +201,14 @@ def test_a_distributed_checkpoint_restores_everything(backend, way, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
-def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(backend, tmp_path):
+def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(checked_backend, tmp_path):
     """It lacks the penalties' keys, which a partial load leaves as they were constructed."""
     model, resumed = network(), network()
     sgd = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     fit(model, sgd, range(3))
     dcp.save({"optimizer": get_optimizer_state_dict(model, sgd)}, checkpoint_id=tmp_path)
     resumed.load_state_dict(model.state_dict())
-    optimizer = ProxSGD(resumed.parameters(), lr=7.0, momentum=0.9, l1=0.5, backend=backend)
+    optimizer = ProxSGD(resumed.parameters(), lr=7.0, momentum=0.9, l1=0.5, backend=checked_backend)
     state = {"optimizer": get_optimizer_state_dict(resumed, optimizer)}
     dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
     set_optimizer_state_dict(resumed, optimizer, state["optimizer"])

@@ -1,22 +1,19 @@
-"""torch.compile(optimizer.step), and the operators of torch.library that it sees."""
+"""torch.compile(optimizer.step); test_operators.py has what it becomes."""
 
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers.right import device_of
+from helpers.right import MODES
+from helpers.steps import assert_same_bits, copies, everything, give_grads, parameters
+from helpers.tiers import covering
 from torch import nn
 
-from cges_kernels import ProxSGD, penalty, prox, prox_
-from cges_kernels.backends.operators import NUMBERS, OPTIONS
-from cges_kernels.backends.planner import SCALARS
+from cges_kernels import ProxSGD, available_backends
 
 SHAPES = [(9, 7), (20,), (5, 3, 2, 2)]
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
 PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.05, l1=0.1)
-pytestmark = [
-    pytest.mark.slow,  # Dynamo takes seconds for each
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # its own, on profiler records
-]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, on profiler records
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +23,8 @@ def nothing_compiled_before():
 
 def pair_of_optimizers(backend, **options):
     """Two param groups of different specs, twice."""
-    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    params = parameters(SHAPES, torch.float32)
+    twins = copies(params)
 
     def made(x):
         groups = [{"params": x[:2]}, {"params": x[2:], "group_by": (1, 2), "view": (5, 6, 2)}]
@@ -36,54 +33,51 @@ def pair_of_optimizers(backend, **options):
     return params, twins, made(params), made(twins)
 
 
-def give_grads(params, twins):
-    for p, q in zip(params, twins):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
+def assert_same(ours, plain):
+    """Parameters and state, to the bit."""
+    assert_same_bits(everything(ours), everything(plain))
+    held = [
+        [optimizer.state[p].keys() for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in (ours, plain)
+    ]
+    assert held[0] == held[1]
 
 
-def assert_same(params, twins, ours=None, plain=None):
-    assert all(torch.equal(p, q) for p, q in zip(params, twins))
-    if ours is not None:
-        for p, q in zip(params, twins):
-            assert ours.state[p].keys() == plain.state[q].keys()
-            assert all(torch.equal(x, plain.state[q][k]) for k, x in ours.state[p].items())
-
-
-@pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_compiled_step_has_the_bits_of_a_plain_one(backend, prox_mode, momentum):
+@covering(prox_mode=MODES, momentum=[0.0, 0.9], executor=available_backends(), indirect=["executor"])
+def test_a_compiled_step_has_the_bits_of_a_plain_one(executor, prox_mode, momentum):
     options = dict(prox_mode=prox_mode, momentum=momentum, freeze_zeros="group", nesterov=momentum > 0)
-    params, twins, ours, plain = pair_of_optimizers(backend, **options)
+    params, twins, ours, plain = pair_of_optimizers(executor, **options)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
-    for _ in range(4):
-        give_grads(params, twins)
+    for i in range(4):
+        give_grads(params, i, twins)
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
     assert any((p == 0).any() for p in params)
 
 
 def test_inductor_compiles_it():
     params, twins, ours, plain = pair_of_optimizers("auto")
     step = torch.compile(ours.step, fullgraph=True)
-    for _ in range(3):
-        give_grads(params, twins)
+    for i in range(3):
+        give_grads(params, i, twins)
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
 
 
-def test_new_values_in_tensors_compile_nothing(backend):
+def test_new_values_in_tensors_compile_nothing(checked_backend):
     tensors = {k: torch.tensor(v) for k, v in {"lr": 0.125, **PENALTY}.items()}
-    params, twins, ours, plain = pair_of_optimizers(backend, **{k: v.clone() for k, v in tensors.items()})
+    params, twins, ours, plain = pair_of_optimizers(
+        checked_backend, **{k: v.clone() for k, v in tensors.items()}
+    )
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = torch.compile(ours.step, fullgraph=True, backend=count)
     for i in range(5):
-        give_grads(params, twins)
+        give_grads(params, i, twins)
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
         if i == 1:  # the first step begins momentum, the second goes on with it
             compiled = count.frame_count
         for group, other in zip(ours.param_groups, plain.param_groups):
@@ -93,154 +87,85 @@ def test_new_values_in_tensors_compile_nothing(backend):
     assert count.frame_count == compiled == 2
 
 
-def test_a_new_number_is_seen(backend):
-    params, twins, ours, plain = pair_of_optimizers(backend)
+def test_a_new_number_is_seen(checked_backend):
+    params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
-    for lr, mode in ((0.1, "sequential"), (0.1, "exact"), (0.05, "exact")):
+    numbers = ((0.1, "sequential"), (0.1, "exact"), (0.05, "exact"))
+    for i, (lr, mode) in enumerate(numbers):
         for optimizer in (ours, plain):
             for group in optimizer.param_groups:
                 group.update(lr=lr, prox_mode=mode)
-        give_grads(params, twins)
+        give_grads(params, i, twins)
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
 
 
-def test_compiled_and_plain_steps_may_alternate(backend):
-    params, twins, ours, plain = pair_of_optimizers(backend)
+def test_compiled_and_plain_steps_may_alternate(checked_backend):
+    params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     for i in range(4):
-        give_grads(params, twins)
+        give_grads(params, i, twins)
         ours.step() if i % 2 else step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
 
 
-def test_a_parameter_without_gradient_is_left_alone(backend):
-    params, twins, ours, plain = pair_of_optimizers(backend)
+def test_a_parameter_without_gradient_is_left_alone(checked_backend):
+    params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
-    for missing in (1, 2, None):
-        give_grads(params, twins)
+    for i, missing in enumerate((1, 2, None)):
+        give_grads(params, i, twins)
         if missing is not None:
             params[missing].grad = twins[missing].grad = None
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
 
 
-def test_gradients_and_buffers_of_another_memory_order(backend):
-    params, twins, ours, plain = pair_of_optimizers(backend)
+def test_gradients_and_buffers_of_another_memory_order(checked_backend):
+    params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     for i in range(3):
-        give_grads(params, twins)
+        give_grads(params, i, twins)
         if i == 1:
             buf = ours.state[params[0]]["momentum_buffer"]
             ours.state[params[0]]["momentum_buffer"] = buf.t().contiguous().t()
             params[0].grad = params[0].grad.t().contiguous().t()
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
 
 
-def test_bad_hyperparameters_are_refused(backend):
-    params, twins, ours, _ = pair_of_optimizers(backend)
-    give_grads(params, twins)
+def test_bad_hyperparameters_are_refused(checked_backend):
+    params, twins, ours, _ = pair_of_optimizers(checked_backend)
+    give_grads(params, 0, twins)
     before = [p.detach().clone() for p in params]
     ours.param_groups[1]["l1"] = -1.0
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="l1: expected a finite number >= 0, got -1"):
         step()
-    assert_same(params, before)
+    assert_same_bits(params, before)
 
 
 def test_a_first_step_that_may_overflow_is_refused():
     params, twins, ours, _ = pair_of_optimizers("auto", fused=True)
-    give_grads(params, twins)
+    give_grads(params, 0, twins)
     ours.grad_scale, ours.found_inf = torch.ones(()), torch.ones(())
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="take one step before"):
         step()
 
 
-def sample_step(backend, momentum=0.9, sources=True):
-    """Arguments of the operator: two param groups, of which the second has no momentum."""
-    device = device_of(backend)
-    params = [torch.randn(shape, device=device) for shape in SHAPES]
-    numbers = [dict.fromkeys(NUMBERS, 0.0) | SGD | PENALTY | dict(momentum=m) for m in (momentum, 0.0)]
-    given = [torch.tensor(x[k], device=device) if sources else None for x in numbers for k in SCALARS]
-    options = {
-        "backend": backend,
-        "fused": "",
-        "group_by": "feature",
-        "view": "",
-        "prox_mode": "exact",
-        "freeze_zeros": "",
-    }
-    return (
-        params,
-        [torch.randn_like(p) for p in params],
-        [torch.randn_like(p) for p in params[:2]] if momentum else [],
-        [False, False] if momentum else [],
-        [0, 0, 1],
-        [float(x[k]) for x in numbers for k in NUMBERS],
-        given,
-        [options[k] for k in OPTIONS] * 2,
-    )
-
-
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_opcheck_of_the_step(backend, momentum):
-    torch.library.opcheck(torch.ops.cges_kernels.step_.default, sample_step(backend, momentum))
-    scaler = {"grad_scale": torch.full((1,), 8.0), "found_inf": torch.zeros(1)}
-    args = sample_step(backend, momentum, sources=False)
-    torch.library.opcheck(torch.ops.cges_kernels.step_.default, args, scaler)
-
-
-def test_opcheck_of_the_proximal_map(backend):
-    tensors = [torch.randn(shape) for shape in SHAPES]
-    args = (tensors, 0.3, 0.05, 0.1, "feature", None, "exact", backend)
-    torch.library.opcheck(torch.ops.cges_kernels.prox_.default, args)
-
-
-def test_the_proximal_map_compiles(backend):
-    w = torch.randn(9, 7)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(w):
-        shrunk = prox(w * 2, **PENALTY, backend=backend)
-        prox_([shrunk], l1=0.05, backend=backend)
-        return shrunk + 1
-
-    expected = prox(w * 2, **PENALTY, backend=backend)
-    prox_([expected], l1=0.05, backend=backend)
-    assert torch.equal(f(w), expected + 1) and (expected == 0).any()
-
-
-def test_the_penalty_compiles():
-    w = torch.randn(9, 7, requires_grad=True)
-    gradients = []
-    for f in (penalty, torch.compile(penalty, fullgraph=True, backend="aot_eager")):
-        gradients += torch.autograd.grad(f(w, **PENALTY), w)
-    torch.testing.assert_close(*gradients)
-
-
 @pytest.mark.parametrize("compiled", [False, True])
-def test_backward_through_a_stepped_parameter_raises(backend, compiled):
+def test_backward_through_a_stepped_parameter_raises(checked_backend, compiled):
     """As with torch's optimizers: autograd has saved a value that is no more."""
-    params, twins, ours, _ = pair_of_optimizers(backend)
-    give_grads(params, twins)
+    params, twins, ours, _ = pair_of_optimizers(checked_backend)
+    give_grads(params, 0, twins)
     loss = sum((p**2).sum() for p in params)
     (torch.compile(ours.step, fullgraph=True, backend="aot_eager") if compiled else ours.step)()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_the_operator_itself_moves_versions_on(backend):
-    args = sample_step(backend)
-    written = [*args[0], *args[2]]
-    before = [x._version for x in written]
-    torch.ops.cges_kernels.step_(*args)
-    assert all(x._version > version for x, version in zip(written, before))
 
 
 @pytest.mark.parametrize(
@@ -252,21 +177,21 @@ def test_the_operator_itself_moves_versions_on(backend):
     ],
     ids=["another_shape", "another_dtype", "memory_of_the_parameter"],
 )
-def test_a_bad_momentum_buffer_is_refused_before_anything_is_written(backend, bad):
-    params, twins, ours, _ = pair_of_optimizers(backend)
-    give_grads(params, twins)
+def test_a_bad_momentum_buffer_is_refused_before_anything_is_written(checked_backend, bad):
+    params, twins, ours, _ = pair_of_optimizers(checked_backend)
+    give_grads(params, 0, twins)
     ours.step()
     before = [p.detach().clone() for p in params]
     entry = ours.state[params[0]]
     entry["momentum_buffer"] = bad(params, [entry["momentum_buffer"]])
     with pytest.raises(Exception, match=r"expected a momentum_buffer|expected each tensor once"):
         torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
-    assert_same(params, before)
+    assert_same_bits(params, before)
 
 
 def test_a_differentiable_step_is_not_compiled():
     params, twins, ours, _ = pair_of_optimizers("auto", differentiable=True)
-    give_grads(params, twins)
+    give_grads(params, 0, twins)
     with pytest.raises(Exception, match="differentiable=False in a step"):
         torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
 
@@ -275,17 +200,9 @@ def test_a_differentiable_step_is_not_compiled():
 def test_tensors_that_no_kernel_reads_are_not_compiled(key):
     """They would have to be numbers in the graph."""
     params, twins, ours, _ = pair_of_optimizers("auto", **{key: torch.tensor(0.5)})
-    give_grads(params, twins)
+    give_grads(params, 0, twins)
     with pytest.raises(Exception, match=f"expected a number as {key}, got a tensor"):
         torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
-
-
-def test_the_exact_proximal_map_compiles_with_gradients():
-    w = torch.randn(9, 7, requires_grad=True)
-    options = dict(PENALTY, prox_mode="exact")
-    compiled = torch.compile(prox, fullgraph=True, backend="aot_eager")
-    gradients = [torch.autograd.grad(f(w, **options).square().sum(), w)[0] for f in (prox, compiled)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_param_groups_without_gradients_do_not_share_tables(fused_backend):
@@ -306,19 +223,19 @@ def test_cudagraphs_of_inductor_leave_the_step_outside(kernel_backend):
     """A graph's replays would come back to tables that the operator does not keep."""
     params, twins, ours, plain = pair_of_optimizers(kernel_backend)
     step = torch.compile(ours.step, fullgraph=True, mode="reduce-overhead")
-    for _ in range(5):
-        give_grads(params, twins)
+    for i in range(5):
+        give_grads(params, i, twins)
         step()
         plain.step()
-        assert_same(params, twins, ours, plain)
+        assert_same(ours, plain)
 
 
 @pytest.mark.gpu
 def test_a_compiled_step_is_not_captured(kernel_backend):
     params, twins, ours, _ = pair_of_optimizers(kernel_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        give_grads(params, twins)
+    for i in range(2):
+        give_grads(params, i, twins)
         step()
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match=r"expected optimizer\.step itself in a graph"):

@@ -7,6 +7,7 @@ dampening d the claim is the optimum of f + (1-mu)/(1-d) * Omega, with weight de
 import numpy as np
 import pytest
 import torch
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD, available_backends
 
@@ -21,13 +22,10 @@ RULES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True)
+def one_thread(threads):
     """There is nothing here for a second one to do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +100,7 @@ def optimum(problem, scale, group_by, weight_decay=0.0, group_lasso=0.0, exclusi
     return W.value
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("group_by", ["feature", "filter"])
-@pytest.mark.parametrize("executor", EXECUTORS)
+@covering(rule=RULES, group_by=["feature", "filter"], executor=EXECUTORS)
 def test_exact_mode_ends_at_the_optimum_of_the_scaled_objective(problem, executor, group_by, rule):
     scale = scale_of_omega(**rule)
     omega = {name: value / scale for name, value in OMEGA.items()}  # so that each ends equally sparse

@@ -2,8 +2,9 @@
 
 torch's wheel holds what its test/test_optim.py needs to know of an optimizer, an OptimizerInfo: constructor
 inputs, schedulers, faulty inputs, what it supports. optimizer_info.py makes ProxSGD's of SGD's; here are the
-questions that test_optim.py asks. Steps that may be fused are `fused_backend`'s; those of foreach=True,
-differentiable=True and fused=False are the reference's.
+questions that test_optim.py asks of steps, in test_torch_suite_state.py those of what is kept between them.
+Steps that may be fused are `quick_backend`'s; those of foreach=True, differentiable=True and fused=False are
+the reference's.
 
 Not asked, and why:
 
@@ -13,7 +14,7 @@ Not asked, and why:
 - parameters with gaps (the slices in test_forloop_goes_right_direction): refused, as they have no layout of
   groups, which is tested; transposed ones take their place.
 - test_defaults_changed_to_foreach, test_peak_memory_foreach: there is no foreach implementation, and
-  foreach=True means the reference; test_optimizer.py tests which option selects what.
+  foreach=True means the reference; test_executor_choice.py tests which option selects what.
 - test_mixed_device_dtype: a param group is served by one executor, if its devices differ by the reference.
 - test_*_large_tensor: test_cuda.py tests more than 2^31 elements.
 - test_load_nontensor_step, and capturable in test_cpu_load_state_dict: there is no count of steps.
@@ -21,46 +22,16 @@ Not asked, and why:
 """
 
 import copy
-import io
 import itertools
 
 import pytest
 import torch
-from helpers.optimizer_info import INFO, every_config, inputs, make
-from helpers.right import device_of
+from helpers.optimizer_info import INFO, Problem, every_config, inputs, make
+from helpers.right import DTYPES, device_of
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from cges_kernels import ProxSGD
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Problem:
-    """torch's usual one: the least squares of weight @ x + bias."""
-
-    def __init__(self, transposed=False):
-        weight = torch.randn(5, 10).t() if transposed else torch.randn(10, 5)
-        self.params = [nn.Parameter(weight), nn.Parameter(torch.randn(10))]
-        self.x = torch.randn(5)
-
-    def loss(self):
-        """Fresh gradients, and the loss."""
-        for p in self.params:
-            p.grad = None
-        loss = (self.params[0].mv(self.x) + self.params[1]).square().sum()
-        loss.backward()
-        return loss.detach()
-
-    def twin(self):
-        """The same problem with copies of the parameters."""
-        other = copy.copy(self)
-        other.params = [nn.Parameter(p.detach().clone()) for p in self.params]
-        return other
-
-    def named(self, with_names):
-        return [(f"name{i}", p) for i, p in enumerate(self.params)] if with_names else self.params
 
 
 def assert_right_direction(optimizer, problem, maximize, schedulers=(), steps=20):
@@ -90,23 +61,23 @@ def test_errors(faulty):
             ProxSGD(params, **options)
 
 
-def test_complex_sparse_meta_and_strided_parameters_are_refused(fused_backend):
+def test_complex_sparse_meta_and_strided_parameters_are_refused(quick_backend):
     refused = {
         "complex64": torch.randn(2, dtype=torch.complex64),
         "sparse_coo": torch.zeros(3, layout=torch.sparse_coo),
         "meta": torch.empty(2, 3, device="meta"),
         "non-overlapping": torch.randn(10, 5, 2)[..., 0],
     }
-    for options, (word, w) in itertools.product(every_config(fused_backend), refused.items()):
+    for options, (word, w) in itertools.product(every_config(quick_backend), refused.items()):
         with pytest.raises(ValueError, match=word):
-            make(fused_backend, [w], **options)
+            make(quick_backend, [w], **options)
 
 
-def test_sparse_gradients_are_refused(fused_backend):
-    for options in every_config(fused_backend):
+def test_sparse_gradients_are_refused(quick_backend):
+    for options in every_config(quick_backend):
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3).to_sparse()
-        optimizer = make(fused_backend, [p], **options)
+        optimizer = make(quick_backend, [p], **options)
         with pytest.raises(RuntimeError, match="sparse is not supported"):
             optimizer.step()
         assert torch.equal(p, torch.ones(3))
@@ -125,41 +96,41 @@ def test_forloop_goes_right_direction(transposed):
             assert_right_direction(optimizer, problem, options.get("maximize"), schedulers)
 
 
-def test_param_group_with_lrscheduler_goes_right_direction(fused_backend):
+def test_param_group_with_lrscheduler_goes_right_direction(quick_backend):
     for constructors in INFO.scheduler_inputs:
         problem = Problem()
         weight, bias = problem.params
-        optimizer = make(fused_backend, [{"params": [weight]}, {"params": [bias], "lr": 0.01}])
+        optimizer = make(quick_backend, [{"params": [weight]}, {"params": [bias], "lr": 0.01}])
         assert_right_direction(
             optimizer, problem, False, [construct(optimizer) for construct in constructors]
         )
 
 
-def test_param_groups_weight_decay(fused_backend):
-    for options in every_config(fused_backend):
+def test_param_groups_weight_decay(quick_backend):
+    for options in every_config(quick_backend):
         problem = Problem()
         weight, bias = problem.params
         groups = [dict(options, params=[weight]), dict(options, params=[bias], weight_decay=0.0)]
-        assert_right_direction(make(fused_backend, groups), problem, options.get("maximize"), steps=5)
+        assert_right_direction(make(quick_backend, groups), problem, options.get("maximize"), steps=5)
 
 
-def test_param_groups_lr(fused_backend):
-    for options in every_config(fused_backend):
+def test_param_groups_lr(quick_backend):
+    for options in every_config(quick_backend):
         problem, idle = Problem(), nn.Parameter(torch.randn(2))
         idle.grad, before = torch.rand(2), idle.detach().clone()
         options.setdefault("lr", 1e-3)
         groups = [dict(options, params=problem.params), dict(params=[idle])]
-        optimizer = make(fused_backend, groups, lr=1e-28)
+        optimizer = make(quick_backend, groups, lr=1e-28)
         assert_right_direction(optimizer, problem, options.get("maximize"), steps=5)
         assert torch.equal(idle, before)
 
 
-def test_tensor_lr(fused_backend):
-    for options in every_config(fused_backend):
+def test_tensor_lr(quick_backend):
+    for options in every_config(quick_backend):
         one = Problem()
         two = one.twin()
-        number = make(fused_backend, one.params, **{**options, "lr": 1e-3})
-        tensor = make(fused_backend, two.params, **{**options, "lr": torch.tensor(1e-3)})
+        number = make(quick_backend, one.params, **{**options, "lr": 1e-3})
+        tensor = make(quick_backend, two.params, **{**options, "lr": torch.tensor(1e-3)})
         for _ in range(5):
             number.step(one.loss)
             tensor.step(two.loss)
@@ -216,10 +187,10 @@ def test_foreach_matches_forloop():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_matches_forloop(fused_backend, dtype):
-    device = device_of(fused_backend)
+def test_fused_matches_forloop(quick_backend, dtype):
+    device = device_of(quick_backend)
     for config in inputs(device):
-        flags = [(device, fused_backend, dict(fused=fused)) for fused in (False, True)]
+        flags = [(device, quick_backend, dict(fused=fused)) for fused in (False, True)]
         assert_steps_match(matching_cases({**config.kwargs, "dtype": dtype}, *flags))
 
 
@@ -231,176 +202,46 @@ def test_fused_cpu_matches_cuda(dtype):
         assert_steps_match(matching_cases({**config.kwargs, "dtype": dtype}, *flags))
 
 
-def test_fused_does_not_step_if_found_inf(fused_backend):
+def test_fused_does_not_step_if_found_inf(quick_backend):
     """Nor does a step that was skipped leave a trace: the next one is an optimizer's first."""
-    for config, with_scale in itertools.product(inputs(device_of(fused_backend)), (False, True)):
+    for config, with_scale in itertools.product(inputs(device_of(quick_backend)), (False, True)):
         params, twins = ([nn.Parameter(torch.ones(2, 3)) for _ in range(5)] for _ in range(2))
         for p in params + twins:
             p.grad = torch.ones_like(p)
         options = {**config.kwargs, "fused": True}
-        optimizer = make(fused_backend, params, **copy.deepcopy(options))
+        optimizer = make(quick_backend, params, **copy.deepcopy(options))
         optimizer.grad_scale = torch.ones(1) if with_scale else None
         optimizer.found_inf = torch.ones(())
         optimizer.step()
         assert all(torch.equal(p, torch.ones(2, 3)) for p in params)
         optimizer.found_inf = torch.zeros(())
         optimizer.step()
-        make(fused_backend, twins, **copy.deepcopy(options)).step()
+        make(quick_backend, twins, **copy.deepcopy(options)).step()
         assert all(torch.equal(p, q) and not torch.equal(p, torch.ones(2, 3)) for p, q in zip(params, twins))
 
 
-def test_step_is_noop_when_params_have_no_grad(fused_backend):
-    for options in every_config(fused_backend, skip=()):
+def test_step_is_noop_when_params_have_no_grad(quick_backend):
+    for options in every_config(quick_backend, skip=()):
         params = [torch.randn(2, 3) for _ in range(2)]
         before = [p.clone() for p in params]
-        optimizer = make(fused_backend, params, **options)
+        optimizer = make(quick_backend, params, **options)
         assert optimizer.step(lambda: torch.tensor([1.0])) == 1
         assert all(torch.equal(p, q) for p, q in zip(params, before)) and not any(optimizer.state.values())
 
 
-def test_step_is_noop_for_zero_grads(fused_backend):
+def test_step_is_noop_for_zero_grads(quick_backend):
     shrinking = ("weight_decay", "group_lasso", "exclusive_lasso", "l1")  # these need no gradient
-    for options in every_config(fused_backend):
+    for options in every_config(quick_backend):
         if not any(options.get(name) for name in shrinking):
             p = nn.Parameter(torch.randn(5, 1))
             p.grad, before = torch.zeros_like(p), p.detach().clone()
-            make(fused_backend, [p], **options).step()
+            make(quick_backend, [p], **options).step()
             assert torch.equal(p, before)
 
 
-def test_non_empty_state(fused_backend):
-    for options in every_config(fused_backend):
+def test_non_empty_state(quick_backend):
+    for options in every_config(quick_backend):
         problem = Problem()
-        optimizer = make(fused_backend, problem.params, **options)
+        optimizer = make(quick_backend, problem.params, **options)
         optimizer.step(problem.loss)
         assert all(len(state) for state in optimizer.state.values())
-
-
-# State
-
-
-@pytest.mark.parametrize("named", [*itertools.product((False, True), repeat=2)], ids=str)
-def test_state_dict_deterministic(fused_backend, named):
-    for options in every_config(fused_backend):
-        problem = Problem()
-        optimizer = make(fused_backend, problem.named(named[0]), **copy.deepcopy(options))
-        for _ in range(3):
-            optimizer.step(problem.loss)
-        twin = problem.twin()
-        resumed = make(fused_backend, twin.named(named[1]), **copy.deepcopy(options))
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert ("param_names" in resumed.param_groups[0]) == any(named)
-        for _ in range(3):
-            optimizer.step(problem.loss)
-            resumed.step(twin.loss)
-            assert all(torch.equal(p, q) for p, q in zip(problem.params, twin.params))
-        states = [optimizer.state_dict(), resumed.state_dict()]
-        for state in states:
-            state["param_groups"][0].pop("param_names", None)
-        torch.testing.assert_close(states[0]["state"], states[1]["state"], rtol=0, atol=0)
-        assert states[0]["param_groups"] == states[1]["param_groups"]
-
-
-def test_can_load_older_state_dict(fused_backend):
-    for options in every_config(fused_backend):
-        problem = Problem()
-        optimizer = make(fused_backend, problem.params, **options)
-        optimizer.step(problem.loss)
-        old, before = copy.deepcopy(optimizer.state_dict()), optimizer.state_dict()["param_groups"]
-        for flag in INFO.not_og_supported_flags:
-            del old["param_groups"][0][flag]
-        optimizer.load_state_dict(old)
-        assert optimizer.state_dict()["param_groups"] == before
-        optimizer.step(problem.loss)
-
-
-def test_save_load_equality_with_weights_only(fused_backend):
-    for options, named in itertools.product(every_config(fused_backend), (False, True)):
-        problem, file = Problem(), io.BytesIO()
-        optimizer = make(fused_backend, problem.named(named), **options)
-        optimizer.step(problem.loss)
-        state = optimizer.state_dict()
-        torch.save(state, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=True)
-        assert loaded["param_groups"] == state["param_groups"]
-        torch.testing.assert_close(loaded["state"], state["state"], rtol=0, atol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("fused", [False, True])
-def test_state_dict_of_the_cpu_continues_on_cuda(fused):
-    for config in inputs("cpu"):
-        problem = Problem()
-        optimizer = ProxSGD(problem.params, **config.kwargs, fused=fused)
-        optimizer.step(problem.loss)
-        twin = problem.twin()
-        twin.x, twin.params = twin.x.cuda(), [nn.Parameter(p.detach().cuda()) for p in twin.params]
-        moved = ProxSGD(twin.params, **config.kwargs, fused=fused)
-        moved.load_state_dict(optimizer.state_dict())
-        for _ in range(5):
-            optimizer.step(problem.loss)
-            moved.step(twin.loss)
-        for p, q in zip(problem.params, twin.params):
-            torch.testing.assert_close(q, p, check_device=False)
-
-
-# Hooks, copies, repr
-
-
-def test_step_hooks_run_in_order(fused_backend):
-    for options in every_config(fused_backend, skip=()):
-        optimizer, seen = make(fused_backend, [torch.ones(2)], **options), []
-        handles = [
-            register_optimizer_step_pre_hook(lambda *_, seen=seen: seen.append("before all")),
-            register_optimizer_step_post_hook(lambda *_, seen=seen: seen.append("after all")),
-            optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append("before")),
-            optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append("after")),
-        ]
-        optimizer.step()
-        for handle in handles:
-            handle.remove()
-        optimizer.step()
-        assert seen == ["before all", "before", "after", "after all"]
-
-
-def test_state_dict_hooks(fused_backend):
-    for options in every_config(fused_backend, skip=()):
-        optimizer = make(fused_backend, [torch.ones(2)], **options)
-        optimizer.register_state_dict_pre_hook(lambda o: o.state.update(test=1))
-        assert optimizer.state_dict()["state"] == {"test": 1}
-        optimizer.register_state_dict_post_hook(lambda o, state: {**state, "ran": state["state"].pop("test")})
-        state = optimizer.state_dict()
-        assert state["ran"] == 1 and not state["state"]
-
-
-def test_load_state_dict_hooks(fused_backend):
-    for options in every_config(fused_backend, skip=()):
-        optimizer, seen = make(fused_backend, [torch.ones(2)], **options), []
-        state = copy.deepcopy(optimizer.state_dict())
-
-        def with_lr(lr):
-            return lambda o, loaded: {**loaded, "param_groups": [dict(loaded["param_groups"][0], lr=lr)]}
-
-        optimizer.register_load_state_dict_pre_hook(with_lr(0.002))
-        optimizer.register_load_state_dict_pre_hook(with_lr(0.003), prepend=True)
-        optimizer.register_load_state_dict_post_hook(
-            lambda o, seen=seen: seen.append(o.param_groups[0]["lr"])
-        )
-        optimizer.load_state_dict(state)
-        assert seen == [0.002]
-
-
-def test_deepcopy_copies_all_public_attributes(fused_backend):
-    for options in every_config(fused_backend):
-        problem = Problem()
-        optimizer = make(fused_backend, problem.params, **options)
-        optimizer.step(problem.loss)
-        one, two = ({k for k in vars(o) if k[0] != "_"} for o in (optimizer, copy.deepcopy(optimizer)))
-        assert one == two
-
-
-def test_optimizer_can_be_printed(fused_backend):
-    for options in every_config(fused_backend, skip=()):
-        printed = repr(make(fused_backend, Problem().params, **options))
-        assert printed.startswith("ProxSGD") and "group_lasso" in printed

@@ -1,0 +1,26 @@
+"""Whatever a training loop does: ProxSGD is torch.optim.SGD, and every executor is the reference."""
+
+import pytest
+from helpers.right import MODES
+from helpers.scenarios import SCENARIOS
+from helpers.steps import PENALTY, assert_as_near_as
+from helpers.tiers import covering, fused_backends
+from torch.optim import SGD
+
+from cges_kernels import ProxSGD
+
+
+@pytest.mark.parametrize("run", SCENARIOS.values(), ids=SCENARIOS)
+def test_without_penalties_every_scenario_is_torch_sgd(checked_backend, run):
+    wanted = run(lambda params, **options: SGD(params, foreach=False, **options))
+    got = run(lambda params, **options: ProxSGD(params, backend=checked_backend, **options))
+    assert_as_near_as(checked_backend, got, wanted)
+
+
+@covering(run=SCENARIOS.values(), executor=fused_backends(), prox_mode=MODES, indirect=["executor"])
+def test_with_penalties_every_scenario_is_the_reference(executor, run, prox_mode):
+    def with_backend(backend):
+        options = dict(PENALTY, prox_mode=prox_mode, backend=backend)
+        return run(lambda params, **more: ProxSGD(params, **options, **more))
+
+    assert_as_near_as(executor, with_backend(executor), with_backend("reference"))
