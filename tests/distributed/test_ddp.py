@@ -92,7 +92,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full("DistributedDataParallel: gradients that are views of its buckets, in launches of seconds")
 @needs_gloo
 @pytest.mark.parametrize("prox_mode, gradients", [("sequential", "views"), ("exact", "own")])
 def test_ranks_agree_to_the_bit(prox_mode, gradients):

@@ -1,0 +1,113 @@
+"""Steps whose groups cross ranks: options, freezing, what is not a number, gradients that are missing."""
+
+import torch
+import torch.distributed as dist
+from sharded_cases.common import STRONG, S, buffer, case, check_steps, mesh_of, parameters, placed, whole
+from torch import nn
+
+from cges_kernels import ProxSGD
+from cges_kernels.core import reference
+from cges_kernels.core.hyperparameters import PROX_MODES
+
+
+@case(2)
+def options_of_sgd_and_freezing():
+    mesh = mesh_of(2)
+    for options in (
+        dict(momentum=0.0),
+        dict(nesterov=True),
+        dict(maximize=True, dampening=0.5),
+        dict(exclusive_lasso=0.0),
+        dict(group_lasso=0.0),
+        dict(group_lasso=0.0, exclusive_lasso=0.0),
+        dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0),
+        dict(lr=0.0),
+    ):
+        for prox_mode in PROX_MODES:
+            check_steps(parameters(mesh, [S(0)]), prox_mode=prox_mode, **{**STRONG, **options})
+
+
+@case(2)
+def without_thresholds_weights_are_sgds_to_the_bit():
+    for options in (dict(), dict(freeze_zeros="group")):
+        w = torch.tensor([[-0.0, 1.0, 0.3], [2.0, -0.0, 0.1]])
+        p = nn.Parameter(placed(w, mesh_of(2), [S(0)]))
+        p.grad = placed(torch.tensor([[0.0, 0.3, 0.7]] * 2), p.device_mesh, p.placements)
+        expected = reference.step(w, whole(p.grad), lr=0.1)[0]
+        assert expected.signbit().sum() == 2
+        ProxSGD([p], lr=0.1, **options).step()
+        assert torch.equal(whole(p.detach()).view(torch.int32), expected.view(torch.int32))
+
+
+@case(2, 4)
+def frozen_zeros():
+    """A group that is zero on one rank only must not freeze; one that is zero on all must."""
+    world = dist.get_world_size()
+    for placements in ([S(0)],) if world == 2 else ([S(0), S(1)], [S(0), S(0)]):
+        mesh = mesh_of(*([2] * len(placements)))
+        for options in (
+            dict(freeze_zeros="group"),
+            dict(freeze_zeros="group", prox_mode="exact"),
+            dict(freeze_zeros="group", group_lasso=0.0, exclusive_lasso=0.0, l1=0.0),
+            dict(freeze_zeros="element"),
+            dict(freeze_zeros="element", prox_mode="exact"),
+        ):
+            w = torch.randn(8, 6)
+            w[:4, :2] = 0  # dead on the first rank
+            w[4:, 2:4] = 0  # and on the second
+            w[:, 4] = 0
+            p = nn.Parameter(placed(w, mesh, placements))
+            check_steps([p], **{**STRONG, "group_lasso": 3.0, **options})
+            got = whole(p.detach())
+            assert not got[:, 4].any()
+            if options["freeze_zeros"] == "group":
+                assert got[:4, :2].any() and got[4:, 2:4].any()
+
+
+@case(2, 4)
+def not_a_number_on_one_rank():
+    """Its groups become what they become unsharded, also where frozen zeros get it as a gradient."""
+    mesh = mesh_of(*([2] * (dist.get_world_size() // 2)))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for options in (dict(), dict(prox_mode="exact"), dict(prox_mode="exact", freeze_zeros="group")):
+            options = {**STRONG, **options}
+            w, grad = torch.randn(8, 6), torch.randn(8, 6)
+            w[:, 4] = 0
+            grad[1, 2] = grad[7, 4] = bad
+            p = nn.Parameter(placed(w, mesh, [S(0), S(1)][: mesh.ndim]))
+            p.grad = placed(grad, mesh, p.placements)
+            ProxSGD([p], **options).step()
+            expected, _ = reference.step(w, grad, **options)
+            assert expected[:, 2].isfinite().sum() < 8
+            assert expected[:, 4].isfinite().all() == (options.get("freeze_zeros") == "group")
+            torch.testing.assert_close(whole(p.detach()), expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@case(2)
+def gradients_that_one_rank_lacks():
+    """Its part stays as it is, counts in the norms of the others', and hangs no one."""
+    mesh, rank = mesh_of(2), dist.get_rank()
+    for options in (dict(), dict(prox_mode="exact"), dict(freeze_zeros="group")):
+        options = {**STRONG, **options}
+        params = parameters(mesh, [S(0)], shapes=[(8, 6), (4, 6), (4, 4, 2)])
+        before, grads = [whole(p.detach()).clone() for p in params], [whole(p.grad) for p in params]
+        if rank == 1:
+            params[0].grad = None
+        params[2].grad = None
+        optimizer = ProxSGD(params, **options)
+        optimizer.step()
+        z, _ = reference.sgd_update(
+            before[0], grads[0], None, **{k: options[k] for k in ("lr", "momentum", "weight_decay")}
+        )
+        z = torch.cat([z[:4], before[0][4:]])
+        thresholds = reference.Thresholds(
+            *(0.1 * options[k] for k in ("group_lasso", "exclusive_lasso", "l1"))
+        )
+        shrunk = reference.shrink(z, thresholds, prox_mode=options.get("prox_mode", "sequential"))
+        expected = torch.cat([shrunk[:4], before[0][4:]])
+        torch.testing.assert_close(whole(params[0].detach()), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            whole(params[1].detach()), reference.step(before[1], grads[1], **options)[0], rtol=1e-5, atol=1e-6
+        )
+        assert torch.equal(whole(params[2].detach()), before[2]) and params[2] not in optimizer.state
+        assert (buffer(optimizer, params[0]) is None) == (rank == 1)
