@@ -5,21 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import (
-    IMAGE,
-    ZOO,
-    assert_same,
-    conv,
-    example_of,
-    kill,
-    leaves,
-    net,
-    ones,
-    residual,
-    reused,
-    shapes,
-    tied,
-)
+from helpers.compacting import assert_same, conv, example_of, kill, leaves, net, ones, shapes
+from helpers.networks import IMAGE, ZOO, residual, reused, tied
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -4,7 +4,8 @@ import io
 
 import pytest
 import torch
-from helpers.networks import IMAGE, kill, residual
+from helpers.compacting import kill
+from helpers.networks import IMAGE, residual
 from torch import nn
 
 from cges_kernels import compact, load_compacted, save_compacted

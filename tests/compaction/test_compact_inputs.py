@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.networks import net, shapes
+from helpers.compacting import net, shapes
 from torch import nn
 from torch.nn import functional as F
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import assert_same, conv, net, padded_pair, shapes
+from helpers.compacting import assert_same, conv, net, padded_pair, shapes
 from torch import nn
 
 from cges_kernels import compact

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.networks import IMAGE, kill, net, residual, shapes, tied
+from helpers.compacting import kill, net, shapes
+from helpers.networks import IMAGE, residual, tied
 from torch import nn
 
 from cges_kernels import compact, load_compacted, save_compacted, sparsity_report
@@ -107,9 +108,14 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
-def test_wrappers(make):
-    wrapped = make()
+IN_PLACE = pytest.mark.full("a module that compiles itself, which takes seconds")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[IN_PLACE] * (name == "compiled in place")) for name in WRAPPED]
+)
+def test_wrappers(name):
+    wrapped = WRAPPED[name]()
     result = compact(wrapped, X)
     assert sorted(shapes(result).values()) == sorted(HALF.values())
     if not isinstance(wrapped, nn.Sequential):

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers.networks import mlp, plain, shapes
+from helpers.compacting import mlp, plain, shapes
 
 from cges_kernels import compact
 

@@ -1,7 +1,7 @@
 """Layers that the example's forward pass never calls: what they may read later stays, and says so."""
 
 import torch
-from helpers.networks import assert_same, net, shapes
+from helpers.compacting import assert_same, net, shapes
 from torch import nn
 
 from cges_kernels import compact

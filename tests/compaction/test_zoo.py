@@ -1,17 +1,15 @@
-"""Networks that are not ours: torchvision's, timm's and transformers', small, with random weights."""
+"""Networks that are not ours: torchvision's, timm's and transformers', small, with random weights.
+
+These packages take seconds to import, which only tests that run do.
+"""
 
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.vision import torchvision
 from torch import nn
-
-pytest.importorskip("vision")
-pytest.importorskip("transformers")
-
-import transformers
-from helpers.vision import timm, torchvision
 
 from cges_kernels import compact
 from cges_kernels.compaction.running import leaves
@@ -30,38 +28,55 @@ def tokens(**more):
 
 def hugging_face(name, task, **sizes):
     def make():
+        torchvision()
+        transformers = pytest.importorskip("transformers")
         config = getattr(transformers, f"{name}Config")(**sizes)
         return getattr(transformers, f"{name}{task}")(config)
 
     return make
 
 
+def from_torchvision(make):
+    return lambda: make((torchvision() or pytest.skip("needs torchvision")).models)
+
+
 def from_timm(name, **options):
-    return lambda: timm.create_model(name, num_classes=10, **options)
+    def make():
+        torchvision()
+        return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
+
+    return make
 
 
-vision = torchvision.models
 WIDTHS = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 # name: (how to make it, an example, percent of the parameters that are left at most)
 ZOO = {
-    "resnet": (lambda: vision.ResNet(vision.resnet.BasicBlock, [1, 1, 1, 1], 10), image(32), 45),
+    "resnet": (from_torchvision(lambda of: of.ResNet(of.resnet.BasicBlock, [1, 1, 1, 1], 10)), image(32), 45),
     "vit": (from_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2), image(32), 62),
     "llama": (
         hugging_face("Llama", "ForCausalLM", vocab_size=50, num_key_value_heads=2, **WIDTHS),
         tokens(),
         81,
     ),
-    "mobilenet": (lambda: vision.mobilenet_v2(num_classes=10, width_mult=0.25), image(32), 48),
-    "densenet": (lambda: vision.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10), image(32), 38),
+    "mobilenet": (
+        from_torchvision(lambda of: of.mobilenet_v2(num_classes=10, width_mult=0.25)),
+        image(32),
+        48,
+    ),
+    "densenet": (
+        from_torchvision(lambda of: of.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10)),
+        image(32),
+        38,
+    ),
     "googlenet": (
-        lambda: vision.googlenet(num_classes=10, init_weights=False, aux_logits=True),
+        from_torchvision(lambda of: of.googlenet(num_classes=10, init_weights=False, aux_logits=True)),
         image(64),
         47,
     ),
-    "shufflenet": (lambda: vision.shufflenet_v2_x0_5(num_classes=10), image(64), 39),
-    "regnet": (lambda: vision.regnet_y_400mf(num_classes=10), image(32), 61),
+    "shufflenet": (from_torchvision(lambda of: of.shufflenet_v2_x0_5(num_classes=10)), image(64), 39),
+    "regnet": (from_torchvision(lambda of: of.regnet_y_400mf(num_classes=10)), image(32), 61),
     "swin": (
-        lambda: vision.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4], num_classes=10),
+        from_torchvision(lambda of: of.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4], num_classes=10)),
         image(32),
         81,
     ),
@@ -99,8 +114,9 @@ ZOO = {
         73,
     ),
 }
-FIRST = ("resnet", "vit", "llama")  # the others are left to the longer run
-NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+FIRST = ("resnet", "vit", "llama")  # one of each package
+OTHERS = pytest.mark.full("more networks of others; helpers.networks has one for each way to couple channels")
+NAMES = [name if name in FIRST else pytest.param(name, marks=OTHERS) for name in ZOO]
 
 
 @torch.no_grad()

@@ -1,30 +1,11 @@
-"""Small networks, one for each way that channels are coupled, and what tests of compact() do with them."""
-
-import copy
+"""Small networks, one for each way that channels are coupled."""
 
 import torch
 import torch.nn.functional as F
+from helpers.compacting import conv, net
 from torch import nn
 
 from cges_kernels.demo.training import LeNet
-from cges_kernels.training.recipes import regularised_weights
-
-
-def net(forward, **modules):
-    """A module of ``modules`` whose forward is ``forward(self, *inputs)``."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, module in modules.items():
-                setattr(self, name, module)
-
-    Net.forward = forward
-    return Net()
-
-
-def conv(into, out, size=3, **options):
-    return nn.Conv2d(into, out, size, **options)
 
 
 def residual():
@@ -179,6 +160,8 @@ def functional():
 
 
 IMAGE = (2, 3, 10, 10)
+
+
 # name: (the network, an example's shape, whether it gets smaller, None where that depends on the zeros)
 ZOO = {
     "lenet": (lambda: LeNet(8), (2, 1, 8, 8), True),
@@ -237,68 +220,3 @@ ZOO = {
         False,
     ),
 }
-
-
-def example_of(shape):
-    return torch.randint(20, (4, 5)) if shape is None else torch.randn(shape)
-
-
-@torch.no_grad()
-def kill(model, outputs=0.3, inputs=0.3):
-    """Zero some outputs and some inputs of every weight; let batch norms shift and scale."""
-    for layer in regularised_weights(model):
-        w = layer.blocked()  # [blocks, out, in, taps]
-        w[torch.rand(w.shape[:2]) < outputs] = 0
-        w.transpose(1, 2)[torch.rand(w.shape[0], w.shape[2]) < inputs] = 0
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for x in (module.weight, module.bias, module.running_mean):
-                x.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return model
-
-
-def leaves(out):
-    return out if isinstance(out, (tuple, list)) else [out]
-
-
-def assert_same(small, model, example):
-    """The outputs on ``example`` and on other inputs, in float64."""
-    small, model = (copy.deepcopy(m).double().eval() for m in (small, model))
-    for scale in (1, 3):
-        x = (example * scale + (scale > 1)).double() if example.is_floating_point() else example.flip(0)
-        for a, b in zip(leaves(small(x)), leaves(model(x)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
-
-
-def ones(model):
-    """Every weight 1 and every bias 0, to make out by hand what is left."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.fill_(float(name.endswith("weight")))
-    return model
-
-
-def shapes(result):
-    return {name: tuple(p.shape) for name, p in result.model.named_parameters() if p.dim() > 1}
-
-
-def padded_pair(bias, padding_mode="zeros", activation=None):
-    """A dead filter (the first of two) with ``bias`` in front of a padded convolution."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3),
-        activation or nn.Identity(),
-        nn.Conv2d(2, 3, 3, padding=1, padding_mode=padding_mode, bias=False),
-    )
-    with torch.no_grad():
-        model[0].weight[0] = 0
-        model[0].bias[0] = bias
-    return model
-
-
-def mlp(forward, width=8, **more):
-    return net(forward, a=nn.Linear(5, width), b=nn.Linear(width, 3), **more)
-
-
-def plain(self, x):
-    return self.b(self.a(x).relu())

@@ -1,10 +1,11 @@
-"""torchvision and timm, also where torchvision's compiled operations do not fit the torch at hand.
+"""torchvision, also where its compiled operations do not fit the torch at hand.
 
 A torchvision that was built for CUDA does not load them beside a torch for the CPU, and then not even its
-networks can be imported; of those none needs the operations.
+networks can be imported, nor what imports torchvision where it finds it: timm, transformers, lightning. None
+needs the operations.
 """
 
-import importlib
+import importlib.util
 import sys
 
 import torch
@@ -12,15 +13,16 @@ import torch
 OPERATIONS = ("nms", "qnms")
 WITH_GRADIENTS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
 
-try:
-    import torchvision
-except RuntimeError:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    for name in (*OPERATIONS, *WITH_GRADIENTS, *(f"_{name}_backward" for name in WITH_GRADIENTS)):
-        torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
-    import torchvision
 
-timm = importlib.import_module("timm")  # which imports torchvision
-
-__all__ = ["timm", "torchvision"]
+def torchvision():
+    """The module, None where it is not installed; to be called before what imports it."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in (*OPERATIONS, *WITH_GRADIENTS, *(f"_{name}_backward" for name in WITH_GRADIENTS)):
+            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+        return importlib.import_module("torchvision")

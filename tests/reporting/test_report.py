@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layers import Conv1D
 from torch import nn
 
 from cges_kernels.reporting.report import sparsity_report
@@ -20,19 +21,6 @@ def alive_linear(weight):
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data.copy_(weight)
     return layer
-
-
-class Conv1D(nn.Module):
-    """Hugging Face's layer of that name: a Linear with weight [in, out]."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.ones(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
 # Counts

@@ -1,0 +1,163 @@
+"""Layers that no rule of Linear and convolutions covers: what of them goes, and what ``kept`` says stays."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.compacting import Attention, assert_same, conv, dead, net, shapes, unread
+from helpers.layers import Conv1D
+from torch import nn
+
+from cges_kernels import compact
+
+DEAD = "dead or unread outputs that stay: "
+
+
+IMAGE, ROWS = (2, 3, 6, 6), (2, 5, 8)
+
+
+@pytest.mark.parametrize("cls, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+def test_dead_units_of_recurrent_layers(cls, gates, options):
+    width = 2 if "bidirectional" in options else 1
+    model = net(
+        lambda self, x: self.o(self.r(x)[0]),
+        r=cls(8, 6, batch_first=True, **options),
+        o=nn.Linear(6 * width, 4),
+    )
+    with torch.no_grad():
+        for name, p in model.r.named_parameters():
+            p[[6 * gate + unit for gate in range(gates) for unit in (0, 3)]] = 0
+            if "weight_hh" in name or ("l1" in name and p.dim() == 2):
+                p[:, [0, 3]] = 0
+    unread(model.o, [6 * i + unit for i in range(width) for unit in (0, 3)])
+    result = compact(model, torch.randn(ROWS))
+    assert_same(result.model, model, torch.randn(ROWS))
+    if options:
+        assert "the layers and directions of r have one hidden_size" in result.kept["r"]
+        assert result.parameters[0] == result.parameters[1]
+    else:
+        assert result.model.r.hidden_size == 4 and not result.kept
+        assert shapes(result)["r.weight_hh_l0"] == (4 * gates, 4) and shapes(result)["o.weight"] == (4, 4)
+
+
+@pytest.mark.parametrize("cls, gates", [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_dead_units_of_recurrent_cells(cls, gates):
+    def forward(self, x):
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.o(state[0] if isinstance(state, tuple) else state)
+
+    model = net(forward, cell=cls(8, 6), o=nn.Linear(6, 4))
+    with torch.no_grad():
+        for p in model.cell.parameters():
+            p[[6 * gate + unit for gate in range(gates) for unit in (0, 3)]] = 0
+        model.cell.weight_hh[:, [0, 3]] = 0
+    unread(model.o, [0, 3])
+    result = compact(model, torch.randn(ROWS))
+    assert result.model.cell.hidden_size == 4 and not result.kept
+    assert_same(result.model, model, torch.randn(ROWS))
+
+
+def test_units_of_a_transposed_linear_go():
+    model = nn.Sequential(Conv1D(12, 8), nn.GELU(), Conv1D(4, 12))
+    with torch.no_grad():
+        model[0].weight[:, :5] = 0
+        model[2].weight[5:7] = 0
+    result = compact(model, torch.randn(ROWS))
+    assert shapes(result) == {"0.weight": (8, 5), "2.weight": (5, 4)} and not result.kept
+    assert result.model[0].nf == 5 == result.model[2].nx
+    assert_same(result.model, model, torch.randn(ROWS))
+
+
+def test_dead_rows_of_attention_are_named():
+    model = nn.Sequential(Attention(), nn.Linear(8, 3))
+    dead(model[0].qkv, [0, 9], also=[model[0].qkv.bias])
+    result = compact(model, torch.randn(ROWS))
+    assert result.kept == {"0.qkv": f"{DEAD}2; 0 (_unsafe_view) lays them out along two dims"} or (
+        list(result.kept) == ["0.qkv"] and "lays them out along two dims" in result.kept["0.qkv"]
+    )
+
+
+def test_dead_rows_of_in_proj_are_named():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with torch.no_grad():
+        model.self_attn.in_proj_weight[[1, 10]] = 0
+        model.linear2.weight[:, :6] = 0
+    result = compact(model, torch.randn(ROWS))
+    assert list(result.kept) == ["self_attn"]
+    assert result.kept["self_attn"].startswith(f"in_proj_weight: {DEAD}2; ")
+    assert shapes(result)["linear1.weight"] == (10, 8)
+
+
+def test_what_a_weight_is_computed_from_is_named():
+    def forward(self, x):
+        w = self.a.weight
+        w = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)
+        return self.c(F.linear(x, w).relu())
+
+    model = net(forward, a=nn.Linear(8, 6, bias=False), c=nn.Linear(6, 2))
+    with torch.no_grad():
+        model.a.weight[2:4] = 0
+        model.a.weight[2:4, ::2] = 1e-3
+        model.a.weight[:, 3] = 0
+    result = compact(model, torch.randn(ROWS))
+    assert list(result.kept) == ["a"] and "dead rows and columns that stay: 0 and 1" in result.kept["a"]
+
+
+def test_a_dead_expert_is_named():
+    def forward(self, x):
+        return self.c(torch.bmm(x, self.experts).relu())
+
+    model = net(forward, c=nn.Linear(6, 2))
+    model.experts = nn.Parameter(torch.randn(2, 8, 6))
+    with torch.no_grad():
+        model.experts[1] = 0
+    result = compact(model, torch.randn(ROWS))
+    assert "experts: dead rows and columns that stay: 1 and 0" in result.kept["experts"]
+
+
+def test_constants_into_a_depthwise_layer_are_named():
+    model = nn.Sequential(conv(3, 8, 1), conv(8, 8, groups=8, padding=1), conv(8, 2, 1))
+    dead(model[0], [0, 1])
+    result = compact(model, torch.randn(IMAGE))
+    assert result.kept == {"0": f"{DEAD}2; read with what comes of them by 2"}
+    assert result.parameters[0] == result.parameters[1]
+
+
+def test_zeros_through_a_depthwise_layer_go():
+    model = nn.Sequential(conv(3, 8, 1), conv(8, 8, groups=8, padding=1), conv(8, 2, 1))
+    dead(model[0], [0, 1], also=[model[0].bias])
+    result = compact(model, torch.randn(IMAGE))
+    assert not result.kept and shapes(result)["1.weight"] == (6, 1, 3, 3)
+    assert result.model[1].groups == result.model[1].in_channels == 6
+    assert_same(result.model, model, torch.randn(IMAGE))
+
+
+def test_dead_outputs_of_groups_are_named():
+    model = nn.Sequential(conv(3, 8, 1), conv(8, 8, groups=4), conv(8, 2, 1))
+    dead(model[1], [0])
+    result = compact(model, torch.randn(IMAGE))
+    assert result.kept == {"1": f"{DEAD}1; 1 (convolution) works in 4 groups"}
+
+
+def test_scales_of_zero_go():
+    """Network slimming: zeros that are in a batch norm, not in a weight."""
+    model = nn.Sequential(conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 2))
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+        model[1].bias.normal_()
+    result = compact(model, torch.randn(IMAGE))
+    assert shapes(result) == {"0.weight": (5, 3, 3, 3), "3.weight": (2, 5, 3, 3)} and not result.kept
+    assert_same(result.model, model, torch.randn(IMAGE))
+
+
+def test_layer_scales_of_zero_go():
+    def forward(self, x):
+        return self.c(self.gamma * self.a(x))
+
+    model = net(forward, a=nn.Linear(8, 6), c=nn.Linear(6, 2))
+    model.gamma = nn.Parameter(torch.tensor([0.0, 1, 1, 0, 1, 1]))
+    result = compact(model, torch.randn(ROWS))
+    assert shapes(result) == {"a.weight": (4, 8), "c.weight": (2, 4)} and not result.kept
+    assert result.model.gamma.tolist() == [1.0] * 4
