@@ -201,12 +201,7 @@ def test_slimming_counts_what_compact_removes(net):
     assert small.parameters[1] < small.parameters[0]
 
 
-SLOW = ("fig4b", "table2", "subgradient")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXPERIMENTS]
-)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment(name, tmp_path):
     settings = Settings(epochs=1, batch=16)
     experiment = EXPERIMENTS[name]

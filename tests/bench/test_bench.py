@@ -1,87 +1,16 @@
-"""The GPU benchmarks without a GPU: rows, clock, files and README; the whole flow with Triton interpreted."""
+"""The GPU benchmarks without a GPU: what is measured, the rows and their targets, the clock, the lab."""
 
-import contextlib
-import json
-import math
-import os
-import shutil
-import subprocess
-import sys
 import warnings
 from functools import partial
 
 import pytest
 import torch
-from cuda_emulator.build import compiler
-from helpers import emulated
-from helpers.programs import PATHS, ROOT
+from helpers.cpu_lab import CpuLab
 
-from bench import baselines, gpu, lab, plots, readme, smoke, suites, table, timing, workloads
-from bench.table import Row
+from bench import baselines, gpu, lab, timing, workloads
 from bench.workloads import Case
-from cges_kernels import available_backends
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
-
-EMULATED = "cuda" in BUILT and BUILT["cuda"].emulated
-NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-
-
-class CpuLab(lab.Lab):
-    """A CPU in the place of the GPU, with an L2 small enough that tensors rotate."""
-
-    device, copy_bytes, warm_up, seconds, l2_bytes, most_sets = "cpu", 2**12, 0.0, 0.0, 1024, 8
-
-    def __init__(self):
-        pass
-
-    def clock(self):
-        return timing.wall_clock
-
-    def synchronize(self):
-        pass
-
-    def free(self):
-        pass
-
-    def name(self):
-        return "cpu"
-
-    def environment(self, commit=None):
-        return {**timing.environment(commit), "gpu": "none", "driver": "0", "cuda": None, "triton": "3"}
-
-
-def tiny(case, most=12):
-    shapes = [tuple(min(n, most) for n in shape) for shape in case.shapes[:4]]
-    return case._replace(shapes=shapes)
-
-
-def steady(**ms):
-    """What a run of contenders that take these times brings."""
-    return lambda: [{name: [value / 1e3] * 5 for name, value in ms.items()}]
-
-
-def made_up_rows():
-    def known(workload, dtype="fp32"):
-        return {"backend": "triton", "dtype": dtype, "workload": workload}
-
-    def fails():
-        raise RuntimeError("out of luck\nand more")
-
-    model = {"copy": 3.0, "fused_sgd": 4.0, "prox_sgd": 6.0, "eager": 40.0, "foreach": 8.0}
-    return [
-        Row("a fp32", "copy", "prox_sgd", 100 / 90, steady(copy=1, prox_sgd=1.25), known("a")),
-        Row(
-            *("a bf16", "copy", "prox_sgd", 100 / 90, steady(copy=1, prox_sgd=1.0)),
-            *(known("a", "bf16"), lambda: {"launches": 2.0}),
-        ),
-        Row(
-            *("m fp32", "fused_sgd", "prox_sgd", 1.25, steady(**model)),
-            {**known("m"), "compiled_error": "no compiler"},
-        ),
-        Row("e fp32", "sequential", "exact", None, steady(sequential=2, exact=3), known("e"), fails),
-        Row("f fp32", "copy", "prox_sgd", 1.1, fails, known("f")),
-    ]
 
 
 def test_cases_are_what_the_targets_are_about():
@@ -235,59 +164,6 @@ def test_environment_of_a_gpu(monkeypatch, said):
     assert found["clocks"] == ({"sm": "1980 MHz", "memory": "3201 MHz"} if said else {"sm": "", "memory": ""})
 
 
-def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
-    saved = []
-    results = table.measure(made_up_rows(), runs=2, save=lambda found: saved.append(len(found)))
-    assert saved == [5] * (
-        5 + 4 + 2
-    )  # after each row in each round (one failed in the first), and with facts
-    first, second, model, exact, failed = results
-    assert first["met"] is False and first["percent_of_copy"] == pytest.approx(80)
-    assert second["met"] is True and second["launches"] == 2.0 and second["runs"] == 2
-    assert model["met"] is False and model["percent_of_copy"] == pytest.approx(50)
-    assert exact["met"] is None and exact["target"] is None
-    assert exact["facts_error"] == "RuntimeError: out of luck"  # its times stand
-    assert failed["error"] == "RuntimeError: out of luck" and "contenders" not in failed
-    assert all(table.line(result).startswith(result["row"]) for result in results)
-
-    env = CpuLab().environment("abc") | {"gpu": "NVIDIA X", "runs": 2}
-    report = {"name": "gpu-x", "environment": env, "results": results}
-    table.write({"environment": env, "results": results}, "gpu-x", tmp_path / "new")
-    assert {"name": "gpu-x", **json.loads((tmp_path / "new" / "gpu-x.json").read_text())} == report
-    environment, lines = table.read_csv(tmp_path / "new" / "gpu-x.csv")
-    assert environment == {key: str(value) for key, value in env.items()}
-    assert len(lines) == 2 + 2 + 5 + 2
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu-x.json", "gpu-x.csv"}
-    assert lines[1]["percent_of_copy"] == "80" and lines[1]["target"] == "1.111"
-    assert lines[0]["target"] == "" and lines[3]["launches"] == "2"
-
-    text = readme.gpu_part([report])
-    assert "NVIDIA X" in text and "| a | a copy | 90% | 1.250 | 80% [80, 80] (missed) |" in text
-    assert "| 1.000 | 100% [100, 100] | 2 |" in text
-    assert "| m | torch's fused SGD | 1.25 | 6.000 | 1.50 [1.50, 1.50], 50% (missed) |" in text
-    assert "failed: RuntimeError: out of luck" in text
-    assert "m, fp32: the eager reference 10.0, foreach SGD 2.0, torch.compile of it failed." in text
-    assert "Measured with triton: 4 rows of commit abc (" in text and ", 2 runs)." in text
-    cpu, *_ = readme.reports()
-    whole = readme.with_tables((ROOT / "README.md").read_text(), cpu, [report])
-    assert text in whole and readme.with_tables(whole, cpu, [report]) == whole
-    assert readme.gpu_part([]) == "GPU: not yet measured."
-
-
-def test_a_cpu_table_with_and_without_the_rows_of_today():
-    cpu, *_ = readme.reports()
-    row = Row("500 tensors, checks alone", "python", "cpp", None, steady(python=4, cpp=1))
-    failed = {"row": "new", "baseline": "python", "contender": "cpp", "error": "no luck"}
-    text = readme.cpu_table({**cpu, "results": [*cpu["results"], *table.measure([row], 1), failed]})
-    assert "| 500 tensors, checks alone | 1.000 | the same in Python | 0.25 [0.25, 0.25] |  |  |" in text
-    assert "| new | failed: no luck |" in text
-
-
-def test_no_row_begins_when_time_is_up():
-    results = table.measure(made_up_rows(), runs=2, minutes=0.0)
-    assert [result["error"] for result in results] == ["no time was left"] * 5
-
-
 def test_quick_rows_are_those_of_one_backend_without_the_slow_ones(monkeypatch):
     slow = []
     model_row = gpu.Table.model
@@ -299,136 +175,6 @@ def test_quick_rows_are_those_of_one_backend_without_the_slow_ones(monkeypatch):
     assert gpu.arguments(["--quick"]).runs == 1 and gpu.arguments([]).runs == 3
 
 
-def cut():
-    raise KeyboardInterrupt
-
-
-def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):
-    rows = [Row("a", "copy", "a", None, steady(copy=1, a=2)), Row("b", "copy", "b", None, cut)]
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run(CpuLab(), rows, gpu.arguments(["--out", str(tmp_path), "--commit", "abc"]))
-    first, second = json.loads((tmp_path / "gpu-cpu.json").read_text())["results"]
-    assert first["contenders"]["a"]["ms"] == pytest.approx(2) and second["error"] == table.NO_TIME
-    _, lines = table.read_csv(tmp_path / "gpu-cpu.csv")
-    assert [(n["row"], n["contender"], n["commit"]) for n in lines] == [
-        ("a", "copy", "abc"),
-        ("a", "a", "abc"),
-    ]
-
-
-def test_a_quick_run_keeps_other_rows_and_each_says_when_it_was_measured(tmp_path):
-    def row(name, ms, backend="cuda"):
-        note = {"backend": backend, "dtype": "fp32", "workload": name}
-        return Row(name, "copy", "prox_sgd", None, steady(copy=1, prox_sgd=ms) if ms else cut, note)
-
-    def ran(rows, *arguments):
-        options = gpu.arguments([*arguments, "--out", str(tmp_path), "--commit", "new"])
-        with contextlib.suppress(KeyboardInterrupt):
-            gpu.run(CpuLab(), rows, options)
-        report = json.loads((tmp_path / "gpu-cpu.json").read_text())
-        found = {r["row"]: (r["commit"], r["contenders"]["prox_sgd"]["ms"]) for r in report["results"]}
-        return report, {name: (commit, pytest.approx(ms)) for name, (commit, ms) in found.items()}
-
-    old = table.measure([row("a", 4), row("b", 4), row("t", 4, "triton")], 3)  # no row says when
-    environment = CpuLab().environment("old") | {"date": "2020-01-02"}
-    table.write({"environment": environment, "results": old}, "gpu-cpu", tmp_path)
-    report, found = ran([row("a", 2), row("c", 2)], "--quick")
-    assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 2)}
-    assert list(found) == ["a", "b", "t", "c"]
-    assert {r["row"]: r["date"] for r in report["results"]}["t"] == "2020-01-02"
-    text = readme.gpu_part([{"name": "gpu-cpu", **report}])
-    today = report["environment"]["date"]
-    both = f"2 rows of commit new ({today}, 1 run), 1 row of commit old (2020-01-02, 3 runs)."
-    assert f"Measured with cuda: {both}" in text
-    assert "Measured with triton: 1 row of commit old (2020-01-02, 3 runs)." in text
-    _, found = ran([row("c", 3), row("b", None)], "--quick")
-    assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 3)}
-    _, found = ran([row("a", 2), row("c", 2)], "--runs", "1")  # a whole run replaces everything
-    assert found == {"a": ("new", 2), "c": ("new", 2)}
-
-
-@pytest.mark.parametrize(
-    "program", ["gpu", *(pytest.param(p, marks=pytest.mark.slow) for p in ("tune", "smoke"))]
-)
-def test_without_a_gpu_programs_say_so(program):
-    command = [sys.executable, "-m", f"bench.{program}"]
-    ended = subprocess.run(command, cwd=ROOT, env=NO_GPU, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert ended.stderr.startswith(f"bench.{program}: expected a CUDA device, found none")
-    assert ended.stderr.count("\n") == 1
-
-
-def test_make_gpu_says_that_there_is_none(tmp_path):
-    env = {**NO_GPU, "PY": sys.executable, "OUT": str(tmp_path / "out")}
-    ended = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.startswith("make gpu: expected a CUDA device")
-    assert not (tmp_path / "out").exists()
-
-
-def make_gpu_quick(*variables, **environment):
-    """`make gpu-quick`, as if no make ran these tests."""
-    if shutil.which("make") is None:
-        pytest.skip("needs make")
-    env = {**NO_GPU, "MAKEFLAGS": "", "BACKEND": "", **environment}
-    command = ["make", "--silent", "gpu-quick", *variables]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def test_make_gpu_quick_says_that_there_is_none(tmp_path):
-    ended = make_gpu_quick(f"PY={sys.executable}", f"OUT={tmp_path / 'out'}")
-    assert ended.returncode == 2 and ended.stderr.startswith("make gpu: expected a CUDA device")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("wish", ["", "triton"])
-def test_make_gpu_quick_builds_for_the_gpu_that_is_there(tmp_path, wish):
-    python = tmp_path / "python"  # knows the GPU's capability, and says what it is asked for
-    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exec echo 9.0\necho "$TORCH_CUDA_ARCH_LIST: $*"\n')
-    python.chmod(0o755)
-    out, only = tmp_path / "out", f"--backend {wish or 'cuda'}"
-    for given, built in (("", "9.0"), ("8.0 9.0", "8.0 9.0")):
-        ended = make_gpu_quick(
-            *(f"PY={python}", f"OUT={out}", f"BACKEND={wish}"), TORCH_CUDA_ARCH_LIST=given, COMMIT="abc"
-        )
-        assert ended.returncode == 0, ended.stdout
-        logs = {path.name: path.read_text().strip() for path in out.iterdir()}
-        measured = f"-m bench.gpu --quick --minutes 0.8 {only} --out {out} --commit abc"
-        assert logs == {
-            "gpu-quick-build.log": f"{built}: setup.py --quiet build_ext --inplace --force",
-            "gpu-quick-smoke.log": f"{given}: -m bench.smoke {only}",
-            "gpu-quick-bench.log": f"{given}: {measured}",
-        }
-
-
-def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
-    for name, fails in (("python", '"$2" = pytest'), ("compute-sanitizer", '"$2" = racecheck')):
-        program = tmp_path / name  # says what it is asked for, and fails at one thing
-        program.write_text(f'#!/bin/sh\necho "asked for $*"\n[ ! {fails} ] || exit 3\n')
-        program.chmod(0o755)
-    out, path = tmp_path / "out", f"{tmp_path}:{os.environ['PATH']}"
-    env = {**NO_GPU, "PY": "python", "PATH": path, "OUT": str(out), "COMMIT": "abc", "BACKEND": "cuda"}
-    ended = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ended.returncode == 1
-    stages = [
-        "build",
-        "tests",
-        "smoke",
-        "memcheck",
-        "racecheck",
-        "synccheck",
-        "initcheck",
-        "bench",
-        "training",
-    ]
-    failed = ("tests", "racecheck")
-    said = [f"{s}: {'FAILED with exit status 3' if s in failed else 'passed'}" for s in stages]
-    assert ended.stdout.splitlines()[-len(said) :] == said
-    log = (out / "gpu-bench.log").read_text()
-    assert log == f"asked for -m bench.gpu --backend cuda --out {out} --commit abc\n"
-    log = (out / "gpu-initcheck.log").read_text()
-    assert log == "asked for --tool initcheck --error-exitcode 9 python -m bench.smoke --backend cuda\n"
-
-
 def test_plans_in_python_are_put_back(monkeypatch):
     before = BUILT.get("cpu")
     with baselines.plans_in_python():
@@ -436,7 +182,7 @@ def test_plans_in_python_are_put_back(monkeypatch):
     assert BUILT.get("cpu") is before
 
 
-@pytest.mark.slow
+@pytest.mark.full("torch.compile, which takes seconds, makes a contender of the reference")
 def test_the_compiled_contender_takes_the_step_of_the_reference():
     shapes = [(6, 4), (5, 2, 3)]
     torch.manual_seed(1)
@@ -449,125 +195,3 @@ def test_the_compiled_contender_takes_the_step_of_the_reference():
     for got, w, grad, buf in zip(params, again, grads, bufs):
         torch.testing.assert_close(got, reference.step(w, grad, buf, **options)[0])
         assert not torch.equal(got, w)
-
-
-def interpreted(program, *arguments):
-    """Runs this file's ``program`` with Triton's kernels interpreted."""
-    command = [sys.executable, __file__, program, *map(str, arguments)]
-    env = {**NO_GPU, "TRITON_INTERPRET": "1", "PYTHONPATH": PATHS}
-    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
-
-
-@pytest.mark.slow
-def test_the_whole_flow_of_bench_gpu(tmp_path):
-    pytest.importorskip("triton")
-    printed = interpreted("gpu", tmp_path)
-    report = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    results = {result["row"]: result for result in report["results"]}
-    backends = [b for b in gpu.BACKENDS if any(row.startswith(b) for row in results)]
-    assert len(results) == len(printed.splitlines())
-    core = table.of_suite(report["results"], "core", "models")
-    assert len(core) == len(backends) * (1 + 2 * (3 + 7 + 3))
-    assert not any("error" in result or "facts_error" in result for result in results.values())
-    assert table.holes(report["results"]) == []
-    stems = ["models", *(f"{backend}-{suite}" for backend in backends for suite in ("grid", "scaling"))]
-    pictures = {f"gpu-cpu-{stem}.{form}" for stem in stems for form in plots.FORMATS}
-    assert pictures == {path.name for path in tmp_path.iterdir()} - {"gpu-cpu.json", "gpu-cpu.csv"}
-    for backend in backends:
-        host = results[f"{backend}: 4 tensors, host fp32"]["contenders"]
-        assert {"fused_sgd", "empty", "allowed", "prox_sgd"} <= set(host)
-        exact = results[f"{backend}: exact 16x12, 50% left fp32"]
-        assert 20 < exact["percent_nonzero_exact"] < 80
-    model = results["triton: ResNet-50 feature bf16"]
-    assert model["compiled_error"] == "ValueError: no compiler" and model["percent_of_copy"] > 0
-    everyone = {"copy", "fused_sgd", "prox_sgd", "foreach", *baselines.others()}
-    assert everyone - {"compiled"} == set(model["contenders"])
-    assert "eager" not in results["triton: AlexNet feature bf16"]["contenders"]
-    text = readme.gpu_part([{"name": "gpu-cpu", **report}])
-    assert "| feature 50257x1024 | a copy | 55% |" in text and "| tensor 4096x4096 | a copy | - |" in text
-    assert "](bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
-    if "cuda" in backends:
-        paths = {"rows": 0, "tile": 1, "shared": 0, "ticket": 0}
-        assert results["cuda: feature 50257x1024 bf16"]["paths"] == paths
-        assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
-        assert "| feature 50257x1024 | a copy | 70%/45% |" in text
-        assert "| 4 tensors, host | an empty step and 20 µs | 1.00 |" in text
-        assert "4 tensors, host, fp32: " in text and " ms with empty." in text
-
-
-@pytest.mark.slow
-def test_the_whole_flow_of_bench_tune():
-    pytest.importorskip("triton")
-    printed = interpreted("tune")
-    assert "NUM_WARPS = 8" in printed and "    COLUMNS.value: (\n        Tile(" in printed
-    assert "with 4 warps: COLUMNS 16 " in printed and "bytes of a window" in printed
-    assert "nan" not in printed and "inf" not in printed
-
-
-@pytest.mark.slow
-def test_the_smoke_test_is_right_with_triton():
-    pytest.importorskip("triton")
-    assert "right with triton" in interpreted("smoke")
-
-
-@pytest.mark.skipif(not EMULATED, reason="its kernels are not emulated here")
-def test_the_smoke_test_is_right_with_cuda(capsys):
-    smoke.main(["cuda"], "cpu")
-    assert "right with cuda" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not EMULATED, reason="its kernels are not emulated here")
-def test_the_smoke_test_takes_every_path(monkeypatch):
-    device = emulated.Device(BUILT["cuda"].__file__)
-    try:
-        for shared in (228, 164, 100):  # KB of a multiprocessor: H200, A100, consumer GPUs
-            device["shared_memory_per_multiprocessor"] = shared << 10
-            device["shared_memory_per_block"] = (shared - 1) << 10
-            for dtype in smoke.DTYPES.values():
-                smoke.check_paths(dtype)
-    finally:
-        device.reset()
-    monkeypatch.setitem(smoke.GROUPS, "feature", [(37, 51)])
-    monkeypatch.setitem(smoke.GROUPS, "filter", [(33, 7)])
-    with pytest.raises(SystemExit, match="expected blocks on every path"):
-        smoke.check_paths(torch.float32)
-
-
-def flow_of_gpu(out):
-    def fails(*arguments, **options):
-        raise ValueError("no compiler")
-
-    gpu.OTHERS["compiled"] = fails
-    cases, models = ([tiny(case) for case in found] for found in (workloads.gpu_cases(), workloads.models()))
-    host = Case("4 tensors, host", "feature", [(4, 4)] * 4)
-    backends = [b for b in gpu.BACKENDS if b in available_backends()]
-    rows = gpu.rows(CpuLab(), backends, cases[-3:], models, [(16, 12)], host)
-    suites.SPECS, small = ("feature", "filter"), workloads.small
-    workloads.small = lambda count, elements: small(min(count, 4), min(elements, 16))
-    rows += gpu.pictured(CpuLab(), backends, (18,), 2**10, (8, 6))
-    assert gpu.run(CpuLab(), rows, gpu.arguments(["--out", out, "--runs", "1"]))
-
-
-def flow_of_tune():
-    from bench import tune
-    from cges_kernels.backends.triton import tiles
-    from cges_kernels.backends.triton.tiles import Tile
-
-    tune.PART, tune.LONG["COLUMNS"], tune.WARPS, tune.WINDOWS = range(256, 512), 20, (4, 8), (0.5,)
-    tiles.TILES[tune.KINDS["COLUMNS"]] = (Tile(16, 16, 16), Tile(0, 16, 16))
-    print(tune.tune(CpuLab(), ["COLUMNS"], 8, 256, workers=1))
-
-
-def flow_of_smoke():
-    del smoke.DTYPES["bf16"]
-    for shapes in smoke.GROUPS.values():  # the large ones would take minutes
-        shapes[:] = [shape for shape in shapes if math.prod(shape) < 50_000]
-    smoke.main(["triton"], "cpu")
-
-
-if __name__ == "__main__":
-    if compiler():
-        BUILT["cuda"] = emulated.load()
-    {"gpu": flow_of_gpu, "tune": flow_of_tune, "smoke": flow_of_smoke}[sys.argv[1]](*sys.argv[2:])

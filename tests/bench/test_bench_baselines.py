@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from helpers.right import SPECS
+from helpers.tiers import covering
 
 from bench import baselines, counts, workloads
 from cges_kernels import available_backends
@@ -46,10 +48,7 @@ def test_sgd_is_the_step_without_penalties(make, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:param_groups:UserWarning")
-@pytest.mark.parametrize("l1", [0.0, 5.0])
-@pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["eager", "vectorised", "prox_sgd"])
+@covering(name=["eager", "vectorised", "prox_sgd"], dtype=DTYPES, group_by=SPECS, l1=[0.0, 5.0])
 def test_proximal_contenders_take_the_steps_of_the_reference(name, dtype, group_by, l1):
     if name == "prox_sgd" and "cpu" not in available_backends():
         pytest.skip("the CPU executor is not built")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.vision import torchvision
 
 from bench import readme, table, training
 from bench.lab import Cpu
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:param_groups:UserWarning")
 def task(request, threads):
     threads(1)
     package, make = training.SMALL_MODELS[request.param]
+    torchvision()
     pytest.importorskip(package)
     task = make("cpu")
     for module in task.model.modules():
@@ -110,6 +112,7 @@ def test_the_whole_flow(tmp_path, monkeypatch, capsys, threads):
 
 
 def test_a_model_on_its_own_keeps_the_results_of_the_others(tmp_path, monkeypatch, threads):
+    torchvision()
     pytest.importorskip("transformers")
     threads(1)
     for model in ("conv", "GPT"):
