@@ -84,7 +84,7 @@ def test_csv_beside_the_figures(demo):
         assert min(float(row[name]) for name in ("sgd_fused_ms", "proxsgd_ms", "reference_ms")) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full("training alone and in two processes gives the same runs")
 def test_same_runs_whatever_the_workers(demo):
     out, _ = demo
     jobs = [Job("cges", METHODS["cges"].lambdas(2)[1], seed) for seed in (0, 1)]

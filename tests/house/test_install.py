@@ -175,7 +175,7 @@ def test_works_without_the_extension():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full("a whole pip install; the first tier sees what it would build")
 def test_pip_install_without_the_extension(tmp_path):
     pytest.importorskip("pip")
     source, target = tmp_path / "source", tmp_path / "target"

@@ -18,7 +18,10 @@ VERSION = "7.8.9"  # of the copy that is built
 PIP_OPTIONS = ("--no-index", "--no-deps", "--disable-pip-version-check")
 LEFT_HERE = (".*", "build", "dist", "__pycache__", "*.egg-info", "*.so", "demo_out", "accuracy_out")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
+pytestmark = [
+    pytest.mark.full("builds an sdist and wheels, and installs them"),
+    pytest.mark.xdist_group("wheel"),
+]
 
 # Run by the Python that the wheel is installed in.
 PROBE = """\

@@ -1,40 +1,19 @@
-"""Which weights a model's recipe regularises, by which groups, how strongly; the schedule."""
+"""Which weights of a model a recipe regularises, and by which groups."""
 
 import copy
 import itertools
-import math
-import re
-import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.layers import Conv1D
+from helpers.recipes import COEFFICIENTS, by_name, mlp
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.utils import parametrizations, prune
 
-from cges_kernels import ProxSGD, prune_to_density
+from cges_kernels import ProxSGD
 from cges_kernels.core.groups import NAMED_SPECS, reduced_dims
-from cges_kernels.training.recipes import (
-    LayerWeight,
-    cges_param_groups,
-    exclusivity_schedule,
-    regularised_weights,
-    sparsity_param_groups,
-)
-
-COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
-
-
-class Conv1D(nn.Module):
-    """Hugging Face's layer of that name: a Linear with weight [in, out]."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
+from cges_kernels.training.recipes import LayerWeight, regularised_weights, sparsity_param_groups
 
 
 class Zoo(nn.Module):
@@ -73,41 +52,6 @@ ZOO_LAYERS = [
     *("cross.q_proj_weight", "cross.k_proj_weight", "cross.v_proj_weight", "cross.out_proj.weight"),
     *("hf.weight", "twin_a.weight"),
 ]
-
-
-def mlp(*widths):
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
-
-
-def by_name(groups):
-    """{parameter name: its group}."""
-    return {name: group for group in groups for name, _ in group["params"]}
-
-
-# The schedule
-
-
-def test_schedule_by_hand():
-    assert exclusivity_schedule(3, 0.2) == pytest.approx([0.2, 0.5, 0.8], abs=1e-15)
-    assert exclusivity_schedule(5, 0.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert exclusivity_schedule(2, 1.0) == [1.0, 0.0]
-    assert exclusivity_schedule(1, 0.3) == [0.3]
-
-
-def test_schedule_stays_in_the_unit_interval():
-    for layers, k in itertools.product((2, 3, 7, 50), range(101)):
-        mu = exclusivity_schedule(layers, k / 100)
-        assert min(mu) >= 0 and max(mu) <= 1
-        assert mu[-1] == pytest.approx(1 - k / 100, abs=1e-15)
-
-
-@pytest.mark.parametrize("layers, m", [(0, 0.1), (-1, 0.1), (2.0, 0.1), (True, 0.1), (3, -0.1), (3, 1.1)])
-def test_schedule_refuses(layers, m):
-    with pytest.raises(ValueError, match=r"expected .* got"):
-        exclusivity_schedule(layers, m)
-
-
-# Which parameters
 
 
 def test_the_layers_of_every_kind_of_module_in_order():
@@ -181,16 +125,6 @@ def test_a_lazy_model_says_what_to_do():
         sparsity_param_groups(model)
     model(torch.ones(1, 3))
     assert len(regularised_weights(model)) == 2
-
-
-def test_a_weight_that_is_computed_from_others_is_not_a_layer():
-    lstm = parametrizations.weight_norm(nn.LSTM(3, 2), "weight_hh_l0")
-    assert [w.name for w in regularised_weights(lstm)] == ["weight_ih_l0"]
-    model = nn.Sequential(prune.identity(nn.Linear(3, 4), "weight"), nn.Linear(4, 2))
-    assert [w.name for w in regularised_weights(model)] == ["1.weight"]
-
-
-# Which groups
 
 
 def naive_groups(weight, group_by):
@@ -272,94 +206,6 @@ def test_layer_weight_in_blocks():
     assert blocked[1, 2, 0].tolist() == param[2, 2].tolist()
 
 
-# How strongly
-
-
-def test_one_value_per_layer_and_layers_with_equal_keys_share_a_group():
-    groups = sparsity_param_groups(mlp(3, 4, 5, 2), group_lasso=[0.1, 0.2, 0.1], l1=0.5)
-    assert [[name for name, _ in group["params"]] for group in groups] == [
-        ["0.weight", "2.weight"],
-        ["1.weight"],
-        ["0.bias", "1.bias", "2.bias"],
-    ]
-    assert [(group["group_lasso"], group["l1"]) for group in groups] == [(0.1, 0.5), (0.2, 0.5), (0.0, 0.0)]
-
-
-@pytest.mark.parametrize("key", [*COEFFICIENTS, "weight_decay"])
-@pytest.mark.parametrize(
-    "value, message",
-    [([0.1], "a number or 2 values, one per layer, got 1"), (-1.0, ">= 0, got"), ([0, math.inf], "finite")],
-)
-def test_wrong_values_are_refused(key, value, message):
-    with pytest.raises(ValueError, match=f"{key}: expected .*{message}"):
-        sparsity_param_groups(mlp(3, 4, 2), **{key: value})
-
-
-def test_what_is_zero_everywhere_is_left_to_the_optimizer():
-    model = mlp(3, 4, 2)
-    optimizer = ProxSGD(sparsity_param_groups(model, l1=0.1), weight_decay=5e-4, group_lasso=0.3)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 5e-4]
-    assert [group["group_lasso"] for group in optimizer.param_groups] == [0.3, 0.0]
-    assert [group["l1"] for group in optimizer.param_groups] == [0.1, 0.0]
-
-
-def test_weight_decay_given_here_is_for_the_layer_weights_only():
-    groups = sparsity_param_groups(mlp(3, 4, 2), weight_decay=[0.0, 5e-4])
-    assert [group["weight_decay"] for group in groups] == [0.0, 5e-4, 0.0]
-
-
-def test_scale_by_size():
-    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 9, 1))
-    for group_by, sizes in (("feature", (4, 9)), ("filter", (12, 4))):
-        groups = sparsity_param_groups(
-            model, group_lasso=0.1, exclusive_lasso=0.2, l1=0.3, group_by=group_by, scale="size"
-        )
-        for group, n in zip(groups, sizes):
-            assert group["group_lasso"] == pytest.approx(0.1 * math.sqrt(n))
-            assert group["exclusive_lasso"] == pytest.approx(0.2 / n)
-            assert group["l1"] == 0.3
-
-
-def test_scale_by_hand():
-    groups = by_name(
-        sparsity_param_groups(
-            mlp(3, 4, 2), group_lasso=0.1, exclusive_lasso=[0.2, 0.4], scale={"1.weight": (10, 0.5)}
-        )
-    )
-    assert [groups["0.weight"][key] for key in COEFFICIENTS[:2]] == [0.1, 0.2]
-    assert [groups["1.weight"][key] for key in COEFFICIENTS[:2]] == [1.0, 0.2]
-
-
-@pytest.mark.parametrize(
-    "scale, message",
-    [
-        ({"0.bias": (1, 1)}, r"expected names among \['0.weight', '1.weight'\], got \['0.bias'\]"),
-        ({"0.weight": (1,)}, "expected two finite factors"),
-        ({"0.weight": (1, -1)}, "expected two finite factors"),
-        ("sqrt", "expected None, 'size' or a dict .* got 'sqrt'"),
-    ],
-)
-def test_scale_refuses(scale, message):
-    with pytest.raises(ValueError, match=message):
-        sparsity_param_groups(mlp(3, 4, 2), group_lasso=0.1, scale=scale)
-
-
-def test_cges_shares_lambda_by_the_schedule():
-    groups = cges_param_groups(mlp(3, 4, 5, 2), lam=0.1, m=0.2)
-    assert [group["group_lasso"] for group in groups] == pytest.approx([0.08, 0.05, 0.02, 0])
-    assert [group["exclusive_lasso"] for group in groups] == pytest.approx([0.02, 0.05, 0.08, 0])
-
-
-def test_cges_counts_the_included_layers_only():
-    groups = cges_param_groups(mlp(3, 4, 5, 2), 0.1, 0.2, include=["0.weight", "2.weight"], scale="size")
-    assert [group["group_lasso"] for group in groups[:-1]] == pytest.approx(
-        [0.08 * math.sqrt(4), 0.02 * math.sqrt(2)]
-    )
-
-
-# In the optimizer
-
-
 def test_the_optimizer_takes_the_zoo_and_kills_layer_weights_only():
     model = Zoo()
     groups = sparsity_param_groups(model, group_lasso=1e6)
@@ -378,50 +224,6 @@ def test_the_optimizer_takes_the_zoo_and_kills_layer_weights_only():
             torch.testing.assert_close(p, before[name] - moved, msg=name)
 
 
-# Weights that are no parameters, parameters without names, and those that come later
-
-COMPUTED = {
-    "parametrized weight_norm": parametrizations.weight_norm,
-    "parametrized spectral_norm": parametrizations.spectral_norm,
-    "weight_norm": nn.utils.weight_norm,
-    "spectral_norm": nn.utils.spectral_norm,
-    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
-@pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(4, 4), lambda: nn.Conv2d(4, 4, 3)], ids=["linear", "conv"]
-)
-def test_weights_that_are_no_parameters_are_named(compute, make):
-    model = nn.Sequential(compute(make()), nn.Sequential(nn.Linear(4, 4)))
-    for helper in (sparsity_param_groups, cges_param_groups):
-        options = dict(group_lasso=0.1) if helper is sparsity_param_groups else dict(lam=0.1)
-        with pytest.warns(
-            UserWarning, match=r"Sequential: no penalty for \['0.weight'\], which are no param"
-        ) as seen:
-            groups = helper(model, **options)
-        assert len(seen) == 1
-        assert [name for name, _ in groups[0]["params"]] == ["1.0.weight"]
-    with pytest.warns(UserWarning, match=r"nothing is pruned for \['0.weight'\]"):
-        prune_to_density(model, 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sparsity_param_groups(model, group_lasso=0.1, include=["1.0.weight"])
-        sparsity_param_groups(model[1], group_lasso=0.1)
-    with pytest.raises(ValueError, match=r"got none but \['0.weight'\], which are computed from other"):
-        sparsity_param_groups(model[:1], group_lasso=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_some_of_a_layers_weights_may_be_no_parameters():
-    model = nn.Sequential(nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"))
-    with pytest.warns(UserWarning, match=r"no penalty for \['0.weight_hh_l0'\], which"):
-        groups = sparsity_param_groups(model, l1=0.1)
-    assert [name for name, _ in groups[0]["params"]] == ["0.weight_ih_l0"]
-
-
 def test_parameters_without_names_fit_a_zero_redundancy_optimizer(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     plain = copy.deepcopy(model)
@@ -437,29 +239,3 @@ def test_parameters_without_names_fit_a_zero_redundancy_optimizer(tmp_path):
     ProxSGD(sparsity_param_groups(plain, group_lasso=0.3), lr=0.1, momentum=0.9).step()
     for p, q in zip(model.parameters(), plain.parameters()):
         assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("key", ["group_lasso", "weight_decay"])
-@pytest.mark.parametrize("value", ["1e-3", None, b"ab", {0.1}, ["0.1"]])
-def test_a_coefficient_that_is_no_number_is_refused(key, value):
-    text = re.escape(f"{key}: expected a number or one value per layer, got {value!r}")
-    with pytest.raises(TypeError, match=text):
-        sparsity_param_groups(nn.Linear(3, 2), **{key: value})
-    for wrong in (dict(names="False"), dict(lam="1e-3")):
-        helper = cges_param_groups if "lam" in wrong else sparsity_param_groups
-        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected a (bool|number), got"):
-            helper(nn.Linear(3, 2), **wrong)
-
-
-def test_coefficients_may_be_tensors_and_arrays():
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    for value in (torch.tensor([0.25, 0.5]), np.array([0.25, 0.5]), (0.25, torch.tensor(0.5))):
-        groups = sparsity_param_groups(model, l1=value)
-        assert [group["l1"] for group in groups] == [0.25, 0.5, 0.0]
-    assert sparsity_param_groups(model, l1=torch.tensor(0.25))[0]["l1"] == 0.25
-
-
-def test_a_parametrized_conv1d_is_named():
-    model = nn.Sequential(parametrizations.weight_norm(Conv1D(4, 3)), nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match=r"no penalty for \['0.weight'\]"):
-        sparsity_param_groups(model, l1=0.1)

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from cges_kernels import CoefficientWarmup, ProxSGD, TargetDensity, cges_param_groups
 
 pytestmark = [
-    pytest.mark.slow,  # to import
+    pytest.mark.full("the recipes for Lightning, Transformers and accelerate, which take long to import"),
     pytest.mark.xdist_group("trainers"),
+    pytest.mark.usefixtures("trainers"),
     pytest.mark.filterwarnings("ignore"),  # trainers give advice on loggers, workers and devices
 ]
 LIGHTNING, TRANSFORMERS, ACCELERATE = (

@@ -178,7 +178,7 @@ def test_a_distributed_checkpoint_is_saved(tmp_path):
     assert_same_bits(before, list(model.parameters()))
 
 
-@pytest.mark.slow
+@pytest.mark.full("torch.compile of a step, for seconds")
 def test_a_compiled_step_reads_a_tensor():
     model, _ = conv_and_norm()
     names = dict(globals(), model=model, device="cpu")
@@ -198,8 +198,9 @@ def test_linked_files_exist():
     assert links and all((PAGE.parent / link).exists() for link in links)
 
 
-@pytest.mark.slow  # imports Lightning
+@pytest.mark.full("a recipe that needs Lightning, which takes seconds to import")
 @pytest.mark.xdist_group("trainers")
+@pytest.mark.usefixtures("trainers")
 @pytest.mark.filterwarnings("ignore")
 def test_a_backbone_that_is_unfrozen_later_is_regularised(tmp_path, monkeypatch):
     lightning = pytest.importorskip("lightning")

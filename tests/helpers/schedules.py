@@ -1,0 +1,13 @@
+"""What tests of the coefficients' schedules share: a model, and an optimizer that is warmed up."""
+
+from helpers.recipes import mlp
+
+from cges_kernels import ProxSGD
+from cges_kernels.training.recipes import CoefficientWarmup, sparsity_param_groups
+
+
+def warmed(steps=4):
+    model = mlp(3, 4, 2)
+    groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
+    optimizer = ProxSGD(groups, lr=0.1, l1=0.1)
+    return model, optimizer, CoefficientWarmup(optimizer, steps)

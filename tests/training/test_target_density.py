@@ -1,0 +1,185 @@
+"""TargetDensity: the density that training reaches, how it lands, resuming, what it refuses."""
+
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.recipes import COEFFICIENTS, mlp
+from helpers.schedules import warmed
+from torch import nn
+
+from cges_kernels import ProxSGD, TargetDensity, cges_param_groups, sparsity_report
+from cges_kernels.demo.data import load_digits
+from cges_kernels.demo.training import LeNet
+from cges_kernels.training.recipes import sparsity_param_groups
+
+
+def digits():
+    pytest.importorskip("sklearn")
+    x, y = map(torch.from_numpy, load_digits())
+    return x[:400], y[:400]
+
+
+def controlled(density, lam=0.01, epochs=50, momentum=0.9, **options):
+    """A LeNet trained on 400 digits under control, 13 steps an epoch: (model, optimizer, control)."""
+    x, y = digits()
+    model = LeNet(8)
+    groups = cges_param_groups(model, lam, scale="size")
+    optimizer = ProxSGD(groups, lr=0.05, momentum=momentum)
+    steps = 13 * epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    control = TargetDensity(optimizer, density, steps // 2, **options)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+            control.step()
+    return model, optimizer, control
+
+
+OTHERS = pytest.mark.full("trains for seconds: other densities, and lambdas far from the right one")
+
+
+@pytest.mark.parametrize(
+    "density, lam",
+    [
+        (0.3, 0.01),
+        *(pytest.param(density, 0.01, marks=OTHERS) for density in (0.1, 0.6)),
+        *(pytest.param(0.3, lam, marks=OTHERS) for lam in (0.1, 1e-4)),
+    ],
+)
+def test_the_density_is_reached_within_a_point(density, lam):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, optimizer, control = controlled(density, lam)
+    percent = sparsity_report(model).total.percent_nonzero
+    assert abs(percent - 100 * density) <= 1
+    assert control.measure() == pytest.approx(percent / 100)
+    x, y = digits()
+    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
+    assert all(group["freeze_zeros"] == "element" for group in optimizer.param_groups[:-1])
+    assert optimizer.param_groups[-1]["freeze_zeros"] is None
+
+
+def test_without_landing_the_coefficients_stay():
+    _, optimizer, control = controlled(0.3, epochs=25, freeze=False)
+    assert abs(control.measure() - 0.3) < 0.15
+    assert optimizer.param_groups[0]["group_lasso"] > 0
+    assert all(group["freeze_zeros"] is None for group in optimizer.param_groups)
+
+
+def few_steps(model, optimizer, control, count):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        for p in model.parameters():
+            p.grad = 0.1 * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        control.step()
+
+
+def small_control(**options):
+    model = mlp(3, 4, 2)
+    groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
+    optimizer = ProxSGD(groups, lr=0.1, momentum=0.9)
+    return model, optimizer, TargetDensity(optimizer, 0.5, **{"steps": 20, **options})
+
+
+def test_ratios_stay_and_the_factor_climbs():
+    model, optimizer, control = small_control()
+    seen = []
+    for _ in range(10):
+        seen.append([group["group_lasso"] for group in optimizer.param_groups])
+        few_steps(model, optimizer, control, 1)
+    first, second, rest = map(list, zip(*seen))
+    assert first == sorted(first) and first[-1] > first[0] == pytest.approx(0.004)
+    assert second == pytest.approx([2 * x for x in first]) and rest == [0] * 10
+
+
+@pytest.mark.filterwarnings("ignore:density")
+@pytest.mark.parametrize("at", [7, 30])
+def test_control_resumes_where_it_was(at):
+    model, optimizer, control = small_control()
+    few_steps(model, optimizer, control, at)
+    file = io.BytesIO()
+    torch.save([x.state_dict() for x in (model, optimizer, control)], file)
+    file.seek(0)
+    other = small_control()
+    for x, state in zip(other, torch.load(file, weights_only=True)):
+        x.load_state_dict(state)
+    few_steps(model, optimizer, control, 15)
+    few_steps(*other, 15)
+    assert other[2].state_dict() == control.state_dict()
+    assert other[2].get_last_coefficients() == control.get_last_coefficients()
+    for a, b in zip(model.parameters(), other[0].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_the_landing_is_gentle():
+    _, optimizer, control = small_control()
+    seen = []
+    for density in (0.7, 0.52, 0.504, 0.4):
+        state = control.state_dict() | {"landing": True, "frozen": True, "factor": 1.0, "density": density}
+        control.load_state_dict(state)
+        seen.append(optimizer.param_groups[0]["group_lasso"])
+    assert seen == pytest.approx([0.4, 0.4 * 0.2, 0, 0])
+
+
+def test_only_weights_under_a_penalty_count():
+    model, _, control = small_control()
+    assert control.measure() == 1
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[0].weight[0] = 0  # 3 of 12 + 8
+    assert control.measure() == 17 / 20
+
+
+@pytest.mark.parametrize("density", [0, -0.5, 1.1, float("nan"), "half"])
+def test_a_density_that_is_none_is_refused(density):
+    with pytest.raises(ValueError, match=r"density: expected a fraction of nonzero weights in \(0, 1\], got"):
+        TargetDensity(warmed()[1], density, 10)
+
+
+def test_control_refuses_an_optimizer_without_a_penalty():
+    with pytest.raises(ValueError, match=r"ProxSGD: expected a param group with .* > 0 .* density of 0.5"):
+        TargetDensity(ProxSGD(mlp(3, 4, 2).parameters(), lr=0.1), 0.5, 10)
+    with pytest.raises(ValueError, match=r"got SGD without \['group_lasso'"):
+        TargetDensity(torch.optim.SGD(mlp(3, 4, 2).parameters(), lr=0.1), 0.5, 10)
+    keys = dict.fromkeys(COEFFICIENTS, 0.1)
+    with pytest.raises(ValueError, match=r"freeze=True: expected .* freeze_zeros, got SGD"):
+        TargetDensity(torch.optim.SGD([{"params": mlp(3, 4, 2).parameters(), **keys}]), 0.5, 10)
+
+
+def test_a_density_out_of_reach_is_told_once():
+    model, optimizer, control = small_control(steps=5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with pytest.warns(UserWarning) as told:
+        few_steps(model, optimizer, control, 400)
+    (warning,) = told
+    assert (
+        "density 0.5: not reached; 100.0% of the weights are nonzero with the coefficients at 1e+06"
+        in str(warning.message)
+    )
+
+
+def test_weights_that_are_gone_are_told():
+    model, optimizer, control = small_control(steps=5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with torch.no_grad():
+        model[0].weight.zero_()
+    with pytest.warns(UserWarning, match=r"density 0.5: not reached; 40.0% .*zeros do not come back"):
+        few_steps(model, optimizer, control, 400)
+
+
+def test_control_fills_tensor_coefficients_in_place():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    group = {"params": [parameter], **{key: torch.tensor(0.8) for key in COEFFICIENTS}, "freeze_zeros": None}
+    optimizer = torch.optim.SGD([group])
+    tensor = optimizer.param_groups[0]["group_lasso"]
+    TargetDensity(optimizer, 0.5, 10)
+    assert optimizer.param_groups[0]["group_lasso"] is tensor and tensor.item() == pytest.approx(0.008)
