@@ -1,9 +1,12 @@
 """The public functions prox and prox_, by every executor."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from helpers.right import DTYPES, SPECS, fresh
-from helpers.tiers import PRODUCT, covering
+from helpers.tiers import PRODUCT
 from torch import nn
 
 from cges_kernels import ProxSGD, penalty, prox, prox_
@@ -22,19 +25,20 @@ FORMATS = {
 }
 
 
-@covering(made=FORMATS, prox_mode=PROX_MODES, dtype=DTYPES)
-def test_prox_returns_a_new_tensor_of_the_same_kind(checked_backend, made, prox_mode, dtype):
-    w = FORMATS[made]().to(dtype)
-    before, strides = w.clone(), w.stride()
-    for options in (OPTIONS, {}):
-        got = prox(w, prox_mode=prox_mode, backend=checked_backend, **options)
-        assert got.data_ptr() != w.data_ptr() and not got.requires_grad
-        assert (got.dtype, got.shape, got.device) == (w.dtype, w.shape, w.device)
-        assert [s for s, n in zip(got.stride(), w.shape) if n > 1] == [
-            s for s, n in zip(strides, w.shape) if n > 1
-        ]
-        assert torch.equal(w, before) and w.stride() == strides
-    assert torch.equal(got, w)  # no coefficients: a copy
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
+def test_prox_returns_a_new_tensor_of_the_same_kind(checked_backend, make):
+    for prox_mode, dtype in itertools.product(PROX_MODES, DTYPES):
+        w = make().to(dtype)
+        before, strides = w.clone(), w.stride()
+        for options in (OPTIONS, {}):
+            got = prox(w, prox_mode=prox_mode, backend=checked_backend, **options)
+            assert got.data_ptr() != w.data_ptr() and not got.requires_grad
+            assert (got.dtype, got.shape, got.device) == (w.dtype, w.shape, w.device)
+            assert [s for s, n in zip(got.stride(), w.shape) if n > 1] == [
+                s for s, n in zip(strides, w.shape) if n > 1
+            ]
+            assert torch.equal(w, before) and w.stride() == strides
+        assert torch.equal(got, w)  # no coefficients: a copy
 
 
 @pytest.mark.parametrize("group_by", [*SPECS, (1,), (0, 1)])
@@ -58,24 +62,24 @@ def test_prox_in_exact_mode_is_a_minimum(checked_backend, group_by):
     assert objective(prox(w, backend=checked_backend, **options)) > objective(best) + 1e-3
 
 
-@covering(group_by=SPECS, prox_mode=PROX_MODES)
-def test_prox_of_a_view_is_the_prox_of_the_viewed(checked_backend, group_by, prox_mode):
-    w = fresh((12, 10))
-    options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": checked_backend}
-    assert torch.equal(prox(w, view=(3, 4, 10), **options), prox(w.view(3, 4, 10), **options).view(12, 10))
+@pytest.mark.parametrize("group_by", SPECS)
+def test_prox_of_a_view_is_the_prox_of_the_viewed(checked_backend, group_by):
+    for prox_mode in PROX_MODES:
+        w = fresh((12, 10))
+        options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": checked_backend}
+        assert torch.equal(
+            prox(w, view=(3, 4, 10), **options), prox(w.view(3, 4, 10), **options).view(12, 10)
+        )
 
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
-@pytest.mark.parametrize("group_by", [*SPECS, ()])
-def test_prox_is_differentiable(checked_backend, group_by, prox_mode):
+def test_prox_is_differentiable(checked_backend, prox_mode):
     """By the reference's formulas, whichever executor is asked for."""
-    w = fresh((4, 3, 2), torch.float64).requires_grad_()
-
-    def of(w):
-        return prox(w, group_by=group_by, prox_mode=prox_mode, backend=checked_backend, **OPTIONS)
-
-    assert torch.autograd.gradcheck(of, (w,))
-    torch.testing.assert_close(of(w).detach(), of(w.detach()), rtol=1e-13, atol=1e-15)
+    for group_by in (*SPECS, ()):
+        w = fresh((4, 3, 2), torch.float64).requires_grad_()
+        of = partial(prox, group_by=group_by, prox_mode=prox_mode, backend=checked_backend, **OPTIONS)
+        assert torch.autograd.gradcheck(of, (w,))
+        torch.testing.assert_close(of(w).detach(), of(w.detach()), rtol=1e-13, atol=1e-15)
 
 
 def test_prox_without_coefficients_is_differentiable_and_still_a_new_tensor(backend):

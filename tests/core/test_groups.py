@@ -56,20 +56,25 @@ CONTIGUOUS = [
     ((16, 1, 3, 3), "channel", (1, 16 * 9, 1, 1)),
     ((4, 1, 5, 1, 6), (1, 3), (4 * 5 * 6, 1, 1, 1)),
     ((1, 1, 1), "channel", (1, 1, 1, 1)),
-    # one dim and none: a named spec makes no groups
-    *[((7,), spec, (7, 1, 1, 1)) for spec in SPECS],
-    *[((), spec, (1, 1, 1, 1)) for spec in SPECS],
+    # one dim and none
     ((7,), (0,), (1, 7, 1, 1)),
     ((7,), (), (7, 1, 1, 1)),
     ((), (), (1, 1, 1, 1)),
-    # nothing
-    *[(shape, spec, (0, 1, 1, 1)) for shape in [(0,), (0, 5), (5, 0), (3, 0, 2, 2)] for spec in SPECS],
 ]
 
 
 @pytest.mark.parametrize(("shape", "group_by", "expected"), CONTIGUOUS, ids=str)
 def test_contiguous_layouts(shape, group_by, expected):
     assert canonical_layout(torch.empty(shape), group_by) == Layout(*expected)
+
+
+@pytest.mark.parametrize("group_by", SPECS)
+def test_named_specs_without_groups(group_by):
+    """Of one dim and of none, and where nothing is."""
+    assert canonical_layout(torch.empty(7), group_by) == Layout(7, 1, 1, 1)
+    assert canonical_layout(torch.empty(()), group_by) == Layout(1, 1, 1, 1)
+    for shape in ((0,), (0, 5), (5, 0), (3, 0, 2, 2)):
+        assert canonical_layout(torch.empty(shape), group_by) == Layout(0, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Everything is float64 unless it says so. Exact mode, edges and gradients are in 
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,20 +51,18 @@ def thesis(z, a, b, c):
     return [math.copysign(max(abs(x) - threshold, 0.0), x) for x in w]
 
 
-# All three penalties, each alone, and so much that groups die.
-@covering(
-    shape=SHAPES,
-    group_by=SPECS,
-    coefficients=[(0.4, 0.02, 0.1), (0.4, 0, 0), (0, 0.05, 0), (0, 0, 0.2), (50, 1, 0)],
-)
-def test_sequential_mode_is_the_thesis(shape, group_by, coefficients):
-    z = normal(*shape)
-    z.view(-1)[::7] = 0.0
-    got = shrink(z, Thresholds(*coefficients), group_by)
-    expected = by_loops(z, group_by, lambda group: thesis(group, *coefficients))
-    # a sum of n terms rounds by n/2 ulp at the very worst; n = 500 here, and far less in practice
-    torch.testing.assert_close(got, expected, rtol=0, atol=64 * EPS * z.abs().max().item())
-    assert torch.equal(got == 0, expected == 0)
+@pytest.mark.parametrize("group_by", SPECS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sequential_mode_is_the_thesis(shape, group_by):
+    """Under all three penalties, under each alone, and under so much that groups die."""
+    for coefficients in ((0.4, 0.02, 0.1), (0.4, 0, 0), (0, 0.05, 0), (0, 0, 0.2), (50, 1, 0)):
+        z = normal(*shape)
+        z.view(-1)[::7] = 0.0
+        got = shrink(z, Thresholds(*coefficients), group_by)
+        expected = by_loops(z, group_by, partial(thesis, **dict(zip("abc", coefficients))))
+        # a sum of n terms rounds by n/2 ulp at the very worst; n = 500 here, and far less in practice
+        torch.testing.assert_close(got, expected, rtol=0, atol=64 * EPS * z.abs().max().item())
+        assert torch.equal(got == 0, expected == 0)
 
 
 @covering(

@@ -29,27 +29,25 @@ COMPUTED = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
-@pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(4, 4), lambda: nn.Conv2d(4, 4, 3)], ids=["linear", "conv"]
-)
-def test_weights_that_are_no_parameters_are_named(compute, make):
-    model = nn.Sequential(compute(make()), nn.Sequential(nn.Linear(4, 4)))
-    for helper in (sparsity_param_groups, cges_param_groups):
-        options = dict(group_lasso=0.1) if helper is sparsity_param_groups else dict(lam=0.1)
-        with pytest.warns(
-            UserWarning, match=r"Sequential: no penalty for \['0.weight'\], which are no param"
-        ) as seen:
-            groups = helper(model, **options)
-        assert len(seen) == 1
-        assert [name for name, _ in groups[0]["params"]] == ["1.0.weight"]
-    with pytest.warns(UserWarning, match=r"nothing is pruned for \['0.weight'\]"):
-        prune_to_density(model, 0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sparsity_param_groups(model, group_lasso=0.1, include=["1.0.weight"])
-        sparsity_param_groups(model[1], group_lasso=0.1)
-    with pytest.raises(ValueError, match=r"got none but \['0.weight'\], which are computed from other"):
-        sparsity_param_groups(model[:1], group_lasso=0.1)
+def test_weights_that_are_no_parameters_are_named(compute):
+    for make in (lambda: nn.Linear(4, 4), lambda: nn.Conv2d(4, 4, 3)):
+        model = nn.Sequential(compute(make()), nn.Sequential(nn.Linear(4, 4)))
+        for helper in (sparsity_param_groups, cges_param_groups):
+            options = dict(group_lasso=0.1) if helper is sparsity_param_groups else dict(lam=0.1)
+            with pytest.warns(
+                UserWarning, match=r"Sequential: no penalty for \['0.weight'\], which are no param"
+            ) as seen:
+                groups = helper(model, **options)
+            assert len(seen) == 1
+            assert [name for name, _ in groups[0]["params"]] == ["1.0.weight"]
+        with pytest.warns(UserWarning, match=r"nothing is pruned for \['0.weight'\]"):
+            prune_to_density(model, 0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sparsity_param_groups(model, group_lasso=0.1, include=["1.0.weight"])
+            sparsity_param_groups(model[1], group_lasso=0.1)
+        with pytest.raises(ValueError, match=r"got none but \['0.weight'\], which are computed from other"):
+            sparsity_param_groups(model[:1], group_lasso=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

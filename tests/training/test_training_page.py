@@ -38,22 +38,22 @@ def killed(backend, **options):
     return p, optimizer
 
 
-def test_momentum_revives_a_dead_group(backend):
-    p, optimizer = killed(backend)
+def test_momentum_revives_a_dead_group(checked_backend):
+    p, optimizer = killed(checked_backend)
     optimizer.step()
     assert (p[:, 1] != 0).all()
 
 
-def test_a_threshold_above_the_momentum_does_not_let_it(backend):
-    p, optimizer = killed(backend)
+def test_a_threshold_above_the_momentum_does_not_let_it(checked_backend):
+    p, optimizer = killed(checked_backend)
     optimizer.param_groups[0]["group_lasso"] = 100.0
     optimizer.step()
     assert (p[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["group", "element"])
-def test_freezing_half_way_stops_it(backend, mode):
-    p, optimizer = killed(backend)
+def test_freezing_half_way_stops_it(checked_backend, mode):
+    p, optimizer = killed(checked_backend)
     p.data[0, 0] = 0  # a zero inside a living group
     exec(FREEZE.replace('"group"  #', f'"{mode}"  #'), {"optimizer": optimizer})
     optimizer.step()
@@ -64,10 +64,10 @@ def test_freezing_half_way_stops_it(backend, mode):
     assert (p[0, 0] == 0) == (mode == "element")
 
 
-def test_element_keeps_what_is_initialised_with_zeros(backend):
+def test_element_keeps_what_is_initialised_with_zeros(checked_backend):
     p = nn.Parameter(torch.zeros(3))
     p.grad = torch.ones(3)
-    ProxSGD([p], lr=0.1, freeze_zeros="element", backend=backend).step()
+    ProxSGD([p], lr=0.1, freeze_zeros="element", backend=checked_backend).step()
     assert (p == 0).all()
 
 
@@ -83,8 +83,8 @@ def norms_until_dead(weight_decay, backend):
     return norms
 
 
-def test_weight_decay_leaves_zeros_and_lets_groups_die_earlier(backend):
-    without, decayed = (norms_until_dead(weight_decay, backend) for weight_decay in (0.0, 0.5))
+def test_weight_decay_leaves_zeros_and_lets_groups_die_earlier(checked_backend):
+    without, decayed = (norms_until_dead(weight_decay, checked_backend) for weight_decay in (0.0, 0.5))
     assert len(decayed) < len(without) and decayed[0] < without[0]
 
 
@@ -120,14 +120,14 @@ def test_batch_norm_undoes_the_scale_of_a_layer():
 
 
 @pytest.mark.parametrize("freeze_zeros", [None, "group"])
-def test_batch_norm_revives_dead_filters(backend, freeze_zeros):
+def test_batch_norm_revives_dead_filters(checked_backend, freeze_zeros):
     """Against a threshold above the gradients of all living filters."""
     model, _ = conv_and_norm()
     weight = model[0].weight
     norms = weight.grad.flatten(1).norm(dim=1)
     assert norms[0] > 30 * norms[1:].max()
     assert model[1].eps ** -0.5 == pytest.approx(300, rel=0.1)
-    options = dict(group_by="filter", freeze_zeros=freeze_zeros, backend=backend)
+    options = dict(group_by="filter", freeze_zeros=freeze_zeros, backend=checked_backend)
     ProxSGD([weight], lr=0.1, group_lasso=2 * norms[1:].max().item(), **options).step()
     assert (weight[0] == 0).all() == (freeze_zeros == "group")
 
