@@ -42,7 +42,7 @@ def fresh_random_inputs(request):
 def default_device(request):
     """Tensors are made where the test's backend serves them."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    backend = next((params[name] for name in LEFT_OUT if name in params), None)
+    backend = next((params[name] for name in (*LEFT_OUT, "executor") if name in params), None)
     device = device_of(backend or getattr(request.module, "BACKEND", None))
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield

@@ -17,9 +17,9 @@ from helpers.right import (
     one_step,
     training,
 )
-from helpers.tiers import TILES, covering
+from helpers.tiers import TILES, covering, fused_backends
 
-from cges_kernels import prox, prox_
+from cges_kernels import available_backends, prox, prox_
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
 
@@ -38,19 +38,19 @@ def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
         check_step(fused_backend, w, grad, held, **training(w, group_by, prox_mode))
 
 
-@covering(shape=LARGE, group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
-def test_groups_longer_than_any_tile(fused_backend, shape, group_by, prox_mode, dtype):
-    w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
-    check_step(fused_backend, w, grad, buf, **training(w, group_by, prox_mode))
+@covering(executor=fused_backends(), shape=LARGE, group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
+def test_groups_longer_than_any_tile(executor, shape, group_by, prox_mode, dtype):
+    w, grad, buf = inputs(as_large_as_may_be(executor, shape), dtype)
+    check_step(executor, w, grad, buf, **training(w, group_by, prox_mode))
 
 
 @pytest.mark.usefixtures("tiles")
-@covering(view=MATRICES, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
-def test_many_small_matrices(fused_backend, prox_mode, view):
+@covering(executor=fused_backends(), view=MATRICES, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
+def test_many_small_matrices(executor, prox_mode, view):
     """Kept dims on both sides of the reduced ones, as in grouped convolutions."""
-    w, grad, buf = inputs(as_large_as_may_be(fused_backend, view), torch.float32)
+    w, grad, buf = inputs(as_large_as_may_be(executor, view), torch.float32)
     dims = (1,) if len(view) == 3 else (1, 3)
-    check_step(fused_backend, w, grad, buf, **training(w, dims, prox_mode))
+    check_step(executor, w, grad, buf, **training(w, dims, prox_mode))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -65,41 +65,48 @@ def test_nothing_underflows_to_negative_zero(fused_backend, dtype):
         assert got.any() and not torch.signbit(got[got == 0]).any()
 
 
-@covering(rule=MOMENTA, weight_decay=(0.0, 0.1), maximize=(False, True), dtype=DTYPES)
-def test_update_rules(fused_backend, rule, weight_decay, maximize, dtype):
+@covering(
+    executor=fused_backends(), rule=MOMENTA, weight_decay=(0.0, 0.1), maximize=(False, True), dtype=DTYPES
+)
+def test_update_rules(executor, rule, weight_decay, maximize, dtype):
     momentum, dampening, nesterov = rule
     w, grad, buf = inputs((45, 130), dtype)
     options = dict(
         lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay
     )
     options |= {"maximize": maximize, **coefficients(w, "feature")}
-    check_step(fused_backend, w, grad, buf if momentum else None, **options)
-    check_step(fused_backend, w, grad, None, **options)
+    check_step(executor, w, grad, buf if momentum else None, **options)
+    check_step(executor, w, grad, None, **options)
 
 
-@covering(terms=[*TERMS, "group_lasso exclusive_lasso", ""], prox_mode=MODES, group_by=SPECS)
-def test_each_term_alone(fused_backend, group_by, prox_mode, terms):
+@covering(
+    executor=fused_backends(),
+    terms=[*TERMS, "group_lasso exclusive_lasso", ""],
+    prox_mode=MODES,
+    group_by=SPECS,
+)
+def test_each_term_alone(executor, group_by, prox_mode, terms):
     w, grad, _ = inputs((60, 40, 3), torch.float32)
     options = coefficients(w, group_by)
     options |= {name: 0.0 for name in TERMS if name not in terms.split()}
     if not terms:
-        got, _ = one_step(fused_backend, w, grad, lr=0.5, prox_mode=prox_mode, **options)
+        got, _ = one_step(executor, w, grad, lr=0.5, prox_mode=prox_mode, **options)
         truth = torch.addcmul(w.double(), grad.double(), torch.tensor(-0.5, dtype=torch.float64)).cpu()
         assert (got.double() - truth).abs().max() <= torch.finfo(torch.float32).eps * truth.abs().max()
     else:
-        check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **options)
+        check_step(executor, w, grad, None, lr=0.5, prox_mode=prox_mode, **options)
 
 
-@covering(group_by=[*SPECS, (0, 1), (1, 2, 3)], prox_mode=MODES)
-def test_memory_formats(fused_backend, group_by, prox_mode):
+@covering(executor=fused_backends(), group_by=[*SPECS, (0, 1), (1, 2, 3)], prox_mode=MODES)
+def test_memory_formats(executor, group_by, prox_mode):
     for format_ in (torch.channels_last, torch.contiguous_format):
         w, grad, buf = (x.to(memory_format=format_) for x in inputs((24, 10, 3, 5), torch.float32))
         options = training(w, group_by, prox_mode)
-        check_step(fused_backend, w, grad, buf, **options)
+        check_step(executor, w, grad, buf, **options)
     w, grad, buf = (x.t() for x in inputs((70, 50), torch.float32))
     if max(d for d in (0, *group_by) if isinstance(d, int)) == 0:
         options = training(w, group_by, prox_mode)
-        check_step(fused_backend, w, grad, buf, **options)
+        check_step(executor, w, grad, buf, **options)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +124,8 @@ def test_views(fused_backend, shape, group_by, view, prox_mode):
     check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by, view))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [1, 3])
-def test_misaligned_storage(fused_backend, offset, dtype):
+@covering(executor=fused_backends(), offset=[1, 3], dtype=DTYPES)
+def test_misaligned_storage(executor, offset, dtype):
     """Right; and where the order of sums does not follow the width of a vector, the same bits."""
 
     def misaligned(x):
@@ -128,16 +134,17 @@ def test_misaligned_storage(fused_backend, offset, dtype):
     for group_by in SPECS:
         w, grad, buf = inputs((50, 77), dtype)
         options = training(w, group_by, "sequential")
-        check_step(fused_backend, w, grad, buf, misaligned, **options)
-        if fused_backend != "triton":
+        check_step(executor, w, grad, buf, misaligned, **options)
+        if executor != "triton":
             steps = [
-                one_step(fused_backend, w, grad, buf, place, **options) for place in (misaligned, torch.clone)
+                one_step(executor, w, grad, buf, place, **options) for place in (misaligned, torch.clone)
             ]
             assert torch.equal(steps[0][0], steps[1][0])
 
 
 @pytest.mark.usefixtures("tiles")
 @covering(
+    executor=fused_backends(),
     shape=[(64, 48), (16, 8, 3, 3), (3, 90), (70, 2000)],
     group_by=SPECS,
     freeze_zeros=("group", "element"),
@@ -145,23 +152,29 @@ def test_misaligned_storage(fused_backend, offset, dtype):
     tiles=TILES,
     indirect=["tiles"],
 )
-def test_freeze_zeros(fused_backend, shape, group_by, freeze_zeros, prox_mode):
-    shape = as_large_as_may_be(fused_backend, shape)
+def test_freeze_zeros(executor, shape, group_by, freeze_zeros, prox_mode):
+    shape = as_large_as_may_be(executor, shape)
     w, grad, buf = inputs(shape, torch.float32)
     w[torch.rand(shape) < 0.3] = 0.0
     w[:, 1::2] = 0.0
     w[1::2] = 0.0
     options = {"lr": 0.5, "momentum": 0.9, "freeze_zeros": freeze_zeros, "prox_mode": prox_mode}
     for penalty in ({"group_by": group_by}, coefficients(w, group_by, strength=0.5)):
-        got, got_buf = check_step(fused_backend, w, grad, buf, **options, **penalty)
+        got, got_buf = check_step(executor, w, grad, buf, **options, **penalty)
         frozen = reference.frozen_mask(w, freeze_zeros, group_by).cpu()
         assert not got[frozen].any() and not got_buf[frozen].any()
         assert got[~frozen].any()
 
 
 @pytest.mark.usefixtures("tiles")
-@covering(share=(0.0, 0.9, 0.999), exclusive_lasso=(0.1, 10.0), tiles=TILES, indirect=["tiles"])
-def test_exact_mode_where_newton_leaves_the_bracket(fused_backend, exclusive_lasso, share):
+@covering(
+    executor=fused_backends(),
+    share=(0.0, 0.9, 0.999),
+    exclusive_lasso=(0.1, 10.0),
+    tiles=TILES,
+    indirect=["tiles"],
+)
+def test_exact_mode_where_newton_leaves_the_bracket(executor, exclusive_lasso, share):
     """Heavy tails, equal entries, and norms barely above the group lasso's threshold."""
     z = fresh((100, 32), torch.float64)
     z[:, 1::4] **= 5
@@ -169,24 +182,23 @@ def test_exact_mode_where_newton_leaves_the_bracket(fused_backend, exclusive_las
     z[:, 3::4] += 10 * z[:, 3::4].sign()
     z /= z.norm(dim=0)
     options = dict(group_lasso=share, exclusive_lasso=exclusive_lasso, prox_mode="exact")
-    got, expected = (prox(z, **options, backend=name) for name in (fused_backend, "reference"))
+    got, expected = (prox(z, **options, backend=name) for name in (executor, "reference"))
     assert expected.any() and (got - expected).abs().max() <= 8 * torch.finfo(z.dtype).eps
 
 
 @pytest.mark.usefixtures("tiles")
-@covering(group_by=SPECS, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
-def test_zero_groups_come_to_life(fused_backend, group_by, prox_mode):
+@covering(executor=fused_backends(), group_by=SPECS, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
+def test_zero_groups_come_to_life(executor, group_by, prox_mode):
     """Where nothing freezes them, what counts is z, not w."""
     w, grad, _ = inputs((40, 30), torch.float32)
     w[:, :7] = w[:5] = 0.0
-    got, _ = check_step(
-        fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by)
-    )
+    got, _ = check_step(executor, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by))
     assert got[:, :7].any() and got[:5].any()
 
 
 @pytest.mark.usefixtures("tiles")
 @covering(
+    executor=fused_backends(),
     terms=[*TERMS, "all"],
     group_by=SPECS,
     prox_mode=MODES,
@@ -194,13 +206,13 @@ def test_zero_groups_come_to_life(fused_backend, group_by, prox_mode):
     tiles=TILES,
     indirect=["tiles"],
 )
-def test_nan_and_inf_spread_as_in_the_reference(fused_backend, terms, group_by, prox_mode, poison):
+def test_nan_and_inf_spread_as_in_the_reference(executor, terms, group_by, prox_mode, poison):
     w = fresh((40, 50))
     w[7, 11] = poison
     options = coefficients(w, group_by)
     if terms != "all":
         options |= {name: 0.0 for name in TERMS if name != terms}
-    got = prox(w, backend=fused_backend, prox_mode=prox_mode, **options)
+    got = prox(w, backend=executor, prox_mode=prox_mode, **options)
     expected = prox(w, backend="reference", prox_mode=prox_mode, **options)
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
     assert not got.isfinite().all()
@@ -259,19 +271,20 @@ def test_empty_and_single_element_tensors(backend):
 
 @pytest.mark.usefixtures("tiles")
 @covering(
+    executor=fused_backends(),
     exponent=[-30, -23, -20, -18, 16, 18, 20, 35],
     group_by=("feature", "filter"),
     prox_mode=MODES,
     tiles=TILES,
     indirect=["tiles"],
 )
-def test_very_small_and_very_large_weights(fused_backend, exponent, group_by, prox_mode):
+def test_very_small_and_very_large_weights(executor, exponent, group_by, prox_mode):
     """Beyond what float32 squares hold, norms are 0 or infinite: for all executors alike, and never NaN."""
     scale, w = 10.0**exponent, torch.randn(40, 48).clamp(-1, 1)
     given = dict(group_lasso=3 * scale, exclusive_lasso=0.002, l1=0.01 * scale)
     for names in (["group_lasso"], ["exclusive_lasso"], list(given)):
         options = dict({name: given[name] for name in names}, group_by=group_by, prox_mode=prox_mode)
-        found, expected = (prox(w * scale, **options, backend=b) for b in (fused_backend, "reference"))
+        found, expected = (prox(w * scale, **options, backend=b) for b in (executor, "reference"))
         assert not found.isnan().any()
         torch.testing.assert_close(found / scale, expected / scale)
         assert torch.equal(found == 0, expected == 0)
@@ -290,26 +303,26 @@ PENALTIES = [
 ]
 
 
-@covering(penalty=PENALTIES, prox_mode=MODES, dtype=DTYPES)
-def test_a_group_of_one_is_a_group_with_zeros(backend, penalty, prox_mode, dtype):
+@covering(executor=available_backends(), penalty=PENALTIES, prox_mode=MODES, dtype=DTYPES)
+def test_a_group_of_one_is_a_group_with_zeros(executor, penalty, prox_mode, dtype):
     """A closed form serves groups of one, a search the same groups with a zero more."""
     edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
     z = torch.cat([edges, torch.randn(1000)]).to(dtype)
     wide = torch.stack([z, torch.zeros_like(z)], 1)
-    options = dict(penalty, prox_mode=prox_mode, group_by="filter", backend=backend)
+    options = dict(penalty, prox_mode=prox_mode, group_by="filter", executor=executor)
     one, two = prox(z[:, None], **options)[:, 0], prox(wide, **options)[:, 0]
     whole = wide.isfinite().all(1)
     torch.testing.assert_close(one[whole], two[whole])
     assert torch.equal(one[whole] == 0, two[whole] == 0)
-    truth = prox(z[:, None], **{**options, "backend": "reference"})[:, 0]
+    truth = prox(z[:, None], **{**options, "executor": "reference"})[:, 0]
     assert torch.equal(one.isnan(), truth.isnan()) and torch.equal(one.isinf(), truth.isinf())
 
 
-@covering(prox_mode=MODES, freeze_zeros=("group", "element"))
-def test_groups_of_one_stay_zero(fused_backend, prox_mode, freeze_zeros):
+@covering(executor=fused_backends(), prox_mode=MODES, freeze_zeros=("group", "element"))
+def test_groups_of_one_stay_zero(executor, prox_mode, freeze_zeros):
     w, grad, buf = inputs((300, 1), torch.float32)
     w[::3] = 0
     options = dict(training(w, "filter", prox_mode), freeze_zeros=freeze_zeros)
-    check_step(fused_backend, w, grad, buf, **options)
-    new, new_buf = one_step(fused_backend, w, grad, buf, **options)
+    check_step(executor, w, grad, buf, **options)
+    new, new_buf = one_step(executor, w, grad, buf, **options)
     assert not new[::3].any() and not new_buf[::3].any() and new.any()

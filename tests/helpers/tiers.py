@@ -19,10 +19,20 @@ def covering(indirect=(), **options):
 
     Breaks mostly show for one value or for a pair of them: in a covering array each pair of values of two
     options comes together at least once. Of two options that is their product. `indirect` names the options
-    that are fixtures.
+    that are fixtures; an option called `executor` is where tensors are made, too (conftest.py).
     """
+    rows = AllPairs([range(len(list(option))) for option in options.values()])
+    return _of_product({tuple(row) for row in rows}, indirect, options)
+
+
+def each_value(**options):
+    """As covering(), where options do not meet in the code: each value comes at least once."""
+    sizes = [len(list(option)) for option in options.values()]
+    return _of_product({tuple(i % n for n in sizes) for i in range(max(sizes))}, (), options)
+
+
+def _of_product(first_tier, indirect, options):
     values = [list(option) for option in options.values()]
-    first_tier = {tuple(row) for row in AllPairs([range(len(option)) for option in values])}
     cases = [
         pytest.param(
             *(option[i] for option, i in zip(values, at)),

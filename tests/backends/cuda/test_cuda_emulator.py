@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_emulator.build import HERE, build, compiler, has_sanitizer
 from helpers import emulated
+from helpers.tiers import each_value
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
@@ -61,8 +62,7 @@ def run(program, *arguments):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("blocks_in_flight", [1, 4, 16])
-@pytest.mark.parametrize("name", RIGHT)
+@each_value(name=RIGHT, blocks_in_flight=[1, 4, 16])
 def test_right_in_every_order(library, name, blocks_in_flight):
     library.emulator_set(b"blocks_in_flight", blocks_in_flight)
     assert {check(library, name, seed=seed) for seed in range(100)} == {0}
@@ -197,8 +197,7 @@ COPIES = ["uint4", "float4", "uint2", "double", "unsigned", "int", "float", "bfl
 COPIES += ["asynchronous uint4", "asynchronous uint2", "asynchronous float"]
 
 
-@pytest.mark.parametrize("planted_fault", [False, True])
-@pytest.mark.parametrize("name", COPIES)
+@each_value(name=COPIES, planted_fault=[False, True])
 def test_log_of_accesses(library, planted, name, planted_fault):
     """Of a copy, which reads and writes each byte once; planted, the first element is read twice."""
     source = torch.randint(0, 100, (4096,), dtype=torch.uint8)

@@ -19,7 +19,7 @@ from helpers.cuda import (
     parameter,
 )
 from helpers.right import DTYPES, MODES, check_step, coefficients, fresh, one_step
-from helpers.tiers import covering
+from helpers.tiers import covering, each_value
 
 from cges_kernels import ProxSGD
 from cges_kernels.core import reference
@@ -28,8 +28,7 @@ pytestmark = needs_cuda
 # Bits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
+@each_value(options=[PLAIN, *GENERAL], dtype=DTYPES)
 def test_same_bits_at_any_address(options, dtype):
     for shape in ROWS:
         results = []
@@ -45,8 +44,7 @@ def test_same_bits_at_any_address(options, dtype):
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("neighbour", GENERAL, ids=str)
+@each_value(neighbour=GENERAL, dtype=DTYPES)
 def test_same_bits_beside_whoever_takes_the_general_path(neighbour, dtype):
     """Alone, a plain step has a kernel of its own."""
     w, grads = [fresh(shape, dtype) for shape in ROWS], [[fresh(s, dtype) for s in ROWS] for _ in range(3)]

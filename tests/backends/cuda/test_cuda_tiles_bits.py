@@ -23,7 +23,7 @@ from helpers.cuda import (
     path_of,
 )
 from helpers.right import DTYPES, MODES, check_step, fresh, training
-from helpers.tiers import covering
+from helpers.tiers import covering, each_value
 
 from cges_kernels import ProxSGD
 
@@ -65,8 +65,7 @@ def test_same_bits_whatever_is_resident_in_every_order(device, options, dtype):
     assert any(0 < x.count_nonzero() < x.numel() for x in results[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
+@each_value(options=[PLAIN, *GENERAL], dtype=DTYPES)
 def test_same_bits_at_any_address(options, dtype):
     results = []
     start = [parameter(shape, dtype).detach() for _, shape in TILES]
@@ -87,8 +86,7 @@ def test_same_bits_at_any_address(options, dtype):
             assert torch.equal(x, y), shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("neighbour", GENERAL, ids=str)
+@each_value(neighbour=GENERAL, dtype=DTYPES)
 def test_same_bits_beside_whoever_takes_the_general_path(neighbour, dtype):
     """Alone, a plain step has a kernel of its own. A neighbour's tile comes before, between and after."""
     start = [fresh(shape, dtype) for _, shape in TILES]
