@@ -309,12 +309,12 @@ def test_a_group_of_one_is_a_group_with_zeros(executor, penalty, prox_mode, dtyp
     edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
     z = torch.cat([edges, torch.randn(1000)]).to(dtype)
     wide = torch.stack([z, torch.zeros_like(z)], 1)
-    options = dict(penalty, prox_mode=prox_mode, group_by="filter", executor=executor)
+    options = dict(penalty, prox_mode=prox_mode, group_by="filter", backend=executor)
     one, two = prox(z[:, None], **options)[:, 0], prox(wide, **options)[:, 0]
     whole = wide.isfinite().all(1)
     torch.testing.assert_close(one[whole], two[whole])
     assert torch.equal(one[whole] == 0, two[whole] == 0)
-    truth = prox(z[:, None], **{**options, "executor": "reference"})[:, 0]
+    truth = prox(z[:, None], **{**options, "backend": "reference"})[:, 0]
     assert torch.equal(one.isnan(), truth.isnan()) and torch.equal(one.isinf(), truth.isinf())
 
 
