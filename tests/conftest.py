@@ -19,7 +19,7 @@ if INTERPRETED:  # settled before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         from helpers import interpreter  # noqa: F401
-    if compiler():
+    if compiler() and os.environ.get("CGES_EMULATOR") != "0":  # which it takes a minute to build
         BUILT["cuda"] = emulated.load()
 
 

@@ -1,0 +1,173 @@
+"""The CPU executor, csrc/cpu: bounds, the order of sums, tails, and what threads share."""
+
+from .mutant import Mutant
+
+CUT = "csrc/cpu/cut.cpp"
+TILE = "csrc/cpu/tile.h"
+ROWS = "csrc/cpu/rows.inc"
+SHORT = "csrc/cpu/short_groups.h"
+SIDE_BY_SIDE = "csrc/cpu/short_groups.inc"
+EXECUTOR = "csrc/cpu/executor.cpp"
+
+MUTANTS = (
+    Mutant(
+        "the last columns of a row are in no tile",
+        CUT,
+        old="for (int64_t c = -skip; c < L.row_length(); c += columns)",
+        new="for (int64_t c = -skip; c + columns <= L.row_length(); c += columns)",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "a piece of a run goes on into the next run",
+        CUT,
+        old="r, std::min(r + rows, L.R1), c, std::min(c + columns, right)};",
+        new="r, std::min(r + rows, L.R1), c, c + columns};",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "parts of large groups follow the threads",
+        CUT,
+        old="rows = even_part(L.R1, rows);",
+        new="rows = even_part(L.R1, parts_of(rows, at::get_num_threads()));",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "blocks of rows follow how threads share the columns",
+        TILE,
+        old="const bool shared = kind == TileKind::piece && summed_by_columns(layout);",
+        new="const bool shared = kind == TileKind::whole && summed_by_columns(layout);",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "dead groups are looked for after the update",
+        TILE,
+        old="""\
+      if (first) find_alive(r0, r1);
+      update_rows(r0, r1, /*keep_buf=*/r0 < kept_);
+""",
+        new="""\
+      update_rows(r0, r1, /*keep_buf=*/r0 < kept_);
+      if (first) find_alive(r0, r1);
+""",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "sums go on from sweep to sweep",
+        TILE,
+        old="if (sum != nullptr) std::fill_n(sum, groups_ * fold_, 0.0);",
+        new="if (sum != nullptr && first) std::fill_n(sum, groups_ * fold_, 0.0);",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "buffers move on each time that z is made",
+        TILE,
+        old="update_rows(r0, r1, /*keep_buf=*/r0 < kept_);",
+        new="update_rows(r0, r1, /*keep_buf=*/true);",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "dead groups keep their momentum",
+        TILE,
+        old="for (T* x : {w(r), buf(r)})",
+        new="for (T* x : {w(r)})",
+        seen_by=("test_cpu_cuts", "test_state*", "test_frozen_zeros"),
+    ),
+    Mutant(
+        "the last group decides whether all searches are done",
+        TILE,
+        old="all_done &= solvers[g].done;",
+        new="all_done = solvers[g].done;",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "the last of the rows beyond whole eights is not summed",
+        ROWS,
+        old="for (; r < rows; ++r, z_row += stride)",
+        new="for (; r + 1 < rows; ++r, z_row += stride)",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "the last element of a run is not summed",
+        ROWS,
+        old="for (int64_t i = full; i < n; ++i) group_stats(z[i], t, rest);",
+        new="for (int64_t i = full; i + 1 < n; ++i) group_stats(z[i], t, rest);",
+        seen_by=("test_executors",),
+    ),
+    Mutant(
+        "the last row alone says which columns are alive",
+        ROWS,
+        old="alive[j] = w[j] != T(0) ? Compute<T>(1) : alive[j];",
+        new="alive[j] = w[j] != T(0) ? Compute<T>(1) : Compute<T>(0);",
+        seen_by=("test_state*", "test_frozen_zeros", "test_cpu_cuts"),
+    ),
+    Mutant(
+        "the last block of small matrices takes too many",
+        SHORT,
+        old="run_matrices(k1, std::min(matrices, tile.k1_end - k1));",
+        new="run_matrices(k1, matrices);",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "a short run is alive by its first element",
+        SHORT,
+        old="std::fill_n(group, L_.R2, *std::max_element(group, group + L_.R2));",
+        new="std::fill_n(group, L_.R2, *group);",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "one pass of sorting too few",
+        SIDE_BY_SIDE,
+        old="for (int64_t pass = 0; pass < elements; ++pass)",
+        new="for (int64_t pass = 0; pass + 1 < elements; ++pass)",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "the largest root drops NaN",
+        SIDE_BY_SIDE,
+        old="most[j] = rise <= most[j] ? most[j] : rise;  // so that NaN stays",
+        new="most[j] = rise > most[j] ? rise : most[j];",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "a search that is done goes on beside others",
+        SIDE_BY_SIDE,
+        old="t[j] = open[j] != 0 ? group.at.t : t[j];",
+        new="t[j] = group.at.t;",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "a tail of three elements counts one twice",
+        SIDE_BY_SIDE,
+        old="if (elements & 2) add.template operator()<2>(k), k += 2;",
+        new="if (elements & 2) add.template operator()<2>(k), k += 1;",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "a thread takes a tile beyond its share",
+        EXECUTOR,
+        old="while (share.taken.fetch_add(1, std::memory_order_relaxed) < end - begin) {",
+        new="while (share.taken.fetch_add(1, std::memory_order_relaxed) <= end - begin) {",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "a share's owner and its helpers count together",
+        EXECUTOR,
+        old="done = k == 0 ? share.by_owner : share.by_helpers;",
+        new="done = share.by_owner;",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "the first part alone says which large groups are alive",
+        EXECUTOR,
+        old="if (first) alive[g0 + g] |= alive[part * groups + g0 + g];",
+        new="if (first && part == 0) alive[g0 + g] |= alive[part * groups + g0 + g];",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "large groups are swept once",
+        EXECUTOR,
+        old="if (!solve(g, std::min(g + kGroupsAtOnce, end), first)) done = false;",
+        new="if (!solve(g, std::min(g + kGroupsAtOnce, end), first)) done = true;",
+        seen_by=("test_cpu_cuts",),
+    ),
+)

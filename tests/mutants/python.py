@@ -1,0 +1,174 @@
+"""What is in Python for every executor: the reference, groups, checks, the optimizer, plans, state."""
+
+from .mutant import Mutant
+
+REFERENCE = "cges_kernels/core/reference.py"
+GROUPS = "cges_kernels/core/groups.py"
+CHECKS = "cges_kernels/core/checks.py"
+OPTIMIZER = "cges_kernels/optimizer.py"
+BACKENDS = "cges_kernels/backends"
+
+MUTANTS = (
+    Mutant(
+        "the first buffer is the gradient itself",
+        REFERENCE,
+        old="buf = grad.detach().clone() if buf is None else",
+        new="buf = grad.detach() if buf is None else",
+        seen_by=("test_optimizer", "test_scenarios"),
+    ),
+    Mutant(
+        "dead groups have NaN for a gradient",
+        REFERENCE,
+        old="return torch.where(dead, 0.0, 1 - a / torch.where(dead, 1.0, l2))",
+        new="return torch.where(dead, 0.0, 1 - a / l2)",
+        seen_by=("test_reference", "test_prox_modes", "test_exact_mode", "test_shrinkage_edges"),
+    ),
+    Mutant(
+        "a bias is a group",
+        REFERENCE,
+        old="thresholds = thresholds if grouped else Thresholds(0.0, 0.0, thresholds.c)",
+        new="thresholds = thresholds if grouped or v.dim() == 1 else Thresholds(0.0, 0.0, thresholds.c)",
+        seen_by=(
+            "test_reference",
+            "test_prox_modes",
+            "test_exact_mode",
+            "test_shrinkage_edges",
+            "test_bad_*",
+        ),
+    ),
+    Mutant(
+        "the reference's zeros keep their sign",
+        REFERENCE,
+        old="w = w + 0.0 if w.requires_grad or not holds_values(w) else w.add_(0.0)",
+        new="w = w + 0.0 if w.requires_grad or not holds_values(w) else w",
+        seen_by=("test_reference", "test_prox_modes", "test_exact_mode", "test_shrinkage_edges"),
+    ),
+    Mutant(
+        "frozen weights keep their momentum",
+        REFERENCE,
+        old="return torch.where(frozen, 0.0, z), None if buf is None else torch.where(frozen, 0.0, buf)",
+        new="return torch.where(frozen, 0.0, z), buf",
+        seen_by=("test_state*", "test_frozen_zeros"),
+    ),
+    Mutant(
+        "sorted groups may have a t below l1's",
+        REFERENCE,
+        old="t = c + torch.stack(rises).amax(0).relu()",
+        new="t = c + torch.stack(rises).amax(0)",
+        seen_by=("test_reference", "test_prox_modes", "test_exact_mode", "test_shrinkage_edges"),
+    ),
+    Mutant(
+        "the penalty counts exclusive lasso twice",
+        REFERENCE,
+        old="total = total + exclusive_lasso / 2 * norm1.square().sum()",
+        new="total = total + exclusive_lasso * norm1.square().sum()",
+        seen_by=("test_functional", "test_penalty"),
+    ),
+    Mutant(
+        "layouts ask for no memory order",
+        GROUPS,
+        old="sorted((d for d in range(v.dim()) if v.shape[d] != 1), key=v.stride, reverse=True)",
+        new="[d for d in range(v.dim()) if v.shape[d] != 1]",
+        seen_by=("test_groups",),
+    ),
+    Mutant(
+        "an infinite coefficient is taken",
+        CHECKS,
+        old="if type(value) is float and 0 <= value < math.inf:",
+        new="if type(value) is float and 0 <= value <= math.inf:",
+        seen_by=("test_bad_*",),
+    ),
+    Mutant(
+        "lr may become negative between steps",
+        CHECKS,
+        old='            _check_not_negative("learning rate", scalar(name, group[name]))\n',
+        new="",
+        seen_by=("test_bad_*",),
+    ),
+    Mutant(
+        "neighbours in memory count as one",
+        CHECKS,
+        old="if start < end:",
+        new="if start <= end:",
+        seen_by=("test_bad_*",),
+    ),
+    Mutant(
+        "kernels read float64 as float32",
+        "cges_kernels/core/hyperparameters.py",
+        old="x.device == device and x.dtype == torch.float32 and x.numel() == 1",
+        new="x.device == device and x.numel() == 1",
+        seen_by=("test_capture",),
+    ),
+    Mutant(
+        "a file of torch.optim.SGD resets each group's coefficients",
+        OPTIMIZER,
+        old="{**defaults, **(before[i] if before else {})}.items()",
+        new="defaults.items()",
+        seen_by=("test_state*", "test_frozen_zeros"),
+    ),
+    Mutant(
+        "what a file holds is not checked",
+        OPTIMIZER,
+        old="""\
+        if kept is not None:
+            kept.check(state["param_groups"])
+""",
+        new="",
+        seen_by=("test_bad_*",),
+    ),
+    Mutant(
+        "a param group that was refused stays",
+        OPTIMIZER,
+        old="            self.param_groups.pop()\n",
+        new="",
+        seen_by=("test_bad_*",),
+    ),
+    Mutant(
+        "prox writes into its argument",
+        "cges_kernels/functional.py",
+        old="result = w.detach().clone()",
+        new="result = w.detach()",
+        seen_by=("test_functional", "test_penalty"),
+    ),
+    Mutant(
+        "a list of dims changed in place goes unnoticed",
+        f"{BACKENDS}/planner.py",
+        old="key = tuple(tuple(x) if isinstance(x, list) else x for x in key)",
+        new="key = tuple(key)",
+        seen_by=("test_optimizer", "test_scenarios"),
+    ),
+    Mutant(
+        "Python's plan takes a negated gradient as it lies",
+        f"{BACKENDS}/gathering.py",
+        old="if not x.is_neg() and (x.numel() == 0 or",
+        new="if (x.numel() == 0 or",
+        seen_by=("test_step_plan*",),
+    ),
+    Mutant(
+        "Python's plan replaces an entry of the state",
+        f"{BACKENDS}/gathering.py",
+        old="state.setdefault(slot.param, {})[SGD_STATE] = slot.buf = buf",
+        new="state[slot.param] = {SGD_STATE: buf}\n                slot.buf = buf",
+        seen_by=("test_step_plan*",),
+    ),
+    Mutant(
+        "the executor that was used last is dropped first",
+        f"{BACKENDS}/unplanned.py",
+        old="_kept.popitem(last=False)",
+        new="_kept.popitem(last=True)",
+        seen_by=(
+            "test_triton_bits",
+            "test_triton_cuts",
+            "test_triton_launches",
+            "test_cuda_paths",
+            "test_cuda_steps",
+        ),
+    ),
+    Mutant(
+        "a compiled first step reads an empty buffer",
+        f"{BACKENDS}/operators.py",
+        old="phase = Phase.of(keeps_state=buf is not None, begun=not first)",
+        new="phase = Phase.of(keeps_state=buf is not None, begun=True)",
+        seen_by=("test_compile", "test_operators"),
+    ),
+)

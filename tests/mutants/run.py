@@ -1,0 +1,209 @@
+"""Breaks the project in one place at a time, and says whether its tests see that.
+
+    python tests/mutants/run.py [NAME ...] [--suite test|full] [--limit SECONDS] [--part I/N]
+
+Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. What it breaks is built there,
+the tests that should see it run there, and the file is put back. Results go line by line into results.csv; a
+mutant that has one for this suite and commit is passed by, so that a run which was interrupted goes on. Parts
+have a copy each, and may run at the same time.
+Outcomes:
+
+    killed              a test failed: the first one is told
+    killed (timeout)    the tests did not end within the limit, as where a thread waits for ever
+    survived            no test failed: one is missing
+    does not build, errors at import
+                        no break that a user could meet: the mutant should be another one
+
+The exit status is 1 where others than killed ones are among them. The suite "test" leaves out races that
+ThreadSanitizer alone can see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mutants import MUTANTS
+from mutants.mutant import Mutant
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COPIES = ROOT / "build" / "mutants"
+COPY = COPIES / "1"  # or that of another part
+RESULTS = HERE / "results.csv"
+COLUMNS = ("mutant", "suite", "commit", "outcome", "test", "seconds")
+SUITES = {"test": ["-m", "not full"], "full": []}  # what pytest is told besides
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([".", "tests"]),  # the copy's package, whatever is installed
+    "PYTHONDONTWRITEBYTECODE": "1",  # it goes by whole seconds: too coarse for files that change back
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja
+    "CGES_CUDA": "0",
+}
+EXTENSION = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+EMULATED = (
+    sys.executable,
+    "-m",
+    "helpers.emulated",
+)  # the same once more, with the CUDA kernels, for the tests
+
+
+def refresh() -> None:
+    """Bring the copy up to date. What is equal keeps its time, and what was built of it stays."""
+    listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
+    names = {name for name in listed.split("\0") if (ROOT / name).is_file()}
+    copied = COPY / "build" / "copied"  # names, to tell what has gone since
+    for name in set(copied.read_text().splitlines()) - names if copied.exists() else ():
+        (COPY / name).unlink(missing_ok=True)
+    for name in names:
+        source, target = ROOT / name, COPY / name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    copied.write_text("\n".join(sorted(names)))
+
+
+@contextmanager
+def broken(mutant: Mutant) -> Iterator[None]:
+    """The copy with the mutant in it, then as it was; with a new time, for builds go by that."""
+    path = COPY / mutant.file
+    whole = path.read_text(encoding="utf-8")
+    if whole.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.name}: expected its text once in {mutant.file}, got it otherwise")
+    try:
+        path.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
+        yield
+    finally:
+        path.write_text(whole, encoding="utf-8")
+
+
+def run(*command: str, limit: float | None = None, **environment: str) -> tuple[int | None, str]:
+    """Exit status (None: it was stopped at the limit) and output of a command in the copy."""
+    process = subprocess.Popen(
+        command,
+        cwd=COPY,
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,  # so that all that it starts can be stopped with it
+    )
+    try:
+        printed, _ = process.communicate(timeout=limit)
+        return process.returncode, printed
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def built_from(file: str) -> set[tuple[str, ...]]:
+    """What is to be built when a file has changed."""
+    if not file.startswith("csrc/"):
+        return set()
+    return {EMULATED} if file.startswith("csrc/cuda/") else {EXTENSION, EMULATED}
+
+
+def needed_for(file: str) -> set[tuple[str, ...]]:
+    """What tests of a file need: those of the CPU executor do without the emulator, which takes long to build."""
+    return {EXTENSION} if file.startswith("csrc/cpu/") else {EXTENSION, EMULATED}
+
+
+def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
+    """What its tests make of the copy, and the first test that failed."""
+    files = [str(p.relative_to(ROOT)) for x in mutant.seen_by for p in HERE.parent.rglob(f"{x}.py")]
+    chosen = [*SUITES[suite], *(["-k", "thread"] if mutant.sanitizer else [])]
+    command = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen, *files)
+    emulator = str(int(EMULATED in needed_for(mutant.file)))
+    status, printed = run(*command, limit=limit, CGES_EMULATOR=emulator)
+    if status is None:
+        return "killed (timeout)", ""
+    if status == 0:
+        return "survived", ""
+    if status == 1 or status < 0:  # below 0 is the signal that ended it
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", printed, re.MULTILINE)
+        return "killed", failed[1] if failed else f"exit status {status}"
+    return "errors at import", printed.strip().rpartition("\n")[2]
+
+
+def judge(mutant: Mutant, stale: set[tuple[str, ...]], suite: str, limit: float) -> tuple[str, str]:
+    """The outcome, and the first test that failed; builds what is stale and needed."""
+    with broken(mutant):
+        affected, needed = built_from(mutant.file), needed_for(mutant.file)
+        for command in sorted((stale | affected) & needed):
+            status, printed = run(*command)
+            if status:
+                stale |= affected
+                return "does not build", printed.strip().rpartition("\n")[2]
+        stale -= needed
+        stale |= affected  # as soon as the file is put back
+        return outcome_of(mutant, suite, limit)
+
+
+def earlier(suite: str, commit: str) -> set[str]:
+    """Names of mutants that have a result."""
+    if not RESULTS.exists():
+        return set()
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {row["mutant"] for row in rows if (row["suite"], row["commit"]) == (suite, commit)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants (all)")
+    parser.add_argument("--suite", choices=SUITES, default="test", help="which tests of the files run (test)")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for a mutant's tests (900)")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of them")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.names) - {mutant.name for mutant in MUTANTS}):
+        parser.error(f"expected names of mutants, got {unknown}")
+    part, parts = map(int, args.part.split("/"))
+    global COPY
+    COPY = COPIES / str(part)
+    named = [x for x in MUTANTS[part - 1 :: parts] if not args.names or x.name in args.names]
+    chosen = [x for x in named if args.suite == "full" or not x.sanitizer]
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    done = earlier(args.suite, commit)
+    todo = [x for x in chosen if x.name not in done]
+    print(f"{len(todo)} mutants to try at {commit}, {len(chosen) - len(todo)} have a result", flush=True)
+    refresh()
+    for command in (EXTENSION, EMULATED):
+        status, printed = run(*command)
+        if status:
+            raise SystemExit(f"the project itself does not build:\n{printed}")
+    alive, stale = 0, set[tuple[str, ...]]()
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(COLUMNS)
+        for mutant in todo:
+            start = time.monotonic()
+            outcome, test = judge(mutant, stale, args.suite, args.limit)
+            seconds = round(time.monotonic() - start)
+            writer.writerow((mutant.name, args.suite, commit, outcome, test, seconds))
+            file.flush()
+            alive += not outcome.startswith("killed")
+            print(f"{mutant.name}: {outcome}, {seconds} s", flush=True)
+    print(f"{len(todo) - alive} of {len(todo)} killed", flush=True)
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Schedules, control of the density, pruning and recipes: cges_kernels/training."""
+
+from .mutant import Mutant
+
+SCHEDULES = "cges_kernels/training/schedules.py"
+DENSITY = "cges_kernels/training/target_density.py"
+PRUNE = "cges_kernels/training/prune.py"
+RECIPES = "cges_kernels/training/recipes.py"
+
+MUTANTS = (
+    Mutant(
+        "a ramp is negative before it begins",
+        SCHEDULES,
+        old="return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3",
+        new="return 1 - (1 - min(t, 1.0)) ** 3",
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "a warmup goes on beyond full strength",
+        SCHEDULES,
+        old="return min(self.last_epoch / self.steps, 1.0) if self.steps else 1.0",
+        new="return self.last_epoch / self.steps if self.steps else 1.0",
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "the full value is the tensor that is scaled",
+        SCHEDULES,
+        old="        return now.clone()\n",
+        new="        return now\n",
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "a schedule that is loaded sets nothing",
+        SCHEDULES,
+        old="else key, state_dict[key])\n        self._apply()\n",
+        new="else key, state_dict[key])\n",
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "a control that is loaded forgets its last error",
+        DENSITY,
+        old='*("_error", "_warned"),',
+        new='*("_warned",),',
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "weights without a penalty count in the density",
+        DENSITY,
+        old='params = [p for group in self._groups() for p in group["params"]]',
+        new='params = [p for group in self.optimizer.param_groups for p in group["params"]]',
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "the landing keeps the coefficients as they are",
+        DENSITY,
+        old="return self.factor * min(above / self.BAND, 1.0)",
+        new="return self.factor",
+        seen_by=("test_schedules", "test_target_density"),
+    ),
+    Mutant(
+        "pruned weights keep their momentum",
+        PRUNE,
+        old="value.masked_fill_(layer.param == 0, 0)",
+        new="value.masked_fill_(layer.param.isnan(), 0)",
+        seen_by=("test_prune",),
+    ),
+    Mutant(
+        "biases are frozen with the weights beside them",
+        PRUNE,
+        old="if freeze_zeros is not None and others:",
+        new="if freeze_zeros is not None and len(others) > 2:",
+        seen_by=("test_prune",),
+    ),
+    Mutant(
+        "mu of the last layer is not 1 - m",
+        RECIPES,
+        old="l / max(num_layers - 1, 1) for l in range(num_layers)]",
+        new="l / num_layers for l in range(num_layers)]",
+        seen_by=("test_recipe*",),
+    ),
+    Mutant(
+        "a Linear tied to an embedding is regularised",
+        RECIPES,
+        old="chosen = set(axes) - {p for m in embeddings for p in m.parameters(recurse=False)}",
+        new="chosen = set(axes)",
+        seen_by=("test_recipe*",),
+    ),
+    Mutant(
+        "weight decay of the layers reaches biases",
+        RECIPES,
+        old="for key in given if key in COEFFICIENTS or key in values}",
+        new="for key in given if key in COEFFICIENTS}",
+        seen_by=("test_recipe*",),
+    ),
+)
