@@ -1,6 +1,6 @@
 """Breaks the project in one place at a time, and says whether its tests see that.
 
-    python tests/mutants/run.py [NAME ...] [--suite test|full] [--limit SECONDS] [--part I/N]
+    python tests/mutants/run.py [NAME ...] [--suite test|full] [--part I/N] [--commit ...] [--limit SECONDS]
 
 Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. What it breaks is built there,
 the tests that should see it run there, and the file is put back. Results go line by line into results.csv; a
@@ -121,7 +121,7 @@ def built_from(file: str) -> set[tuple[str, ...]]:
 
 
 def needed_for(file: str) -> set[tuple[str, ...]]:
-    """What tests of a file need: those of the CPU executor do without the emulator, which takes long to build."""
+    """What tests of a file need: those of the CPU executor do without the emulator, long to build."""
     return {EXTENSION} if file.startswith("csrc/cpu/") else {EXTENSION, EMULATED}
 
 
@@ -167,9 +167,11 @@ def earlier(suite: str, commit: str) -> set[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants (all)")
     parser.add_argument("--suite", choices=SUITES, default="test", help="which tests of the files run (test)")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a mutant's tests (900)")
+    parser.add_argument("--commit", default=head, help=f"what results are filed under ({head})")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of them")
     args = parser.parse_args()
     if unknown := sorted(set(args.names) - {mutant.name for mutant in MUTANTS}):
@@ -179,10 +181,9 @@ def main() -> int:
     COPY = COPIES / str(part)
     named = [x for x in MUTANTS[part - 1 :: parts] if not args.names or x.name in args.names]
     chosen = [x for x in named if args.suite == "full" or not x.sanitizer]
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    done = earlier(args.suite, commit)
+    done = earlier(args.suite, args.commit)
     todo = [x for x in chosen if x.name not in done]
-    print(f"{len(todo)} mutants to try at {commit}, {len(chosen) - len(todo)} have a result", flush=True)
+    print(f"{len(todo)} mutants to try at {args.commit}, {len(chosen) - len(todo)} have a result", flush=True)
     refresh()
     for command in (EXTENSION, EMULATED):
         status, printed = run(*command)
@@ -197,7 +198,7 @@ def main() -> int:
             start = time.monotonic()
             outcome, test = judge(mutant, stale, args.suite, args.limit)
             seconds = round(time.monotonic() - start)
-            writer.writerow((mutant.name, args.suite, commit, outcome, test, seconds))
+            writer.writerow((mutant.name, args.suite, args.commit, outcome, test, seconds))
             file.flush()
             alive += not outcome.startswith("killed")
             print(f"{mutant.name}: {outcome}, {seconds} s", flush=True)
