@@ -201,11 +201,15 @@ def rounds_have_a_limit():
 def meshes_of_one_rank_and_of_others():
     """A mesh dim of one rank makes all placements alike; a mesh that a rank is not in is refused there."""
     mesh = mesh_of(4, 1)
-    p = parameters(mesh, [S(0), R], shapes=[(8, 6)])[0]
-    w, grad = whole(p.detach()).clone(), whole(p.grad)
-    p.grad = DTensor.from_local(local(p.grad), mesh, [S(0), Partial()])
-    ProxSGD([p], **STRONG).step()
-    torch.testing.assert_close(whole(p.detach()), reference.step(w, grad, **STRONG)[0], rtol=1e-5, atol=1e-6)
+    for on_one in (R, S(0)):
+        p = parameters(mesh, [S(0), on_one], shapes=[(8, 6)])[0]
+        w, grad = whole(p.detach()).clone(), whole(p.grad)
+        p.grad = DTensor.from_local(local(p.grad), mesh, [S(0), Partial()])
+        with counted() as sizes:
+            ProxSGD([p], **STRONG).step()
+        assert len(sizes) == 1  # nothing over the dim of one rank
+        expected = reference.step(w, grad, **STRONG)[0]
+        torch.testing.assert_close(whole(p.detach()), expected, rtol=1e-5, atol=1e-6)
     half = DeviceMesh(device(), [0, 1])
     q = nn.Parameter(DTensor.from_local(torch.ones(2, 3), half, [S(0)]))
     q.grad = torch.ones_like(q)

@@ -46,5 +46,6 @@ def views_on_two_mesh_dims():
     for view, spec, placements in (((4, 2, 6), (0,), strided), ((4, 2, 6), (0,), [S(0), S(1)])):
         options = {**STRONG, "group_lasso": 3.0, "group_by": spec, "view": view}
         assert check_steps(parameters(mesh, placements, shapes=[(8, 6)]), **options) > 0
-    p = parameters(mesh, strided, shapes=[(8, 6)])[0]
-    raised(ValueError, ProxSGD([p], group_by=(0,), view=(2, 4, 6), **STRONG).step)
+    for placements in (strided, [S(0), S(0)]):  # two slices for four ranks
+        p = parameters(mesh, placements, shapes=[(8, 6)])[0]
+        raised(ValueError, ProxSGD([p], group_by=(0,), view=(2, 4, 6), **STRONG).step)
