@@ -43,11 +43,11 @@ def why_full(world, name):
     if getattr(CASES[world][name], "func", None) is matrix:
         # Sharded rows meet every spec; of the other placements filters, which most of them cut.
         if world != 2 or not (name.startswith("rows") or name.endswith("filter")):
-            return "all placements by all specs"
+            return "the rest of all placements by all specs"
     elif world == 1:
-        return "a launch of one rank for what two see too, but for a world without others"
+        return "one rank alone, for which there is a launch of its own"
     elif world == 4 and name in CASES[2]:
-        return "four ranks, with a mesh of two dims, for what two see"
+        return "on meshes of two dims what two ranks see on one"
 
 
 def every_case():

@@ -147,7 +147,7 @@ def test_import_is_light():
     ids=["installed", "checkout"],
 )
 def test_the_version_is_that_of_the_installed_package(found, version):
-    """As pyproject.toml has it, which tests/test_wheel.py shows; a checkout need not be installed."""
+    """As pyproject.toml has it, which test_wheel.py shows; a checkout need not be installed."""
     run_python(
         "from importlib import metadata\n"
         "real = metadata.version\n"
