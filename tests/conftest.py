@@ -1,6 +1,7 @@
 import contextlib
 import importlib.util
 import os
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the machine may have other work
 
@@ -42,7 +43,7 @@ def fresh_random_inputs(request):
 def default_device(request):
     """Tensors are made where the test's backend serves them."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    backend = next((params[name] for name in (*LEFT_OUT, "executor") if name in params), None)
+    backend = next((params[name] for name in (*EXECUTORS, "executor") if name in params), None)
     device = device_of(backend or getattr(request.module, "BACKEND", None))
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield
@@ -96,22 +97,34 @@ def hash_of(text):
     return sum(ord(c) * 31**i for i, c in enumerate(text)) % 2**31
 
 
-# Parameters of tests that stand for every executor that can run here, and which they leave out.
-LEFT_OUT = {
-    "backend": (),
-    "fused_backend": ("reference",),
-    "kernel_backend": ("reference", "cpu"),
-    "checked_backend": (),
+class Executors(NamedTuple):
+    """What a parameter of tests stands for: those that can run here, some of them in the second tier alone."""
+
+    but: tuple[str, ...] = ()
+    second_tier: tuple[str, ...] = ()
+    why: str = ""
+
+
+EXECUTORS = {
+    "backend": Executors(),
+    "fused_backend": Executors(but=("reference",)),
+    "kernel_backend": Executors(but=("reference", "cpu")),
+    "checked_backend": Executors((), ("triton", "cuda"), "what checks is the same for these"),
+    "fastest_backend": Executors((), ("triton", "cuda", "reference"), "comes before any executor is chosen"),
+    "quick_backend": Executors(
+        ("reference",), ("triton",), "many steps, which Triton's interpreter makes slow"
+    ),
 }
-CHECKED = pytest.mark.full("checks are Python's or the C++ plan's: the first tier sees them by two executors")
 
 
 def pytest_generate_tests(metafunc):
-    for name, left_out in LEFT_OUT.items():
-        if name in metafunc.fixturenames:
-            backends = [
-                pytest.param(b, marks=CHECKED) if name == "checked_backend" and b in ("triton", "cuda") else b
-                for b in available_backends()
-                if b not in left_out
-            ]
-            metafunc.parametrize(name, backends)
+    for name in (name for name in EXECUTORS if name in metafunc.fixturenames):
+        but, second_tier, why = EXECUTORS[name]
+        if "cpu" not in available_backends():
+            second_tier = set(second_tier) - {"reference"}
+        executors = [
+            pytest.param(executor, marks=pytest.mark.full(why)) if executor in second_tier else executor
+            for executor in available_backends()
+            if executor not in but
+        ]
+        metafunc.parametrize(name, executors)

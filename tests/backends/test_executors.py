@@ -31,7 +31,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
-@covering(shape=SHAPES, group_by=SPECS, prox_mode=MODES, dtype=DTYPES, tiles=TILES, indirect=["tiles"])
+@covering(shape=SHAPES, group_by=SPECS, prox_mode=MODES, dtype=DTYPES, tiles=TILES)
 def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
     w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
     for held in (buf, None):
@@ -45,7 +45,7 @@ def test_groups_longer_than_any_tile(executor, shape, group_by, prox_mode, dtype
 
 
 @pytest.mark.usefixtures("tiles")
-@covering(executor=fused_backends(), view=MATRICES, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
+@covering(executor=fused_backends(), view=MATRICES, prox_mode=MODES, tiles=TILES)
 def test_many_small_matrices(executor, prox_mode, view):
     """Kept dims on both sides of the reduced ones, as in grouped convolutions."""
     w, grad, buf = inputs(as_large_as_may_be(executor, view), torch.float32)
@@ -150,7 +150,6 @@ def test_misaligned_storage(executor, offset, dtype):
     freeze_zeros=("group", "element"),
     prox_mode=MODES,
     tiles=TILES,
-    indirect=["tiles"],
 )
 def test_freeze_zeros(executor, shape, group_by, freeze_zeros, prox_mode):
     shape = as_large_as_may_be(executor, shape)
@@ -172,7 +171,6 @@ def test_freeze_zeros(executor, shape, group_by, freeze_zeros, prox_mode):
     share=(0.0, 0.9, 0.999),
     exclusive_lasso=(0.1, 10.0),
     tiles=TILES,
-    indirect=["tiles"],
 )
 def test_exact_mode_where_newton_leaves_the_bracket(executor, exclusive_lasso, share):
     """Heavy tails, equal entries, and norms barely above the group lasso's threshold."""
@@ -187,7 +185,7 @@ def test_exact_mode_where_newton_leaves_the_bracket(executor, exclusive_lasso, s
 
 
 @pytest.mark.usefixtures("tiles")
-@covering(executor=fused_backends(), group_by=SPECS, prox_mode=MODES, tiles=TILES, indirect=["tiles"])
+@covering(executor=fused_backends(), group_by=SPECS, prox_mode=MODES, tiles=TILES)
 def test_zero_groups_come_to_life(executor, group_by, prox_mode):
     """Where nothing freezes them, what counts is z, not w."""
     w, grad, _ = inputs((40, 30), torch.float32)
@@ -204,7 +202,6 @@ def test_zero_groups_come_to_life(executor, group_by, prox_mode):
     prox_mode=MODES,
     poison=(NAN, INF, -INF),
     tiles=TILES,
-    indirect=["tiles"],
 )
 def test_nan_and_inf_spread_as_in_the_reference(executor, terms, group_by, prox_mode, poison):
     w = fresh((40, 50))
@@ -276,7 +273,6 @@ def test_empty_and_single_element_tensors(backend):
     group_by=("feature", "filter"),
     prox_mode=MODES,
     tiles=TILES,
-    indirect=["tiles"],
 )
 def test_very_small_and_very_large_weights(executor, exponent, group_by, prox_mode):
     """Beyond what float32 squares hold, norms are 0 or infinite: for all executors alike, and never NaN."""

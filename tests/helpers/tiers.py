@@ -14,24 +14,24 @@ TILES = ("whole", "pieces")  # what conftest.py's fixture `tiles` takes
 PRODUCT = pytest.mark.full("the rest of a product, whose covering array the first tier runs")
 
 
-def covering(indirect=(), **options):
+def covering(**options):
     """Parametrises by the product of these lists, of which the first tier runs a covering array.
 
     Breaks mostly show for one value or for a pair of them: in a covering array each pair of values of two
-    options comes together at least once. Of two options that is their product. `indirect` names the options
-    that are fixtures; an option called `executor` is where tensors are made, too (conftest.py).
+    options comes together at least once. Of two options that is their product. `tiles` is conftest.py's
+    fixture, and where `executor` serves tensors they are made.
     """
     rows = AllPairs([range(len(list(option))) for option in options.values()])
-    return _of_product({tuple(row) for row in rows}, indirect, options)
+    return _of_product({tuple(row) for row in rows}, options)
 
 
 def each_value(**options):
     """As covering(), where options do not meet in the code: each value comes at least once."""
     sizes = [len(list(option)) for option in options.values()]
-    return _of_product({tuple(i % n for n in sizes) for i in range(max(sizes))}, (), options)
+    return _of_product({tuple(i % n for n in sizes) for i in range(max(sizes))}, options)
 
 
-def _of_product(first_tier, indirect, options):
+def _of_product(first_tier, options):
     values = [list(option) for option in options.values()]
     cases = [
         pytest.param(
@@ -41,7 +41,9 @@ def _of_product(first_tier, indirect, options):
         )
         for at in itertools.product(*(range(len(option)) for option in values))
     ]
-    return pytest.mark.parametrize(tuple(options), cases, indirect=list(indirect))
+    return pytest.mark.parametrize(
+        tuple(options), cases, indirect=[name for name in options if name == "tiles"]
+    )
 
 
 def fused_backends():

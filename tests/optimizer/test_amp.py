@@ -55,9 +55,7 @@ def test_a_scaler_leaves_unscaling_to_the_step(fused_backend, prox_mode):
     assert not hasattr(ours, "grad_scale") and any((p == 0).any() for p in params)
 
 
-@covering(
-    bad=[float("inf"), float("nan")], first=[True, False], executor=fused_backends(), indirect=["executor"]
-)
+@covering(bad=[float("inf"), float("nan")], first=[True, False], executor=fused_backends())
 def test_a_step_that_overflows_changes_nothing(executor, first, bad):
     params, _, ours, _ = pair_of_optimizers(executor)
     scaler = torch.amp.GradScaler(device_of(executor), init_scale=SCALE)

@@ -25,7 +25,6 @@ def as_tensors(numbers, device):
     dtype=[torch.float32, torch.float64, torch.bfloat16],
     prox_mode=MODES,
     executor=[name for name in IN_KERNELS if name in available_backends()],
-    indirect=["executor"],
 )
 def test_tensors_are_the_numbers_that_they_hold(executor, prox_mode, dtype):
     """All of them, and each one alone; changed in place between steps."""

@@ -30,7 +30,7 @@ def buffers(optimizer):
 # Other dtypes, devices and shapes
 
 
-@covering(saved=DTYPES, dtype=DTYPES, executor=available_backends(), indirect=["executor"])
+@covering(saved=DTYPES, dtype=DTYPES, executor=available_backends())
 def test_a_file_of_another_dtype_loads_as_in_torch(executor, saved, dtype):
     """The buffers take their parameter's dtype, once, by one rounding; and training goes on from them."""
     first = parameters(SHAPES, saved)

@@ -43,7 +43,7 @@ def assert_same(ours, plain):
     assert held[0] == held[1]
 
 
-@covering(prox_mode=MODES, momentum=[0.0, 0.9], executor=available_backends(), indirect=["executor"])
+@covering(prox_mode=MODES, momentum=[0.0, 0.9], executor=available_backends())
 def test_a_compiled_step_has_the_bits_of_a_plain_one(executor, prox_mode, momentum):
     options = dict(prox_mode=prox_mode, momentum=momentum, freeze_zeros="group", nesterov=momentum > 0)
     params, twins, ours, plain = pair_of_optimizers(executor, **options)

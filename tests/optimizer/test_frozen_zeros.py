@@ -42,7 +42,6 @@ def frozen_entries(w, mode, group_by):
     mode=MODES,
     penalty=PENALTIES,
     executor=available_backends(),
-    indirect=["executor"],
 )
 def test_frozen_zeros_stay_zero_and_lose_their_momentum(executor, group_by, mode, penalty):
     check_frozen(executor, group_by, SHAPES, mode, penalty)

@@ -17,7 +17,7 @@ def test_without_penalties_every_scenario_is_torch_sgd(checked_backend, run):
     assert_as_near_as(checked_backend, got, wanted)
 
 
-@covering(run=SCENARIOS.values(), executor=fused_backends(), prox_mode=MODES, indirect=["executor"])
+@covering(run=SCENARIOS.values(), executor=fused_backends(), prox_mode=MODES)
 def test_with_penalties_every_scenario_is_the_reference(executor, run, prox_mode):
     def with_backend(backend):
         options = dict(PENALTY, prox_mode=prox_mode, backend=backend)

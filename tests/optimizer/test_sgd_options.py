@@ -33,7 +33,7 @@ def test_reference_is_torch_sgd_bit_for_bit(options, dtype):
     assert_same_bits(*results)
 
 
-@covering(**OPTIONS, dtype=[torch.float32, torch.bfloat16], executor=fused_backends(), indirect=["executor"])
+@covering(**OPTIONS, dtype=[torch.float32, torch.bfloat16], executor=fused_backends())
 def test_as_near_to_torch_sgd_as_fused_sgd_is(executor, options, dtype):
     """Truth is SGD in float64 from the same numbers.
 

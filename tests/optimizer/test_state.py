@@ -108,7 +108,6 @@ def by_pickle(optimizer):
     duplicate=[copy.deepcopy, by_pickle],
     steps_before=[0, 3],
     executor=available_backends(),
-    indirect=["executor"],
 )
 def test_a_copy_trains_on_by_itself(executor, duplicate, steps_before):
     groups, params = two_groups(l1=0.5)

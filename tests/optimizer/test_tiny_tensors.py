@@ -16,7 +16,6 @@ TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 
     group_by=[*SPECS, ()],
     prox_mode=MODES,
     executor=available_backends(),
-    indirect=["executor"],
 )
 def test_empty_and_tiny_tensors_work(executor, prox_mode, group_by, shape):
     """l1 alone where there are no groups; the formula for one number where a group is one element."""
