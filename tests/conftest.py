@@ -98,7 +98,7 @@ def hash_of(text):
 
 
 class Executors(NamedTuple):
-    """What a parameter of tests stands for: those that can run here, some of them in the second tier alone."""
+    """What a parameter of tests stands for: those that can run here, some in the second tier alone."""
 
     but: tuple[str, ...] = ()
     second_tier: tuple[str, ...] = ()
