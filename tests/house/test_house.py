@@ -86,6 +86,15 @@ def test_imports_have_no_circles():
     tuple(graphlib.TopologicalSorter(found).static_order())
 
 
+def test_test_modules_import_helpers_and_not_each_other():
+    paths = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in paths if path.stem.startswith("test_")}
+    assert len(tests) == sum(path.stem.startswith("test_") for path in paths)  # there are no packages
+    for path in paths:
+        found = set(re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        assert not found & tests, path
+
+
 def test_circles_and_wrong_ways_are_seen(tmp_path):
     for name, text in (("a", "from .b import x"), ("b", "def f():\n    from . import a")):
         (tmp_path / f"{name}.py").write_text(text)

@@ -16,7 +16,7 @@ Not asked, and why:
 - test_defaults_changed_to_foreach, test_peak_memory_foreach: there is no foreach implementation, and
   foreach=True means the reference; test_executor_choice.py tests which option selects what.
 - test_mixed_device_dtype: a param group is served by one executor, if its devices differ by the reference.
-- test_*_large_tensor: test_cuda.py tests more than 2^31 elements.
+- test_*_large_tensor: test_cuda_failures.py tests more than 2^31 elements.
 - test_load_nontensor_step, and capturable in test_cpu_load_state_dict: there is no count of steps.
 - test_second_order_*, and what is about multi-GPU machines: not for SGD, not for the machines at hand.
 """
