@@ -1,11 +1,11 @@
 """Breaks the project in one place at a time, and says whether its tests see that.
 
-    python tests/mutants/run.py [NAME ...] [--suite test|full] [--part I/N] [--commit ...] [--limit SECONDS]
+    python tests/mutants/run.py [NAME or AREA ...] [--suite test|full] [--copy N] [--commit ...]
 
 Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. What it breaks is built there,
 the tests that should see it run there, and the file is put back. Results go line by line into results.csv; a
-mutant that has one for this suite and commit is passed by, so that a run which was interrupted goes on. Parts
-have a copy each, and may run at the same time.
+mutant that has one for this suite and commit is passed by, so that a run which was interrupted goes on. Two
+runs with a copy each may go on at the same time.
 Outcomes:
 
     killed              a test failed: the first one is told
@@ -35,13 +35,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mutants import MUTANTS
+from mutants import AREAS, MUTANTS
 from mutants.mutant import Mutant
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COPIES = ROOT / "build" / "mutants"
-COPY = COPIES / "1"  # or that of another part
+COPY = COPIES / "1"  # or another one
 RESULTS = HERE / "results.csv"
 COLUMNS = ("mutant", "suite", "commit", "outcome", "test", "seconds")
 SUITES = {"test": ["-m", "not full"], "full": []}  # what pytest is told besides
@@ -168,18 +168,19 @@ def earlier(suite: str, commit: str) -> set[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants (all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants, or areas of them (all)")
     parser.add_argument("--suite", choices=SUITES, default="test", help="which tests of the files run (test)")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a mutant's tests (900)")
     parser.add_argument("--commit", default=head, help=f"what results are filed under ({head})")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of them")
+    parser.add_argument("--copy", default="1", help="in which copy: two runs at a time need two (1)")
     args = parser.parse_args()
-    if unknown := sorted(set(args.names) - {mutant.name for mutant in MUTANTS}):
-        parser.error(f"expected names of mutants, got {unknown}")
-    part, parts = map(int, args.part.split("/"))
+    areas = {area.__name__.rpartition(".")[2]: area for area in AREAS}
+    if unknown := sorted(set(args.names) - areas.keys() - {mutant.name for mutant in MUTANTS}):
+        parser.error(f"expected names of mutants or of {', '.join(areas)}, got {unknown}")
     global COPY
-    COPY = COPIES / str(part)
-    named = [x for x in MUTANTS[part - 1 :: parts] if not args.names or x.name in args.names]
+    COPY = COPIES / args.copy
+    of_areas = {x.name for name in areas.keys() & set(args.names) for x in areas[name].MUTANTS}
+    named = [x for x in MUTANTS if not args.names or x.name in of_areas | set(args.names)]
     chosen = [x for x in named if args.suite == "full" or not x.sanitizer]
     done = earlier(args.suite, args.commit)
     todo = [x for x in chosen if x.name not in done]
