@@ -24,8 +24,20 @@ if INTERPRETED:  # settled before anything imports a kernel
         BUILT["cuda"] = emulated.load()
 
 
+MOST_CASES = 3000  # of the first tier
+
+
 def pytest_collection_modifyitems(items):
     check_reasons(items)
+
+
+def pytest_collection_finish(session):
+    """The first tier stays one that people run."""
+    whole = session.config.args_source.name == "TESTPATHS" and session.config.option.markexpr == "not full"
+    if whole and INTERPRETED and len(session.items) > MOST_CASES:
+        raise pytest.UsageError(
+            f"expected at most {MOST_CASES} cases in the first tier, got {len(session.items)}"
+        )
 
 
 def pytest_runtest_setup(item):
@@ -109,8 +121,8 @@ EXECUTORS = {
     "backend": Executors(),
     "fused_backend": Executors(but=("reference",)),
     "kernel_backend": Executors(but=("reference", "cpu")),
-    "checked_backend": Executors((), ("triton", "cuda"), "what checks is the same for these"),
-    "fastest_backend": Executors((), ("triton", "cuda", "reference"), "comes before any executor is chosen"),
+    "checked_backend": Executors((), ("triton", "cuda"), "is Python around the executors, the same for each"),
+    "fastest_backend": Executors((), ("triton", "cuda", "reference"), "is Python's, whatever the executor"),
     "quick_backend": Executors(
         ("reference",), ("triton",), "many steps, which Triton's interpreter makes slow"
     ),
@@ -122,6 +134,8 @@ def pytest_generate_tests(metafunc):
         but, second_tier, why = EXECUTORS[name]
         if "cpu" not in available_backends():
             second_tier = set(second_tier) - {"reference"}
+        if not INTERPRETED:  # on a GPU kernels take no time
+            second_tier = set(second_tier) - {"triton", "cuda"}
         executors = [
             pytest.param(executor, marks=pytest.mark.full(why)) if executor in second_tier else executor
             for executor in available_backends()

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from helpers.right import DTYPES, SPECS, fresh
-from helpers.tiers import PRODUCT
+from helpers.tiers import each_value
 from torch import nn
 
-from cges_kernels import ProxSGD, penalty, prox, prox_
+from cges_kernels import ProxSGD, available_backends, penalty, prox, prox_
 from cges_kernels.core.hyperparameters import PROX_MODES
 
 OPTIONS = {"group_lasso": 0.9, "exclusive_lasso": 0.02, "l1": 0.1}
@@ -25,13 +25,13 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_prox_returns_a_new_tensor_of_the_same_kind(checked_backend, make):
+@each_value(executor=available_backends(), form=[*FORMATS])
+def test_prox_returns_a_new_tensor_of_the_same_kind(executor, form):
     for prox_mode, dtype in itertools.product(PROX_MODES, DTYPES):
-        w = make().to(dtype)
+        w = FORMATS[form]().to(dtype)
         before, strides = w.clone(), w.stride()
         for options in (OPTIONS, {}):
-            got = prox(w, prox_mode=prox_mode, backend=checked_backend, **options)
+            got = prox(w, prox_mode=prox_mode, backend=executor, **options)
             assert got.data_ptr() != w.data_ptr() and not got.requires_grad
             assert (got.dtype, got.shape, got.device) == (w.dtype, w.shape, w.device)
             assert [s for s, n in zip(got.stride(), w.shape) if n > 1] == [
@@ -41,8 +41,8 @@ def test_prox_returns_a_new_tensor_of_the_same_kind(checked_backend, make):
         assert torch.equal(got, w)  # no coefficients: a copy
 
 
-@pytest.mark.parametrize("group_by", [*SPECS, (1,), (0, 1)])
-def test_prox_in_exact_mode_is_a_minimum(checked_backend, group_by):
+@each_value(executor=available_backends(), group_by=[*SPECS, (1,), (0, 1)])
+def test_prox_in_exact_mode_is_a_minimum(executor, group_by):
     """No move away lowers ||x - w||^2 / 2 + penalty(x); sequential mode is no minimum."""
     w = fresh((12, 5), torch.float64)
     options = {**OPTIONS, "exclusive_lasso": 0.2, "group_by": group_by}
@@ -50,7 +50,7 @@ def test_prox_in_exact_mode_is_a_minimum(checked_backend, group_by):
     def objective(x):
         return (x - w).square().sum() / 2 + penalty(x, **options)
 
-    best = prox(w, prox_mode="exact", backend=checked_backend, **options)
+    best = prox(w, prox_mode="exact", backend=executor, **options)
     assert best.any() and (best == 0).any()
     for size in (1e-3, 1e-1):
         for _ in range(50):
@@ -59,14 +59,14 @@ def test_prox_in_exact_mode_is_a_minimum(checked_backend, group_by):
             assert objective(best + move) >= objective(best) + move.square().sum() / 2 - 1e-12
             move = torch.where(best == 0, 0.0, move)
             assert objective(best + move) >= objective(best) + move.square().sum() / 2 - 1e-12
-    assert objective(prox(w, backend=checked_backend, **options)) > objective(best) + 1e-3
+    assert objective(prox(w, backend=executor, **options)) > objective(best) + 1e-3
 
 
-@pytest.mark.parametrize("group_by", SPECS)
-def test_prox_of_a_view_is_the_prox_of_the_viewed(checked_backend, group_by):
+@each_value(executor=available_backends(), group_by=SPECS)
+def test_prox_of_a_view_is_the_prox_of_the_viewed(executor, group_by):
     for prox_mode in PROX_MODES:
         w = fresh((12, 10))
-        options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": checked_backend}
+        options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": executor}
         assert torch.equal(
             prox(w, view=(3, 4, 10), **options), prox(w.view(3, 4, 10), **options).view(12, 10)
         )
@@ -104,21 +104,10 @@ def mixed_list():
     return [*tensors, fresh((8, 6)).t(), fresh((4, 5, 3, 3)).to(memory_format=torch.channels_last)]
 
 
-# Two of the product, which the executors' own tests take; thirty tensors each take an interpreter long.
-FIRST = (("filter", "sequential"), ("tensor", "exact"))
-
-
-@pytest.mark.parametrize(
-    "group_by, prox_mode",
-    [
-        pytest.param(spec, mode, marks=() if (spec, mode) in FIRST else PRODUCT)
-        for spec in SPECS
-        for mode in PROX_MODES
-    ],
-)
-def test_prox_in_place_over_a_mixed_list(backend, group_by, prox_mode):
+@each_value(executor=available_backends(), group_by=SPECS, prox_mode=PROX_MODES)
+def test_prox_in_place_over_a_mixed_list(executor, group_by, prox_mode):
     tensors = mixed_list()
-    options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": backend}
+    options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": executor}
     expected = [prox(w, **options) for w in tensors]
     assert any(not torch.equal(w, x) for w, x in zip(tensors, expected))
     before = [(w.data_ptr(), w.stride(), w.dtype, w._version) for w in tensors]

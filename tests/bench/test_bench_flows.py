@@ -74,7 +74,7 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
         assert "4 tensors, host, fp32: " in text and " ms with empty." in text
 
 
-@pytest.mark.full("the tuner, whose sizes are interpreted for many seconds")
+@pytest.mark.full("that the tuner runs and prints what TILES takes")
 def test_the_whole_flow_of_bench_tune():
     pytest.importorskip("triton")
     printed = interpreted("tune")

@@ -108,7 +108,7 @@ WRAPPED = {
 }
 
 
-IN_PLACE = pytest.mark.full("a module that compiles itself, which takes seconds")
+IN_PLACE = pytest.mark.full("Module.compile, beside torch.compile(module) in the first tier")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def why_full(world, name):
         if world != 2 or not (name.startswith("rows") or name.endswith("filter")):
             return "the rest of all placements by all specs"
     elif world == 1:
-        return "one rank alone, for which there is a launch of its own"
+        return "meshes of one rank, beside those of two and four"
     elif world == 4 and name in CASES[2]:
         return "on meshes of two dims what two ranks see on one"
 

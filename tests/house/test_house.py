@@ -89,7 +89,9 @@ def test_imports_have_no_circles():
 def test_test_modules_import_helpers_and_not_each_other():
     paths = list((ROOT / "tests").rglob("*.py"))
     tests = {path.stem for path in paths if path.stem.startswith("test_")}
-    assert len(tests) == sum(path.stem.startswith("test_") for path in paths)  # there are no packages
+    assert len(tests) == sum(
+        path.stem.startswith("test_") for path in paths
+    )  # pytest tells modules of several folders apart by name alone
     for path in paths:
         found = set(re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert not found & tests, path

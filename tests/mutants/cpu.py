@@ -150,13 +150,6 @@ MUTANTS = (
         seen_by=("test_cpu_cuts",),
     ),
     Mutant(
-        "a share's owner and its helpers count together",
-        EXECUTOR,
-        old="done = k == 0 ? share.by_owner : share.by_helpers;",
-        new="done = share.by_owner;",
-        seen_by=("test_cpu_cuts",),
-    ),
-    Mutant(
         "the first part alone says which large groups are alive",
         EXECUTOR,
         old="if (first) alive[g0 + g] |= alive[part * groups + g0 + g];",

@@ -14,4 +14,5 @@ class Mutant:
     old: str
     new: str
     seen_by: tuple[str, ...]  # test modules, anywhere in tests/, that should see it; * stands for anything
+    hangs: bool = False  # its tests may wait for ever
     sanitizer: bool = False  # a race that ThreadSanitizer alone can see

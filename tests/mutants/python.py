@@ -21,20 +21,14 @@ MUTANTS = (
         REFERENCE,
         old="return torch.where(dead, 0.0, 1 - a / torch.where(dead, 1.0, l2))",
         new="return torch.where(dead, 0.0, 1 - a / l2)",
-        seen_by=("test_reference", "test_prox_modes", "test_exact_mode", "test_shrinkage_edges"),
+        seen_by=("test_reference_gradients",),
     ),
     Mutant(
         "a bias is a group",
         REFERENCE,
         old="thresholds = thresholds if grouped else Thresholds(0.0, 0.0, thresholds.c)",
         new="thresholds = thresholds if grouped or v.dim() == 1 else Thresholds(0.0, 0.0, thresholds.c)",
-        seen_by=(
-            "test_reference",
-            "test_prox_modes",
-            "test_exact_mode",
-            "test_shrinkage_edges",
-            "test_bad_*",
-        ),
+        seen_by=("test_tiny_tensors", "test_reference", "test_prox_modes"),
     ),
     Mutant(
         "the reference's zeros keep their sign",
@@ -122,6 +116,16 @@ MUTANTS = (
         old="            self.param_groups.pop()\n",
         new="",
         seen_by=("test_bad_*",),
+    ),
+    Mutant(
+        "a step that fails keeps the gradients that it gathered",
+        OPTIMIZER,
+        old="""\
+            self._planner.forget()  # and with it the gradients that plans have gathered
+            raise
+""",
+        new="            raise\n",
+        seen_by=("test_step_plan*",),
     ),
     Mutant(
         "prox writes into its argument",

@@ -52,6 +52,6 @@ MUTANTS = (
         "cges_kernels/reporting/explain.py",
         old='if grouped or key == "l1" else "-"',
         new='if grouped else "-"',
-        seen_by=("test_functional", "test_penalty"),
+        seen_by=("test_explain",),
     ),
 )

@@ -4,14 +4,16 @@
 
 Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. What it breaks is built there,
 the tests that should see it run there, and the file is put back. Results go line by line into results.csv; a
-mutant that has one for this suite and commit is passed by, so that a run which was interrupted goes on. Two
-runs with a copy each may go on at the same time.
+mutant that was killed, by this suite and at this commit, is passed by, so that a run which was interrupted
+goes on. Two runs of different areas, with a copy each, may go on at the same time. Run it where all tests
+pass: one that fails without a mutant, too, would count as seeing each.
+
 Outcomes:
 
-    killed              a test failed: the first one is told
-    killed (timeout)    the tests did not end within the limit, as where a thread waits for ever
+    killed              a test failed, or the process crashed: the first failing test is told
+    timeout             the tests did not end within the limit: killed, if the mutant says that it hangs
     survived            no test failed: one is missing
-    does not build, errors at import
+    does not build, ran nothing
                         no break that a user could meet: the mutant should be another one
 
 The exit status is 1 where others than killed ones are among them. The suite "test" leaves out races that
@@ -44,10 +46,10 @@ COPIES = ROOT / "build" / "mutants"
 COPY = COPIES / "1"  # or another one
 RESULTS = HERE / "results.csv"
 COLUMNS = ("mutant", "suite", "commit", "outcome", "test", "seconds")
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 SUITES = {"test": ["-m", "not full"], "full": []}  # what pytest is told besides
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([".", "tests"]),  # the copy's package, whatever is installed
     "PYTHONDONTWRITEBYTECODE": "1",  # it goes by whole seconds: too coarse for files that change back
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja
     "CGES_CUDA": "0",
@@ -95,7 +97,7 @@ def run(*command: str, limit: float | None = None, **environment: str) -> tuple[
     process = subprocess.Popen(
         command,
         cwd=COPY,
-        env=ENVIRONMENT | environment,
+        env=ENVIRONMENT | environment | {"PYTHONPATH": f"{COPY}{os.pathsep}{COPY / 'tests'}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -133,13 +135,14 @@ def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
     emulator = str(int(EMULATED in needed_for(mutant.file)))
     status, printed = run(*command, limit=limit, CGES_EMULATOR=emulator)
     if status is None:
-        return "killed (timeout)", ""
+        return "killed" if mutant.hangs else "timeout", "timeout"
     if status == 0:
-        return "survived", ""
-    if status == 1 or status < 0:  # below 0 is the signal that ended it
+        some_passed = re.search(r"^[.sx]*\.[.sx]*( |$)", printed, re.MULTILINE)
+        return "survived" if some_passed else "ran nothing", ""
+    if status == 1 or -status in CRASHES:
         failed = re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", printed, re.MULTILINE)
         return "killed", failed[1] if failed else f"exit status {status}"
-    return "errors at import", printed.strip().rpartition("\n")[2]
+    return "ran nothing", printed.strip().rpartition("\n")[2]
 
 
 def judge(mutant: Mutant, stale: set[tuple[str, ...]], suite: str, limit: float) -> tuple[str, str]:
@@ -156,24 +159,25 @@ def judge(mutant: Mutant, stale: set[tuple[str, ...]], suite: str, limit: float)
         return outcome_of(mutant, suite, limit)
 
 
-def earlier(suite: str, commit: str) -> set[str]:
-    """Names of mutants that have a result."""
+def earlier(suite: str, commit: str) -> dict[str, str]:
+    """The outcome of each mutant that has one, the last of several."""
     if not RESULTS.exists():
-        return set()
+        return {}
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {row["mutant"] for row in rows if (row["suite"], row["commit"]) == (suite, commit)}
+    return {row["mutant"]: row["outcome"] for row in rows if (row["suite"], row["commit"]) == (suite, commit)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    head = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants, or areas of them (all)")
     parser.add_argument("--suite", choices=SUITES, default="test", help="which tests of the files run (test)")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a mutant's tests (900)")
     parser.add_argument("--commit", default=head, help=f"what results are filed under ({head})")
     parser.add_argument("--copy", default="1", help="in which copy: two runs at a time need two (1)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is stopped, and put back
     areas = {area.__name__.rpartition(".")[2]: area for area in AREAS}
     if unknown := sorted(set(args.names) - areas.keys() - {mutant.name for mutant in MUTANTS}):
         parser.error(f"expected names of mutants or of {', '.join(areas)}, got {unknown}")
@@ -183,14 +187,14 @@ def main() -> int:
     named = [x for x in MUTANTS if not args.names or x.name in of_areas | set(args.names)]
     chosen = [x for x in named if args.suite == "full" or not x.sanitizer]
     done = earlier(args.suite, args.commit)
-    todo = [x for x in chosen if x.name not in done]
-    print(f"{len(todo)} mutants to try at {args.commit}, {len(chosen) - len(todo)} have a result", flush=True)
+    todo = [x for x in chosen if done.get(x.name) != "killed"]
+    print(f"{len(todo)} mutants to try at {args.commit}, {len(chosen) - len(todo)} are killed", flush=True)
     refresh()
     for command in (EXTENSION, EMULATED):
         status, printed = run(*command)
         if status:
             raise SystemExit(f"the project itself does not build:\n{printed}")
-    alive, stale = 0, set[tuple[str, ...]]()
+    stale = set[tuple[str, ...]]()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
@@ -201,10 +205,11 @@ def main() -> int:
             seconds = round(time.monotonic() - start)
             writer.writerow((mutant.name, args.suite, args.commit, outcome, test, seconds))
             file.flush()
-            alive += not outcome.startswith("killed")
             print(f"{mutant.name}: {outcome}, {seconds} s", flush=True)
-    print(f"{len(todo) - alive} of {len(todo)} killed", flush=True)
-    return int(alive > 0)
+    done = earlier(args.suite, args.commit)
+    alive = [x.name for x in chosen if done[x.name] != "killed"]
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} killed; the others: {alive}", flush=True)
+    return int(bool(alive))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from helpers.steps import (
 from cges_kernels import ProxSGD
 
 EXACT = pytest.param(
-    "exact", marks=pytest.mark.full("slow; test_cpu_cuts.py cuts up smaller groups in exact mode")
+    "exact",
+    marks=pytest.mark.full("exact mode over groups of millions; smaller ones are in test_cpu_cuts.py"),
 )
 SIZES = [(130, 70), (3, 5), (7,), (16, 8, 3, 3), (1, 40), (40, 1), (257, 513), (70000, 2)]
 SIZES += [(2, 600_000), (40_000, 16)]  # groups that fit no cache

@@ -178,7 +178,7 @@ def test_a_distributed_checkpoint_is_saved(tmp_path):
     assert_same_bits(before, list(model.parameters()))
 
 
-@pytest.mark.full("torch.compile of a step, for seconds")
+@pytest.mark.full("the page's code for torch.compile; test_compile.py compiles steps in the first tier")
 def test_a_compiled_step_reads_a_tensor():
     model, _ = conv_and_norm()
     names = dict(globals(), model=model, device="cpu")

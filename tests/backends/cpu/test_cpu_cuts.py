@@ -18,7 +18,9 @@ PAGES = [(511, 1024), (513, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
 PANELS = (2000, 160)  # three panels, whose rows are whole pairs of cache lines
 CUTS = [(500, 600), (17000, 33), (400, 90, 5, 5), PANELS, *PAGES]
 LINE_PAIR = 128
-LARGE = partial(pytest.param, marks=pytest.mark.full("tensors of millions of elements"))
+LARGE = partial(
+    pytest.param, marks=pytest.mark.full("rows and sums beyond all that a thread keeps: millions of elements")
+)
 IN_PART = (420, 160)  # panels of 64 columns, whose z is larger than the fixture's limit, but not twice
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_emulator.build import HERE, build, compiler, has_sanitizer
 from helpers import emulated
-from helpers.tiers import each_value
+from helpers.tiers import covering, each_value
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
@@ -197,7 +197,7 @@ COPIES = ["uint4", "float4", "uint2", "double", "unsigned", "int", "float", "bfl
 COPIES += ["asynchronous uint4", "asynchronous uint2", "asynchronous float"]
 
 
-@each_value(name=COPIES, planted_fault=[False, True])
+@covering(name=COPIES, planted_fault=[False, True])
 def test_log_of_accesses(library, planted, name, planted_fault):
     """Of a copy, which reads and writes each byte once; planted, the first element is read twice."""
     source = torch.randint(0, 100, (4096,), dtype=torch.uint8)

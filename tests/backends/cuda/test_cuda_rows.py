@@ -26,6 +26,7 @@ from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT
 
 pytestmark = needs_cuda
+
 # What is read and written
 
 

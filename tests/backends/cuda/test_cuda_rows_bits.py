@@ -19,48 +19,54 @@ from helpers.cuda import (
     parameter,
 )
 from helpers.right import DTYPES, MODES, check_step, coefficients, fresh, one_step
-from helpers.tiers import covering, each_value
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD
 from cges_kernels.core import reference
 
 pytestmark = needs_cuda
+
 # Bits
 
 
-@each_value(options=[PLAIN, *GENERAL], dtype=DTYPES)
-def test_same_bits_at_any_address(options, dtype):
-    for shape in ROWS:
-        results = []
-        w, grads = parameter(shape, dtype).detach(), [fresh(shape, dtype) for _ in range(3)]
-        for offset in (0, 1, 3):
-            p = parameter(shape, dtype, offset)
-            p.data.copy_(w)
-            optimizer = optimizer_of([p], **options)
-            for grad in grads:
-                p.grad = parameter(shape, dtype, offset).detach().copy_(grad)
-                optimizer.step()
-            results.append(p.detach().clone())
-        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), shape
+@pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
+def test_same_bits_at_any_address(options):
+    for dtype in DTYPES:
+        for shape in ROWS:
+            results = []
+            w, grads = parameter(shape, dtype).detach(), [fresh(shape, dtype) for _ in range(3)]
+            for offset in (0, 1, 3):
+                p = parameter(shape, dtype, offset)
+                p.data.copy_(w)
+                optimizer = optimizer_of([p], **options)
+                for grad in grads:
+                    p.grad = parameter(shape, dtype, offset).detach().copy_(grad)
+                    optimizer.step()
+                results.append(p.detach().clone())
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), shape
 
 
-@each_value(neighbour=GENERAL, dtype=DTYPES)
-def test_same_bits_beside_whoever_takes_the_general_path(neighbour, dtype):
+@pytest.mark.parametrize("neighbour", GENERAL, ids=str)
+def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
     """Alone, a plain step has a kernel of its own."""
-    w, grads = [fresh(shape, dtype) for shape in ROWS], [[fresh(s, dtype) for s in ROWS] for _ in range(3)]
-    results = []
-    for groups in ([], [{"params": [parameter((9, 48), dtype)], **neighbour}]):
-        params = [torch.nn.Parameter(x.clone()) for x in w]
-        optimizer = optimizer_of([{"params": params}, *groups], **PLAIN)
-        for step in grads:
-            for p, grad in zip(params, step):
-                p.grad = grad.clone()
-            for group in groups:
-                group["params"][0].grad = fresh((9, 48), dtype)
-            optimizer.step()
-        results.append([p.detach() for p in params])
-    assert all(torch.equal(x, y) for x, y in zip(*results))
-    assert any(0 < x.count_nonzero() < x.numel() for x in results[0])
+    for dtype in DTYPES:
+        w, grads = (
+            [fresh(shape, dtype) for shape in ROWS],
+            [[fresh(s, dtype) for s in ROWS] for _ in range(3)],
+        )
+        results = []
+        for groups in ([], [{"params": [parameter((9, 48), dtype)], **neighbour}]):
+            params = [torch.nn.Parameter(x.clone()) for x in w]
+            optimizer = optimizer_of([{"params": params}, *groups], **PLAIN)
+            for step in grads:
+                for p, grad in zip(params, step):
+                    p.grad = grad.clone()
+                for group in groups:
+                    group["params"][0].grad = fresh((9, 48), dtype)
+                optimizer.step()
+            results.append([p.detach() for p in params])
+        assert all(torch.equal(x, y) for x, y in zip(*results))
+        assert any(0 < x.count_nonzero() < x.numel() for x in results[0])
 
 
 @on_emulator

@@ -18,10 +18,13 @@ from helpers.programs import ROOT
 HERE = ROOT / "tests" / "backends"
 # slow, or the same accesses
 LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of or every_wait or step_after_step"
-ON_EMULATOR = sorted(
-    p for p in (HERE / "cuda").glob("*.py") if "pytestmark = needs_cuda" in p.read_text().split("\n")
-)
-ALL_OF_IT = [*ON_EMULATOR, "test_executors.py", "-k", f"cuda and not ({LEFT_OUT})"]
+PARTS = ("failures", "paths", "rows", "rows_bits", "shared", "steps", "tiles", "tiles_bits")
+ALL_OF_IT = [
+    *(f"cuda/test_cuda_{part}.py" for part in PARTS),
+    "test_executors.py",
+    "-k",
+    f"cuda and not ({LEFT_OUT})",
+]
 SMALL_CASES = ["cuda/test_cuda_paths.py", "-k", "one_small_step"]
 
 pytestmark = [
@@ -48,7 +51,7 @@ def test_clean_under(sanitize, tests):
         "OMP_NUM_THREADS": "1",  # torch's own threads are nothing that TSan knows
     }
     command = ["setarch", "-R"] if sanitize == "thread" and shutil.which("setarch") else []  # TSan's wish
-    command += [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:xdist", "-m", "not gpu and not full"]
+    command += [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:xdist", "-m", "not gpu"]
     done = subprocess.run([*command, *tests], cwd=HERE, env=environment, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0 and "Sanitizer" not in report and "runtime error" not in report, report[

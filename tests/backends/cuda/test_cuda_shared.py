@@ -24,11 +24,12 @@ from helpers.cuda import (
     path_of,
 )
 from helpers.right import DTYPES, INTERPRETED, MODES, check_step, fresh, one_step, training
-from helpers.tiers import covering
+from helpers.tiers import covering, each_value
 
 from cges_kernels import ProxSGD
 
 pytestmark = needs_cuda
+
 # Columns of whole accesses, of odd lengths, fewer than a tile's; adjacent columns of one group; several
 # matrices; long rows; the whole tensor. With so little memory and 8 multiprocessors each is a panel of 2 to 8
 # parts.
@@ -60,11 +61,7 @@ def test_these_are_shared(device):
 
 
 @on_emulator
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [*((dtype, PLAIN) for dtype in DTYPES), (torch.bfloat16, GENERAL[1]), (torch.float32, GENERAL[4])],
-    ids=str,
-)
+@each_value(dtype=DTYPES, options=[PLAIN, GENERAL[1], GENERAL[4]])  # each takes seconds
 def test_each_byte_is_read_once_and_written_once(device, options, dtype):
     device["multiprocessors"] = 8
     groups = model(dtype)

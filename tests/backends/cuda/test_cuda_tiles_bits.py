@@ -3,8 +3,6 @@
 That they are right, over all specs, modes and dtypes, is in test_executors.py.
 """
 
-import itertools
-
 import pytest
 import torch
 from helpers.cuda import (
@@ -20,20 +18,13 @@ from helpers.cuda import (
     optimizer_of,
     parameter,
     parameters_of,
-    path_of,
 )
 from helpers.right import DTYPES, MODES, check_step, fresh, training
-from helpers.tiers import covering, each_value
+from helpers.tiers import covering
 
 from cges_kernels import ProxSGD
 
 pytestmark = needs_cuda
-
-
-@on_emulator
-def test_these_are_tiles():
-    for dtype, (spec, shape) in itertools.product(DTYPES, TILES[:-1]):
-        assert path_of(shape, spec, dtype) == {"tile"}, (shape, dtype)
 
 
 # Bits
@@ -65,46 +56,48 @@ def test_same_bits_whatever_is_resident_in_every_order(device, options, dtype):
     assert any(0 < x.count_nonzero() < x.numel() for x in results[0])
 
 
-@each_value(options=[PLAIN, *GENERAL], dtype=DTYPES)
-def test_same_bits_at_any_address(options, dtype):
-    results = []
-    start = [parameter(shape, dtype).detach() for _, shape in TILES]
-    grads = [[fresh(shape, dtype) for _, shape in TILES] for _ in range(2)]
-    for offset in (0, 1, 2, 3):
-        groups = model(dtype, offset)
-        params = parameters_of(groups)
-        for p, x in zip(params, start):
-            p.data.copy_(x)
-        optimizer = optimizer_of(groups, **options)
-        for step in grads:
-            for p, grad in zip(params, step):
-                p.grad = parameter(p.shape, dtype, offset).detach().copy_(grad)
-            optimizer.step()
-        results.append([p.detach().clone() for p in params])
-    for other in results[1:]:
-        for x, y, (_, shape) in zip(results[0], other, TILES):
-            assert torch.equal(x, y), shape
+@pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
+def test_same_bits_at_any_address(options):
+    for dtype in DTYPES:
+        results = []
+        start = [parameter(shape, dtype).detach() for _, shape in TILES]
+        grads = [[fresh(shape, dtype) for _, shape in TILES] for _ in range(2)]
+        for offset in (0, 1, 2, 3):
+            groups = model(dtype, offset)
+            params = parameters_of(groups)
+            for p, x in zip(params, start):
+                p.data.copy_(x)
+            optimizer = optimizer_of(groups, **options)
+            for step in grads:
+                for p, grad in zip(params, step):
+                    p.grad = parameter(p.shape, dtype, offset).detach().copy_(grad)
+                optimizer.step()
+            results.append([p.detach().clone() for p in params])
+        for other in results[1:]:
+            for x, y, (_, shape) in zip(results[0], other, TILES):
+                assert torch.equal(x, y), shape
 
 
-@each_value(neighbour=GENERAL, dtype=DTYPES)
-def test_same_bits_beside_whoever_takes_the_general_path(neighbour, dtype):
+@pytest.mark.parametrize("neighbour", GENERAL, ids=str)
+def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
     """Alone, a plain step has a kernel of its own. A neighbour's tile comes before, between and after."""
-    start = [fresh(shape, dtype) for _, shape in TILES]
-    grads = [[fresh(shape, dtype) for _, shape in TILES] for _ in range(2)]
-    results = []
-    for others in ([], [(40, 8), (64, 48), (20, 400)]):
-        params = [torch.nn.Parameter(x.clone()) for x in start]
-        groups = [{"params": [p], "group_by": spec} for p, (spec, _) in zip(params, TILES)]
-        beside = [parameter(shape, dtype) for shape in others]
-        more = [{"params": beside, "group_by": "feature", **neighbour}] if beside else []
-        optimizer = optimizer_of([*groups, *more], **PLAIN)
-        for step in grads:
-            give_grads_at(beside, dtype)
-            for p, grad in zip(params, step):
-                p.grad = grad.clone()
-            optimizer.step()
-        results.append([p.detach() for p in params])
-    assert all(torch.equal(x, y) for x, y in zip(*results))
+    for dtype in DTYPES:
+        start = [fresh(shape, dtype) for _, shape in TILES]
+        grads = [[fresh(shape, dtype) for _, shape in TILES] for _ in range(2)]
+        results = []
+        for others in ([], [(40, 8), (64, 48), (20, 400)]):
+            params = [torch.nn.Parameter(x.clone()) for x in start]
+            groups = [{"params": [p], "group_by": spec} for p, (spec, _) in zip(params, TILES)]
+            beside = [parameter(shape, dtype) for shape in others]
+            more = [{"params": beside, "group_by": "feature", **neighbour}] if beside else []
+            optimizer = optimizer_of([*groups, *more], **PLAIN)
+            for step in grads:
+                give_grads_at(beside, dtype)
+                for p, grad in zip(params, step):
+                    p.grad = grad.clone()
+                optimizer.step()
+            results.append([p.detach() for p in params])
+        assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
 # Edges
