@@ -1,0 +1,9 @@
+"""What training loops do to an optimizer, as functions that take its constructor.
+
+Each returns the tensors by which two optimizers are compared.
+"""
+
+from helpers.scenarios import loops, options, tensors
+from helpers.scenarios.registry import SCENARIOS
+
+__all__ = ["SCENARIOS", "loops", "options", "tensors"]
