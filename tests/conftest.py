@@ -24,20 +24,8 @@ if INTERPRETED:  # settled before anything imports a kernel
         BUILT["cuda"] = emulated.load()
 
 
-MOST_CASES = 3000  # of the first tier
-
-
 def pytest_collection_modifyitems(items):
     check_reasons(items)
-
-
-def pytest_collection_finish(session):
-    """The first tier stays one that people run."""
-    whole = session.config.args_source.name == "TESTPATHS" and session.config.option.markexpr == "not full"
-    if whole and INTERPRETED and len(session.items) > MOST_CASES:
-        raise pytest.UsageError(
-            f"expected at most {MOST_CASES} cases in the first tier, got {len(session.items)}"
-        )
 
 
 def pytest_runtest_setup(item):

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from helpers.programs import ROOT
+from helpers.right import INTERPRETED
 
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core.hyperparameters import SGD_STATE, Hyperparameters, Phase
@@ -95,6 +96,12 @@ def test_test_modules_import_helpers_and_not_each_other():
     for path in paths:
         found = set(re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert not found & tests, path
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU products are of the first tier")
+def test_the_first_tier_stays_one_that_people_run(request):
+    if request.config.option.markexpr == "not full":
+        assert len(request.session.items) <= 3000
 
 
 def test_circles_and_wrong_ways_are_seen(tmp_path):
