@@ -59,6 +59,11 @@ def poisoned_memory():
 
 
 @pytest.fixture
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def threads():
     """torch.set_num_threads, put back afterwards."""
     before = torch.get_num_threads()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers.compiled import COMPILES, PENALTY, SGD, SHAPES
 from helpers.right import MODES
 from helpers.steps import assert_same_bits, copies, everything, give_grads, parameters
 from helpers.tiers import covering
@@ -10,15 +11,7 @@ from torch import nn
 
 from cges_kernels import ProxSGD, available_backends
 
-SHAPES = [(9, 7), (20,), (5, 3, 2, 2)]
-SGD = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
-PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.05, l1=0.1)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, on profiler records
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    torch._dynamo.reset()
+pytestmark = COMPILES
 
 
 def pair_of_optimizers(backend, **options):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.right import MODES
 from helpers.steps import PENALTY, parameters
 
 from cges_kernels import ProxSGD
 
 
-@pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
+@pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_differentiable_step_has_the_right_gradient(momentum, prox_mode):
     """With respect to the weights, the gradient and the momentum buffer that went in."""

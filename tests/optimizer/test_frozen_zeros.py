@@ -10,7 +10,7 @@ from cges_kernels import ProxSGD, available_backends
 
 SHAPES = [(6, 5), (130, 70), (4, 3, 3, 3), (9,)]
 LARGE = {"filter": [(2, 600_000)], "feature": [(40_000, 16)]}  # groups that fit no cache
-MODES = ("element", "group")
+FREEZES = ("element", "group")
 PENALTIES = [{}, PENALTY, dict(PENALTY, prox_mode="exact")]
 
 
@@ -39,7 +39,7 @@ def frozen_entries(w, mode, group_by):
 @pytest.mark.filterwarnings("ignore:.*sequential mode zeroes")
 @covering(
     group_by=("feature", "filter", "channel"),
-    mode=MODES,
+    mode=FREEZES,
     penalty=PENALTIES,
     executor=available_backends(),
 )
@@ -50,7 +50,7 @@ def test_frozen_zeros_stay_zero_and_lose_their_momentum(executor, group_by, mode
 @pytest.mark.full("groups that fit no cache; test_executors.py freezes in smaller ones cut up as these are")
 @pytest.mark.filterwarnings("ignore:.*sequential mode zeroes")
 @pytest.mark.parametrize("group_by", LARGE)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", FREEZES)
 @pytest.mark.parametrize("penalty", PENALTIES, ids=["none", "seq", "exact"])
 def test_frozen_zeros_of_large_groups(backend, group_by, mode, penalty):
     check_frozen(backend, group_by, LARGE[group_by], mode, penalty)

@@ -2,21 +2,14 @@
 
 import pytest
 import torch
+from helpers.compiled import COMPILES, PENALTY, SGD, SHAPES
 from helpers.right import device_of
 
 from cges_kernels import penalty, prox, prox_
 from cges_kernels.backends.operators import NUMBERS, OPTIONS
 from cges_kernels.backends.planner import SCALARS
 
-SHAPES = [(9, 7), (20,), (5, 3, 2, 2)]
-SGD = dict(lr=0.1, momentum=0.9, weight_decay=0.01)
-PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.05, l1=0.1)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, on profiler records
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before():
-    torch._dynamo.reset()
+pytestmark = COMPILES
 
 
 def sample_step(backend, momentum=0.9, sources=True):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.right import MODES
 from helpers.steps import (
     PENALTY,
     assert_as_near_as,
@@ -61,7 +62,7 @@ def test_bits_do_not_depend_on_the_neighbours():
 
 
 @needs_cpu
-@pytest.mark.parametrize("prox_mode", ["sequential", "exact"])
+@pytest.mark.parametrize("prox_mode", MODES)
 def test_500_tiny_tensors_equal_the_reference(prox_mode):
     sizes = ([(3, 5), (7,), (2, 3, 2, 2), (1,), (4, 1), (), (1, 9), (8, 8)] * 63)[:500]
     cpu, reference = (
