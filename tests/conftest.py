@@ -35,8 +35,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def fresh_random_inputs(request):
-    """Every test draws its own numbers, the same in every run."""
-    torch.manual_seed(hash_of(request.node.nodeid.partition("@")[0]))  # pytest-xdist appends a group
+    """Every test draws its own numbers, the same in every run and wherever it lies."""
+    torch.manual_seed(hash_of(request.node.name.partition("@")[0]))  # pytest-xdist appends a group
 
 
 @pytest.fixture(autouse=True)

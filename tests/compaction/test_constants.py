@@ -48,10 +48,14 @@ def test_the_shift_of_a_batch_norm_becomes_a_new_bias():
     torch.testing.assert_close(result.model[3].bias, constant * model[3].weight[:, 0].sum((1, 2)))
 
 
-def test_what_swallows_nan_is_no_constant():
+@pytest.mark.parametrize(
+    "swallow",
+    [lambda x: torch.where(x > 0, x, 0), lambda x: x.nan_to_num(0.0).clamp(-1, 1)],
+    ids=["where", "nan_to_num"],
+)
+def test_what_swallows_nan_is_no_constant(swallow):
     def forward(self, x):
-        x = self.a(x)
-        return self.b(torch.where(x > 0, x, 0))
+        return self.b(swallow(self.a(x)))
 
     model = net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     with torch.no_grad():
