@@ -17,13 +17,6 @@ MUTANTS = (
         seen_by=("test_optimizer", "test_scenarios"),
     ),
     Mutant(
-        "dead groups have NaN for a gradient",
-        REFERENCE,
-        old="return torch.where(dead, 0.0, 1 - a / torch.where(dead, 1.0, l2))",
-        new="return torch.where(dead, 0.0, 1 - a / l2)",
-        seen_by=("test_reference_gradients",),
-    ),
-    Mutant(
         "a bias is a group",
         REFERENCE,
         old="thresholds = thresholds if grouped else Thresholds(0.0, 0.0, thresholds.c)",
