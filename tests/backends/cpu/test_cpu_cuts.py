@@ -1,5 +1,6 @@
 """How the CPU executor cuts tensors into tiles: all ways are right, and bits tell of no thread or address."""
 
+import itertools
 import os
 from functools import partial
 
@@ -107,16 +108,16 @@ def test_update_rules_of_rows_pages_apart(options):
     check_step("cpu", w, grad, buf, **training(w, "feature", "sequential"), **options)
 
 
-@covering(shape=PAGES, freeze_zeros=["group", "element"], prox_mode=MODES, penalty=[True, False])
-def test_frozen_rows_pages_apart(shape, freeze_zeros, prox_mode, penalty):
+@covering(shape=PAGES, freeze_zeros=["group", "element"], penalty=[True, False])
+def test_frozen_rows_pages_apart(shape, freeze_zeros, penalty):
     w, grad, buf = inputs(shape, torch.float32)
     w[torch.rand(shape) < 0.3] = 0.0
     w[:, 1::2] = 0.0
     w[:-1, 2], w[-1, 2] = 0.0, 1.0  # alive by its last row alone, in another piece than the first
-    options = training(w, "feature", prox_mode)
-    if not penalty:
-        options |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0)
-    for held in (buf, None):
+    for prox_mode, held in itertools.product(MODES, (buf, None)):
+        options = training(w, "feature", prox_mode)
+        if not penalty:
+            options |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0)
         got, got_buf = check_step("cpu", w, grad, held, freeze_zeros=freeze_zeros, **options)
         assert not got[:, 1::2].any() and not got_buf[:, 1::2].any() and got[:, 4::2].any()
         assert penalty or got[:, 2].any()
@@ -143,16 +144,17 @@ def test_nan_and_inf_of_rows_pages_apart(poison, prox_mode):
         assert got[:, :11].isfinite().all() and got[:, 12:].isfinite().all()
 
 
-@covering(shape=CUTS, group_by=SPECS, prox_mode=MODES)
-def test_same_bits_whatever_the_threads(shape, group_by, prox_mode, threads):
+@covering(shape=CUTS, group_by=SPECS)
+def test_same_bits_whatever_the_threads(shape, group_by, threads):
     w, grad, buf = inputs(shape, torch.float32)
-    results = []
-    for count in (1, 2, 3, 9):
-        threads(count)
-        results.append(one_step("cpu", w, grad, buf, **training(w, group_by, prox_mode)))
-    for got, got_buf in results[1:]:
-        assert torch.equal(got, results[0][0]) and torch.equal(got_buf, results[0][1])
-    assert 0 < results[0][0].count_nonzero() < w.numel()
+    for prox_mode in MODES:
+        results = []
+        for count in (1, 2, 3, 9):
+            threads(count)
+            results.append(one_step("cpu", w, grad, buf, **training(w, group_by, prox_mode)))
+        for got, got_buf in results[1:]:
+            assert torch.equal(got, results[0][0]) and torch.equal(got_buf, results[0][1])
+        assert 0 < results[0][0].count_nonzero() < w.numel()
 
 
 def check_bits_wherever_the_tensor_begins(shape, dtype, prox_mode, **more):
