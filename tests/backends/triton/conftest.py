@@ -5,7 +5,7 @@ from cges_kernels.backends import unplanned
 
 @pytest.fixture
 def launches(monkeypatch):
-    from helpers.triton import (  # where there is no Triton the test is skipped here
+    from helpers.triton_launches import (  # where there is no Triton the test is skipped here
         SPLIT,
         WHOLE,
         Noted,
@@ -21,7 +21,7 @@ def launches(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Groups of up to 32 fit a tile; longer ones come in chunks of 32."""
-    from helpers.triton import tiles
+    from helpers.triton_launches import tiles
 
     unplanned.forget()  # what is kept was cut otherwise
     for kind in (tiles.COLUMNS, tiles.ROWS, tiles.GENERAL):

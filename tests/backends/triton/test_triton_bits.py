@@ -8,7 +8,16 @@ import pytest
 import torch
 from helpers.right import DTYPES, INTERPRETED, MODES, fresh
 from helpers.steps import assert_same_bits, give_grads, parameters
-from helpers.triton import BACKEND, MIXED, PENALTY, SPLIT, executor, needs_triton, optimizer_of, steps_of
+from helpers.triton_launches import (
+    BACKEND,
+    MIXED,
+    PENALTY,
+    SPLIT,
+    executor,
+    needs_triton,
+    optimizer_of,
+    steps_of,
+)
 
 from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT

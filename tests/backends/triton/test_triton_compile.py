@@ -17,7 +17,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def kernels():
     """Every kernel compiled, as dicts; in a process of its own, where kernels are not interpreted."""
-    script = ROOT / "tests" / "helpers" / "compile_triton.py"
+    script = ROOT / "tests" / "backends" / "triton" / "compile_triton.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

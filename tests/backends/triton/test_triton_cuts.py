@@ -8,7 +8,7 @@ import torch
 from helpers.programs import ROOT, run_python
 from helpers.right import MODES, check_step, fresh
 from helpers.steps import assert_same_bits, parameters
-from helpers.triton import BACKEND, PENALTY, executor, needs_triton, steps_of, tiles
+from helpers.triton_launches import BACKEND, PENALTY, executor, needs_triton, steps_of, tiles
 from torch import nn
 
 from cges_kernels import ProxSGD, available_backends, prox, prox_

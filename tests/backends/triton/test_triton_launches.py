@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.right import MODES, fresh
 from helpers.steps import assert_same_bits, everything, give_grads, parameters, train
-from helpers.triton import (
+from helpers.triton_launches import (
     BACKEND,
     MIXED,
     PENALTY,
