@@ -93,6 +93,7 @@ def run_lightning(tmp_path, monkeypatch):
 
 def test_lightning(run_lightning):
     """Mixed precision with clipping, which Lightning refuses an optimizer that always unscales by itself."""
+    torch.manual_seed(0)  # a draw of which some weights become zero in so few steps
     net = Net()
     other = copy.deepcopy(net)
     assert run_lightning(net).global_step == STEPS
