@@ -122,9 +122,10 @@ def built_from(file: str) -> set[tuple[str, ...]]:
     return {EMULATED} if file.startswith("csrc/cuda/") else {EXTENSION, EMULATED}
 
 
-def needed_for(file: str) -> set[tuple[str, ...]]:
-    """What tests of a file need: those of the CPU executor do without the emulator, long to build."""
-    return {EXTENSION} if file.startswith("csrc/cpu/") else {EXTENSION, EMULATED}
+def needed_for(mutant: Mutant) -> set[tuple[str, ...]]:
+    """What its tests need: of what is in C++, those of the CUDA executor alone the emulator, long to build."""
+    without = mutant.file.startswith("csrc/") and not any("cuda" in name for name in mutant.seen_by)
+    return {EXTENSION} if without else {EXTENSION, EMULATED}
 
 
 def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
@@ -132,7 +133,7 @@ def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
     files = [str(p.relative_to(ROOT)) for x in mutant.seen_by for p in HERE.parent.rglob(f"{x}.py")]
     chosen = [*SUITES[suite], *(["-k", "thread"] if mutant.sanitizer else [])]
     command = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen, *files)
-    emulator = str(int(EMULATED in needed_for(mutant.file)))
+    emulator = str(int(EMULATED in needed_for(mutant)))
     status, printed = run(*command, limit=limit, CGES_EMULATOR=emulator)
     if status is None:
         return "killed" if mutant.hangs else "timeout", "timeout"
@@ -148,7 +149,7 @@ def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
 def judge(mutant: Mutant, stale: set[tuple[str, ...]], suite: str, limit: float) -> tuple[str, str]:
     """The outcome, and the first test that failed; builds what is stale and needed."""
     with broken(mutant):
-        affected, needed = built_from(mutant.file), needed_for(mutant.file)
+        affected, needed = built_from(mutant.file), needed_for(mutant)
         for command in sorted((stale | affected) & needed):
             status, printed = run(*command)
             if status:
