@@ -123,7 +123,7 @@ def built_from(file: str) -> set[tuple[str, ...]]:
 
 
 def needed_for(mutant: Mutant) -> set[tuple[str, ...]]:
-    """What its tests need: of what is in C++, those of the CUDA executor alone the emulator, long to build."""
+    """What its tests need: of what is in C++ the CUDA executor's alone the emulator, long to build."""
     without = mutant.file.startswith("csrc/") and not any("cuda" in name for name in mutant.seen_by)
     return {EXTENSION} if without else {EXTENSION, EMULATED}
 
