@@ -20,7 +20,7 @@ if INTERPRETED:  # settled before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
         from helpers import interpreter  # noqa: F401
-    if compiler() and os.environ.get("CGES_EMULATOR") != "0":  # which it takes a minute to build
+    if compiler() and os.environ.get("CGES_EMULATOR") != "0":  # building it takes a minute
         BUILT["cuda"] = emulated.load()
 
 
