@@ -90,7 +90,7 @@ def checks(shapes: Shapes, kind: type) -> baselines.Made:
     params = baselines.parameters(shapes)
     layouts = [grouped_layout(p, "feature", None) for p in params]
     plan = kind([params], [layouts])
-    plan.set_hyperparameters(0, Hyperparameters(lr=baselines.LR, momentum=baselines.MOMENTUM))
+    plan.set_hyperparameters(0, Hyperparameters.make(lr=baselines.LR, momentum=baselines.MOMENTUM))
     state: dict[Tensor, Any] = {}
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Structured-sparse training at close to the cost of plain SGD: fused proximal SGD for PyTorch."""
+"""Structured-sparse training at close to the cost of the plain optimizer: proximal SGD and AdamW, fused."""
 
 from importlib import metadata as _metadata
 
@@ -6,7 +6,7 @@ from .backends.registry import available_backends
 from .compaction.compact import compact
 from .compaction.saving import load_compacted, save_compacted
 from .functional import penalty, prox, prox_
-from .optimizer import ProxSGD
+from .optimizer import ProxAdamW, ProxSGD
 from .reporting.explain import explain
 from .reporting.figures import plot_filters, plot_weights
 from .reporting.history import SparsityHistory
@@ -22,6 +22,7 @@ except _metadata.PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ProxAdamW",
     "ProxSGD",
     "prox",
     "prox_",

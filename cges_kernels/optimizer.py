@@ -1,40 +1,18 @@
-"""ProxSGD: torch.optim.SGD with structured sparsity. No mathematics here; see core/reference.py."""
+"""ProxSGD and ProxAdamW: torch.optim's with structured sparsity. What they share is in proximal.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-from .backends import operators
-from .backends.graphs import is_capturing
-from .backends.plan import Plan
-from .backends.planner import Planner, backend_of, is_sharded, param_names
-from .backends.registry import check_backend
-from .core import reference
-from .core.checks import check_companion, check_param_group
 from .core.groups import GroupSpec
-from .core.hyperparameters import COEFFICIENTS, SGD_OPTIONS, SGD_STATE, keeps_state
-from .core.names import by_name
-
-# torch's own; before 2.13 it knew CUDA alone
-_capture_health_check: Callable[[Optimizer], None] = (
-    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
-    or Optimizer._cuda_graph_capture_health_check
-)
-PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
+from .core.rules import ADAMW, SGD
+from .proximal import ProximalOptimizer
 
 
-def _make_sharded_plan(*args: Any) -> Plan:
-    from .distributed.sharded import ShardedPlan  # only here: torch.distributed takes its time
-
-    return ShardedPlan(*args)
-
-
-class ProxSGD(Optimizer):
+class ProxSGD(ProximalOptimizer):
     """Plain proximal SGD; not Yang et al. 2020's method of the same name.
 
     One step is what torch.optim.SGD would write, z, followed by the proximal map of lr * Omega,
@@ -84,6 +62,8 @@ class ProxSGD(Optimizer):
         >>> optimizer.step()
     """
 
+    rule = SGD
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -126,148 +106,93 @@ class ProxSGD(Optimizer):
             capturable=capturable,
             fused=fused,
         )
-        check_param_group(defaults)
-        check_backend(backend)
-        self._planner = Planner(backend, _make_sharded_plan)
-        super().__init__(params, defaults)
-        self._follow_fused()
+        super().__init__(params, defaults, backend)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.add_param_group; the group is checked before it is taken."""
-        super().add_param_group(param_group)
-        try:
-            self._planner.check(self.param_groups, first=len(self.param_groups) - 1)
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._planner.forget()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of ProxSGD or torch.optim.SGD; keys that it lacks keep their present values.
+class ProxAdamW(ProximalOptimizer):
+    """AdamW, or Adam, followed by the same proximal map as ProxSGD's: sparsity for who trains transformers.
 
-        Where both sides have names of parameters, state goes by these, in whatever order they were saved.
+    One step is what torch.optim.AdamW would write,
 
-        Raises:
-            ValueError, TypeError, RuntimeError: what does not fit these parameters, or what step() would
-                refuse (a spec, a coefficient, lr, a buffer's shape); nothing is loaded.
-        """
-        hook = self.register_load_state_dict_pre_hook(by_name)  # after hooks that may change names
-        try:
-            super().load_state_dict(state_dict)
-        except ValueError as error:
-            expected, got = len(self.param_groups), len(state_dict["param_groups"])
-            if expected == got:
-                raise
-            raise ValueError(f"state_dict: expected {expected} param groups, got {got}") from error
-        finally:
-            hook.remove()
+        z = (1 - lr*weight_decay)*w - lr * m_hat / (sqrt(v_hat) + eps)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._planner.backend}
+    followed by the proximal map of lr * Omega (see :class:`ProxSGD`), with the thresholds lr*coefficient in
+    the Euclidean metric: they are decoupled from Adam's scaling, as AdamW's weight decay is. A prox in Adam's
+    own metric would divide each threshold by its element's scaling (Yun et al., Adaptive proximal gradient
+    methods for structured neural networks, NeurIPS 2021); groups would then have no closed form. Here the
+    fixed point does not minimise f + Omega: Adam's steps are about lr per element, whatever the gradient's
+    size, so a weight dies where its threshold outweighs what steps of about lr put back. Coefficients are on
+    that scale: see docs/training.md, "From ProxSGD to ProxAdamW".
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """For unpickling and load_state_dict, whose errors come from here: before anything has changed."""
-        kept, before = self.__dict__.get("_planner"), self.__dict__.get("param_groups", [])
-        defaults = state.get("defaults") or self.defaults
-        for i, group in enumerate(state["param_groups"]):
-            for key, value in {**defaults, **(before[i] if before else {})}.items():
-                group.setdefault(key, value)
-            for name, p in zip(param_names(state["param_groups"], i), group["params"]):
-                buf = state["state"].get(p, {}).get(SGD_STATE)
-                if buf is not None:
-                    check_companion(SGD_STATE, name, p, buf)
-        if kept is not None:
-            kept.check(state["param_groups"])
-        state = dict(state)
-        backend = state.pop("_backend", "auto")
-        self._planner = Planner(backend, _make_sharded_plan) if kept is None else kept
-        self._planner.forget()
-        super().__setstate__(state)
-        self._follow_fused()
+    Args:
+        params: parameters, param groups or named parameters, as for torch.optim.AdamW.
+        lr, betas, eps, weight_decay, maximize: as for torch.optim.AdamW.
+        amsgrad, differentiable: as for torch.optim.AdamW; True takes the reference executor.
+        decoupled_weight_decay: False is Adam, which adds weight_decay*w to the gradient.
+        capturable: whether steps may be captured in a CUDA graph. As in torch.optim it keeps the count of
+            steps, state["step"], on the GPU, as fused=True does.
+        group_lasso, exclusive_lasso, l1, group_by, view, prox_mode: as for :class:`ProxSGD`.
+        freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, both moments too.
+        foreach, fused, backend: as for :class:`ProxSGD`.
 
-    def _follow_fused(self) -> None:
-        """As in torch.optim.SGD, fused=True alone says that step() unscales gradients by itself."""
-        if self.defaults["fused"]:
-            self._step_supports_amp_scaling = True
+    The moments have the parameters' dtype, as in torch.optim. In bfloat16 exp_avg_sq stands still at
+    beta2 = 0.999, and thresholds below half an ulp of a weight do nothing to it: keep parameters in float32,
+    under torch.autocast.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one step; ``closure`` re-evaluates the model and returns the loss, as in torch.optim.
+    Raises:
+        ValueError, TypeError, RuntimeError: whatever cannot be served, with what was expected and what came,
+            before anything is written.
 
-        torch.amp.GradScaler may leave the attributes ``grad_scale`` and ``found_inf`` (fused=True): gradients
-        are divided by the one, and where the other is not 0 nothing changes, state included.
-        """
-        return self._compiled_step(closure) if torch.compiler.is_compiling() else self._step(closure)
+    Example:
+        >>> optimizer = ProxAdamW(sparsity_param_groups(model, group_lasso=0.02, group_by="filter"), lr=1e-3)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+    """
 
-    @_use_grad_for_differentiable
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        try:
-            capturing = self._check_capture()
-            self._planner.gather(self.param_groups, self.state)
-            self._planner.run(*self._scaler())
-            if capturing:
-                self._planner.keep_for_graph()
-        except BaseException:
-            self._planner.forget()  # and with it the gradients that plans have gathered
-            raise
-        return loss
+    rule = ADAMW
 
-    def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-
-    def _check_capture(self) -> bool:
-        """Whether a graph is being captured; then a replay must do what the captured step does."""
-        capturing = is_capturing()
-        if capturing or self.defaults["capturable"]:
-            _capture_health_check(self)
-        if capturing:
-            self._planner.check_capture(self.param_groups, self.state)
-        return capturing
-
-    def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:
-        """What torch.compile traces: collect everything, one operator, keep new buffers."""
-        loss = None if closure is None else closure()
-        with torch.no_grad():
-            collected = []
-            for group in self.param_groups:
-                params: list[Tensor] = []
-                grads: list[Tensor] = []
-                buffers: list[Tensor | None] = []
-                self._init_group(group, params, grads, buffers)
-                backend = backend_of(self._planner.backend, group)
-                collected.append(operators.Collected(group, backend, params, grads, buffers))
-            for p, buf in operators.step(collected, *self._scaler()):
-                self.state[p][SGD_STATE] = buf
-        return loss
-
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        group_lasso: float = 0.0,
+        exclusive_lasso: float = 0.0,
+        l1: float = 0.0,
+        group_by: GroupSpec = "feature",
+        view: Sequence[int] | None = None,
+        prox_mode: str = "sequential",
+        freeze_zeros: str | None = None,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
     ) -> None:
-        """Collect what torch.compile is to step of a param group; by torch.optim's name, which it knows."""
-        if group["differentiable"] or any(map(is_sharded, group["params"])):
-            raise RuntimeError(
-                "torch.compile: expected plain tensors and differentiable=False in a step, got others"
-            )
-        for key in SGD_OPTIONS:
-            if isinstance(group[key], Tensor):
-                raise TypeError(f"torch.compile: expected a number as {key}, got a tensor")
-        for p in group["params"]:
-            if p.grad is not None:
-                params.append(p)
-                grads.append(p.grad)
-                if keeps_state(group):
-                    buffers.append(self.state.get(p, {}).get(SGD_STATE))
-
-    @torch.no_grad()
-    def penalty(self) -> Tensor:
-        """Omega summed over this optimizer's parameters: a 0-d tensor, to log the objective."""
-        terms = [
-            reference.omega(p, **{key: group[key] for key in PENALTY_OPTIONS})
-            for group in self.param_groups
-            for p in group["params"]
-        ]
-        terms = [term.full_tensor() if is_sharded(term) else term for term in terms]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            decoupled_weight_decay=decoupled_weight_decay,
+            group_lasso=group_lasso,
+            exclusive_lasso=exclusive_lasso,
+            l1=l1,
+            group_by=group_by,
+            view=view,
+            prox_mode=prox_mode,
+            freeze_zeros=freeze_zeros,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(params, defaults, backend)

@@ -21,10 +21,35 @@ namespace {
 
 using namespace cges;
 
-// The fields of core/hyperparameters.py's Hyperparameters, a tuple of these in this order.
-constexpr std::array kFields = {"lr",       "momentum",  "dampening",   "weight_decay",
-                                "nesterov", "maximize",  "group_lasso", "exclusive_lasso",
-                                "l1",       "prox_mode", "freeze_zeros"};
+// The fields of core/hyperparameters.py's Hyperparameters, a tuple of these in this order; and of core/rules.py's
+// rules their options, in this order.
+constexpr std::array kFields = {"lr",           "group_lasso", "exclusive_lasso", "l1", "prox_mode",
+                                "freeze_zeros", "rule",        "options"};
+constexpr std::array kSgdOptions = {"momentum", "dampening", "weight_decay", "nesterov", "maximize"};
+constexpr std::array kAdamwOptions = {
+    "betas",          "eps",  "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "capturable",
+    "differentiable", "fused"};
+
+// A tuple's entries by their names.
+template <size_t n>
+class Fields {
+ public:
+  Fields(const char* what, const py::tuple& values, const std::array<const char*, n>& names)
+      : values_(values), names_(names) {
+    TORCH_CHECK_VALUE(values.size() == n,
+                      text(what, ": expected ", n, " fields, got ", values.size()).c_str());
+  }
+  py::handle operator()(const char* name) const {
+    const auto at = std::find(names_.begin(), names_.end(), std::string_view(name)) - names_.begin();
+    return PyTuple_GET_ITEM(values_.ptr(), at);
+  }
+  double number(const char* name) const { return (*this)(name).template cast<double>(); }
+  bool flag(const char* name) const { return (*this)(name).template cast<bool>(); }
+
+ private:
+  const py::tuple values_;
+  const std::array<const char*, n>& names_;
+};
 
 // One of SCALARS there: a number or, of its class At, the address of one.
 double take_scalar(py::handle value, const float*& address) {
@@ -41,25 +66,39 @@ Freeze to_freeze(py::handle mode) {
   return name == "group" ? Freeze::group : Freeze::element;
 }
 
-Hyperparameters to_hyperparameters(const py::tuple& fields) {
-  TORCH_CHECK_VALUE(
-      fields.size() == kFields.size(),
-      text("hyperparameters: expected ", kFields.size(), " fields, got ", fields.size()).c_str());
-  const auto field = [&](const char* name) -> py::handle {
-    const auto at = std::find(kFields.begin(), kFields.end(), std::string_view(name)) - kFields.begin();
-    return PyTuple_GET_ITEM(fields.ptr(), at);
-  };
-  const auto number = [&](const char* name) { return field(name).cast<double>(); };
-  const auto flag = [&](const char* name) { return field(name).cast<bool>(); };
+void take_sgd(const py::tuple& values, double lr, Hyperparameters& made) {
+  const Fields options("options", values, kSgdOptions);
+  made.sgd = {lr, options.number("momentum"), 1 - options.number("dampening"), options.number("weight_decay"),
+              options.flag("maximize") ? -1.0 : 1.0};
+  made.nesterov = options.flag("nesterov");
+}
+
+void take_adamw(const py::tuple& values, double lr, Hyperparameters& made) {
+  const Fields options("options", values, kAdamwOptions);
+  const auto betas = options("betas").cast<std::pair<double, double>>();
+  made.adamw = {.lr = lr,
+                .beta1 = betas.first,
+                .beta2 = betas.second,
+                .eps = options.number("eps"),
+                .weight_decay = options.number("weight_decay"),
+                .grad_sign = options.flag("maximize") ? -1.0 : 1.0,
+                .decoupled = options.flag("decoupled_weight_decay")};
+  const py::handle fused = options("fused");
+  made.step_on_device = options.flag("capturable") || (!fused.is_none() && fused.cast<bool>());
+}
+
+Hyperparameters to_hyperparameters(const py::tuple& values) {
+  const Fields fields("hyperparameters", values, kFields);
   Hyperparameters made;
-  made.sgd = {take_scalar(field("lr"), made.device.lr), number("momentum"), 1 - number("dampening"),
-              number("weight_decay"), flag("maximize") ? -1.0 : 1.0};
-  made.nesterov = flag("nesterov");
-  made.coefficients = {take_scalar(field("group_lasso"), made.device.group_lasso),
-                       take_scalar(field("exclusive_lasso"), made.device.exclusive_lasso),
-                       take_scalar(field("l1"), made.device.l1)};
-  made.exact = field("prox_mode").cast<std::string>() == "exact";
-  made.freeze = to_freeze(field("freeze_zeros"));
+  made.rule = rule_named(fields("rule").attr("name").cast<std::string>());
+  const double lr = take_scalar(fields("lr"), made.device.lr);
+  const auto options = fields("options").cast<py::tuple>();
+  made.rule == Rule::sgd ? take_sgd(options, lr, made) : take_adamw(options, lr, made);
+  made.coefficients = {take_scalar(fields("group_lasso"), made.device.group_lasso),
+                       take_scalar(fields("exclusive_lasso"), made.device.exclusive_lasso),
+                       take_scalar(fields("l1"), made.device.l1)};
+  made.exact = fields("prox_mode").cast<std::string>() == "exact";
+  made.freeze = to_freeze(fields("freeze_zeros"));
   return made;
 }
 
@@ -70,29 +109,32 @@ ScalerTensors to_scaler(const std::optional<at::Tensor>& grad_scale,
 
 std::unique_ptr<Executor> executor_for(const std::string& name, const std::vector<at::Tensor>& tensors,
                                        const std::vector<LayoutTuple>& layouts,
-                                       const std::vector<int64_t>& param_groups) {
+                                       const std::vector<int64_t>& param_groups, const std::string& rule) {
   std::vector<TensorShape> shapes;
   for (size_t i = 0; i < tensors.size(); ++i)
     shapes.push_back(shape_of(tensors[i], layouts.at(i), param_groups.at(i)));
-  return make_executor(name, std::move(shapes));
+  return make_executor(name, rule_named(rule), std::move(shapes));
 }
 
-// rows: of each tensor the addresses of w, gradient and buffer (0: none), and its phase.
-void step(Executor& executor, const std::vector<std::array<int64_t, 4>>& rows,
+// rows: of each tensor, gathering.Row's fields.
+void step(Executor& executor, const std::vector<std::array<int64_t, 7>>& rows,
           const std::vector<py::tuple>& hyperparameters, const std::optional<at::Tensor>& grad_scale,
           const std::optional<at::Tensor>& found_inf) {
-  std::vector<TensorAddresses> addresses;
-  std::vector<Phase> phases;
-  for (const auto& [w, grad, buf, phase] : rows) {
-    addresses.push_back(
-        {reinterpret_cast<void*>(w), reinterpret_cast<const void*>(grad), reinterpret_cast<void*>(buf)});
+  std::vector<TensorInStep> tensors;
+  const auto pointer = [](int64_t address) { return reinterpret_cast<void*>(address); };
+  for (const auto& [w, grad, state_0, state_1, phase, count, count_address] : rows) {
     TORCH_CHECK_VALUE(phase >= int(Phase::skipped) && phase <= int(Phase::running),
                       text("phase: expected one of Phase, got ", phase).c_str());
-    phases.push_back(Phase(phase));
+    tensors.push_back({pointer(w),
+                       pointer(grad),
+                       {pointer(state_0), pointer(state_1)},
+                       Phase(phase),
+                       double(count),
+                       static_cast<float*>(pointer(count_address))});
   }
   std::vector<Hyperparameters> of_groups;
   for (const py::tuple& h : hyperparameters) of_groups.push_back(to_hyperparameters(h));
-  executor.step(addresses, phases, of_groups, to_scaler(grad_scale, found_inf));
+  executor.step(tensors, of_groups, to_scaler(grad_scale, found_inf));
 }
 
 // How many threads a parallel region of this build really runs on: 1 would mean that OpenMP was not linked.
@@ -105,11 +147,12 @@ int64_t parallel_threads() {
 #if CGES_CUDA
 // For tests: how many blocks of each path (rows, tile, shared, ticket) tensors of these layouts are cut into.
 std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts,
-                                                          int64_t dtype, int index) {
+                                                          int64_t dtype, int index, const std::string& name) {
+  const Rule rule = rule_named(name);
   std::vector<TensorShape> shapes;
   for (const auto& [K1, R1, K2, R2, has_groups] : layouts)
     shapes.push_back({{K1, R1, K2, R2}, has_groups, DType(dtype), index, 0});
-  const cuda::Work work = cuda::cut(shapes, DType(dtype), cuda::describe_device(index));
+  const cuda::Work work = cuda::cut(shapes, rule, DType(dtype), cuda::describe_device(index, rule));
   return {work.strips.size(), work.tiles.size() - work.tiles_in_parts, work.tiles_in_parts,
           work.chunks.size()};
 }
@@ -122,13 +165,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Fused proximal SGD: the C++ side of cges_kernels.";
   py::class_<Executor>(m, "Executor", py::module_local())
       .def(py::init(&executor_for), py::arg("name"), py::arg("tensors"), py::arg("layouts"),
-           py::arg("param_groups"))
+           py::arg("param_groups"), py::arg("rule") = "sgd")
       .def("step", &step, py::arg("rows"), py::arg("hyperparameters"), py::arg("grad_scale") = py::none(),
            py::arg("found_inf") = py::none());
   py::class_<StepPlan>(m, "StepPlan", py::module_local())
       .def(py::init<const std::vector<py::list>&, const std::vector<std::vector<LayoutTuple>>&,
-                    const std::string&>(),
-           py::arg("params"), py::arg("layouts"), py::arg("executor") = "")
+                    const std::string&, const std::string&>(),
+           py::arg("params"), py::arg("layouts"), py::arg("rule") = "sgd", py::arg("executor") = "")
       .def(
           "set_hyperparameters",
           [](StepPlan& plan, int64_t group, const py::tuple& h) {
@@ -149,8 +192,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
   // For tests: what Python says once more.
-  m.attr("sgd_state") = kSgdState;
+  py::dict states;
+  for (const RuleStates& x : kRuleStates)
+    states[x.rule] = std::vector<std::string>(x.names.begin(), x.names.begin() + x.n);
+  m.attr("states") = states;
+  m.attr("step_name") = kStep;
   m.attr("fields") = kFields;
+  m.attr("options") = py::dict(py::arg("sgd") = kSgdOptions, py::arg("adamw") = kAdamwOptions);
   m.attr("max_sweeps") = ShrinkageSolver<float>::kMaxSweeps;
   m.attr("sorted") = kSorted;
   m.attr("phases") =
@@ -161,6 +209,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("check_device", &cuda::check_device);
   m.def("limit_device", &cuda::limit_device, py::arg("shared_bytes") = INT64_MAX,
         py::arg("multiprocessors") = INT64_MAX);
-  m.def("cuda_paths", &cuda_paths);
+  m.def("cuda_paths", &cuda_paths, py::arg("layouts"), py::arg("dtype"), py::arg("index"),
+        py::arg("rule") = "sgd");
 #endif
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.groups import GroupedLayout
 from ..core.hyperparameters import Hyperparameters
+from .gathering import Row
 
 
 class StepPlan(Protocol):
@@ -32,7 +33,7 @@ class Executor(Protocol):
 
     def step(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         hyperparameters: Sequence[Hyperparameters],
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -49,6 +50,7 @@ class Extension(Protocol):
         self,
         params: Sequence[list[Tensor]],
         layouts: Sequence[Sequence[GroupedLayout]],
+        rule: str = "sgd",
         executor: str = "",
     ) -> StepPlan: ...
 
@@ -58,6 +60,7 @@ class Extension(Protocol):
         tensors: Sequence[Tensor],
         layouts: Sequence[GroupedLayout],
         param_groups: Sequence[int],
+        rule: str = "sgd",
     ) -> Executor: ...
 
     def check_device(self, index: int) -> None: ...

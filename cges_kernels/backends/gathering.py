@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,25 @@ from torch.autograd.graph import increment_version
 
 from ..core.checks import check_distinct, checked_inputs
 from ..core.groups import GroupedLayout
-from ..core.hyperparameters import SGD_STATE, Hyperparameters, Phase
+from ..core.hyperparameters import Hyperparameters, Phase
+from ..core.rules import RULES, SGD, STEP
+from .states import new_like, new_step
+
+
+class Row(NamedTuple):
+    """What a step finds of a tensor: addresses (0: there is none), its phase, and its count of steps.
+
+    The count includes this step. One that lies with the tensor is read there by kernels: a float32, without
+    this step, at ``steps_address``.
+    """
+
+    w: int
+    grad: int = 0
+    state_0: int = 0
+    state_1: int = 0
+    phase: int = int(Phase.PROX_ALONE)
+    steps: int = 0
+    steps_address: int = 0
 
 
 def _place(p: Tensor) -> tuple[Any, ...]:
@@ -31,32 +49,57 @@ def in_memory_order_of(p: Tensor, x: Tensor) -> Tensor:
     return new_like(p).copy_(x.detach())
 
 
-def new_like(p: Tensor) -> Tensor:
-    """Uninitialised memory in p's memory order, whatever p's class."""
-    return torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device)
+def row_of(
+    p: Tensor, grad: Tensor | None, states: Sequence[Tensor], phase: Phase, step: Tensor | None
+) -> Row:
+    """The row of a tensor whose gradient and states lie as it does."""
+    grad_at, state_0, state_1 = (
+        0 if x is None else x.data_ptr() for x in (grad, *states, *[None] * (2 - len(states)))
+    )
+    counted = (0, 0)
+    if step is not None:
+        counted = (0, step.data_ptr()) if on_device(step) else (int(step.item()) + 1, 0)
+    return Row(p.data_ptr(), grad_at, state_0, state_1, int(phase), *counted)
+
+
+def on_device(step: Tensor) -> bool:
+    """Whether kernels read and write the count of steps themselves."""
+    return step.device.type != "cpu"
 
 
 @dataclass
 class _Slot:
-    """One parameter, and the momentum buffer that its last step left."""
+    """One parameter, and the states that its last step left."""
 
     name: str
     param: Tensor
     group: int
     place: tuple[Any, ...]
-    buf: Tensor | None = None
+    states: tuple[Tensor, ...] = ()
+
+
+class _Gathered(NamedTuple):
+    state: dict[Tensor, Any]
+    rows: list[Row]
+    kept: list[tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]]  # gradient, states, step
 
 
 class StepPlan:
     """The parameters of param groups, held for a step in two calls: gather, which may fail, and run."""
 
-    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]) -> None:
+    def __init__(
+        self,
+        params: Sequence[list[Tensor]],
+        layouts: Sequence[Sequence[GroupedLayout]],
+        rule: str = SGD.name,
+    ) -> None:
         if len(params) != len(layouts):
             raise ValueError(f"StepPlan: expected layouts for {len(params)} param groups, got {len(layouts)}")
+        self._rule = RULES[rule]
         self._sizes = [len(group) for group in params]
-        self._keeps_state = [False] * len(params)
+        self._options = [Hyperparameters.make(self._rule).chosen] * len(params)
         self._slots: list[_Slot] = []
-        self._gathered: tuple[dict[Tensor, Any], list[tuple[int, ...]], list[Any]] | None = None
+        self._gathered: _Gathered | None = None
         for g, (group, rows) in enumerate(zip(params, layouts)):
             if len(group) != len(rows):
                 raise ValueError(
@@ -70,8 +113,8 @@ class StepPlan:
                 self._slots.append(_Slot(f"param_groups[{g}]['params'][{i}]", p, g, _place(p)))
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        """Of a param group's hyperparameters only whether the rule keeps a state matters here."""
-        self._keeps_state[group] = hyperparameters.keeps_state
+        """Of a param group's hyperparameters only those that say which states there are matter here."""
+        self._options[group] = hyperparameters.chosen
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
         """Check and collect what a step reads, write nothing; False where the plan must be built again."""
@@ -81,29 +124,38 @@ class StepPlan:
         for p, slot in zip(chain(*params), self._slots):
             if p is not slot.param or _place(p) != slot.place:
                 return False
-        table, kept, newcomers = [], [], False
+        gathered, newcomers = _Gathered(state, [], []), False
         for slot in self._slots:
-            phase, grad, buf = self._inputs(slot, state)
-            newcomers |= phase is Phase.RUNNING and buf is not slot.buf
-            kept.append((grad, buf))
-            table.append((slot.place[0], *(0 if x is None else x.data_ptr() for x in (grad, buf)), phase))
-        if newcomers:  # a buffer that shares memory with another, or a parameter, is written twice at once
-            found = [(f"the {SGD_STATE} of {s.name}", b) for s, (_, b) in zip(self._slots, kept)]
-            every = [(s.name, s.param) for s in self._slots] + [x for x in found if x[1] is not None]
-            check_distinct(*zip(*every))
-        self._gathered = state, table, kept
+            phase, grad, states, step = self._inputs(slot, state)
+            newcomers |= phase is Phase.RUNNING and any(
+                x is not y for x, y in zip(states, slot.states or [None] * 2)
+            )
+            gathered.kept.append((grad, states, step))
+            gathered.rows.append(row_of(slot.param, grad, states, phase, step))
+        if newcomers:  # a state that shares memory with another, or a parameter, is written twice at once
+            found = [
+                (f"the {name} of {slot.name}", x)
+                for slot, (_, states, _) in zip(self._slots, gathered.kept)
+                for name, x in zip(self._rule.states, states)
+            ]
+            check_distinct(*zip(*[(s.name, s.param) for s in self._slots], *found))
+        self._gathered = gathered
         return True
 
-    def _inputs(self, slot: _Slot, state: dict[Tensor, Any]) -> tuple[Phase, Tensor | None, Tensor | None]:
-        """The phase, and gradient and buffer in the parameter's memory order."""
-        p, keeps_state = slot.param, self._keeps_state[slot.group]
+    def _inputs(
+        self, slot: _Slot, state: dict[Tensor, Any]
+    ) -> tuple[Phase, Tensor | None, tuple[Tensor, ...], Tensor | None]:
+        """The phase, and gradient and states in the parameter's memory order."""
+        p, options = slot.param, self._options[slot.group]
         if p.grad is None:
-            return Phase.SKIPPED, None, None
-        grad, buf = checked_inputs(slot.name, p, state.get(p, {}), keeps_state, p.dtype)
-        phase = Phase.of(keeps_state, begun=buf is not None)
+            return Phase.SKIPPED, None, (), None
+        grad, states, step = checked_inputs(slot.name, p, state.get(p, {}), self._rule, options, p.dtype)
+        keeps_state = self._rule.keeps_state(options)
+        phase = Phase.of(keeps_state, begun=bool(states))
         if phase is Phase.FIRST:
-            buf = new_like(p)
-        return phase, in_memory_order_of(p, grad), None if buf is None else in_memory_order_of(p, buf)
+            states = tuple(new_like(p) for _ in self._rule.states)
+            step = new_step(p, options) if self._rule.counts else None
+        return phase, in_memory_order_of(p, grad), tuple(in_memory_order_of(p, x) for x in states), step
 
     def run(
         self,
@@ -111,17 +163,24 @@ class StepPlan:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """launch(table), a row (addresses of w, gradient, buffer; phase) per parameter; then keep buffers."""
+        """launch(table), a Row per parameter; then keep new states, and count."""
         if self._gathered is None:
             raise RuntimeError("StepPlan.run: expected a gather that succeeded before it, got none")
-        (state, table, kept), self._gathered = self._gathered, None
-        new = found_inf is not None and any(phase == Phase.FIRST for *_, phase in table)
-        if new and found_inf is not None and found_inf.item() != 0:
+        (state, rows, kept), self._gathered = self._gathered, None
+        # Whoever is to know whether this step counts must wait for the answer.
+        new = any(row.phase == Phase.FIRST or row.steps > 0 for row in rows)
+        if found_inf is not None and new and found_inf.item() != 0:
             return
-        launch(torch.tensor(table, dtype=torch.int64, device="cpu").reshape(len(table), 4))
-        for slot, (grad, buf) in zip(self._slots, kept):
+        launch(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), len(Row._fields)))
+        for slot, (grad, states, step) in zip(self._slots, kept):
             if grad is None:
                 continue
-            if buf is not None and buf is not slot.buf:
-                state.setdefault(slot.param, {})[SGD_STATE] = slot.buf = buf
-            increment_version([slot.param] if buf is None else [slot.param, buf])
+            if states:
+                entry = state.setdefault(slot.param, {})
+                if step is not None:
+                    entry[STEP] = step
+                entry.update(zip(self._rule.states, states))
+                slot.states = states
+            if step is not None and not on_device(step):
+                step += 1
+            increment_version([slot.param, *states])

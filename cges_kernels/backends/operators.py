@@ -3,9 +3,11 @@
 Outside of torch.compile nothing comes this way. An operator keeps no plan, so it checks its inputs anew at
 each call, and it has lists in place of an optimizer:
 
-    step_   `groups`: of each parameter its param group. Of each param group: NUMBERS in `numbers`, SCALARS in
-            `sources` (what is a tensor, None otherwise) and OPTIONS, as text, in `options`.
-            `momentum_buffers` are those of parameters whose group has momentum; `first`: not begun yet.
+    step_   `groups`: of each parameter its param group. Of each param group: what ``numbers_of`` makes in
+            `numbers`, SCALARS in `sources` (what is a tensor, None otherwise) and OPTIONS, as text, in
+            `options`.
+            `states` are those of parameters for which the rule keeps some, one parameter's after another's,
+            `steps` their counts, where the rule has them; `first`: not begun yet.
     prox_   functional.prox_
 """
 
@@ -20,18 +22,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..core import reference
 from ..core.checks import check_companion, check_distinct, check_param_group, check_penalty
 from ..core.groups import GroupedLayout, GroupSpec, from_text, grouped_layout, to_text
-from ..core.hyperparameters import SCALARS, SGD_OPTIONS, SGD_STATE, Hyperparameters, Phase, keeps_state
-from .gathering import in_memory_order_of
+from ..core.hyperparameters import SCALARS, Hyperparameters, Phase, Reader
+from ..core.rules import RULES, STEP, Rule
+from .gathering import Row, in_memory_order_of, on_device, row_of
 from .graphs import is_capturing
 from .planner import kernel_device
-from .reference_plan import options_of, unscaled
+from .reference_plan import reference_step, unscaled
 from .registry import choose_backend
-from .unplanned import Row, prox_in_place, step_once
+from .states import new_step
+from .unplanned import prox_in_place, step_once
 
-NUMBERS = (*SCALARS, *SGD_OPTIONS)
 GROUP_OPTIONS = ("group_by", "view", "prox_mode", "freeze_zeros")
 OPTIONS = ("backend", "fused", *GROUP_OPTIONS)
 # A graph must not be captured around a call that keeps no plan: inductor then leaves it outside of its own.
@@ -39,9 +41,9 @@ TAGS = (torch.Tag.cudagraph_unsafe,)
 
 torch.library.define(
     "cges_kernels::step_",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, bool[] first, int[] groups, "
-    "float[] numbers, Tensor?[] sources, str[] options, Tensor? grad_scale=None, Tensor? found_inf=None) "
-    "-> ()",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, bool[] first, "
+    "int[] groups, str rule, float[] numbers, Tensor?[] sources, str[] options, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()",
     tags=TAGS,
 )
 torch.library.define(
@@ -59,49 +61,86 @@ class Collected(NamedTuple):
     backend: str
     params: list[Tensor]
     grads: list[Tensor]
-    buffers: list[Tensor | None]  # with momentum; None before the first step
+    states: list[Tensor | None]  # one's by Rule.states_with after another's; None before the first step
+    steps: list[Tensor | None]
 
 
 def step(
-    collected: Sequence[Collected], grad_scale: Tensor | None, found_inf: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
-    """An optimizer's step as torch.compile traces it, one operator; returns parameters with new buffers."""
+    rule: Rule, collected: Sequence[Collected], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """An optimizer's step as torch.compile traces it, one operator; returns parameters with new states."""
     params: list[Tensor] = []
     grads: list[Tensor] = []
-    buffers: list[Tensor] = []
-    new: list[tuple[Tensor, Tensor]] = []
+    states: list[Tensor] = []
+    steps: list[Tensor] = []
+    new: list[tuple[Tensor, dict[str, Tensor]]] = []
     first: list[bool] = []
     groups: list[int] = []
     numbers: list[float] = []
     sources: list[Tensor | None] = []
     options: list[str] = []
-    for index, (group, backend, mine, of_mine, found) in enumerate(collected):
+    for index, (group, backend, mine, of_mine, found, counts) in enumerate(collected):
         params += mine
         grads += of_mine
         groups += [index] * len(mine)
-        for p, buf in zip(mine, found):
-            first.append(buf is None)
-            if buf is None:
-                buf = torch.empty_like(p)
-                new.append((p, buf))
-            buffers.append(buf)
-        for key in NUMBERS:
-            is_tensor = isinstance(group[key], Tensor)
-            numbers.append(0.0 if is_tensor else float(group[key]))
-            if key in SCALARS:
-                sources.append(group[key] if is_tensor else None)
+        names = rule.states_with(group)
+        for k, (p, count) in enumerate(zip(mine, counts)):
+            if not names:
+                continue
+            begun = [x for x in found[k * len(names) : (k + 1) * len(names)] if x is not None]
+            first.append(not begun)
+            if not begun:
+                begun = [torch.empty_like(p) for _ in names]
+                count = new_step(p, group) if rule.counts else None
+                new.append((p, {**({} if count is None else {STEP: count}), **dict(zip(names, begun))}))
+            states += begun
+            steps += [] if count is None else [count]
+        numbers += numbers_of(rule, group)
+        sources += [group[key] if isinstance(group[key], Tensor) else None for key in SCALARS]
         fused = "fused" if group["fused"] else ""
         for value in (backend, fused, *(group[key] for key in GROUP_OPTIONS)):
             options.append(to_text(value))
     if found_inf is not None and new:
         raise RuntimeError(
-            "expected momentum buffers when a compiled step may overflow, found parameters without: "
+            "expected the optimizer's state when a compiled step may overflow, found parameters without: "
             "take one step before torch.compile"
         )
     torch.ops.cges_kernels.step_(
-        params, grads, buffers, first, groups, numbers, sources, options, grad_scale, found_inf
+        params,
+        grads,
+        states,
+        steps,
+        first,
+        groups,
+        rule.name,
+        numbers,
+        sources,
+        options,
+        grad_scale,
+        found_inf,
     )
     return new
+
+
+def numbers_of(rule: Rule, group: Mapping[str, Any]) -> list[float]:
+    """SCALARS (0 for tensors) and the rule's options, as many for each of its param groups."""
+    numbers = [0.0 if isinstance(group[key], Tensor) else float(group[key]) for key in SCALARS]
+    for key, default in rule.options.items():
+        if key != "fused":  # among OPTIONS
+            numbers += [float(x) for x in (group[key] if isinstance(default, tuple) else (group[key],))]
+    return numbers
+
+
+def _named(rule: Rule, numbers: Sequence[float]) -> dict[str, Any]:
+    """What ``numbers_of`` was made of."""
+    left = iter(numbers)
+    named: dict[str, Any] = {key: next(left) for key in SCALARS}
+    for key, default in rule.options.items():
+        if isinstance(default, tuple):
+            named[key] = tuple(next(left) for _ in default)
+        elif key != "fused":
+            named[key] = type(default)(next(left))
+    return named
 
 
 def prox_(
@@ -125,16 +164,16 @@ def _layout(
 
 
 @lru_cache(256)
-def _checked(numbers: tuple[float, ...], options: tuple[str, ...]) -> Mapping[str, Any]:
+def _checked(rule: str, numbers: tuple[float, ...], options: tuple[str, ...]) -> Mapping[str, Any]:
     """A param group without its tensors."""
-    group = dict(zip(NUMBERS, numbers), **dict(zip(OPTIONS, map(from_text, options))))
-    group.update({key: bool(group[key]) for key in ("nesterov", "maximize", "fused")})
-    check_param_group({**group, "foreach": None, "differentiable": False})
+    group = {**_named(RULES[rule], numbers), **dict(zip(OPTIONS, map(from_text, options)))}
+    group["fused"] = bool(group["fused"])
+    check_param_group(RULES[rule], {"foreach": None, "differentiable": False, **group})
     return MappingProxyType(group)
 
 
-def _chunks(values: Sequence[Any], of: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    return zip(*[iter(values)] * len(of))
+def _chunks(values: Sequence[Any], n: int) -> Iterator[tuple[Any, ...]]:
+    return zip(*[iter(values)] * n)
 
 
 class Member(NamedTuple):
@@ -142,72 +181,83 @@ class Member(NamedTuple):
 
     param: Tensor
     grad: Tensor
-    buf: Tensor | None
+    states: tuple[Tensor, ...]
+    step: Tensor | None
     first: bool
+
+
+Served = Sequence[tuple[dict[str, Any], list[Member]]]
 
 
 @torch.library.impl("cges_kernels::step_", "default")
 def _step(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffers: list[Tensor],
+    states: list[Tensor],
+    steps: list[Tensor],
     first: list[bool],
     groups: list[int],
+    rule: str,
     numbers: list[float],
     sources: list[Tensor | None],
     options: list[str],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
+    the_rule, of_group = RULES[rule], len(OPTIONS)
+    chunks = zip(
+        _chunks(numbers, len(numbers) * of_group // len(options) if options else 1),
+        _chunks(options, of_group),
+        _chunks(sources, len(SCALARS)),
+    )
     param_groups = [
-        {**_checked(n, o), **{key: x for key, x in zip(SCALARS, s) if x is not None}}
-        for n, o, s in zip(_chunks(numbers, NUMBERS), _chunks(options, OPTIONS), _chunks(sources, SCALARS))
+        {**_checked(rule, n, o), **{key: x for key, x in zip(SCALARS, s) if x is not None}}
+        for n, o, s in chunks
     ]
     names = [f"params[{i}]" for i in range(len(params))]
-    buffer_names = [f"momentum_buffers[{i}]" for i in range(len(momentum_buffers))]
-    check_distinct([*names, *buffer_names], [*params, *momentum_buffers])
+    check_distinct([*names, *(f"states[{i}]" for i in range(len(states)))], [*params, *states])
     members: list[list[Member]] = [[] for _ in param_groups]
-    begun = iter(zip(momentum_buffers, first))
+    left, counts, begun = iter(states), iter(steps), iter(first)
     for name, p, grad, index in zip(names, params, grads, groups):
         check_companion("gradient", name, p, grad, p.dtype)
-        buf, is_first = next(begun) if keeps_state(param_groups[index]) else (None, False)
-        if buf is not None:
-            check_companion(SGD_STATE, name, p, buf, p.dtype)
-        members[index].append(Member(p, grad, buf, is_first))
+        kept = the_rule.states_with(param_groups[index])
+        mine = tuple(check_companion(key, name, p, next(left), p.dtype) for key in kept)
+        count = next(counts) if kept and the_rule.counts else None
+        members[index].append(Member(p, grad, mine, count, bool(kept) and next(begun)))
     served: dict[str, list[tuple[dict[str, Any], list[Member]]]] = {}
-    for group, of_group in zip(param_groups, members):
-        executor = choose_backend(group["backend"], [member.param for member in of_group], group["fused"])
-        served.setdefault(executor, []).append((group, of_group))
+    for group, of_members in zip(param_groups, members):
+        tensors = [member.param for member in of_members]
+        executor = choose_backend(group["backend"], tensors, group["fused"])
+        served.setdefault(executor, []).append((group, of_members))
+    if steps and found_inf is not None and not on_device(steps[0]) and found_inf.item() != 0:
+        return  # whoever counts steps must know
     for executor, of_executor in served.items():
         if executor == "reference":
-            _reference_step(of_executor, grad_scale, found_inf)
+            _reference_step(the_rule, of_executor, grad_scale, found_inf)
         else:
-            _fused_step(executor, of_executor, grad_scale, found_inf)
-    increment_version([*params, *momentum_buffers])
+            _fused_step(the_rule, executor, of_executor, grad_scale, found_inf)
+    increment_version([*params, *states])
 
 
-def _reference_step(
-    served: Sequence[tuple[dict[str, Any], list[Member]]],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def _reference_step(rule: Rule, served: Served, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if found_inf is not None and found_inf.item() != 0:
         return
     for group, members in served:
-        options = dict(options_of(Hyperparameters.of(group)), group_by=group["group_by"], view=group["view"])
-        for p, grad, buf, first in members:
-            started = None if first else buf
-            new, new_buf = reference.proximal_step(p, unscaled(grad, grad_scale), started, **options)
+        h = Reader(rule).read(group)
+        for p, grad, states, step, first in members:
+            count = None if step is None else step + 1 if h.chosen["capturable"] else step.item() + 1
+            begun = [None] * len(states) if first else states
+            spec = group["group_by"], group["view"]
+            new, *new_states = reference_step(h, spec, p, unscaled(grad, grad_scale), begun, count)
             p.copy_(new)
-            if buf is not None and new_buf is not None:
-                buf.copy_(new_buf)
+            for state, value in zip(states, new_states):
+                state.copy_(value)
+            if step is not None:
+                step.add_(1)
 
 
 def _fused_step(
-    executor: str,
-    served: Sequence[tuple[dict[str, Any], list[Member]]],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    rule: Rule, executor: str, served: Served, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     if is_capturing():
         raise RuntimeError(
@@ -218,26 +268,27 @@ def _fused_step(
     rows: list[Row] = []
     groups: list[int] = []
     hyperparameters = []
-    kept, moved = [], []  # gradients and buffers in the parameters' memory order
+    kept, moved = [], []  # gradients and states in the parameters' memory order
     for index, (group, members) in enumerate(served):
         device = kernel_device(executor, [member.param for member in members])
-        hyperparameters.append(Hyperparameters.of(group, device))
-        for p, grad, buf, first in members:
-            grad, in_order = in_memory_order_of(p, grad), buf
-            if buf is not None:
-                in_order = in_memory_order_of(p, buf)
-                if in_order is not buf:
-                    moved.append((buf, in_order))
+        hyperparameters.append(Reader(rule).read(group, device))
+        for p, grad, of_p, step, first in members:
+            grad = in_memory_order_of(p, grad)
+            in_order = tuple(in_memory_order_of(p, x) for x in of_p)
+            moved += [(x, y) for x, y in zip(of_p, in_order) if x is not y]
             kept.append((grad, in_order))
             tensors.append(p)
             layouts.append(_layout(p.shape, p.stride(), group["group_by"], group["view"]))
-            at = 0 if in_order is None else in_order.data_ptr()
-            phase = Phase.of(keeps_state=buf is not None, begun=not first)
-            rows.append((p.data_ptr(), grad.data_ptr(), at, int(phase)))
+            phase = Phase.of(keeps_state=bool(of_p), begun=not first)
+            rows.append(row_of(p, grad, in_order, phase, step))
             groups.append(index)
     step_once(executor, tensors, layouts, rows, groups, hyperparameters, grad_scale, found_inf)
-    for buf, in_order in moved:
-        buf.copy_(in_order)
+    for to, moved_to in moved:
+        to.copy_(moved_to)
+    for _, members in served:
+        for member in members:
+            if member.step is not None and not on_device(member.step):
+                member.step.add_(1)
 
 
 @torch.library.impl("cges_kernels::prox_", "default")

@@ -17,15 +17,9 @@ from torch import Tensor
 
 from ..core.checks import check_changed, check_distinct, check_param_group, named_layouts
 from ..core.groups import GroupedLayout
-from ..core.hyperparameters import (
-    SCALARS,
-    SGD_STATE,
-    Hyperparameters,
-    can_be_read,
-    keeps_state,
-    scalar,
-    values_of,
-)
+from ..core.hyperparameters import SCALARS, Hyperparameters, Reader, can_be_read
+from ..core.numbers import scalar
+from ..core.rules import STEP, Rule
 from ..core.tensors import has_other_gradient
 from .plan import Plan, Spec
 from .registry import choose_backend, make_plan
@@ -38,12 +32,11 @@ IN_KERNELS = ("cuda", "triton")  # executors whose kernels read SCALARS where th
 SHARDED = "sharded"  # the plan that serves param groups with DTensors, by executors on what is local
 
 ParamGroups = list[dict[str, Any]]
-# (params, specs, their names, executors of their param groups) -> a plan; see distributed.sharded
+# (rule, params, specs, their names, executors of their param groups) -> a plan; see distributed.sharded
 MakeShardedPlan = Callable[
-    [list[list[Tensor]], list[list[Spec]], list[list[str]], list[str]],
+    [Rule, list[list[Tensor]], list[list[Spec]], list[list[str]], list[str]],
     Plan,
 ]
-_executor_options_of = itemgetter(*EXECUTOR_OPTIONS)
 
 
 def param_names(param_groups: ParamGroups, index: int) -> list[str]:
@@ -66,15 +59,14 @@ def _local(p: Tensor) -> Tensor:
     return p.to_local() if is_sharded(p) else p
 
 
-def backend_of(backend: str, group: dict[str, Any]) -> str:
+def backend_of(backend: str, rule: Rule, group: dict[str, Any]) -> str:
     """The backend to ask for, given the optimizer's and what torch.optim's options say of one param group."""
-    if not (group["foreach"] or group["differentiable"] or group["fused"] is False):
+    wishes = [f"{key}=True" for key in ("foreach", "differentiable", *rule.reference_only) if group[key]]
+    wishes += ["fused=False"] if group["fused"] is False else []
+    if not wishes:
         return backend
     if backend not in ("auto", "reference"):
-        raise RuntimeError(
-            "foreach=True, differentiable=True and fused=False take the reference executor, "
-            f"got backend={backend!r}"
-        )
+        raise RuntimeError(f"{wishes[0]} takes the reference executor, got backend={backend!r}")
     return "reference"
 
 
@@ -84,8 +76,10 @@ class Planner:
     ``make_sharded_plan`` makes the plan of param groups with DTensors; it is not called where there are none.
     """
 
-    def __init__(self, backend: str, make_sharded_plan: MakeShardedPlan) -> None:
-        self.backend = backend
+    def __init__(self, backend: str, rule: Rule, make_sharded_plan: MakeShardedPlan) -> None:
+        self.backend, self.rule = backend, rule
+        self._reader = Reader(rule)
+        self._executor_options_of = itemgetter(*EXECUTOR_OPTIONS, *rule.reference_only)
         self._make_sharded_plan = make_sharded_plan
         self.warned = False
         self._in_graphs: list[dict[str, Plan]] = []  # plans whose tables captured graphs come back to
@@ -103,7 +97,7 @@ class Planner:
     def check(self, param_groups: ParamGroups, first: int = 0) -> None:
         """Whatever step() would refuse of param groups from ``first`` on, before there are gradients."""
         for index, group in list(enumerate(param_groups))[first:]:
-            check_param_group(group)
+            check_param_group(self.rule, group)
             self._layouts(param_groups, index)
         self._check_distinct(param_groups)
         for index in range(first, len(param_groups)):
@@ -163,9 +157,15 @@ class Planner:
                     raise RuntimeError(
                         f"{name}: expected a gradient during capture, got None: no replay would step it"
                     )
-                if keeps_state(group) and state.get(p, {}).get(SGD_STATE) is None:
+                for key in self.rule.states_with(group):
+                    if state.get(p, {}).get(key) is None:
+                        raise RuntimeError(
+                            f"{name}: expected its {key} during capture, got none: step once before"
+                        )
+                if self.rule.counts and not state[p][STEP].is_cuda and p.is_cuda:
                     raise RuntimeError(
-                        f"{name}: expected a momentum buffer during capture, got none: step once before"
+                        f"{name}: expected its {STEP} on {p.device} during capture, for replays to count, "
+                        f"got it on {state[p][STEP].device}: give capturable=True"
                     )
 
     def _layouts(self, param_groups: ParamGroups, index: int) -> list[GroupedLayout]:
@@ -187,7 +187,7 @@ class Planner:
                 "differentiable=True: expected plain tensors, got a DTensor, whose step is not"
             )
         local = list(map(_local, group["params"]))
-        backend, fused = backend_of(self.backend, group), group["fused"] is True
+        backend, fused = backend_of(self.backend, self.rule, group), group["fused"] is True
         named = zip(param_names(param_groups, index), group["params"])
         name, odd = next(((name, p) for name, p in named if has_other_gradient(p)), ("", None))
         if odd is None or (backend == "reference" and not fused):
@@ -209,7 +209,7 @@ class Planner:
         """What a group's executor and layouts depend on; a plan itself compares its parameters."""
         keys = []
         for index, group in enumerate(param_groups):
-            key = _executor_options_of(group)
+            key = self._executor_options_of(group)
             if list in map(type, key):  # which may change in place
                 key = tuple(tuple(x) if isinstance(x, list) else x for x in key)
             if index >= len(self.executors) or self.executors[index] == "reference":
@@ -224,13 +224,13 @@ class Planner:
         for index, group in enumerate(param_groups):
             values = self._hyperparameters(index, group)
             if self._differentiates(index, group) or values != self._values[index]:
-                self._take(index, group, Hyperparameters._make(values))
+                self._take(index, group, values)
                 self._values[index] = values
 
     def _build(self, param_groups: ParamGroups) -> None:
         self.forget()
         for group in param_groups:
-            check_param_group(group)
+            check_param_group(self.rule, group)
         layouts = [self._layouts(param_groups, i) for i in range(len(param_groups))]
         self._check_distinct(param_groups)
         executors = [self._executor(param_groups, i) for i in range(len(param_groups))]
@@ -245,12 +245,12 @@ class Planner:
             params = self._served(param_groups, executor)
             if executor == SHARDED:
                 names = [param_names(param_groups, i) for i in range(len(param_groups))]
-                self.plans[executor] = self._make_sharded_plan(params, specs, names, executors)
+                self.plans[executor] = self._make_sharded_plan(self.rule, params, specs, names, executors)
             else:
                 served = [
                     (x, s) if e == executor else ([], []) for x, s, e in zip(layouts, specs, self.executors)
                 ]
-                self.plans[executor] = make_plan(executor, params, *map(list, zip(*served)))
+                self.plans[executor] = make_plan(executor, self.rule, params, *map(list, zip(*served)))
         self._values = [None] * len(param_groups)
         self._numbers = [None] * len(param_groups)
         self._key = self._keys(param_groups)
@@ -260,24 +260,27 @@ class Planner:
         return bool(group["differentiable"]) and self.executors[index] == "reference"
 
     def _hyperparameters(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
-        """A param group's Hyperparameters, as a plain tuple where no tensor is among them."""
-        values = values_of(group)
+        """A param group's, in the order of the reader's keys."""
+        values: tuple[Any, ...] = self._reader.values_of(group)
         types = tuple(map(type, values))
         if types == self._numbers[index] or self._differentiates(index, group):
             return values
         if any(issubclass(x, Tensor) for x in types):
-            return Hyperparameters.of(group, self._devices[index])
+            return self._reader.numbers_of(group, self._devices[index])
         if self._numbers[index] is not None:
-            check_param_group(group)  # what is of another type may be equal, and yet be nothing to go on with
+            check_param_group(
+                self.rule, group
+            )  # what is of another type may be equal, and yet be nothing to go on with
         self._numbers[index] = types
         return values
 
-    def _take(self, index: int, group: dict[str, Any], hyperparameters: Hyperparameters) -> None:
+    def _take(self, index: int, group: dict[str, Any], values: tuple[Any, ...]) -> None:
         """New hyperparameters of a param group: check what has changed, and tell its plan."""
         if (before := self._values[index]) is not None:  # else _build has just checked it
-            new = zip(Hyperparameters._fields, hyperparameters, before)
+            new = zip(self._reader.keys, values, before)
             changed = [key for key, value, was in new if value is not was or isinstance(value, Tensor)]
-            check_changed(group, changed)
+            check_changed(self.rule, group, changed)
+        hyperparameters = Hyperparameters.of_values(self.rule, values)
         may_be_strong = hyperparameters.exclusive_lasso != 0 and not hyperparameters.exact
         if may_be_strong and not (self.warned or hyperparameters.on_device):
             self._warn_of_strength(index, float(scalar("b", hyperparameters.thresholds().b)))

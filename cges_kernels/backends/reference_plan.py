@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core import reference
-from ..core.checks import checked_inputs
-from ..core.hyperparameters import SGD_STATE, Hyperparameters
+from ..core.checks import Inputs, checked_inputs
+from ..core.hyperparameters import Hyperparameters
+from ..core.rules import STEP, Rule
 from ..core.tensors import is_freed
 from .plan import Spec
+from .states import new_step
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -20,27 +24,43 @@ def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
     return grad if grad_scale is None else grad / grad_scale.item()
 
 
-def options_of(h: Hyperparameters) -> dict[str, Any]:
-    """What reference.proximal_step takes of a param group."""
-    return dict(
-        h.sgd(), lr=h.lr, thresholds=h.thresholds(), prox_mode=h.prox_mode, freeze_zeros=h.freeze_zeros
+def reference_step(
+    h: Hyperparameters,
+    spec: Spec,
+    p: Tensor,
+    grad: Tensor,
+    states: Sequence[Tensor | None],
+    count: float | Tensor | None = None,
+) -> tuple[Any, ...]:
+    """(new w, new states ...) by reference.py; ``count``: of p's steps, with this one, if the rule counts."""
+    counted = {} if count is None else {STEP: count}
+    update = partial(h.rule.update, lr=h.lr, **h.rule.told(h.chosen), **counted)
+    return reference.proximal_step(
+        update,
+        p,
+        grad,
+        states,
+        h.thresholds(),
+        group_by=spec[0],
+        view=spec[1],
+        prox_mode=h.prox_mode,
+        freeze_zeros=h.freeze_zeros,
     )
 
 
 class ReferencePlan:
     """Steps by reference.py; ``specs[i][j]`` says how params[i][j] is grouped."""
 
-    def __init__(self, params: Sequence[list[Tensor]], specs: Sequence[Sequence[Spec]]) -> None:
+    def __init__(self, rule: Rule, params: Sequence[list[Tensor]], specs: Sequence[Sequence[Spec]]) -> None:
+        self._rule = rule
         self._params = [list(group) for group in params]
         self._specs = [list(group) for group in specs]
-        self._options: list[dict[str, Any]] = [{} for _ in params]
-        self._keeps_state = [False] * len(params)
-        self._gathered: list[tuple[dict[str, Any], Tensor, Tensor, Tensor | None]] | None = None
+        self._hyperparameters = [Hyperparameters.make(rule)] * len(params)
+        self._gathered: list[tuple[Hyperparameters, Spec, Tensor, Inputs]] | None = None
         self._state: dict[Tensor, Any] = {}
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        self._options[group] = options_of(hyperparameters)
-        self._keeps_state[group] = hyperparameters.keeps_state
+        self._hyperparameters[group] = hyperparameters
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
         self._gathered = None
@@ -50,16 +70,15 @@ class ReferencePlan:
         ):
             return False
         gathered = []
-        for g, (group, specs) in enumerate(zip(self._params, self._specs)):
-            for i, (p, (group_by, view)) in enumerate(zip(group, specs)):
+        for g, (h, group, specs) in enumerate(zip(self._hyperparameters, self._params, self._specs)):
+            for i, (p, spec) in enumerate(zip(group, specs)):
                 if p.grad is None:
                     continue
-                options = dict(self._options[g], group_by=group_by, view=view)
                 name = f"param_groups[{g}]['params'][{i}]"
                 if is_freed(p):
                     raise RuntimeError(f"{name}: expected a parameter that holds memory, got none")
-                inputs = checked_inputs(name, p, state.get(p, {}), self._keeps_state[g])
-                gathered.append((options, p, *inputs))
+                inputs = checked_inputs(name, p, state.get(p, {}), self._rule, h.chosen)
+                gathered.append((h, spec, p, inputs))
         self._gathered, self._state = gathered, state
         return True
 
@@ -69,9 +88,27 @@ class ReferencePlan:
         gathered, self._gathered = self._gathered, None
         if found_inf is not None and found_inf.item() != 0:
             return
-        for options, p, grad, buf in gathered:
-            new, new_buf = reference.proximal_step(p, unscaled(grad, grad_scale), buf, **options)
+        for h, spec, p, (grad, states, step) in gathered:
+            begun = bool(states)
+            if self._rule.counts:
+                step = new_step(p, h.chosen) if step is None else step
+            count = None if step is None else _count(h, step)
+            grad = unscaled(grad, grad_scale)
+            follows = torch.is_grad_enabled()  # differentiable: what autograd follows stays as it is
+            new, *new_states = reference_step(h, spec, p.clone() if follows else p, grad, states, count)
             p.copy_(new)
-            if new_buf is not None:
-                state = self._state.setdefault(p, {})
-                state[SGD_STATE] = new_buf if buf is None else buf.copy_(new_buf)
+            names = self._rule.states_with(h.chosen)
+            if not names:
+                continue
+            entry = self._state.setdefault(p, {})
+            if step is not None:
+                entry[STEP] = step.add_(1)
+            for k, (name, x) in enumerate(zip(names, new_states)):
+                entry[name] = states[k].copy_(x) if begun and not follows else x
+
+
+def _count(h: Hyperparameters, step: Tensor) -> float | Tensor:
+    """The step's number; a tensor where torch.optim's formula takes one."""
+    if h.chosen["capturable"] or h.chosen["differentiable"]:
+        return step + 1
+    return float(step.item() + 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.groups import GroupedLayout
+from ..core.rules import Rule
 from ..core.tensors import holds_values
 from .extension import BUILT
 from .plan import Plan, Spec
@@ -138,6 +139,7 @@ def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False)
 
 def make_plan(
     executor: str,
+    rule: Rule,
     params: Sequence[list[Tensor]],
     layouts: Sequence[Sequence[GroupedLayout]],
     specs: Sequence[Sequence[Spec]],
@@ -147,9 +149,9 @@ def make_plan(
     ``params[i]`` is [] where another one serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
     """
     if executor == "reference":
-        return ReferencePlan(params, specs)
+        return ReferencePlan(rule, params, specs)
     if executor in ("cpu", "cuda"):
-        return BUILT[executor].StepPlan(params, layouts, executor)
+        return BUILT[executor].StepPlan(params, layouts, rule.name, executor)
     from .triton.executor import TritonPlan  # only here: importing triton takes its time
 
-    return TritonPlan(params, layouts)
+    return TritonPlan(rule, params, layouts)

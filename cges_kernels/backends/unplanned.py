@@ -17,13 +17,13 @@ from torch.autograd.graph import increment_version
 from ..core import reference
 from ..core.checks import check_distinct, named_layouts
 from ..core.groups import GroupedLayout, GroupSpec
-from ..core.hyperparameters import Hyperparameters, Phase
+from ..core.hyperparameters import Hyperparameters
+from ..core.rules import Rule
 from ..core.tensors import is_followed
 from .extension import BUILT, Executor
+from .gathering import Row
 from .graphs import is_capturing
 from .registry import choose_backend
-
-Row = tuple[int, int, int, int]  # of one tensor: addresses of w, gradient and state (0: none); Phase
 
 MOST_KEPT = 8
 _kept: OrderedDict[Hashable, Executor] = OrderedDict()  # the last used last
@@ -63,13 +63,22 @@ def step_once(
         )
     kinds = tuple((w.device, w.dtype) for w in tensors)
     streams = tuple(map(stream_of, dict.fromkeys(w.device for w in tensors)))
-    module = id(BUILT.get(executor))
+    module, rule = id(BUILT.get(executor)), hyperparameters[0].rule
     key: Hashable = (
-        *(executor, module, kinds, tuple(layouts), tuple(param_groups), len(hyperparameters), streams),
+        *(
+            executor,
+            module,
+            rule.name,
+            kinds,
+            tuple(layouts),
+            tuple(param_groups),
+            len(hyperparameters),
+            streams,
+        ),
         torch.is_inference_mode_enabled(),  # tables made in it are of no use outside
     )
     found = _in_graphs.get(key) or _kept.pop(key, None)
-    found = found or _make(executor, tensors, layouts, param_groups, len(hyperparameters))
+    found = found or _make(executor, rule, tensors, layouts, param_groups, len(hyperparameters))
     found.step(rows, hyperparameters, grad_scale, found_inf)
     if capturing or key in _in_graphs:
         _in_graphs[key] = found
@@ -81,16 +90,17 @@ def step_once(
 
 def _make(
     executor: str,
+    rule: Rule,
     tensors: Sequence[Tensor],
     layouts: Sequence[GroupedLayout],
     param_groups: Sequence[int],
     num_param_groups: int,
 ) -> Executor:
     if executor in ("cpu", "cuda"):
-        return BUILT[executor].Executor(executor, tensors, layouts, param_groups)
+        return BUILT[executor].Executor(executor, tensors, layouts, param_groups, rule.name)
     from .triton.executor import TritonExecutor  # only here: importing triton takes its time
 
-    return TritonExecutor(tensors, layouts, param_groups, num_param_groups)
+    return TritonExecutor(rule, tensors, layouts, param_groups, num_param_groups)
 
 
 def stream_of(device: torch.device) -> Hashable:
@@ -121,6 +131,6 @@ def prox_in_place(
         for w in tensors:
             w.copy_(reference.shrink(w, hyperparameters.thresholds(), **options))
         return
-    rows = [(w.data_ptr(), 0, 0, int(Phase.PROX_ALONE)) for w in tensors]
+    rows = [Row(w.data_ptr()) for w in tensors]
     step_once(executor, tensors, layouts, rows, [0] * len(tensors), [hyperparameters])
     increment_version(tensors)

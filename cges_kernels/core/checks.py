@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,28 +13,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import hyperparameters
 from .groups import GroupedLayout, GroupSpec, check_spec, grouped_layout
-from .hyperparameters import COEFFICIENTS, FREEZE_MODES, INITIAL, PROX_MODES, SGD_STATE, scalar
+from .hyperparameters import COEFFICIENTS, FREEZE_MODES, INITIAL, PROX_MODES
+from .numbers import check_coefficient, check_not_negative, check_number, scalar
+from .rules import RULES, STEP, Rule
 from .tensors import holds_values, is_freed
 
-FLAGS = ("nesterov", "maximize", "differentiable", "capturable")
+FLAGS = ("nesterov", "amsgrad", "decoupled_weight_decay", "maximize", "differentiable", "capturable")
 WISHES = ("foreach", "fused")
 SCALARS = frozenset(hyperparameters.SCALARS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def check_coefficient(name: str, value: Any) -> None:
-    """A finite number >= 0, or a tensor of one."""
-    if type(value) is float and 0 <= value < math.inf:
-        return  # nearly always, and quickly, as schedules change many
-    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
-    number = float(scalar(name, value))
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
 
 
 def check_penalty(options: Mapping[str, Any]) -> None:
@@ -49,27 +34,16 @@ def check_penalty(options: Mapping[str, Any]) -> None:
         raise ValueError(f"prox_mode: expected one of {PROX_MODES}, got {prox_mode!r}")
 
 
-def _check_not_negative(name: str, value: Any) -> None:
-    if not value >= 0:
-        raise ValueError(f"Invalid {name}: {value} (expected a number >= 0)")
-
-
-def check_changed(group: Mapping[str, Any], changed: Collection[str]) -> None:
+def check_changed(rule: Rule, group: Mapping[str, Any], changed: Collection[str]) -> None:
     """check_param_group where all but the keys ``changed`` were checked before; cheap for SCALARS."""
     if not SCALARS.issuperset(changed):
-        return check_param_group(group)
+        return check_param_group(rule, group)
     for name in changed:
         if name == "lr":
             check_number(name, group[name])
-            _check_not_negative("learning rate", scalar(name, group[name]))
+            check_not_negative("learning rate", scalar(name, group[name]))
         else:
             check_coefficient(name, group[name])
-
-
-def check_number(name: str, value: Any) -> None:
-    """TypeError unless it is a number, of Python or NumPy, or a tensor; text that spells one is none."""
-    if not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def check_flags(group: Mapping[str, Any]) -> None:
@@ -80,21 +54,12 @@ def check_flags(group: Mapping[str, Any]) -> None:
                 raise TypeError(f"{name}: expected {expected}, got {group[name]!r}")
 
 
-def check_param_group(group: Mapping[str, Any]) -> None:
-    """The hyperparameters of one param group; the wording of bad values is torch.optim.SGD's."""
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
-        check_number(name, group[name])
+def check_param_group(rule: Rule, group: Mapping[str, Any]) -> None:
+    """The hyperparameters of one param group; the wording of bad values is torch.optim's."""
+    check_number("lr", group["lr"])
     check_flags(group)
-    _check_not_negative("learning rate", scalar("lr", group["lr"]))
-    _check_not_negative("momentum value", group["momentum"])
-    _check_not_negative("weight_decay value", group["weight_decay"])
-    if math.isnan(group["dampening"]):
-        raise ValueError("Invalid dampening value: nan (expected a number)")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError(
-            "Nesterov momentum requires a momentum and zero dampening, "
-            f"got momentum={group['momentum']}, dampening={group['dampening']}"
-        )
+    check_not_negative("learning rate", scalar("lr", group["lr"]))
+    rule.check(group)
     check_penalty(group)
     for initial in INITIAL.values():
         if initial in group:
@@ -105,6 +70,9 @@ def check_param_group(group: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    for key in rule.reference_only:
+        if group["fused"] and group[key]:
+            raise RuntimeError(f"fused=True: expected {key}=False, which the reference alone has, got True")
 
 
 def check_tensor(name: str, w: Any) -> None:
@@ -165,18 +133,72 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
     return x
 
 
-def checked_inputs(
-    name: str, param: Tensor, entry: Mapping[str, Any], keeps_state: bool, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """A parameter's gradient, which is there, and the buffer that ``entry``, its optimizer state, may hold.
+class Inputs(NamedTuple):
+    """What a step of a parameter reads beside it: the gradient, and its states; (), None: not begun."""
 
-    Where the rule keeps no state there is none; with ``dtype`` both must be of that.
+    grad: Tensor
+    states: tuple[Tensor, ...] = ()
+    step: Tensor | None = None
+
+
+def checked_inputs(
+    name: str,
+    param: Tensor,
+    entry: Mapping[str, Any],
+    rule: Rule,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Inputs:
+    """A parameter's gradient, which is there, and what ``entry``, its optimizer state, holds of the rule's.
+
+    Where the rule keeps no state there is none; with ``dtype`` gradient and states must be of that.
     """
     grad = check_companion("gradient", name, param, param.grad, dtype)
-    buf = entry.get(SGD_STATE) if keeps_state else None
-    if buf is not None:
-        check_companion(SGD_STATE, name, param, buf, dtype)
-    return grad, buf
+    names = rule.states_with(options)
+    if not any(entry.get(key) is not None for key in names):
+        return Inputs(grad)
+    step = check_step(name, param, entry) if rule.counts else None
+    return Inputs(grad, tuple(_check_state(key, name, param, entry, dtype) for key in names), step)
+
+
+def check_begun(rule: str, name: str, param: Tensor, entry: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Whatever a fused step would refuse of the states in ``entry``, of which there are some."""
+    for key in RULES[rule].states:
+        _check_state(key, name, param, entry, dtype)
+    if RULES[rule].counts:
+        check_step(name, param, entry)
+
+
+def check_states(name: str, param: Tensor, entry: Mapping[str, Any], rule: Rule) -> None:
+    """Whatever ``entry`` holds of the rule's states fits the parameter."""
+    for key in rule.states:
+        if entry.get(key) is not None:
+            _check_state(key, name, param, entry)
+    if rule.counts and STEP in entry:
+        check_step(name, param, entry)
+
+
+def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The count of a parameter's steps: a tensor of one element on the CPU, or where the parameter is."""
+    step = entry.get(STEP)
+    if not isinstance(step, Tensor):
+        raise TypeError(f"{name}: expected a tensor as its {STEP}, got {type(step).__name__}")
+    if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(
+            f"{name}: expected a {STEP} of one element, torch.float32 or torch.float64, "
+            f"got {tuple(step.shape)}, {step.dtype}"
+        )
+    if step.device not in (torch.device("cpu"), param.device):
+        raise RuntimeError(f"{name}: expected its {STEP} on cpu or {param.device}, got it on {step.device}")
+    return step
+
+
+def _check_state(
+    key: str, name: str, param: Tensor, entry: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> Tensor:
+    if entry.get(key) is None:
+        raise RuntimeError(f"{name}: expected its {key} beside {', '.join(sorted(entry))}, got none")
+    return check_companion(key, name, param, entry[key], dtype)
 
 
 def named_layouts(

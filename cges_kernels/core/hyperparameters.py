@@ -1,33 +1,25 @@
 """What a step is told: the hyperparameters of a param group, and the phase of each tensor.
 
 This owns them in Python, csrc/common/step.h in C++, and backends/triton/tables.py for Triton's kernels;
-docs/design/a-step.md follows them from a param group to a kernel. What belongs to the update rule, SGD,
-stands apart from what belongs to the prox, which other rules share.
+docs/design/a-step.md follows them from a param group to a kernel. What belongs to the update rule (rules.py)
+stands apart from what belongs to the prox.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import IntEnum
 from operator import itemgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import SGDOptions, Thresholds, form_thresholds
+from .numbers import scalar
+from .reference import Thresholds, form_thresholds
+from .rules import SGD, Rule
 
-# The update rule: what torch.optim.SGD takes besides lr, and the state that it keeps of a parameter.
-SGD_OPTIONS = tuple(SGDOptions.__annotations__)
-SGD_STATE = "momentum_buffer"
-
-
-def keeps_state(group: Mapping[str, Any]) -> bool:
-    """Whether the rule has a state to keep of a param group's parameters: SGD with momentum."""
-    return bool(group["momentum"] != 0)
-
-
-# The prox.
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # schedules keep full values in param groups there
 PROX_MODES = ("sequential", "exact")
@@ -62,38 +54,37 @@ class At(NamedTuple):
 class Hyperparameters(NamedTuple):
     """A param group's, by their names there. SCALARS are numbers or At; for autograd they may be tensors."""
 
-    # the update rule's
     lr: Any = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    maximize: bool = False
-    # the prox's
     group_lasso: Any = 0.0
     exclusive_lasso: Any = 0.0
     l1: Any = 0.0
     prox_mode: str = "sequential"
     freeze_zeros: str | None = None
+    rule: Rule = SGD
+    options: tuple[Any, ...] = tuple(SGD.options.values())  # the rule's, in its order
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], device: torch.device | None = None) -> Hyperparameters:
-        """A param group's; tensors as ``number`` has them, the first of SCALARS' by kernels on ``device``."""
-        return cls(
-            **{key: number(key, group[key], device if key in SCALARS else None) for key in cls._fields}
-        )
+    def make(cls, rule: Rule = SGD, **named: Any) -> Hyperparameters:
+        """By their names, those of the rule's options too; what is not named asks for nothing."""
+        options = tuple(named.pop(key, default) for key, default in rule.options.items())
+        return cls(rule=rule, options=options, **named)
+
+    @classmethod
+    def of_values(cls, rule: Rule, values: tuple[Any, ...]) -> Hyperparameters:
+        """Of what ``values_of`` the rule has read."""
+        return cls._make((*values[: len(OWN)], rule, values[len(OWN) :]))
 
     @classmethod
     def of_prox(
         cls, group_lasso: float, exclusive_lasso: float, l1: float, prox_mode: str
     ) -> Hyperparameters:
         """Of a step that is the prox alone; the coefficients contain the step size already, so lr is 1."""
-        coefficients: dict[str, Any] = dict(zip(COEFFICIENTS, map(float, (group_lasso, exclusive_lasso, l1))))
-        return cls(lr=1.0, prox_mode=prox_mode, **coefficients)
+        return cls(1.0, float(group_lasso), float(exclusive_lasso), float(l1), prox_mode)
 
     @property
-    def keeps_state(self) -> bool:
-        return keeps_state({"momentum": self.momentum})
+    def chosen(self) -> dict[str, Any]:
+        """The rule's options by name."""
+        return dict(zip(self.rule.options, self.options))
 
     @property
     def exact(self) -> bool:
@@ -102,40 +93,37 @@ class Hyperparameters(NamedTuple):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Of SCALARS, where kernels read them: 0 for those that are numbers here."""
-        return tuple(x.address if isinstance(x, At) else 0 for x in self._scalars)
+        return tuple(x.address if isinstance(x, At) else 0 for x in self[: len(SCALARS)])
 
     @property
     def on_device(self) -> bool:
         """Whether some are numbers on the device alone, so that only a kernel can form the thresholds."""
         return At in map(type, self)
 
-    def sgd(self) -> SGDOptions:
-        """sgd_update's options, but for lr."""
-        return cast(SGDOptions, {key: getattr(self, key) for key in SGD_OPTIONS})
-
     def thresholds(self) -> Thresholds:
         """reference.form_thresholds of numbers that the host knows."""
-        return form_thresholds(*(x if isinstance(x, Tensor) else float(x) for x in self._scalars))
-
-    @property
-    def _scalars(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, key) for key in SCALARS)
+        scalars: tuple[Any, ...] = self[: len(SCALARS)]
+        return form_thresholds(*(x if isinstance(x, Tensor) else float(x) for x in scalars))
 
 
-# The values of a param group in the order of Hyperparameters; cheap enough for each step.
-values_of: Callable[[Mapping[str, Any]], tuple[Any, ...]] = itemgetter(*Hyperparameters._fields)
+OWN = Hyperparameters._fields[: Hyperparameters._fields.index("rule")]  # of any rule
 
 
-def scalar(name: str, value: Any) -> Any:
-    """A tensor hyperparameter as a number; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.numel() != 1:
-        shape = tuple(value.shape)
-        raise ValueError(
-            f"Tensor {name} must be 1-element: expected a number or one element, got shape {shape}"
-        )
-    return value.detach().item()
+class Reader:
+    """Reads a rule's hyperparameters out of param groups; cheap enough for each step."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.keys = (*OWN, *rule.options)
+        self.values_of = itemgetter(*self.keys)
+
+    def numbers_of(self, group: Mapping[str, Any], device: torch.device | None = None) -> tuple[Any, ...]:
+        """values_of; tensors as ``number`` has them, the first of SCALARS' by kernels on ``device``."""
+        return tuple(number(key, group[key], device if key in SCALARS else None) for key in self.keys)
+
+    def read(self, group: Mapping[str, Any], device: torch.device | None = None) -> Hyperparameters:
+        """The Hyperparameters of a param group, as numbers_of has them."""
+        return Hyperparameters.of_values(self.rule, self.numbers_of(group, device))
 
 
 def can_be_read(x: Tensor, device: torch.device | None) -> bool:
@@ -144,7 +132,14 @@ def can_be_read(x: Tensor, device: torch.device | None) -> bool:
 
 
 def number(name: str, value: Any, device: torch.device | None) -> Any:
-    """A hyperparameter without its tensor: its number, or At where kernels on ``device`` read it."""
-    if isinstance(value, Tensor) and can_be_read(value, device):
+    """A hyperparameter without its tensor: its number, or At where kernels on ``device`` read it.
+
+    The number of a float32 tensor is one of NumPy's, with which the reference computes as torch.optim does
+    with the tensor: AdamW forms its step size in float32 then.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if can_be_read(value, device):
         return At(value.data_ptr())
-    return scalar(name, value)
+    plain = scalar(name, value)
+    return np.float32(plain) if value.dtype == torch.float32 else plain

@@ -5,13 +5,14 @@ The objective gains, per regularised tensor and over groups g of its entries,
     Omega(W) = sum_g  alpha*||w_g||_2 + (beta/2)*||w_g||_1^2 + gamma*||w_g||_1
 
 (group lasso, exclusive lasso, l1; CGES, Yoon and Hwang 2017, is alpha = lambda*(1-mu), beta = lambda*mu).
-One step is z = SGD(w), then with a = lr*alpha, b = lr*beta, c = lr*gamma every variant ends in
+One step is z = update(w), SGD's or AdamW's (updates.py), then with a = lr*alpha, b = lr*beta, c = lr*gamma
+every variant ends in
 
     w = s_g * soft(z, t_g)        soft(z, t) = sign(z) * max(|z| - t, 0)
 
 so it is: per-group statistics -> two numbers (s, t) per group -> one elementwise apply. The other executors
-(csrc/common/ sgd.h and shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
-form_thresholds, sgd_update, group_stats, solve_shrinkage, apply_shrinkage. They compute the same, and by the
+(csrc/common/shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
+form_thresholds, group_stats, solve_shrinkage, apply_shrinkage. They compute the same, and by the
 same formulas but for exact mode's t: there only the equation and its root are the same. From the left of the
 root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs. Without
 group lasso this file and the CPU's executor sort small groups (shrink_sorted), where the others search.
@@ -21,20 +22,17 @@ Everything here is differentiable. Maximum and sign are written so that NaN surv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .groups import GroupSpec, has_groups, reduced_dims, viewed
 from .tensors import holds_values, is_followed
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-Scalar: TypeAlias = float | Tensor  # a tensor where autograd is to go through a hyperparameter
+from .updates import Scalar, sgd_update
 
 MAX_SWEEPS = 24  # of exact mode's search; 13 were enough for the hardest groups seen
 SORTED = 16  # elements of groups, at most, that exact mode sorts instead where there is no group lasso
@@ -61,44 +59,9 @@ class GroupStats(NamedTuple):
     l2: Tensor
 
 
-class SGDOptions(TypedDict, total=False):
-    """What sgd_update takes besides lr."""
-
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the 16-bit types, the type itself otherwise."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def sgd_update(
-    w: Tensor,
-    grad: Tensor,
-    buf: Tensor | None,
-    *,
-    lr: Scalar,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(z, new momentum buffer) of torch.optim.SGD, by the same operations in the same order."""
-    if maximize:
-        grad = -grad
-    if weight_decay != 0:
-        grad = grad.add(w, alpha=weight_decay)
-    if momentum != 0:
-        buf = grad.detach().clone() if buf is None else buf.mul(momentum).add_(grad, alpha=1 - dampening)
-        grad = grad.add(buf, alpha=momentum) if nesterov else buf
-    if isinstance(lr, Tensor) and lr.requires_grad:
-        return w.addcmul(grad, lr, value=-1), buf
-    return w.add(grad, alpha=-float(lr)), buf
 
 
 def soft_magnitude(z: Tensor, t: Scalar) -> Tensor:
@@ -303,55 +266,71 @@ def frozen_mask(
     return dead.expand(v.shape).reshape(w.shape)
 
 
-def frozen_update(frozen: Tensor | None, z: Tensor, buf: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What sgd_update gives, with zeros where the mask ``frozen`` (None: nowhere) is set."""
+def frozen_update(frozen: Tensor | None, *updated: Tensor | None) -> tuple[Any, ...]:
+    """What an update gives, z and states, with zeros where the mask ``frozen`` (None: nowhere) is set."""
     if frozen is None:
-        return z, buf
-    return torch.where(frozen, 0.0, z), None if buf is None else torch.where(frozen, 0.0, buf)
+        return updated
+    return tuple(None if x is None else torch.where(frozen, 0.0, x) for x in updated)
 
 
 def proximal_step(
+    update: Callable[..., tuple[Any, ...]],
     w: Tensor,
     grad: Tensor,
-    buf: Tensor | None,
+    states: Sequence[Tensor | None],
     thresholds: Thresholds,
     *,
-    lr: Scalar,
     group_by: GroupSpec = "feature",
     view: Sequence[int] | None = None,
     prox_mode: str = "sequential",
     freeze_zeros: str | None = None,
-    **sgd: Unpack[SGDOptions],
-) -> tuple[Tensor, Tensor | None]:
-    """One step for one tensor, given its thresholds: (new w, new momentum buffer), nothing in place."""
+) -> tuple[Any, ...]:
+    """One step for one tensor, given its thresholds: (new w, new states ...), nothing in place.
+
+    ``update`` is one of updates.py's that has been told its options.
+    """
     frozen = frozen_mask(w, freeze_zeros, group_by, view)
-    z, buf = frozen_update(frozen, *sgd_update(w, grad, buf, lr=lr, **sgd))
-    return shrink(z, thresholds, group_by, view, prox_mode), buf
+    z, *states = frozen_update(frozen, *update(w, grad, *states))
+    return shrink(z, thresholds, group_by, view, prox_mode), *states
 
 
 def step(
     w: Tensor,
     grad: Tensor,
-    buf: Tensor | None = None,
-    *,
+    *states: Tensor | None,
     lr: Scalar,
     group_lasso: float = 0.0,
     exclusive_lasso: float = 0.0,
     l1: float = 0.0,
+    group_by: GroupSpec = "feature",
+    view: Sequence[int] | None = None,
+    prox_mode: str = "sequential",
+    freeze_zeros: str | None = None,
     accumulate: torch.dtype | None = None,
+    update: Callable[..., tuple[Any, ...]] = sgd_update,
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """proximal_step, whose options it takes, with thresholds lr * coefficient.
+) -> tuple[Any, ...]:
+    """(new w, new states ...) of one step; thresholds are lr * coefficient, ``options`` are the update's.
 
     ``accumulate`` computes everything in that dtype and returns it (float64 is the truth that executors
-    are tested against); None takes SGD's part in w's own dtype, exactly as torch.optim.SGD does.
+    are tested against); None takes the update in w's own dtype, exactly as torch.optim does.
     """
     if accumulate is not None:
         w, grad = w.to(accumulate), grad.to(accumulate)
-        buf = None if buf is None else buf.to(accumulate)
+        states = tuple(None if x is None else x.to(accumulate) for x in states)
     step_size = lr if isinstance(lr, Tensor) and lr.requires_grad else float(lr)
     thresholds = form_thresholds(step_size, group_lasso, exclusive_lasso, l1)
-    return proximal_step(w, grad, buf, thresholds, lr=lr, **options)
+    return proximal_step(
+        partial(update, lr=lr, **options),
+        w,
+        grad,
+        states,
+        thresholds,
+        group_by=group_by,
+        view=view,
+        prox_mode=prox_mode,
+        freeze_zeros=freeze_zeros,
+    )
 
 
 def omega(

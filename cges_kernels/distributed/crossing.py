@@ -7,17 +7,20 @@ the group, and to the local weights. The formulas are the reference's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.gathering import new_like
+from ..backends.states import new_like
 from ..core import reference
 from ..core.hyperparameters import Hyperparameters
 from ..core.reference import GroupStats, Search, compute_dtype
+from ..core.rules import STEP
 from .meshes import Pack
 
 MAX_ROUNDS = 16  # of sums in exact mode, and of all_reduces: the hardest groups seen took 13
@@ -38,7 +41,8 @@ class CrossingTensor:
         copies: those over which the tensor is replicated.
         hyperparameters: those of its param group, all numbers.
         grad: the local gradient; where it is None this part stays as it is, and counts in its groups' norms.
-        buf: the local momentum buffer, None before the first step.
+        states: the rule's local states, () before the first step.
+        count: of the tensor's steps, this one included, where the rule counts.
         grad_scale: what gradients are divided by (0-d), or None.
     """
 
@@ -51,15 +55,18 @@ class CrossingTensor:
         copies: tuple[int, ...],
         hyperparameters: Hyperparameters,
         grad: Tensor | None,
-        buf: Tensor | None,
+        states: Sequence[Tensor],
+        count: float | Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> None:
         self.local, self.axes, self.copies, self.dtype = local, axes, copies, compute_dtype(local.dtype)
         self._view, self._reduced = view, reduced
         shape = local.shape if view is None else view
         self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # of what is kept
-        self._grad, self._buf, self._grad_scale = grad, buf, grad_scale
-        self._lr, self._sgd = hyperparameters.lr, hyperparameters.sgd()
+        self._grad, self._states, self._grad_scale = grad, tuple(states), grad_scale
+        rule, counted = hyperparameters.rule, {} if count is None else {STEP: count}
+        told = rule.told(hyperparameters.chosen)
+        self._rule_update = partial(rule.update, lr=hyperparameters.lr, **told, **counted)
         self._thresholds = hyperparameters.thresholds()
         self._freeze = hyperparameters.freeze_zeros
         self.searches = bool(hyperparameters.exact and self._thresholds.b != 0)  # in rounds, that is
@@ -84,7 +91,7 @@ class CrossingTensor:
 
     def sums(self) -> Tensor:
         """1-d: what this rank adds to every group's sums in this round."""
-        z, _ = self._update()
+        z, *_ = self._update()
         t = self._thresholds.c if self._search is None else self._search.t
         alive, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
         rows = [l1, l2.square()] if alive is None else [l1, l2.square(), alive]
@@ -106,33 +113,31 @@ class CrossingTensor:
         self._search = reference.sweep(search, stats, self._thresholds)
         self._s, self._t = self._search.s, self._search.t
 
-    def write(self) -> Tensor | None:
-        """Write the local weights and the momentum buffer; returns that, made in the first step."""
+    def write(self) -> tuple[Tensor, ...]:
+        """Write the local weights and states; returns these, made in the first step."""
         if self._grad is None:
-            return None
-        z, buf = self._update()
+            return ()
+        z, *states = self._update()
         w = reference.apply_shrinkage(z, self._s, self._t) if any(self._thresholds) else z
         w = w.to(self.local.dtype)
         self.local.copy_((w + 0.0 if any(self._thresholds) else w).reshape(self.local.shape))
-        if buf is None:
-            return None
-        self._buf = new_like(self.local) if self._buf is None else self._buf
-        return self._buf.copy_(buf.reshape(self.local.shape))
+        new = [x for x in states if x is not None]
+        kept = self._states or tuple(new_like(self.local) for _ in new)
+        return tuple(to.copy_(x.reshape(self.local.shape)) for to, x in zip(kept, new))
 
     def _viewed(self, x: Tensor) -> Tensor:
         return x if self._view is None else x.reshape(self._view)
 
-    def _update(self) -> tuple[Tensor, Tensor | None]:
-        """z and the new momentum buffer, in the compute dtype and the shape of the view."""
+    def _update(self) -> tuple[Any, ...]:
+        """z and the new states, in the compute dtype and the shape of the view."""
         w = self._viewed(self.local).to(self.dtype)
         if self._grad is None:
-            return w, None
-        grad = self._viewed(self._grad).to(self.dtype)
-        buf = None if self._buf is None else self._viewed(self._buf).to(self.dtype)
+            return (w,)
+        grad, *states = (self._viewed(x).to(self.dtype) for x in (self._grad, *self._states))
         if self._grad_scale is not None:
             grad = grad / self._grad_scale.to(grad.device)
         frozen = w == 0 if self._freeze == "element" else self._dead
-        return reference.frozen_update(frozen, *reference.sgd_update(w, grad, buf, lr=self._lr, **self._sgd))
+        return reference.frozen_update(frozen, *self._rule_update(w, grad, *states))
 
 
 def agree_on_groups(pack: Pack, tensors: Sequence[CrossingTensor], found_inf: Tensor | None = None) -> Tensor:

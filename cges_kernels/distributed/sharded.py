@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from ..backends.plan import Plan, Spec
 from ..backends.registry import make_plan
-from ..core.checks import check_distinct, checked_inputs, named_layouts
+from ..backends.states import new_step
+from ..core.checks import Inputs, check_distinct, checked_inputs, named_layouts
 from ..core.groups import GroupedLayout, canonical_layout, has_groups, reduced_dims
-from ..core.hyperparameters import SGD_STATE, Hyperparameters
+from ..core.hyperparameters import Hyperparameters
+from ..core.rules import STEP, Rule
 from ..core.tensors import has_other_gradient
 from .crossing import CrossingTensor, agree_on_groups
 from .meshes import Pack, Packs
@@ -50,8 +52,7 @@ class _Slot:
     pack: Pack | None = None  # what its groups' sums travel with; and there:
     axes: tuple[int, ...] = ()  # the process groups that its groups cross
     copies: tuple[int, ...] = ()  # and those over which it is replicated
-    grad: Tensor | None = None  # these two are local, and held during a step only
-    buf: Tensor | None = None
+    inputs: Inputs | None = None  # of this step, local; None without a gradient
 
     @property
     def is_dtensor(self) -> bool:
@@ -67,26 +68,37 @@ class _Slot:
         a, b, _ = h.thresholds()
         return bool(a != 0 or b != 0) or h.freeze_zeros == "group"
 
-    def collect(self, entry: Mapping[str, Any], keeps_state: bool) -> None:
-        """Take gradient and momentum buffer, after checks."""
-        self.grad = self.buf = None
-        p, grad = self.param, self.param.grad
-        if grad is None:
+    def collect(self, entry: Mapping[str, Any], rule: Rule, options: Mapping[str, Any]) -> None:
+        """Take gradient and states, after checks."""
+        self.inputs = None
+        p = self.param
+        if p.grad is None:
             return
-        buf = entry.get(SGD_STATE) if keeps_state else None
+        names = rule.states_with(options)
+        found = [entry.get(key) for key in names]
+        there = [x for x in found if x is not None]
         if (
             isinstance(p, DTensor)
-            and (buf is None or is_companion(buf, p, self.local))
-            and is_companion(grad, p, self.local)
-        ):
-            self.grad, self.buf = grad._local_tensor, None if buf is None else buf._local_tensor
+            and not (there and rule.counts)
+            and len(there) in (0, len(names))
+            and all(is_companion(x, p, self.local) for x in (p.grad, *there))
+        ):  # the usual, and quick
+            self.inputs = Inputs(p.grad._local_tensor, tuple(x._local_tensor for x in there))  # type: ignore[attr-defined]
             return
-        grad, buf = checked_inputs(self.name, p, entry, keeps_state)
-        self.grad = local_companion("gradient", self.name, p, grad)
-        self.buf = None if buf is None else local_companion(SGD_STATE, self.name, p, buf)
+        grad, states, step = checked_inputs(self.name, p, entry, rule, options)
+        grad = local_companion("gradient", self.name, p, grad)
+        local = [local_companion(key, self.name, p, x) for key, x in zip(names, states)]
+        self.inputs = Inputs(grad, tuple(local), step)
+
+    def entry(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The inner plan's state of the local part; ``names`` are those of the rule's states."""
+        if self.inputs is None or not self.inputs.states:
+            return {}
+        entry = {} if self.inputs.step is None else {STEP: self.inputs.step}
+        return {**entry, **dict(zip(names, self.inputs.states))}
 
     def forget(self) -> None:
-        self.grad = self.buf = self.local.grad = None
+        self.inputs = self.local.grad = None
 
     def like_param(self, local: Tensor) -> Tensor:
         """``local`` as a tensor of the parameter's kind."""
@@ -108,6 +120,7 @@ class ShardedPlan:
     share a process group; see meshes.Packs.
 
     Args:
+        rule: the optimizer's.
         params: the parameters of each param group; [] where another plan serves it.
         specs: (group_by, view) of each parameter.
         names: of each parameter, for errors.
@@ -120,13 +133,15 @@ class ShardedPlan:
     @torch.no_grad()
     def __init__(
         self,
+        rule: Rule,
         params: Sequence[list[Tensor]],
         specs: Sequence[Sequence[Spec]],
         names: Sequence[Sequence[str]],
         executors: Sequence[str],
     ) -> None:
         self._executors = list(executors)
-        self._hyperparameters = [Hyperparameters() for _ in params]
+        self._rule = rule
+        self._hyperparameters = [Hyperparameters.make(rule) for _ in params]
         self._gathered: dict[Tensor, Any] | None = None
         self._entries: dict[Tensor, dict[str, Any]] = {}  # the optimizer's state, as inner plans see it
         self._groups: list[list[_Slot]] = []
@@ -147,7 +162,7 @@ class ShardedPlan:
             served = [rows if e == executor else [] for rows, e in zip(inner, executors)]
             layouts = [[layout for layout, _ in rows] for rows in served]
             local_specs = [[spec for _, spec in rows] for rows in served]
-            self._plans[executor] = make_plan(executor, self._locals(executor), layouts, local_specs)
+            self._plans[executor] = make_plan(executor, rule, self._locals(executor), layouts, local_specs)
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
         """A param group's; all numbers, no addresses."""
@@ -160,7 +175,7 @@ class ShardedPlan:
         """Check and collect what a step reads, without a collective; False where the plan must be rebuilt.
 
         Raises:
-            TypeError, RuntimeError: a gradient or momentum buffer that does not match its parameter.
+            TypeError, RuntimeError: a gradient or state that does not match its parameter.
         """
         self._gathered = None
         if [len(group) for group in params] != [len(group) for group in self._groups]:
@@ -170,9 +185,9 @@ class ShardedPlan:
         self._entries = {}
         for slot in self._slots:
             h = self._hyperparameters[slot.group]
-            slot.collect(state.get(slot.param, {}), h.keeps_state)
-            slot.local.grad = None if slot.crosses(h) else slot.grad
-            self._entries[slot.local] = {} if slot.buf is None else {SGD_STATE: slot.buf}
+            slot.collect(state.get(slot.param, {}), self._rule, h.chosen)
+            slot.local.grad = None if slot.inputs is None or slot.crosses(h) else slot.inputs.grad
+            self._entries[slot.local] = slot.entry(self._names(slot))
         if not all(plan.gather(self._locals(e), self._entries) for e, plan in self._plans.items()):
             return False
         self._gathered = state
@@ -196,7 +211,12 @@ class ShardedPlan:
             h = self._hyperparameters[slot.group]
             if slot.pack is not None and slot.crosses(h):
                 part = slot.local, slot.view, slot.reduced, slot.axes, slot.copies
-                crossing = CrossingTensor(*part, h, slot.grad, slot.buf, grad_scale)
+                grad, states, step = slot.inputs or (None, (), None)
+                if grad is not None and self._rule.counts:
+                    step = new_step(slot.local, h.chosen) if step is None else step
+                    slot.inputs = Inputs(grad, states, step)
+                count = None if step is None else step.item() + 1
+                crossing = CrossingTensor(*part, h, grad, states, count, grad_scale)
                 packs[slot.pack].append((slot, crossing))
         packs = {pack: members for pack, members in packs.items() if members}
         for pack, members in packs.items():
@@ -206,27 +226,43 @@ class ShardedPlan:
             for plan in self._plans.values():
                 plan.run(grad_scale=grad_scale, found_inf=None if packs else found_inf)
             for slot, crossing in chain(*packs.values()):
-                self._entries[slot.local][SGD_STATE] = crossing.write()
-            self._keep_buffers(state)
+                self._write(slot, crossing)
+            self._keep_states(state)
         for slot in self._slots:
             slot.forget()
         self._entries = {}
         return found_inf
 
-    def _keep_buffers(self, state: dict[Tensor, Any]) -> None:
-        """Put new momentum buffers into the optimizer's state, and tell autograd what DTensors changed."""
+    def _write(self, slot: _Slot, crossing: CrossingTensor) -> None:
+        """Write what crosses, and leave its states where an inner plan would."""
+        states = crossing.write()
+        if slot.inputs is None or not states:
+            return
+        entry = self._entries[slot.local]
+        if slot.inputs.step is not None:
+            entry[STEP] = slot.inputs.step.add_(1)
+        entry.update(zip(self._names(slot), states))
+
+    def _keep_states(self, state: dict[Tensor, Any]) -> None:
+        """Put new states into the optimizer's, and tell autograd what DTensors changed."""
         changed = []
         for slot in self._slots:
-            if slot.grad is None:
+            if slot.inputs is None:
                 continue
-            buf = self._entries[slot.local].get(SGD_STATE)
-            if buf is not None and buf is not slot.buf:
-                state.setdefault(slot.param, {})[SGD_STATE] = slot.like_param(buf)
+            kept = slot.entry(self._names(slot))
+            for key, x in self._entries[slot.local].items():
+                if x is not None and x is not kept.get(key):
+                    new = x if key == STEP else slot.like_param(x)
+                    state.setdefault(slot.param, {})[key] = new
             if slot.is_dtensor:
                 changed.append(slot.param)
-                if buf is not None:
-                    changed.append(state[slot.param][SGD_STATE])
+                changed += [
+                    x for key, x in state.get(slot.param, {}).items() if key in self._entries[slot.local]
+                ]
         increment_version(changed)
+
+    def _names(self, slot: _Slot) -> tuple[str, ...]:
+        return self._rule.states_with(self._hyperparameters[slot.group].chosen)
 
     def _locals(self, executor: str) -> list[list[Tensor]]:
         return [

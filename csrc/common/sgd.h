@@ -1,14 +1,10 @@
-// The update rule: torch.optim.SGD, for host and device. Another rule would be another file like this one; the
-// prox (shrinkage.h) knows none.
+// The update rule of torch.optim.SGD, for host and device. Another rule is another file like this one (adamw.h);
+// the prox (shrinkage.h) knows none.
 #pragma once
 #include "common/arithmetic.h"
 #include "common/phase.h"
 
 namespace cges {
-
-// How many tensors SGD keeps of a parameter, its states, and what an optimizer's state calls that one.
-constexpr int kSgdStates = 1;
-constexpr const char* kSgdState = "momentum_buffer";
 
 template <typename T>
 struct SgdScalars {

@@ -1,7 +1,9 @@
 // What a step is told, in plain C++: no torch, no CUDA. The owner of hyperparameters in C++, as
 // core/hyperparameters.py is in Python; docs/design/a-step.md follows them to a kernel.
 #pragma once
+#include "common/adamw.h"
 #include "common/layout.h"
+#include "common/rule.h"
 #include "common/sgd.h"
 #include "common/shrinkage.h"
 
@@ -20,11 +22,16 @@ struct TensorShape {
   int64_t param_group;  // whose hyperparameters it takes
 };
 
-// Where it lies in one step: all in the layout's memory order, null where there is none.
-struct TensorAddresses {
-  void* w;
-  const void* grad;
-  void* buf;
+// What one step finds of it: where all lies, in the layout's memory order and null where there is none, and
+// the count of its steps, this one included. Kernels read and write one that lies on the device themselves:
+// there it is a float, without this step.
+struct TensorInStep {
+  void* w = nullptr;
+  const void* grad = nullptr;
+  std::array<void*, kMostStates> states{};
+  Phase phase = Phase::skipped;
+  double count = 0;
+  float* count_on_device = nullptr;
 };
 
 // What stays zero: nothing, groups that are all zero, or every zero.
@@ -41,9 +48,11 @@ struct DeviceScalars {
 
 // A param group's.
 struct Hyperparameters {
-  // the update rule's
-  SgdScalars<double> sgd{0, 0, 1, 0, 1};
+  Rule rule = Rule::sgd;
+  SgdScalars<double> sgd{0, 0, 1, 0, 1};  // the rule's: one of these two
   bool nesterov = false;
+  AdamwOptions adamw{};
+  bool step_on_device = false;  // where a tensor's count of steps begins
   // the prox's
   Coefficients<double> coefficients{0, 0, 0};
   bool exact = false;
@@ -51,11 +60,19 @@ struct Hyperparameters {
 
   DeviceScalars device{};
 
+  double lr() const { return rule == Rule::sgd ? sgd.lr : adamw.lr; }
+
   // Whether the rule has a state to keep of a parameter: SGD with momentum.
-  bool keeps_state() const { return sgd.momentum != 0; }
+  bool keeps_state() const { return rule != Rule::sgd || sgd.momentum != 0; }
+
+  // Gradients are to be divided by `scale`.
+  void unscale(double scale) {
+    sgd.grad_sign /= scale;
+    adamw.grad_sign /= scale;
+  }
 
   // Of numbers that the host knows; those that it does not count as 0.
-  Thresholds<double> thresholds() const { return form_thresholds(sgd.lr, coefficients); }
+  Thresholds<double> thresholds() const { return form_thresholds(lr(), coefficients); }
 
   // Whether groups may have to be swept until their t is found, not just once.
   bool searches() const {

@@ -8,8 +8,7 @@
 namespace cges::cpu {
 
 // One tensor of one step.
-struct StepTensor : TensorShape, TensorAddresses {
-  Phase phase;  // not skipped
+struct StepTensor : TensorShape, TensorInStep {  // not skipped
   const Hyperparameters* h;
 
   Thresholds<double> thresholds() const { return h->thresholds(); }

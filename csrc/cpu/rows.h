@@ -1,5 +1,5 @@
 // Loops over contiguous runs of memory, written so that the compiler vectorises them; every formula is
-// sgd.h's or shrinkage.h's. rows.cpp compiles the bodies once per instruction set and picks one at run time.
+// sgd.h's, adamw.h's or shrinkage.h's. rows.cpp compiles the bodies once per instruction set and picks one at run time.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -15,9 +15,34 @@ constexpr int64_t kShortGroup = kSorted;  // elements of a group, at most, for m
 constexpr int64_t kTogether = 64;         // groups
 constexpr int64_t kSumRows = 32;          // rows summed in the compute type before double takes over
 
-struct RowUpdate {  // which sgd_update
+// How a tensor is updated: in which phase, by which rule, with that one's numbers.
+template <typename A>
+struct Update {
   Phase phase;
-  bool nesterov, decay;
+  Rule rule;
+  bool nesterov, decays;
+  SgdScalars<A> sgd{};
+  AdamwScalars<A> adamw{};
+
+  Update(const TensorInStep& tensor, const Hyperparameters& h)
+      : phase(tensor.phase), rule(h.rule), nesterov(h.nesterov), decays(h.sgd.weight_decay != 0) {
+    if (rule == Rule::sgd) {
+      sgd = h.sgd.as<A>();
+    } else {
+      adamw = {h.adamw, h.adamw.lr, correct(h.adamw, h.adamw.lr, tensor.count)};
+      decays = adamw.decay != 0;
+    }
+  }
+};
+
+// The same place of each of a tensor's arrays, null where there is none; and where the new states go, whose rows
+// lie `out_stride` apart.
+template <typename T>
+struct Places {
+  const T *w, *grad;
+  std::array<const T*, kMostStates> states;
+  std::array<T*, kMostStates> new_states;
+  int64_t out_stride;
 };
 
 // The sums of many columns or groups; count is null where it is not needed.
@@ -44,10 +69,9 @@ template <typename T>
 struct RowOps {
   using A = Compute<T>;
 
-  // z[i], which may be w[i] itself unless `freeze`, and buf_out[i] (rows `out_stride` apart) from w[i], g[i],
-  // buf[i]; where `freeze`, what is 0 stays 0, its buffer too.
-  void (*sgd_update)(RowUpdate, bool freeze, const Rows&, const T* w, const T* g, const T* buf, T* buf_out,
-                     int64_t out_stride, A* z, const SgdScalars<A>&);
+  // z[i], which may be w[i] itself unless `freeze`, and the new states, from w[i], the gradient and the states;
+  // where `freeze`, what is 0 stays 0, its states too.
+  void (*update)(const Update<A>&, bool freeze, const Rows&, const Places<T>&, A* z);
   // sums[j] += the statistics of column j of z [rows, columns] (rows `stride` apart) at threshold t[j].
   void (*column_stats)(int64_t rows, int64_t columns, int64_t stride, const A* z, const A* t,
                        ColumnSums sums);

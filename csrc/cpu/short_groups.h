@@ -19,8 +19,7 @@ class ShortGroups {
       : tensor_(tensor),
         L_(layout),
         thresholds_(tensor.thresholds().template as<A>()),
-        scalars_(tensor.h->sgd.template as<A>()),
-        update_{tensor.phase, tensor.h->nesterov, tensor.h->sgd.weight_decay != 0},
+        update_(tensor, *tensor.h),
         freeze_(tensor.h->freeze == Freeze::group),
         most_(std::max(kShortBlock / (layout.group_size() * kTogether), int64_t{1}) * kTogether),
         scratch_(scratch) {}
@@ -38,9 +37,13 @@ class ShortGroups {
 
  private:
   T* w(int64_t at) const { return static_cast<T*>(tensor_.w) + at; }
-  T* buf(int64_t at) const { return tensor_.buf ? static_cast<T*>(tensor_.buf) + at : nullptr; }
-  const T* grad(int64_t at) const {
-    return tensor_.grad ? static_cast<const T*>(tensor_.grad) + at : nullptr;
+  // What is read and written from element `at` on, in rows `stride` apart.
+  Places<T> places(int64_t at, int64_t stride) const {
+    Places<T> all{w(at), tensor_.grad ? static_cast<const T*>(tensor_.grad) + at : nullptr, {}, {}, stride};
+    for (int s = 0; s < kMostStates; ++s)
+      if (tensor_.states[s] != nullptr)
+        all.states[s] = all.new_states[s] = static_cast<T*>(tensor_.states[s]) + at;
+    return all;
   }
 
   // Columns [c, c + columns) of the matrix at k1.
@@ -49,11 +52,12 @@ class ShortGroups {
     A* const z = take_block(columns);
     find_alive(columns, w(at), stride);
     const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
-    ops_.sgd_update(update_, freezes_elements(tensor_), m, w(at), grad(at), buf(at), buf(at), stride, z,
-                    scalars_);
+    const Places<T> all = places(at, stride);
+    ops_.update(update_, freezes_elements(tensor_), m, all, z);
     shrink(columns, z, w(at), stride);
-    for (int64_t r = 0; freeze_ && tensor_.buf && r < L_.R1; ++r)
-      ops_.mask(columns, alive_, buf(at) + r * stride);
+    for (T* const state : all.new_states)
+      for (int64_t r = 0; freeze_ && state != nullptr && r < L_.R1; ++r)
+        ops_.mask(columns, alive_, state + r * stride);
   }
 
   // Some small matrices from k1 on, one run of memory: they are put side by side, as one wide matrix.
@@ -73,12 +77,14 @@ class ShortGroups {
     if (freeze_) each_row([&](int64_t i, int64_t j) { copy(w(at + i), result + j); });
     find_alive(columns, result, columns);
     const Rows m{1, n, n, n, 0, 1, false, false};
-    ops_.sgd_update(update_, freezes_elements(tensor_), m, w(at), grad(at), buf(at), buf(at), n, z, scalars_);
+    const Places<T> all = places(at, n);
+    ops_.update(update_, freezes_elements(tensor_), m, all, z);
     each_row([&](int64_t i, int64_t j) { copy(z + i, wide + j); });
     shrink(columns, wide, result, columns);
     each_row([&](int64_t i, int64_t j) { copy(result + j, w(at + i)); });
-    if (freeze_ && tensor_.buf)
-      each_row([&](int64_t i, int64_t j) { ops_.mask(L_.row_length(), alive_ + j % columns, buf(at + i)); });
+    for (T* const state : all.new_states)
+      if (freeze_ && state != nullptr)
+        each_row([&](int64_t i, int64_t j) { ops_.mask(L_.row_length(), alive_ + j % columns, state + i); });
   }
 
   // Room for z, and for what its groups need.
@@ -121,8 +127,7 @@ class ShortGroups {
   const StepTensor& tensor_;  // outlives this object
   const Layout L_;
   const Thresholds<A> thresholds_;
-  const SgdScalars<A> scalars_;
-  const RowUpdate update_;
+  const Update<A> update_;
   const bool freeze_;
   const int64_t most_;  // groups at a time
   Scratch& scratch_;

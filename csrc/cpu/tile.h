@@ -36,8 +36,8 @@ class TileRunner {
         groups_((tile.c1 + layout.R2 - 1) / layout.R2 - group0_),
         fold_(by_columns_ ? layout.R2 : 1),
         thresholds_(tensor.thresholds().template as<A>()),
-        scalars_(tensor.h->sgd.template as<A>()),
-        update_{tensor.phase, tensor.h->nesterov, tensor.h->sgd.weight_decay != 0},
+        states_(states_of(tensor.h->rule).n),
+        update_(tensor, *tensor.h),
         freeze_groups_(tensor.h->freeze == Freeze::group && tensor.has_groups && !has_ones(tensor)),
         aliases_(rows_alias(layout, sizeof(T))),
         block_rows_(rows_of_block(kBlockBytes / (block_columns(layout, tile, kind) * sizeof(A)))),
@@ -73,7 +73,7 @@ class TileRunner {
 
   // No norm is needed: w = soft(z, c), or z itself; or each element is its own norm.
   void run_elementwise() {
-    update_rows(tile_.r0, tile_.r1, /*keep_buf=*/true);
+    update_rows(tile_.r0, tile_.r1, /*keep_states=*/true);
     const int64_t n = tile_.rows() * tile_.columns();
     if (has_ones(tensor_) && thresholds_.need_norms())
       ops_.apply_ones(n, z(tile_.r0), thresholds_, tensor_.h->exact, w(tile_.r0));
@@ -126,7 +126,9 @@ class TileRunner {
  private:
   int64_t offset(int64_t r) const { return L_.offset(tile_.k1, r, 0) + tile_.c0; }
   T* w(int64_t r) const { return static_cast<T*>(tensor_.w) + offset(r); }
-  T* buf(int64_t r) const { return tensor_.buf ? static_cast<T*>(tensor_.buf) + offset(r) : nullptr; }
+  T* state(int s, int64_t r) const {
+    return tensor_.states[s] ? static_cast<T*>(tensor_.states[s]) + offset(r) : nullptr;
+  }
   const T* grad(int64_t r) const {
     return tensor_.grad ? static_cast<const T*>(tensor_.grad) + offset(r) : nullptr;
   }
@@ -139,7 +141,7 @@ class TileRunner {
     int64_t kept = 0;
     if (swept || (!z_in_w_ && kind != TileKind::piece)) {
       kept = std::min(scratch.left(), z_bytes()) / (tile_.columns() * int64_t{sizeof(A)});
-      const int64_t others = z_in_w_ ? 0 : most_block_rows_ + 1;  // block_ and unused_buf_
+      const int64_t others = z_in_w_ ? 0 : most_block_rows_ + states_;  // block_ and unused_states_
       if (kept < tile_.rows()) kept = std::max(kept - others, int64_t{0}) / kSumRows * kSumRows;
       kept = std::min(kept, tile_.rows());
     }
@@ -148,7 +150,7 @@ class TileRunner {
     z_ = scratch.take<A>(kept * tile_.columns());
     if (kept_ == tile_.r1) return;
     block_ = scratch.take<A>(std::min(most_block_rows_, tile_.rows()) * tile_.columns());
-    unused_buf_ = scratch.take<T>(tile_.columns());
+    unused_states_ = scratch.take<T>(states_ * tile_.columns());
   }
 
   A* z(int64_t r) const {
@@ -191,7 +193,7 @@ class TileRunner {
     const int64_t begin = first ? tile_.r0 : kept_, rows = first ? block_rows_ : most_block_rows_;
     for_each_block(begin, tile_.r1, rows, [&](int64_t r0, int64_t r1) {
       if (first) find_alive(r0, r1);
-      update_rows(r0, r1, /*keep_buf=*/r0 < kept_);
+      update_rows(r0, r1, /*keep_states=*/r0 < kept_);
       add_stats(r0, r1);
     });
     fold_sums();
@@ -202,15 +204,19 @@ class TileRunner {
     apply_rows(tile_.r0, in_scratch_, solvers);
     apply_rows(in_scratch_, kept_, solvers);
     for_each_block(kept_, tile_.r1, block_rows_, [&](int64_t r0, int64_t r1) {
-      update_rows(r0, r1, /*keep_buf=*/true);
+      update_rows(r0, r1, /*keep_states=*/true);
       apply_rows(r0, r1, solvers);
     });
   }
 
-  void update_rows(int64_t r0, int64_t r1, bool keep_buf) {
+  void update_rows(int64_t r0, int64_t r1, bool keep_states) {
     if (z_in_w_ && r0 >= in_scratch_ && tensor_.phase == Phase::prox_alone) return;
-    ops_.sgd_update(update_, freezes_elements(tensor_), rows(r0, r1), w(r0), grad(r0), buf(r0),
-                    keep_buf ? buf(r0) : unused_buf_, keep_buf ? L_.row_length() : 0, z(r0), scalars_);
+    Places<T> at{w(r0), grad(r0), {}, {}, keep_states ? L_.row_length() : 0};
+    for (int s = 0; s < states_; ++s) {
+      at.states[s] = state(s, r0);
+      at.new_states[s] = keep_states ? state(s, r0) : unused_states_ + s * tile_.columns();
+    }
+    ops_.update(update_, freezes_elements(tensor_), rows(r0, r1), at, z(r0));
   }
 
   void find_alive(int64_t r0, int64_t r1) {
@@ -272,9 +278,10 @@ class TileRunner {
           ops_.apply_run(end - begin, z(r) + begin, solvers[g].at, w(r) + begin);
         });
       if (!thresholds_.any() && !(z_in_w_ && r0 >= in_scratch_)) ops_.store(tile_.columns(), z(r), w(r));
-      if (any_dead_)
-        for (T* x : {w(r), buf(r)})
-          if (x) zero_dead_groups(x);
+      if (!any_dead_) continue;
+      zero_dead_groups(w(r));
+      for (int s = 0; s < states_; ++s)
+        if (state(s, r) != nullptr) zero_dead_groups(state(s, r));
     }
   }
 
@@ -291,8 +298,8 @@ class TileRunner {
   const bool by_columns_;
   const int64_t group0_, groups_, fold_;
   const Thresholds<A> thresholds_;
-  const SgdScalars<A> scalars_;
-  const RowUpdate update_;
+  const int states_;  // of the rule
+  const Update<A> update_;
   const bool freeze_groups_, aliases_;
   const int64_t block_rows_, most_block_rows_, rows_ahead_;
   const bool z_in_w_;   // where it is not in scratch
@@ -302,7 +309,7 @@ class TileRunner {
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // by stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;
-  T* unused_buf_ = nullptr;
+  T* unused_states_ = nullptr;
   bool any_dead_ = false;
   const RowOps<T>& ops_ = row_ops<T>();
 };

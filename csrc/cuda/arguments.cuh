@@ -5,8 +5,8 @@
 namespace cges::cuda {
 
 constexpr int kMostArguments = 32764;  // bytes; CUDA >= 12.1, sm_70 on
-// A launch with the most takes some 3 us longer than with these, which hold the 161 tensors of ResNet-50.
-constexpr int kFewArguments = 5120, kFewTensors = 176;
+// A launch with the most takes some 3 us longer than with fewer, which hold the 161 tensors of ResNet-50.
+constexpr int kFewTensors = 176;
 
 // What travels with each step: of a launch,
 struct StepHead {
@@ -17,6 +17,7 @@ struct StepHead {
   int32_t* counters;
   int32_t tile_count, tiles_in_parts, slots, z_passes;  // see Work
   int32_t tickets, stages, panels;
+  void* corrected;  // Own of each tensor, if it is not known on the host
   LossScale loss_scale;
 
   // Whether nothing is to change at all; the same for all blocks.
@@ -26,28 +27,42 @@ struct StepHead {
 };
 
 // and of its tensors: a kernel's only argument. What stays from step to step lies in device memory.
-template <typename A, int bytes>
+template <typename A, typename UpdateRule, bool few>
 struct StepTable : StepHead {
-  static constexpr int kTensors = bytes == kFewArguments ? kFewTensors : kMaxTensors;
+  using Rule = UpdateRule;
+  static constexpr int kBytes = few ? Rule::kFewArguments : kMostArguments;
+  static constexpr int kTensors = few ? kFewTensors : Rule::kMostTensors, kStates = Rule::kStates;
+  using Own = typename Rule::template Own<A>;
+  using Group = ParamGroup<A, Rule>;
+  static constexpr int kOwn = Own::kNone ? 1 : kTensors;
   static constexpr int kParamGroups =
-      int((bytes - sizeof(StepHead) - 8 - kTensors * (sizeof(TensorAddresses) + 2)) / sizeof(ParamGroup<A>));
+      int((kBytes - sizeof(StepHead) - 32 - kTensors * (sizeof(TensorAddresses<kStates>) + 2) -
+           kOwn * sizeof(Own)) /
+          sizeof(Group));
 
-  TensorAddresses tensors[kTensors];
-  uint16_t packed[kTensors];  // index of its param group * 16 + plain * 8 + phase + 1
-  ParamGroup<A> param_groups[kParamGroups];
+  TensorAddresses<kStates> tensors[kTensors];
+  Own owns[kOwn];
+  uint16_t packed[kTensors];  // index of its param group * 32 + counts_here * 16 + plain * 8 + phase + 1
+  Group param_groups[kParamGroups];
 
-  void set(int tensor, int param_group, bool plain, Phase phase) {
-    packed[tensor] = uint16_t(param_group * 16 + plain * 8 + int(phase) + 1);
+  void set(int tensor, int param_group, bool counts_here, bool plain, Phase phase) {
+    packed[tensor] = uint16_t(param_group * 32 + counts_here * 16 + plain * 8 + int(phase) + 1);
   }
   // Whether the tensor has a gradient.
   __device__ bool steps(int tensor) const { return packed[tensor] % 8 != 0; }
   __device__ Phase phase(int tensor) const { return Phase(int(packed[tensor] % 8) - 1); }
-  // Whether the step of the tensor is one that SgdRule and the kernels call plain.
+  // Whether the step of the tensor is one that rules and kernels call plain.
   __device__ bool plain(int tensor) const { return packed[tensor] / 8 % 2 != 0; }
-  __device__ const ParamGroup<A>& of(int tensor) const { return param_groups[packed[tensor] / 16]; }
+  // Whether its count of steps lies on the device.
+  __device__ bool counts_here(int tensor) const { return packed[tensor] / 16 % 2 != 0; }
+  __device__ const Group& of(int tensor) const { return param_groups[packed[tensor] / 32]; }
+  __device__ Own own(int tensor) const {
+    if constexpr (Own::kNone) return {};
+    return corrected != nullptr ? static_cast<const Own*>(corrected)[tensor] : owns[tensor];
+  }
 };
 
-template <typename T, int bytes>
-using StepTableOf = StepTable<Compute<T>, bytes>;
+template <typename T, typename Rule, bool few>
+using StepTableOf = StepTable<Compute<T>, Rule, few>;
 
 }  // namespace cges::cuda

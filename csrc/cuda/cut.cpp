@@ -20,9 +20,10 @@ int64_t ceil_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 * ceil_power_of_two
 template <typename A>
 class Cutter {
  public:
-  Cutter(const Device& device, int64_t size)
+  Cutter(const Device& device, int64_t size, int states)
       : device_(device),
         size_(size),
+        states_(states),
         vector_(16 / size),
         elements_of_thread_(size == 8 ? kElementsOfThread<8> : kElementsOfThread<4>) {}
 
@@ -99,7 +100,9 @@ class Cutter {
   static int64_t passes_of(const Tile& x) { return std::max<int64_t>(x.passes, kLeastPasses); }
   int64_t pass_bytes() const { return kTileThreads * vector_ * int64_t(sizeof(A)); }
   // For how many passes of z there is room beside a ring of so many slots.
-  int64_t room(int slots) const { return (device_.tile_bytes - TileMemory<A>(slots).z) / pass_bytes(); }
+  int64_t room(int slots) const {
+    return (device_.tile_bytes - TileMemory<A>(slots, states_).z) / pass_bytes();
+  }
 
   // Whether a block's threads reach across, and each has at most one group to solve.
   bool spans(int64_t columns, int64_t run, int64_t matrices) const {
@@ -123,7 +126,7 @@ class Cutter {
     }
     work_.slots = wish <= room(kMostSlots) ? kMostSlots : kLeastSlots;
     work_.z_passes = int32_t(work_.tiles_in_parts > 0 ? room(work_.slots) : passes);
-    work_.shared_tiles = TileMemory<A>(work_.slots).z + work_.z_passes * pass_bytes();
+    work_.shared_tiles = TileMemory<A>(work_.slots, states_).z + work_.z_passes * pass_bytes();
   }
 
   void add_elements(int64_t n) {
@@ -306,26 +309,29 @@ class Cutter {
   }
 
   const Device device_;
-  const int64_t size_, vector_, elements_of_thread_;
+  const int64_t size_;
+  const int states_;  // of the rule
+  const int64_t vector_, elements_of_thread_;
   std::vector<Rows> rows_, elements_;  // the latter without groups, which count as one element each
   int32_t tensor_ = 0;
   std::vector<Tile> parts_;
   Work work_;
-  ChunkCutter<A> chunks_{device_, size_, work_};
+  ChunkCutter<A> chunks_{device_, size_, states_, work_};
 };
 
 template <typename A>
-Work cut_all(const std::vector<TensorShape>& tensors, int64_t size, const Device& device) {
-  Cutter<A> cutter(device, size);
+Work cut_all(const std::vector<TensorShape>& tensors, int64_t size, int states, const Device& device) {
+  Cutter<A> cutter(device, size, states);
   for (size_t i = 0; i < tensors.size(); ++i) cutter.add(int32_t(i), tensors[i]);
   return cutter.finish();
 }
 
 }  // namespace
 
-Work cut(const std::vector<TensorShape>& tensors, DType dtype, const Device& device) {
-  if (dtype == DType::f64) return cut_all<double>(tensors, sizeof(double), device);
-  return cut_all<float>(tensors, dtype == DType::f32 ? 4 : 2, device);
+Work cut(const std::vector<TensorShape>& tensors, Rule rule, DType dtype, const Device& device) {
+  const int states = states_of(rule).n;
+  if (dtype == DType::f64) return cut_all<double>(tensors, sizeof(double), states, device);
+  return cut_all<float>(tensors, dtype == DType::f32 ? 4 : 2, states, device);
 }
 
 }  // namespace cges::cuda

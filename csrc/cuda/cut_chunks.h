@@ -14,8 +14,8 @@ inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 template <typename A>
 class ChunkCutter {
  public:
-  ChunkCutter(const Device& device, int64_t size, Work& work)
-      : device_(device), size_(size), vector_(16 / size), work_(work) {}
+  ChunkCutter(const Device& device, int64_t size, int states, Work& work)
+      : device_(device), size_(size), vector_(16 / size), states_(states), work_(work) {}
 
   // A group of n contiguous elements.
   void add_run(int32_t tensor, int64_t begin, int64_t n) {
@@ -35,7 +35,7 @@ class ChunkCutter {
   // A window holds whole panels, as many as the L2 keeps: half of it, for what has just left is still there.
   void add_windows() {
     auto& chunks = work_.chunks;
-    const int64_t keeps = device_.l2_bytes / 2 / (3 * size_);
+    const int64_t keeps = device_.l2_bytes / 2 / ((2 + states_) * size_);
     for (size_t begin = 0, end = 0; begin < chunks.size(); begin = end) {
       int64_t elements = 0;
       do {
@@ -148,6 +148,7 @@ class ChunkCutter {
 
   const Device& device_;
   const int64_t size_, vector_;
+  const int states_;  // of the rule
   Work& work_;
   int32_t tensor_ = 0;
 };

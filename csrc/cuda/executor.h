@@ -19,7 +19,6 @@ namespace cges::cuda {
 
 constexpr int kThreads = CGES_THREADS;  // of a block
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kMaxTensors = 1000;
 // That a thread of the kernels for rows holds in registers, of a type of so many bytes.
 template <int bytes>
 constexpr int kElementsOfThread = bytes == 8 ? CGES_ROW_ELEMENTS / 2 : CGES_ROW_ELEMENTS;
@@ -40,8 +39,9 @@ struct alignas(16) Strip {
 constexpr int kTileThreads = 2 * kThreads;  // of a block of the kernel for tiles
 // A ring of slots, each for what all threads read of one row: 16 bytes of a weight, its gradient and each
 // state. All but one of them are under way: two where there is shared memory enough.
-constexpr int kRingArrays = 2 + kSgdStates, kMostSlots = 3, kLeastSlots = 2;
-constexpr int64_t kSlotBytes = kRingArrays * kTileThreads * int64_t{16};
+constexpr int kMostSlots = 3, kLeastSlots = 2;
+CGES_FN constexpr int ring_arrays(int states) { return 2 + states; }
+CGES_FN constexpr int64_t slot_bytes(int states) { return ring_arrays(states) * kTileThreads * int64_t{16}; }
 
 // What such a block has on its chip at a time: whole groups, or elements without groups. Matrices of rows x
 // columns elements, one after the other in memory; or, of one matrix, some of its columns. The block's
@@ -83,7 +83,7 @@ struct TileMemory {
   int64_t found = kQueue * int64_t(sizeof(Tile)),
           alive = found + kTileThreads * int64_t(sizeof(Shrinkage<A>)), ring = alive + kTileThreads * 4, z;
 
-  CGES_FN explicit TileMemory(int slots) : z(ring + slots * kSlotBytes) {}
+  CGES_FN TileMemory(int slots, int states) : z(ring + slots * slot_bytes(states)) {}
 };
 
 // A block's work in the kernel for chunks: rows x columns elements of one tensor, the columns contiguous,
@@ -179,14 +179,17 @@ struct Work {
   int32_t panels = 0;
 };
 
-// How many param groups one launch can carry.
-int max_param_groups(DType dtype);
+// How many tensors and param groups one launch can carry.
+struct Capacity {
+  int64_t tensors, param_groups;
+};
+Capacity capacity(Rule rule, DType dtype);
 
 // How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours; but elements
 // without groups, whose bits no cut can change, ride in whichever kernel runs anyway.
-Work cut(const std::vector<TensorShape>& tensors, DType dtype, const Device& device);
+Work cut(const std::vector<TensorShape>& tensors, Rule rule, DType dtype, const Device& device);
 
-// One step of at most kMaxTensors tensors of one dtype and device.
+// One step of as many tensors of one dtype and device as a launch can carry.
 struct Step {
   const Work& work;
   const Strip* strips;  // work's, in device memory
@@ -194,19 +197,23 @@ struct Step {
   const Item* chunks;
   void* scratch;
   int32_t* counters;  // zeros before the first step; every step leaves zeros
-  const std::vector<TensorAddresses>& tensors;
-  const std::vector<Phase>& phases;
+  void* corrected;    // kCorrectedBytes for each tensor; what a step finds there does not matter
+  const std::vector<TensorInStep>& tensors;
   const std::vector<int32_t>& param_groups;  // of each tensor, one of `hyperparameters`
   const std::vector<Hyperparameters>& hyperparameters;
   LossScale loss_scale;
 };
 
 // What follows throws std::runtime_error where the driver or the device cannot.
-Device describe_device(int index);
-void check_device(int index);                                 // that this build runs on it
-void prepare(Work& work, DType dtype, const Device& device);  // loads its kernels, before anything is written
+Device describe_device(int index, Rule rule);
+void check_device(int index);  // that this build runs on it
+// Loads its kernels, before anything is written.
+void prepare(Work& work, Rule rule, DType dtype, const Device& device);
 // `launched` tells whether an earlier part of this step has been launched, for the error, and becomes true.
-void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched);
+void launch(const Step& step, Rule rule, DType dtype, const Device& device, void* stream, bool& launched);
+
+// Of memory on the device, for each tensor whose numbers the host does not know.
+constexpr int64_t kCorrectedBytes = 16;
 
 // For tests: at most so much shared memory and so many multiprocessors, so that small groups count as large.
 void limit_device(int64_t shared_bytes, int64_t multiprocessors);

@@ -25,9 +25,9 @@ __device__ __forceinline__ void add_from_lane(Sums<A>& sums, int apart) {
   sums += other;
 }
 
-template <typename A>
+template <typename A, typename Rule>
 __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>& sums,
-                                      const ParamGroup<A>& h) {
+                                      const ParamGroup<A, Rule>& h) {
   if (sums.alive == A(0)) solver.done = true;  // frozen: nothing reads what it would find
   if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, h.exact, kEpsilon<A>);
 }
@@ -81,8 +81,8 @@ __device__ __forceinline__ int sum_columns(int rows, int columns, Sums<A>* entri
 }
 
 // The sums of each group of a slab whose z is in shared memory, in exchange[g].
-template <typename T>
-__device__ __forceinline__ void sum_groups(const Slab<T>& slab, int run, int groups,
+template <typename T, int kStates>
+__device__ __forceinline__ void sum_groups(const Slab<T, kStates>& slab, int run, int groups,
                                            const SharedArrays<Compute<T>>& shared, Sums<Compute<T>>* out) {
   using A = Compute<T>;
   const bool one = groups == 1;  // then z is one long column
@@ -103,9 +103,9 @@ __device__ __forceinline__ void sum_groups(const Slab<T>& slab, int run, int gro
 }
 
 // Searches from t = c, and groups that count as alive unless zeros are frozen group by group.
-template <typename A>
+template <typename A, typename Rule>
 __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int groups,
-                                             const ParamGroup<A>& h) {
+                                             const ParamGroup<A, Rule>& h) {
   for (int g = threadIdx.x; g < groups; g += kThreads) {
     shared.solvers[g].start(h.thresholds);
     shared.alive[g] = h.freeze != Freeze::group;
@@ -113,22 +113,24 @@ __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int 
   __syncthreads();
 }
 
-template <typename T>
-__device__ __forceinline__ void mark_alive(const Slab<T>& slab, int run, unsigned alive, int* groups) {
-  for (int v = 0; v < Slab<T>::kVector && slab.column + v < slab.columns; ++v)
+template <typename T, int kStates>
+__device__ __forceinline__ void mark_alive(const Slab<T, kStates>& slab, int run, unsigned alive,
+                                           int* groups) {
+  for (int v = 0; v < slab.kVector && slab.column + v < slab.columns; ++v)
     if (alive >> v & 1) atomicOr(&groups[(slab.column + v) / run], 1);
 }
 
 // w = s * soft(z, t) with each group's own s and t.
-template <typename T>
-__device__ __forceinline__ void apply_slab(const Slab<T>& slab, int run, int groups,
-                                           const ParamGroup<Compute<T>>& h,
+template <typename T, typename Rule>
+__device__ __forceinline__ void apply_slab(const Slab<T, Rule::kStates>& slab, int run, int groups,
+                                           const ParamGroup<Compute<T>, Rule>& h,
                                            const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
-  Shrinkage<A> at[Slab<T>::kVector];
+  constexpr int kVector = Slab<T, Rule::kStates>::kVector;
+  Shrinkage<A> at[kVector];
   unsigned dead = 0;
 #pragma unroll
-  for (int v = 0; v < Slab<T>::kVector; ++v) {
+  for (int v = 0; v < kVector; ++v) {
     const int g = min(slab.column + v, slab.columns - 1) / run;
     at[v] = shared.solvers[g].at;
     if (shared.alive[g] == 0) dead |= 1u << v;
@@ -138,7 +140,7 @@ __device__ __forceinline__ void apply_slab(const Slab<T>& slab, int run, int gro
     return store_slab(slab, shared.z, [&](A z, int v) { return apply_shrinkage<T>(z, at[v]); });
   store_slab(slab, shared.z,
              [&](A z, int v) { return dead >> v & 1 ? T(0.0f) : shrunk<T>(z, at[v], shrinks); });
-  clear_buffer(slab, dead);
+  clear_states(slab, dead);
 }
 
 }  // namespace cges::cuda

@@ -21,9 +21,10 @@ struct Panel {
 
 // A chunk's sums go to its partials; the last of the panel's chunks to arrive adds them all up and moves each
 // group's search on by one sweep.
-template <typename T>
+template <typename T, typename Rule>
 __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& item,
-                                            const ParamGroup<Compute<T>>& h, const Slab<T>& slab, int stage,
+                                            const ParamGroup<Compute<T>, Rule>& h,
+                                            const Slab<T, Rule::kStates>& slab, int stage,
                                             const SharedArrays<Compute<T>>& shared) {
   using A = Compute<T>;
   const Panel<A> panel(table, item);
@@ -60,9 +61,10 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
 }
 
 // Whether this chunk has anything to do at this stage; if so, its groups' searches go on from where they are.
-template <typename A>
-__device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item, const ParamGroup<A>& h,
-                                             int stage, const SharedArrays<A>& shared) {
+template <typename A, typename Rule>
+__device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item,
+                                             const ParamGroup<A, Rule>& h, int stage,
+                                             const SharedArrays<A>& shared) {
   if (!h.need_sums()) return stage == table.stages;
   if (stage == 0) return true;
   const Panel<A> panel(table, item);
@@ -82,14 +84,14 @@ __device__ __forceinline__ void run_chunk(const Table& table, const Item& item, 
                                           unsigned char* memory) {
   using A = Compute<T>;
   // a copy: indexed constants are slow to reach
-  const ParamGroup<A> h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
+  const auto h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
-  const Slab<T> slab(table.tensors[item.tensor], table.phase(item.tensor), item);
+  const Slab<T, Table::kStates> slab(table.tensors[item.tensor], table.phase(item.tensor), item);
   const bool applies = stage == table.stages;
   start_groups(shared, groups, h);
   if (!resume_chunk(table, item, h, stage, shared)) return;
-  const unsigned alive = update_slab(slab, h, applies, shared.z);
+  const unsigned alive = update_slab(slab, h, table.own(item.tensor), applies, shared.z);
   if (h.freeze == Freeze::group && stage == 0) mark_alive(slab, run, alive, shared.alive);
   __syncthreads();
   if (applies)

@@ -63,12 +63,17 @@ cudaError_t allow_shared(Kernel kernel, int64_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
-template <typename A>
-ParamGroup<A> to_param_group(const Hyperparameters& h) {
+template <typename F>
+void with_rule(Rule rule, F f) {
+  rule == Rule::sgd ? f.template operator()<Sgd>() : f.template operator()<Adamw>();
+}
+
+template <typename A, typename UpdateRule>
+ParamGroup<A, UpdateRule> to_param_group(const Hyperparameters& h) {
   const Coefficients<double>& bare = h.coefficients;
   const Thresholds<double> thresholds =
       h.device.any() ? Thresholds<double>{bare.group_lasso, bare.exclusive_lasso, bare.l1} : h.thresholds();
-  return {h.sgd.as<A>(), thresholds.as<A>(), h.nesterov, h.exact, h.freeze, h.device};
+  return {typename UpdateRule::template Group<A>(h), thresholds.as<A>(), h.exact, h.freeze, h.device};
 }
 
 // Whether a step whose phase is running is of the kind that has a path of its own: nothing is asked for
@@ -78,11 +83,18 @@ bool is_plain(const Hyperparameters& h, const LossScale& loss_scale) {
          loss_scale.grad_scale == nullptr;
 }
 
+// Whether some of a tensor's own numbers are known on the device alone.
+bool needs_correction(const Hyperparameters& h, const TensorInStep& tensor) {
+  return tensor.count_on_device != nullptr || (tensor.count > 0 && h.device.lr != nullptr);
+}
+
 // Returns whether all of the step is plain.
-template <typename A, int bytes>
-bool fill(StepTable<A, bytes>& table, const Step& step) {
-  static_assert(sizeof(table) <= bytes && StepTable<A, bytes>::kParamGroups > 0);
+template <typename A, typename UpdateRule, bool few>
+bool fill(StepTable<A, UpdateRule, few>& table, const Step& step) {
+  using Table = StepTable<A, UpdateRule, few>;
+  static_assert(sizeof(table) <= Table::kBytes && Table::kParamGroups > 0);
   bool all_plain = !step.work.ones;
+  table.corrected = nullptr;
   table.tiles = step.tiles;
   table.tile_count = int32_t(step.work.tiles.size());
   table.tiles_in_parts = step.work.tiles_in_parts;
@@ -97,29 +109,40 @@ bool fill(StepTable<A, bytes>& table, const Step& step) {
   table.stages = 1;
   for (size_t i = 0; i < step.hyperparameters.size(); ++i) {
     const Hyperparameters& h = step.hyperparameters[i];
-    table.param_groups[i] = to_param_group<A>(h);
+    table.param_groups[i] = to_param_group<A, UpdateRule>(h);
     if (h.searches()) table.stages = ShrinkageSolver<A>::kMaxSweeps;
   }
   table.tickets = int32_t(step.work.chunks.size() * (table.stages + 1));
   for (size_t i = 0; i < step.tensors.size(); ++i) {
-    TensorAddresses& tensor = table.tensors[i] = step.tensors[i];
-    // What a step lacks lies where w does: an address to count from, never read.
-    if (tensor.grad == nullptr) tensor.grad = tensor.w;
-    if (tensor.buf == nullptr) tensor.buf = tensor.w;
+    const TensorInStep& tensor = step.tensors[i];
+    auto& to = table.tensors[i];
+    to.w = tensor.w;
+    to.grad = tensor.grad != nullptr ? tensor.grad : tensor.w;
+    for (int s = 0; s < UpdateRule::kStates; ++s)
+      to.states[s] = tensor.states[s] != nullptr ? tensor.states[s] : tensor.w;
     const int32_t param_group = step.param_groups[i];
-    const bool plain =
-        step.phases[i] == Phase::running && is_plain(step.hyperparameters[param_group], step.loss_scale);
-    table.set(int(i), param_group, plain, step.phases[i]);
-    all_plain &= plain || step.phases[i] == Phase::skipped;
+    const Hyperparameters& h = step.hyperparameters[param_group];
+    const bool plain = tensor.phase == Phase::running && is_plain(h, step.loss_scale);
+    table.set(int(i), param_group, tensor.count_on_device != nullptr, plain, tensor.phase);
+    if constexpr (!Table::Own::kNone) {
+      table.owns[i] = typename Table::Own(h, tensor);
+      if (needs_correction(h, tensor)) table.corrected = step.corrected;
+    }
+    all_plain &= plain || tensor.phase == Phase::skipped;
   }
   return all_plain;
 }
 
 }  // namespace
 
-int max_param_groups(DType dtype) {
-  return dtype == DType::f64 ? StepTable<double, kMostArguments>::kParamGroups
-                             : StepTable<float, kMostArguments>::kParamGroups;
+Capacity capacity(Rule rule, DType dtype) {
+  Capacity found{};
+  with_rule(rule, [&]<typename UpdateRule>() {
+    found = {UpdateRule::kMostTensors, dtype == DType::f64
+                                           ? StepTable<double, UpdateRule, false>::kParamGroups
+                                           : StepTable<float, UpdateRule, false>::kParamGroups};
+  });
+  return found;
 }
 
 void limit_device(int64_t shared_bytes, int64_t multiprocessors) {
@@ -127,7 +150,7 @@ void limit_device(int64_t shared_bytes, int64_t multiprocessors) {
   multiprocessors_limit = multiprocessors;
 }
 
-Device describe_device(int index) {
+Device describe_device(int index, Rule rule) {
   int driver = 0, runtime = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
@@ -149,79 +172,89 @@ Device describe_device(int index) {
       std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount, index), multiprocessors_limit);
   device.shared_bytes = std::min({half, most, shared_limit});
   // Where small groups are to count as large, the limit is z's: what is around it there must be.
-  const int64_t around = TileMemory<double>(kLeastSlots).z;
+  const int64_t around = TileMemory<double>(kLeastSlots, states_of(rule).n).z;
   device.tile_bytes = shared_limit < most - around ? around + shared_limit : most;
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
   device.cooperative = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
   return device;
 }
 
-void prepare(Work& work, DType dtype, const Device& device) {
+void prepare(Work& work, Rule rule, DType dtype, const Device& device) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
-  with_type(dtype, [&]<typename T>() {
-    const auto prepare_kernels = [&]<int bytes>() {
-      // This loads a kernel as well, which must not be left to a step that is captured in a graph.
-      const auto load = [](auto kernel, int64_t shared) {
-        cudaFuncAttributes found{};
-        check(cudaFuncGetAttributes(&found, kernel),
-              "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
-        check(allow_shared(kernel, shared), "cudaFuncSetAttribute");
-      };
-      load(step_rows<T, bytes, true>, kRowsShared<Compute<T>>);
-      load(step_rows<T, bytes, false>, kRowsShared<Compute<T>>);
-      load(step_chunks<T, bytes>, device.shared_bytes);
-      for (const auto kernel : {step_tiles<T, bytes, true>, step_tiles<T, bytes, false>}) {
-        load(kernel, device.tile_bytes);
-        int resident = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kTileThreads,
-                                                            size_t(work.shared_tiles)),
-              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-        if (resident == 0 && !work.tiles.empty())
-          throw std::runtime_error("cuda executor: expected room for a block of " +
-                                   std::to_string(kTileThreads) + " threads and " +
-                                   std::to_string(work.shared_tiles) +
-                                   " bytes of shared memory on a multiprocessor, found none");
-        // What waits for each other is cut so that one block a multiprocessor is enough, see cut.cpp.
-        work.tile_blocks = int32_t(std::min<int64_t>(resident * device.multiprocessors, work.tiles.size()));
-      }
+  const auto prepare_kernels = [&]<typename T, typename UpdateRule, bool few>() {
+    // This loads a kernel as well, which must not be left to a step that is captured in a graph.
+    const auto load = [](auto kernel, int64_t shared) {
+      cudaFuncAttributes found{};
+      check(cudaFuncGetAttributes(&found, kernel),
+            "this build has no kernel for the device; rebuild with its TORCH_CUDA_ARCH_LIST");
+      check(allow_shared(kernel, shared), "cudaFuncSetAttribute");
     };
-    prepare_kernels.template operator()<kFewArguments>();
-    prepare_kernels.template operator()<kMostArguments>();
+    load(step_rows<T, UpdateRule, few, true>, kRowsShared<Compute<T>>);
+    load(step_rows<T, UpdateRule, few, false>, kRowsShared<Compute<T>>);
+    load(step_chunks<T, UpdateRule, few>, device.shared_bytes);
+    if constexpr (!StepTableOf<T, UpdateRule, few>::Own::kNone) load(correct_steps<T, UpdateRule, few>, 0);
+    for (const auto kernel : {step_tiles<T, UpdateRule, few, true>, step_tiles<T, UpdateRule, few, false>}) {
+      load(kernel, device.tile_bytes);
+      int resident = 0;
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kTileThreads,
+                                                          size_t(work.shared_tiles)),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      if (resident == 0 && !work.tiles.empty())
+        throw std::runtime_error(
+            "cuda executor: expected room for a block of " + std::to_string(kTileThreads) + " threads and " +
+            std::to_string(work.shared_tiles) + " bytes of shared memory on a multiprocessor, found none");
+      // What waits for each other is cut so that one block a multiprocessor is enough, see cut.cpp.
+      work.tile_blocks = int32_t(std::min<int64_t>(resident * device.multiprocessors, work.tiles.size()));
+    }
+  };
+  with_rule(rule, [&]<typename UpdateRule>() {
+    with_type(dtype, [&]<typename T>() {
+      prepare_kernels.template operator()<T, UpdateRule, true>();
+      prepare_kernels.template operator()<T, UpdateRule, false>();
+    });
   });
 }
 
 void check_device(int index) {
   Work none;
-  prepare(none, DType::f32, describe_device(index));
+  prepare(none, Rule::sgd, DType::f32, describe_device(index, Rule::sgd));
 }
 
-void launch(const Step& step, DType dtype, const Device& device, void* stream, bool& launched) {
+void launch(const Step& step, Rule rule, DType dtype, const Device& device, void* stream, bool& launched) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   const Work& work = step.work;
-  const auto run = [&](auto kernel, auto& table, int64_t blocks, int threads, int64_t shared,
-                       bool together = false) {
+  const auto run = [&](auto kernel, int64_t blocks, int threads, int64_t shared, bool together,
+                       auto&... arguments) {
     if (blocks == 0) return;
     const Launch with(blocks, threads, shared, together, stream);
-    check(cudaLaunchKernelEx(&with.config, kernel, table),
+    check(cudaLaunchKernelEx(&with.config, kernel, arguments...),
           launched ? "a launch after the first failed, so some parameters have been stepped and others not"
                    : "the launch failed, no parameter has changed");
     launched = true;
   };
-  const auto run_all = [&]<typename T, int bytes>() {
-    static thread_local StepTableOf<T, bytes> table;  // up to 32 KB: not on the stack
+  const auto run_all = [&]<typename T, typename UpdateRule, bool few>() {
+    static thread_local StepTableOf<T, UpdateRule, few> table;  // up to 32 KB: not on the stack
     const bool plain = fill(table, step);
-    run(plain ? step_rows<T, bytes, true> : step_rows<T, bytes, false>, table, int64_t(work.strips.size()),
-        work.strip_threads, kRowsShared<Compute<T>>);
-    run(plain ? step_tiles<T, bytes, true> : step_tiles<T, bytes, false>, table, work.tile_blocks,
-        kTileThreads, work.shared_tiles, work.tiles_in_parts > 0);
-    run(step_chunks<T, bytes>, table, table.tickets, kThreads, work.shared_chunks);
+    if constexpr (!StepTableOf<T, UpdateRule, few>::Own::kNone)
+      if (table.corrected != nullptr) {
+        int tensors = int(step.tensors.size());
+        run(correct_steps<T, UpdateRule, few>, (tensors + kWarp - 1) / kWarp, kWarp, 0, false, table,
+            tensors);
+      }
+    run(plain ? step_rows<T, UpdateRule, few, true> : step_rows<T, UpdateRule, few, false>,
+        int64_t(work.strips.size()), work.strip_threads, kRowsShared<Compute<T>>, false, table);
+    run(plain ? step_tiles<T, UpdateRule, few, true> : step_tiles<T, UpdateRule, few, false>,
+        work.tile_blocks, kTileThreads, work.shared_tiles, work.tiles_in_parts > 0, table);
+    run(step_chunks<T, UpdateRule, few>, table.tickets, kThreads, work.shared_chunks, false, table);
   };
-  with_type(dtype, [&]<typename T>() {
-    using Few = StepTableOf<T, kFewArguments>;
-    if (step.tensors.size() <= Few::kTensors && step.hyperparameters.size() <= Few::kParamGroups)
-      run_all.template operator()<T, kFewArguments>();
-    else
-      run_all.template operator()<T, kMostArguments>();
+  with_rule(rule, [&]<typename UpdateRule>() {
+    with_type(dtype, [&]<typename T>() {
+      using Few = StepTableOf<T, UpdateRule, true>;
+      if (step.tensors.size() <= Few::kTensors && step.hyperparameters.size() <= Few::kParamGroups)
+        run_all.template operator()<T, UpdateRule, true>();
+      else
+        run_all.template operator()<T, UpdateRule, false>();
+    });
   });
 }
 

@@ -23,14 +23,11 @@ struct Part {
   // the last byte, the bytes that one access may move, in all of the tile.
   uint32_t form;
 
-  __device__ Part(const Tile& tile, const TensorAddresses& tensor, Phase phase)
+  __device__ Part(const Tile& tile, const TensorAddresses<kStates>& tensor, Phase phase)
       : w(static_cast<T*>(tensor.w)), grad(static_cast<const T*>(tensor.grad)) {
-    auto odd = reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(grad);
-    for (int s = 0; s < kStates; ++s) {
-      states[s] = state_of<T>(tensor, s);
-      odd |= reinterpret_cast<uintptr_t>(states[s]);
-    }
-    odd |= uintptr_t(tile.begin | tile.pitch | tile.columns | tile.last_columns) * sizeof(T) | 16;
+    for (int s = 0; s < kStates; ++s) states[s] = static_cast<T*>(tensor.states[s]);
+    const auto odd = tensor.bits() |
+                     uintptr_t(tile.begin | tile.pitch | tile.columns | tile.last_columns) * sizeof(T) | 16;
     const bool any = tile.passes > 0 && phase != Phase::skipped;
     const uint32_t unit = any ? uint32_t(odd & -odd) : 16;
     const int row = tile.row_of(threadIdx.x), side = threadIdx.x - row * tile.across;
@@ -75,9 +72,9 @@ struct Part {
 // what it has asked for itself: there is no barrier in the ring.
 template <typename T, int kStates>
 struct Ring {
-  static constexpr int kArrays = 2 + kStates;
+  static constexpr int kArrays = ring_arrays(kStates);
   static constexpr int kArray = kTileThreads * 16, kSlot = kArrays * kArray;
-  static_assert(kSlot == kSlotBytes);
+  static_assert(kSlot == slot_bytes(kStates));
 
   unsigned char* mine;  // the thread's first 16 bytes
   const int32_t& slots;

@@ -62,9 +62,9 @@ __device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exch
 }
 
 // The (s, t) of a team's group from its z, which is 0 where a thread has less.
-template <bool plain, typename A, int kPacks, int kWidth>
+template <bool plain, typename A, typename Rule, int kPacks, int kWidth>
 __device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth], int lanes,
-                                                   const ParamGroup<A>& h, Sums<A>* exchange) {
+                                                   const ParamGroup<A, Rule>& h, Sums<A>* exchange) {
   ShrinkageSolver<A> solver;
   solver.start(h.thresholds);
   while (true) {
@@ -82,10 +82,10 @@ __device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth],
 }
 
 // What a step does with the packs of a strip: the ways in, the update, the ways back.
-template <typename T, bool plain, bool wide>
+template <typename T, typename Rule, bool plain, bool wide>
 struct Packs {
   using A = Compute<T>;
-  using Rule = SgdRule<A, plain>;
+  using Update = typename Rule::template Update<A, plain ? Known::plain : Known::nothing>;
   using Mine = Share<T, wide>;
   static constexpr int kWidth = Mine::kWidth, kStates = Rule::kStates;
   using Elements = Pack<T, kWidth>;
@@ -93,39 +93,41 @@ struct Packs {
     Elements grad, states[kStates];
   };
 
-  const Rule rule;
+  const Update update;
   Mine mine;
   const bool freezes;  // elements that are zero
   T* w;
   const T* grad;
   T* states[kStates];
 
-  __device__ Packs(const Strip& strip, const TensorAddresses& tensor, Phase phase, const ParamGroup<A>& h)
-      : rule(h, phase),
+  template <typename Own>
+  __device__ Packs(const Strip& strip, const TensorAddresses<kStates>& tensor, Phase phase,
+                   const ParamGroup<A, Rule>& h, const Own& own)
+      : update(h.rule, own, phase),
         mine(strip),
         freezes(!plain && (h.freeze == Freeze::element ||
                            (h.freeze == Freeze::group && strip.kind == Strip::Kind::ones))),
         w(static_cast<T*>(tensor.w) + mine.first),
         grad(static_cast<const T*>(tensor.grad) + mine.first) {
-    for (int s = 0; s < kStates; ++s) states[s] = state_of<T>(tensor, s) + mine.first;
+    for (int s = 0; s < kStates; ++s) states[s] = static_cast<T*>(tensor.states[s]) + mine.first;
   }
 
   __device__ Elements read_weights(int k) const { return load_pack<true, kWidth>(w + mine.offset(k), wide); }
   __device__ Read read_rest(int k) const {
-    Read x{};  // zeros where the rule reads nothing
-    if (rule.reads_grad()) x.grad = load_pack<true, kWidth>(grad + mine.offset(k), wide);
-    for (int s = 0; s < kStates && rule.reads_states(); ++s)
+    Read x{};  // zeros where the step reads nothing
+    if (reads_grad(update.phase())) x.grad = load_pack<true, kWidth>(grad + mine.offset(k), wide);
+    for (int s = 0; s < kStates && reads_state(update.phase()); ++s)
       x.states[s] = load_pack<true, kWidth>(states[s] + mine.offset(k), wide);
     return x;
   }
 
   // w becomes z, and the states the new ones; zeros, both, if the group is `dead`.
-  __device__ void update(Read& x, bool dead, A (&z)[kWidth]) const {
-    update_pack<T>(rule, freezes, dead, z, x.grad, x.states);
+  __device__ void make_z(Read& x, bool dead, A (&z)[kWidth]) const {
+    update_pack<T>(update, freezes, dead, z, x.grad, x.states);
   }
 
   __device__ void store_states(int k, const Read& x) const {
-    for (int s = 0; s < kStates && rule.writes_states(); ++s)
+    for (int s = 0; s < kStates && writes_state(update.phase()); ++s)
       store_pack<true>(states[s] + mine.offset(k), x.states[s], wide);
   }
 
@@ -142,14 +144,15 @@ struct Packs {
 // A strip of groups from its loads to its stores; or of elements, for which there is nothing to solve.
 // `plain`: the phase is running and there is nothing that only few ask for, all known when this is compiled;
 // `wide`: all accesses are of 16 bytes.
-template <typename T, bool plain, bool wide>
-__device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, wide>& packs,
-                                            const ParamGroup<Compute<T>>& h, Sums<Compute<T>>* exchange) {
+template <typename T, typename Rule, bool plain, bool wide>
+__device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, plain, wide>& packs,
+                                            const ParamGroup<Compute<T>, Rule>& h,
+                                            Sums<Compute<T>>* exchange) {
   using A = Compute<T>;
-  using P = Packs<T, plain, wide>;
+  using P = Packs<T, Rule, plain, wide>;
   constexpr int kPacks = P::Mine::kPacks;
   // All loads are under way at once, or as many as the registers allow.
-  constexpr int kAtOnce = plain && wide ? kPacks : plain && sizeof(T) > 2 ? 4 : 2;
+  constexpr int kAtOnce = plain && wide ? kPacks / P::kStates : plain && sizeof(T) > 2 ? 4 : 2;
   static_assert(kPacks % kAtOnce == 0);
   const auto& mine = packs.mine;
   const bool grouped = strip.kind == Strip::Kind::groups;
@@ -193,7 +196,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
     for (int k = 0; k < kAtOnce; ++k) {
       if (plain) spread(first + k);
       if (!mine.has(first + k)) continue;
-      packs.update(rest[k], dead, z[first + k]);
+      packs.make_z(rest[k], dead, z[first + k]);
       packs.store_states(first + k, rest[k]);
     }
   }
@@ -213,11 +216,11 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, plain, 
 }
 
 // A strip of groups of one element each, a few at a time: none waits for another.
-template <typename T>
-__device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
-                                          const ParamGroup<Compute<T>>& h) {
+template <typename T, typename Rule>
+__device__ __forceinline__ void step_ones(const Packs<T, Rule, false, false>& packs,
+                                          const ParamGroup<Compute<T>, Rule>& h) {
   using A = Compute<T>;
-  using P = Packs<T, false, false>;
+  using P = Packs<T, Rule, false, false>;
   constexpr int kAtOnce = 4;
 #pragma unroll 1
   for (int first = 0; packs.mine.has(first); first += kAtOnce) {
@@ -233,7 +236,7 @@ __device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
     for (int k = 0; k < kAtOnce; ++k) {
       if (!packs.mine.has(first + k)) continue;
       A z[1] = {A(weights[k].x[0])};
-      packs.update(rest[k], false, z);
+      packs.make_z(rest[k], false, z);
       packs.store_states(first + k, rest[k]);
       if (h.thresholds.any())
         packs.template store_weights<true>(
@@ -244,13 +247,15 @@ __device__ __forceinline__ void step_ones(const Packs<T, false, false>& packs,
   }
 }
 
-template <typename T, bool plain, bool wide>
-__device__ __forceinline__ void step_strip(const Strip& strip, const TensorAddresses& tensor, Phase phase,
-                                           const ParamGroup<Compute<T>>& h, Sums<Compute<T>>* exchange) {
-  Packs<T, plain, wide> packs(strip, tensor, phase, h);
+template <typename T, bool plain, bool wide, typename Table>
+__device__ __forceinline__ void step_strip(const Table& table, const Strip& strip,
+                                           const typename Table::Group& h, Sums<Compute<T>>* exchange) {
+  const int tensor = strip.tensor;
+  Packs<T, typename Table::Rule, plain, wide> packs(strip, table.tensors[tensor], table.phase(tensor), h,
+                                                    table.own(tensor));
   if constexpr (!plain && !wide)
-    if (strip.kind == Strip::Kind::ones) return step_ones<T>(packs, h);
-  step_groups<T, plain, wide>(strip, packs, h, exchange);
+    if (strip.kind == Strip::Kind::ones) return step_ones(packs, h);
+  step_groups(strip, packs, h, exchange);
 }
 
 // A strip by the path that serves it. The choice is made here, once for a block: no loop over elements asks.
@@ -258,20 +263,16 @@ __device__ __forceinline__ void step_strip(const Strip& strip, const TensorAddre
 template <bool plain, typename T, typename Table>
 __device__ __forceinline__ void run_strip(const Table& table, const Strip& strip,
                                           Sums<Compute<T>>* exchange) {
-  const TensorAddresses& tensor = table.tensors[strip.tensor];
-  const Phase phase = table.phase(strip.tensor);
   const auto& h = table.of(strip.tensor);
-  const auto addresses = reinterpret_cast<uintptr_t>(tensor.w) | reinterpret_cast<uintptr_t>(tensor.grad) |
-                         reinterpret_cast<uintptr_t>(tensor.buf);
-  const bool wide = strip.width > 1 && addresses % 16 == 0;
+  const bool wide = strip.width > 1 && table.tensors[strip.tensor].bits() % 16 == 0;
   if constexpr (plain) {
-    if (wide) return step_strip<T, true, true>(strip, tensor, phase, h, exchange);
-    return step_strip<T, true, false>(strip, tensor, phase, h, exchange);
+    if (wide) return step_strip<T, true, true>(table, strip, h, exchange);
+    return step_strip<T, true, false>(table, strip, h, exchange);
   }
-  if (wide && table.plain(strip.tensor)) return step_strip<T, true, true>(strip, tensor, phase, h, exchange);
+  if (wide && table.plain(strip.tensor)) return step_strip<T, true, true>(table, strip, h, exchange);
   const auto resolved = h.resolved(table.loss_scale.grad_scale);
-  if (wide) return step_strip<T, false, true>(strip, tensor, phase, resolved, exchange);
-  step_strip<T, false, false>(strip, tensor, phase, resolved, exchange);
+  if (wide) return step_strip<T, false, true>(table, strip, resolved, exchange);
+  step_strip<T, false, false>(table, strip, resolved, exchange);
 }
 
 }  // namespace cges::cuda

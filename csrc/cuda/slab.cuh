@@ -7,25 +7,26 @@ namespace cges::cuda {
 // Rows x columns elements of one tensor as one thread of a block sees them: its part is one run of kVector
 // columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so are the
 // bits.
-template <typename T>
+template <typename T, int kStates>
 struct Slab {
   using A = Compute<T>;
   static constexpr int kVector = Pack<T>::kSize;
   template <bool wide>
   static constexpr int kBatch = wide ? 2 : 1;  // rows whose loads are under way together
 
-  T* w;  // all three at the slab's first element; null where the step has none
+  T* w;  // all of these at the slab's first element
   const T* grad;
-  T* buf;
+  T* states[kStates];
+  uintptr_t bits;  // of the addresses
   Phase phase;
   int64_t pitch;
   int rows, columns, last_columns;
   int column, row, stride;
 
-  __device__ Slab(const TensorAddresses& tensor, Phase phase, const Item& item)
+  __device__ Slab(const TensorAddresses<kStates>& tensor, Phase phase, const Item& item)
       : w(static_cast<T*>(tensor.w) + item.begin),
-        grad(tensor.grad ? static_cast<const T*>(tensor.grad) + item.begin : nullptr),
-        buf(tensor.buf ? static_cast<T*>(tensor.buf) + item.begin : nullptr),
+        grad(static_cast<const T*>(tensor.grad) + item.begin),
+        bits(tensor.bits() | uintptr_t(item.begin * int64_t(sizeof(T)))),
         phase(phase),
         pitch(item.pitch),
         rows(item.rows),
@@ -34,6 +35,7 @@ struct Slab {
         column(int(threadIdx.x) % item.lanes * kVector),
         row(int(threadIdx.x) / item.lanes),
         stride(kThreads / item.lanes) {
+    for (int s = 0; s < kStates; ++s) states[s] = static_cast<T*>(tensor.states[s]) + item.begin;
     if (row >= stride) column = columns;  // left over: idle
   }
 
@@ -47,11 +49,7 @@ struct Slab {
   __device__ int length(int r) const {
     return min(kVector, (r == rows - 1 ? last_columns : columns) - column);
   }
-  __device__ bool aligned() const {
-    const auto at =
-        reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(grad) | reinterpret_cast<uintptr_t>(buf);
-    return at % 16 == 0 && (rows <= 1 || pitch % kVector == 0);
-  }
+  __device__ bool aligned() const { return bits % 16 == 0 && (rows <= 1 || pitch % kVector == 0); }
 
   // f<wide>(first, end): this thread's rows of first, first + stride, ... < end, at most kBatch of them.
   // Wide: all of them by accesses of 16 bytes.
@@ -70,71 +68,79 @@ struct Slab {
   }
 };
 
-// z of a slab into shared memory, the new buffer into its place. Bit v of the result: column + v has a weight
-// that is not 0. `running`: the phase is, as in all steps but the first.
-template <typename T, bool running>
-__device__ __forceinline__ unsigned update_rows(const Slab<T>& slab, const ParamGroup<Compute<T>>& h,
-                                                bool keep_buf, Compute<T>* z) {
+// z of a slab into shared memory, the new states into their places if they are `kept`. Bit v of the result:
+// column + v has a weight that is not 0.
+template <typename T, int kStates, typename Update>
+__device__ __forceinline__ unsigned update_rows(const Slab<T, kStates>& slab, const Update& update,
+                                                bool freezes_elements, bool kept, Compute<T>* z) {
   using A = Compute<T>;
-  constexpr int kVector = Slab<T>::kVector;
-  const Phase phase = running ? Phase::running : slab.phase;
-  const bool reads_grad = cges::reads_grad(phase);
-  const bool writes_buf = keep_buf && writes_state(phase);
-  const SgdScalars<A> sgd = h.sgd;
-  const bool nesterov = h.nesterov, decay = sgd.weight_decay != A(0);
-  const bool freezes_elements = h.freeze == Freeze::element;
+  using S = Slab<T, kStates>;
+  constexpr int kVector = S::kVector;
+  const Phase phase = update.phase();
+  const bool writes_states = kept && writes_state(phase);
   unsigned alive = 0;
   slab.for_each_batch([&]<bool wide>(int first, int end) {
-    constexpr int kBatch = Slab<T>::template kBatch<wide>;
-    Pack<T> w[kBatch], grad[kBatch], buf[kBatch];
+    constexpr int kBatch = S::template kBatch<wide>;
+    Pack<T> w[kBatch], grad[kBatch] = {}, states[kBatch][kStates] = {};
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int r = first + k * slab.stride;
       if (r >= end) continue;
-      w[k] = load_pack<false, kVector>(slab.w + slab.offset(r), wide, slab.length(r));
-      if (reads_grad) grad[k] = load_pack<false, kVector>(slab.grad + slab.offset(r), wide, slab.length(r));
-      if (running) buf[k] = load_pack<false, kVector>(slab.buf + slab.offset(r), wide, slab.length(r));
+      const auto read = [&](const T* p) {
+        return load_pack<false, kVector>(p + slab.offset(r), wide, slab.length(r));
+      };
+      w[k] = read(slab.w);
+      if (reads_grad(phase)) grad[k] = read(slab.grad);
+      for (int s = 0; s < kStates && reads_state(phase); ++s) states[k][s] = read(slab.states[s]);
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int r = first + k * slab.stride;
       if (r >= end) continue;
-      Pack<A> zs[kVector / Pack<A>::kSize];
+      A x[kVector];
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        const A x = A(w[k].x[v]), g = reads_grad ? A(grad[k].x[v]) : A(0);
-        A b = running ? A(buf[k].x[v]) : A(0);
-        A value = sgd_update(phase, nesterov, decay, x, g, b, sgd);
-        const bool frozen = freezes_elements && x == A(0);
-        value = frozen ? A(0) : value;
-        b = frozen ? A(0) : b;
-        if (x != A(0)) alive |= 1u << v;
-        zs[v / Pack<A>::kSize].x[v % Pack<A>::kSize] = value;
-        buf[k].x[v] = T(b);
+        x[v] = A(w[k].x[v]);
+        if (x[v] != A(0)) alive |= 1u << v;
       }
+      update_pack<T>(update, freezes_elements, false, x, grad[k], states[k]);
       A* const at = z + r * slab.z_pitch() + slab.column;
 #pragma unroll
-      for (int v = 0; v < kVector; v += Pack<A>::kSize) store_shared(at + v, zs[v / Pack<A>::kSize]);
-      if (writes_buf) store_pack<false>(slab.buf + slab.offset(r), buf[k], wide, slab.length(r));
+      for (int v = 0; v < kVector; v += Pack<A>::kSize) {
+        Pack<A> some;
+#pragma unroll
+        for (int i = 0; i < Pack<A>::kSize; ++i) some.x[i] = x[v + i];
+        store_shared(at + v, some);
+      }
+      for (int s = 0; s < kStates && writes_states; ++s)
+        store_pack<false>(slab.states[s] + slab.offset(r), states[k][s], wide, slab.length(r));
     }
   });
   return alive;
 }
 
-template <typename T>
-__device__ __forceinline__ unsigned update_slab(const Slab<T>& slab, const ParamGroup<Compute<T>>& h,
-                                                bool keep_buf, Compute<T>* z) {
-  return slab.phase == Phase::running ? update_rows<T, true>(slab, h, keep_buf, z)
-                                      : update_rows<T, false>(slab, h, keep_buf, z);
+template <typename T, typename Rule, typename Own>
+__device__ __forceinline__ unsigned update_slab(const Slab<T, Rule::kStates>& slab,
+                                                const ParamGroup<Compute<T>, Rule>& h, const Own& own,
+                                                bool kept, Compute<T>* z) {
+  using A = Compute<T>;
+  const bool freezes = h.freeze == Freeze::element;
+  if (slab.phase == Phase::running) {
+    const typename Rule::template Update<A, Known::running> update(h.rule, own, slab.phase);
+    return update_rows(slab, update, freezes, kept, z);
+  }
+  const typename Rule::template Update<A, Known::nothing> update(h.rule, own, slab.phase);
+  return update_rows(slab, update, freezes, kept, z);
 }
 
 // w = value(z, v) for the element in this thread's column v.
-template <typename T, typename F>
-__device__ __forceinline__ void store_slab(const Slab<T>& slab, const Compute<T>* z, F value) {
+template <typename T, int kStates, typename F>
+__device__ __forceinline__ void store_slab(const Slab<T, kStates>& slab, const Compute<T>* z, F value) {
   using A = Compute<T>;
-  constexpr int kVector = Slab<T>::kVector;
+  using S = Slab<T, kStates>;
+  constexpr int kVector = S::kVector;
   slab.for_each_batch([&]<bool wide>(int first, int end) {
-    constexpr int kBatch = Slab<T>::template kBatch<wide>;
+    constexpr int kBatch = S::template kBatch<wide>;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int r = first + k * slab.stride;
@@ -151,13 +157,14 @@ __device__ __forceinline__ void store_slab(const Slab<T>& slab, const Compute<T>
   });
 }
 
-// The buffer's zeros in the columns of the bits of `dead`.
-template <typename T>
-__device__ __forceinline__ void clear_buffer(const Slab<T>& slab, unsigned dead) {
+// The states' zeros in the columns of the bits of `dead`.
+template <typename T, int kStates>
+__device__ __forceinline__ void clear_states(const Slab<T, kStates>& slab, unsigned dead) {
   if (dead == 0 || !writes_state(slab.phase)) return;
   for (int r = slab.row; r < slab.rows; r += slab.stride)
     for (int v = 0; v < slab.length(r); ++v)
-      if (dead >> v & 1) store<false>(slab.buf + slab.offset(r) + v, T(0.0f));
+      for (T* const state : slab.states)
+        if (dead >> v & 1) store<false>(state + slab.offset(r) + v, T(0.0f));
 }
 
 // As it is stored: shrunk, or z itself, bit for bit, where no threshold is.

@@ -13,7 +13,7 @@ template <bool counts, typename A, int kVector>
 __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[kVector], const Tile& tile,
                                                   int sharers, A* slot) {
   constexpr int kEach = 16 / sizeof(A);  // numbers of a thread in one of the slot's arrays
-  constexpr int kArrays = kVector / kEach, kTogether = kRingArrays / kArrays, kSums = counts ? 3 : 2;
+  constexpr int kArrays = kVector / kEach, kTogether = ring_arrays(1) / kArrays, kSums = counts ? 3 : 2;
   const auto entry = [&](int k, int thread, int v) -> A& {
     return slot[((k * kArrays + v / kEach) * kTileThreads + thread) * kEach + v % kEach];
   };

@@ -17,11 +17,14 @@ namespace cges::cuda {
 template <typename A>
 constexpr A kDead = A(-1);
 
-// A block on its way from tile to tile. `plain`: all tensors of the launch are, see SgdRule.
-template <typename T, bool plain, typename Table>
+// A block on its way from tile to tile. `plain`: all tensors of the launch are, see Known.
+template <typename T, typename Rule, bool plain, typename Table>
 struct TileWalk {
   using A = Compute<T>;
-  static constexpr int kStates = SgdRule<A, plain>::kStates, kVector = Pack<T>::kSize, kEach = Pack<A>::kSize;
+  static constexpr int kStates = Rule::kStates, kVector = Pack<T>::kSize, kEach = Pack<A>::kSize;
+  using Group = ParamGroup<A, Rule>;
+  using Update = typename Rule::template Update<A, plain ? Known::plain : Known::nothing>;
+  using PlainUpdate = typename Rule::template Update<A, Known::plain>;
   using MyPart = Part<T, kStates>;
   // With eight columns a thread registers are too few for all: exact mode's first sums are then not counted
   // in the loop that takes z in, and only plain steps go on with the next tile while a part waits for
@@ -48,8 +51,8 @@ struct TileWalk {
 
   // What the launch says of a tile's tensor.
   __device__ Phase phase(const Tile& tile) const { return plain ? Phase::running : table.phase(tile.tensor); }
-  __device__ ParamGroup<A> told(const Tile& tile) const {
-    const ParamGroup<A>& h = table.of(tile.tensor);
+  __device__ Group told(const Tile& tile) const {
+    const Group& h = table.of(tile.tensor);
     return plain ? h : h.resolved(table.loss_scale.grad_scale);
   }
   __device__ MyPart part(const Tile& tile) const {
@@ -109,10 +112,10 @@ struct TileWalk {
     int out_row = 0;
     Shrinkage<A> at[kVector] = {};
     bool waits = false, shrinks = true;
-    // Of the new one: its z's row in turn; its rule, its l1 threshold, whether zeros stay; its sums, and
+    // Of the new one: its z's row in turn; its update, its l1 threshold, whether zeros stay; its sums, and
     // bit v of `any` where column v has a weight that is not zero.
     int in_row = 0;
-    SgdRule<A, plain> rule;
+    Update update;
     A c;
     bool freezes_elements;
     GroupStats<A> stats[kVector];
@@ -138,20 +141,22 @@ struct TileWalk {
   // z of a row, which the ring has brought; the new states, and sums. `simple`: the step of it is plain.
   template <bool simple, bool wide>
   __device__ __forceinline__ void take_in(Hand& hand) const {
-    const SgdRule<A, plain || simple> rule(hand.rule);
+    using Here = std::conditional_t<simple, PlainUpdate, Update>;
+    const Here update(hand.update);
+    const Phase phase = update.phase();
     const int n = wide ? kVector : hand.in.length();
     const Pack<T> w = ring.read(0);
     Pack<T> grad{}, states[kStates] = {};
-    if (rule.reads_grad()) grad = ring.read(1);
-    for (int s = 0; s < kStates && rule.reads_states(); ++s) states[s] = ring.read(2 + s);
+    if (reads_grad(phase)) grad = ring.read(1);
+    for (int s = 0; s < kStates && reads_state(phase); ++s) states[s] = ring.read(2 + s);
     A x[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       x[v] = v < n ? A(w.x[v]) : A(0);
       if (!simple && x[v] != A(0)) hand.any |= 1u << v;
     }
-    update_pack<T>(rule, !simple && hand.freezes_elements, false, x, grad, states);
-    for (int s = 0; s < kStates && rule.writes_states(); ++s)
+    update_pack<T>(update, !simple && hand.freezes_elements, false, x, grad, states);
+    for (int s = 0; s < kStates && writes_state(phase); ++s)
       store_pack<true>(hand.in.states[s], states[s], wide || hand.in.unit() == 16, n);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
@@ -236,7 +241,7 @@ struct TileWalk {
   // mode it waits here.
   template <bool comes_back>
   __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile, int begin) const {
-    const ParamGroup<A> h = told(tile);
+    const Group h = told(tile);
     const bool groups = tile.kind == Tile::Kind::groups;
     const bool freezes = !plain && groups && h.freeze == Freeze::group;
     const bool exact = !plain && !comes_back && h.exact;
@@ -335,7 +340,7 @@ struct TileWalk {
     Hand hand{.out = part(first),
               .in = part(first),
               .ahead = part(first),
-              .rule = SgdRule<A, plain>(table.of(first.tensor), phase(first))};
+              .update = Update(table.of(first.tensor).rule, table.own(first.tensor), phase(first))};
     for (int i = 0; i < ring.ahead(); ++i) ring.template fetch<plain, false>(hand.ahead);
     for (int k = 0;; ++k) {
       const Tile &old = queued(k + kQueue - 1), &now = queued(k), &next = queued(k + 1);
@@ -345,8 +350,8 @@ struct TileWalk {
       if (kGoesOn && hand.waits) hand.out.rows = 0;
       hand.out_row = back(hand.in_row, passes_of(old));
       hand.in = part(now);
-      const ParamGroup<A> h = told(now);
-      hand.rule = SgdRule<A, plain>(h, phase(now));
+      const Group h = told(now);
+      hand.update = Update(h.rule, table.own(now.tensor), phase(now));
       hand.c = h.thresholds.c;
       hand.freezes_elements = h.freeze == Freeze::element;
       for (GroupStats<A>& sums : hand.stats) sums = {};

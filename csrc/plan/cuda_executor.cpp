@@ -53,14 +53,14 @@ at::Tensor empty(int64_t n, c10::ScalarType dtype, c10::Device device) {
 
 }  // namespace
 
-CudaExecutor::CudaExecutor(std::vector<TensorShape> tensors) {
+CudaExecutor::CudaExecutor(Rule rule, std::vector<TensorShape> tensors) : rule_(rule) {
   share_out(tensors);
   for (DeviceTables& tables : all_) {
     const OnDevice here(tables.device);
     std::vector<TensorShape> mine;
     for (const size_t i : tables.tensors) mine.push_back(tensors[i]);
-    tables.work = cuda::cut(mine, tables.dtype, tables.description);
-    cuda::prepare(tables.work, tables.dtype, tables.description);
+    tables.work = cuda::cut(mine, rule_, tables.dtype, tables.description);
+    cuda::prepare(tables.work, rule_, tables.dtype, tables.description);
     put_on_device(tables);
   }
 }
@@ -78,11 +78,13 @@ void CudaExecutor::share_out(const std::vector<TensorShape>& tensors) {
       return std::find(x.param_groups.begin(), x.param_groups.end(), tensor.param_group) -
              x.param_groups.begin();
     };
-    if (tables == all_.rend() || tables->tensors.size() == cuda::kMaxTensors ||
-        place_in(*tables) == cuda::max_param_groups(tensor.dtype)) {
+    const cuda::Capacity most = cuda::capacity(rule_, tensor.dtype);
+    if (tables == all_.rend() || int64_t(tables->tensors.size()) == most.tensors ||
+        place_in(*tables) == most.param_groups) {
       const OnDevice here(device);
       const int index = std::max(tensor.device, 0);
-      all_.push_back({.device = device, .dtype = tensor.dtype, .description = cuda::describe_device(index)});
+      all_.push_back(
+          {.device = device, .dtype = tensor.dtype, .description = cuda::describe_device(index, rule_)});
       tables = all_.rbegin();
     }
     const auto place = place_in(*tables);
@@ -92,7 +94,7 @@ void CudaExecutor::share_out(const std::vector<TensorShape>& tensors) {
   }
 }
 
-void CudaExecutor::put_on_device(DeviceTables& tables) {
+void CudaExecutor::put_on_device(DeviceTables& tables) const {
   const cuda::Work& work = tables.work;
   tables.strips = upload(work.strips, tables.device);
   tables.tiles = upload(work.tiles, tables.device);
@@ -100,6 +102,8 @@ void CudaExecutor::put_on_device(DeviceTables& tables) {
   tables.scratch = empty(work.scratch_bytes, at::kByte, tables.device);
   tables.counters =
       empty(cuda::kCounters + cuda::kPanelCounters * int64_t{work.panels}, at::kInt, tables.device).zero_();
+  const int64_t counted = states_of(rule_).counts ? int64_t(tables.tensors.size()) : 0;
+  tables.corrected = empty(counted * cuda::kCorrectedBytes, at::kByte, tables.device);
   if (!tables.device.is_cpu()) tables.stream = current_stream(tables.device).id();
 }
 
@@ -108,26 +112,21 @@ void* CudaExecutor::stream_of(DeviceTables& tables) {
   if (tables.device.is_cpu()) return nullptr;
   const c10::Stream stream = current_stream(tables.device);
   if (stream.id() != tables.stream) {
-    for (const at::Tensor* x :
-         {&tables.strips, &tables.tiles, &tables.chunks, &tables.scratch, &tables.counters})
+    for (const at::Tensor* x : {&tables.strips, &tables.tiles, &tables.chunks, &tables.scratch,
+                                &tables.counters, &tables.corrected})
       x->record_stream(stream);
     tables.stream = stream.id();
   }
   return stream.native_handle();
 }
 
-bool CudaExecutor::step(const std::vector<TensorAddresses>& addresses, const std::vector<Phase>& phases,
+bool CudaExecutor::step(const std::vector<TensorInStep>& tensors,
                         const std::vector<Hyperparameters>& hyperparameters, const ScalerTensors& scaler) {
   bool launched = false;
   for (DeviceTables& tables : all_) {
-    std::vector<TensorAddresses> mine;
-    std::vector<Phase> my_phases;
+    std::vector<TensorInStep> mine;
     mine.reserve(tables.tensors.size());
-    my_phases.reserve(tables.tensors.size());
-    for (const size_t i : tables.tensors) {
-      mine.push_back(addresses.at(i));
-      my_phases.push_back(phases.at(i));
-    }
+    for (const size_t i : tables.tensors) mine.push_back(tensors.at(i));
     std::vector<Hyperparameters> of_groups;
     for (const int64_t group : tables.param_groups) of_groups.push_back(hyperparameters.at(group));
     const auto* const strips = static_cast<const cuda::Strip*>(tables.strips.const_data_ptr());
@@ -136,9 +135,9 @@ bool CudaExecutor::step(const std::vector<TensorAddresses>& addresses, const std
     const OnDevice here(tables.device);
     const ScalerTensors scale = scaler.on(tables.device);
     cuda::launch({tables.work, strips, tiles, chunks, tables.scratch.mutable_data_ptr(),
-                  tables.counters.mutable_data_ptr<int32_t>(), mine, my_phases, tables.places, of_groups,
-                  scale.addresses()},
-                 tables.dtype, tables.description, stream_of(tables), launched);
+                  tables.counters.mutable_data_ptr<int32_t>(), tables.corrected.mutable_data_ptr(), mine,
+                  tables.places, of_groups, scale.addresses()},
+                 rule_, tables.dtype, tables.description, stream_of(tables), launched);
   }
   return true;
 }

@@ -13,12 +13,12 @@ namespace cges {
 class CudaExecutor : public Executor {
  public:
   // Cuts all tensors, and makes sure that every launch of a step can be made.
-  explicit CudaExecutor(std::vector<TensorShape> tensors);
+  CudaExecutor(Rule rule, std::vector<TensorShape> tensors);
 
   // One launch per device, dtype and path, on the current streams. No host sync and no allocation, so a step can
   // be captured in a graph.
-  bool step(const std::vector<TensorAddresses>& addresses, const std::vector<Phase>& phases,
-            const std::vector<Hyperparameters>& hyperparameters, const ScalerTensors& scaler) override;
+  bool step(const std::vector<TensorInStep>& tensors, const std::vector<Hyperparameters>& hyperparameters,
+            const ScalerTensors& scaler) override;
 
  private:
   // Tensors of one device and dtype that fit the arguments of one launch, and their tables on the device.
@@ -30,14 +30,15 @@ class CudaExecutor : public Executor {
     std::vector<size_t> tensors{};        // indices into all
     std::vector<int32_t> places{};        // of each tensor, the place of its param group in `param_groups`
     std::vector<int64_t> param_groups{};  // indices into all
-    at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{};
+    at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{}, corrected{};
     c10::StreamId stream = 0;  // that their memory is known to be used on
   };
 
   void share_out(const std::vector<TensorShape>& tensors);
-  static void put_on_device(DeviceTables& tables);
+  void put_on_device(DeviceTables& tables) const;
   static void* stream_of(DeviceTables& tables);
 
+  const Rule rule_;
   std::vector<DeviceTables> all_;
 };
 

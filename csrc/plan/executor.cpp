@@ -10,36 +10,37 @@ namespace {
 
 class CpuExecutor : public Executor {
  public:
-  explicit CpuExecutor(std::vector<TensorShape> tensors) : tensors_(std::move(tensors)) {}
+  explicit CpuExecutor(std::vector<TensorShape> shapes) : shapes_(std::move(shapes)) {}
 
-  bool step(const std::vector<TensorAddresses>& addresses, const std::vector<Phase>& phases,
-            const std::vector<Hyperparameters>& hyperparameters, const ScalerTensors& scaler) override {
+  bool step(const std::vector<TensorInStep>& tensors, const std::vector<Hyperparameters>& hyperparameters,
+            const ScalerTensors& scaler) override {
     if (scaler.overflowed()) return false;
     for (const Hyperparameters& h : hyperparameters)
       TORCH_CHECK(!h.device.any(), "cpu executor: expected numbers, got addresses of some");
     std::vector<Hyperparameters> unscaling = hyperparameters;
     if (scaler.grad_scale.defined())
-      for (Hyperparameters& h : unscaling) h.sgd.grad_sign /= scaler.grad_scale.item<double>();
-    std::vector<cpu::StepTensor> tensors;
-    tensors.reserve(tensors_.size());
-    for (size_t i = 0; i < tensors_.size(); ++i)
-      if (phases.at(i) != Phase::skipped)
-        tensors.push_back({tensors_[i], addresses.at(i), phases[i], &unscaling.at(tensors_[i].param_group)});
+      for (Hyperparameters& h : unscaling) h.unscale(scaler.grad_scale.item<double>());
+    std::vector<cpu::StepTensor> stepped;
+    stepped.reserve(shapes_.size());
+    for (size_t i = 0; i < shapes_.size(); ++i)
+      if (tensors.at(i).phase != Phase::skipped)
+        stepped.push_back({shapes_[i], tensors[i], &unscaling.at(shapes_[i].param_group)});
     const pybind11::gil_scoped_release no_gil;
-    cpu::step(tensors);
+    cpu::step(stepped);
     return true;
   }
 
  private:
-  const std::vector<TensorShape> tensors_;
+  const std::vector<TensorShape> shapes_;
 };
 
 }  // namespace
 
-std::unique_ptr<Executor> make_executor(const std::string& name, std::vector<TensorShape> tensors) {
-  if (name == "cpu") return std::make_unique<CpuExecutor>(std::move(tensors));
+std::unique_ptr<Executor> make_executor(const std::string& name, [[maybe_unused]] Rule rule,
+                                        std::vector<TensorShape> shapes) {
+  if (name == "cpu") return std::make_unique<CpuExecutor>(std::move(shapes));
 #if CGES_CUDA
-  if (name == "cuda") return std::make_unique<CudaExecutor>(std::move(tensors));
+  if (name == "cuda") return std::make_unique<CudaExecutor>(rule, std::move(shapes));
 #endif
   TORCH_CHECK_VALUE(
       false, text("executor: expected one that this extension was built with, got '", name, "'").c_str());

@@ -51,20 +51,32 @@ py::object python_check(const char* name) {
   return py::module_::import("cges_kernels.core.checks").attr(name);
 }
 
-PyObject* state_key() {
-  static PyObject* const key = PyUnicode_InternFromString(kSgdState);
-  return key;
+py::object interned(const char* name) {
+  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
 }
 
-// As `launch` takes them.
-at::Tensor table_of(const std::vector<TensorAddresses>& addresses, const std::vector<Phase>& phases) {
-  std::vector<std::array<int64_t, 4>> rows;
-  for (size_t i = 0; i < addresses.size(); ++i) {
-    const TensorAddresses& at = addresses[i];
-    rows.push_back({reinterpret_cast<int64_t>(at.w), reinterpret_cast<int64_t>(at.grad),
-                    reinterpret_cast<int64_t>(at.buf), int64_t(phases[i])});
-  }
-  return at::from_blob(rows.data(), {int64_t(rows.size()), 4}, at::kLong).clone();
+bool on_host(const at::Tensor& step) { return step.is_cpu(); }
+
+// The number in a count of steps that lies on the host.
+double read_step(const at::Tensor& step) {
+  return step.scalar_type() == at::kFloat ? double(*step.const_data_ptr<float>())
+                                          : *step.const_data_ptr<double>();
+}
+void write_step(const at::Tensor& step, double count) {
+  if (step.scalar_type() == at::kFloat)
+    *step.mutable_data_ptr<float>() = float(count);
+  else
+    *step.mutable_data_ptr<double>() = count;
+}
+
+// As `launch` takes them: rows of gathering.Row.
+at::Tensor table_of(const std::vector<TensorInStep>& tensors) {
+  std::vector<std::array<int64_t, 7>> rows;
+  const auto address = [](const void* p) { return reinterpret_cast<int64_t>(p); };
+  for (const TensorInStep& x : tensors)
+    rows.push_back({address(x.w), address(x.grad), address(x.states[0]), address(x.states[1]),
+                    int64_t(x.phase), int64_t(x.count), address(x.count_on_device)});
+  return at::from_blob(rows.data(), {int64_t(rows.size()), 7}, at::kLong).clone();
 }
 
 void bump_version(const at::Tensor& x) {
@@ -80,8 +92,13 @@ TensorShape shape_of(const at::Tensor& x, const LayoutTuple& layout, int64_t par
 }
 
 StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts,
-                   const std::string& executor)
-    : hyperparameters_(params.size()) {
+                   const std::string& rule, const std::string& executor)
+    : rule_(rule_named(rule)),
+      kept_(states_of(rule_)),
+      step_key_(interned(kStep)),
+      hyperparameters_(params.size()) {
+  for (int s = 0; s < kept_.n; ++s) state_keys_.push_back(interned(kept_.names[s]));
+  for (Hyperparameters& h : hyperparameters_) h.rule = rule_;
   TORCH_CHECK_VALUE(
       params.size() == layouts.size(),
       text("StepPlan: expected layouts for ", params.size(), " param groups, got ", layouts.size()).c_str());
@@ -99,15 +116,20 @@ StepPlan::StepPlan(const std::vector<py::list>& params, const std::vector<std::v
           shape.layout.numel() == param.numel(),
           text("StepPlan: expected a layout of ", param.numel(), " elements, got ", shape.layout.numel())
               .c_str());
-      slots_.push_back({object, param, shape, int64_t(i), param.data_ptr(), param.scalar_type(),
-                        at::DimVector(param.sizes()), at::DimVector(param.strides()), py::object(),
-                        py::object(), at::Tensor()});
+      slots_.push_back({.object = object,
+                        .param = param,
+                        .shape = shape,
+                        .index = int64_t(i),
+                        .data = param.data_ptr(),
+                        .dtype = param.scalar_type(),
+                        .sizes = at::DimVector(param.sizes()),
+                        .strides = at::DimVector(param.strides())});
     }
   }
   if (executor.empty()) return;
   std::vector<TensorShape> shapes;
   for (const Slot& slot : slots_) shapes.push_back(slot.shape);
-  executor_ = make_executor(executor, std::move(shapes));
+  executor_ = make_executor(executor, rule_, std::move(shapes));
 }
 
 std::string StepPlan::name(const Slot& slot) const {
@@ -144,16 +166,16 @@ void StepPlan::follow_state(const py::dict& state) {
     slot.entry = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), slot.object.ptr()));
 }
 
-// The buffer that `state` holds for this parameter, undefined where there is none yet.
-at::Tensor StepPlan::find_buffer(const Slot& slot) const {
-  PyObject* const found = slot.entry ? PyDict_GetItem(slot.entry.ptr(), state_key()) : nullptr;
+// What `state` holds for this parameter by that name, undefined where there is none yet; `last`: what it was.
+at::Tensor StepPlan::find(const Slot& slot, const py::object& key, const Kept& last) const {
+  PyObject* const found = slot.entry ? PyDict_GetItem(slot.entry.ptr(), key.ptr()) : nullptr;
   if (found == nullptr || found == Py_None) return {};
-  if (found == slot.buf_object.ptr()) return slot.buf;
-  if (!THPVariable_Check(found)) refuse(slot, kSgdState, found);
+  if (found == last.object.ptr()) return last.tensor;
+  if (!THPVariable_Check(found)) refuse_states(slot);
   return THPVariable_Unpack(found);
 }
 
-// Checks a gradient or buffer and returns its address; where its memory order is not the parameter's, it
+// Checks a gradient or state and returns its address; where its memory order is not the parameter's, it
 // becomes a copy.
 void* StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) const {
   const at::Tensor& param = slot.param;
@@ -172,31 +194,95 @@ void* StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) const 
   TORCH_CHECK(false, text(name(slot), ": expected a ", what, " that holds memory, got none").c_str());
 }
 
-// A buffer that shares memory with another, or with a parameter, would be written twice at once.
-void StepPlan::check_distinct(const std::vector<at::Tensor>& bufs) const {
+[[noreturn]] void StepPlan::refuse_states(const Slot& slot) const {
+  python_check("check_begun")(kept_.rule, name(slot), slot.object, slot.entry, slot.object.attr("dtype"));
+  TORCH_CHECK(false, text(name(slot), ": expected its ", kStep, " in float32 where kernels are to read it, ",
+                          "got another type")
+                         .c_str());
+}
+
+void StepPlan::check_step(const Slot& slot, const at::Tensor& step) const {
+  const bool here = step.defined() && step.numel() == 1 && step.layout() == at::kStrided;
+  const auto type = here ? step.scalar_type() : at::kByte;
+  if (!(here && (on_host(step) ? type == at::kFloat || type == at::kDouble
+                               : type == at::kFloat && step.device() == slot.param.device())))
+    refuse_states(slot);
+}
+
+// A state that shares memory with another, or with a parameter, would be written twice at once.
+void StepPlan::check_distinct(const std::vector<Inputs>& inputs) const {
   py::list names, tensors;
   for (const Slot& slot : slots_) {
     names.append(name(slot));
     tensors.append(slot.object);
   }
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (!bufs[i].defined()) continue;
-    names.append(text("the ", kSgdState, " of ", name(slots_[i])));
-    tensors.append(bufs[i]);
-  }
+  for (size_t i = 0; i < slots_.size(); ++i)
+    for (int s = 0; s < kept_.n; ++s) {
+      if (!inputs[i].states[s].defined()) continue;
+      names.append(text("the ", kept_.names[s], " of ", name(slots_[i])));
+      tensors.append(inputs[i].states[s]);
+    }
   python_check("check_distinct")(names, tensors);
 }
 
-// Makes `buf` the parameter's momentum buffer, in `state` as well.
-void StepPlan::keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const {
+// Makes x the parameter's state of that name, in its dict as well.
+void StepPlan::keep(Slot& slot, const py::object& key, const at::Tensor& x, Kept& last) const {
+  if (x.is_same(last.tensor)) return;
+  last.tensor = x;
+  last.object = py::reinterpret_steal<py::object>(THPVariable_Wrap(x));
+  if (PyDict_SetItem(slot.entry.ptr(), key.ptr(), last.object.ptr()) != 0) throw py::error_already_set();
+}
+
+void StepPlan::keep_states(Slot& slot, const Inputs& inputs, const py::dict& state) const {
   if (!slot.entry) {
     slot.entry = py::dict();
     if (PyDict_SetItem(state.ptr(), slot.object.ptr(), slot.entry.ptr()) != 0) throw py::error_already_set();
   }
-  slot.buf = buf;
-  slot.buf_object = py::reinterpret_steal<py::object>(THPVariable_Wrap(buf));
-  if (PyDict_SetItem(slot.entry.ptr(), state_key(), slot.buf_object.ptr()) != 0)
-    throw py::error_already_set();
+  if (inputs.step.defined()) keep(slot, step_key_, inputs.step, slot.step);
+  for (int s = 0; s < kept_.n; ++s) {
+    keep(slot, state_keys_[s], inputs.states[s], slot.states[s]);
+    bump_version(inputs.states[s]);
+  }
+}
+
+// What torch.optim creates at a parameter's first gradient.
+void StepPlan::begin_states(const Slot& slot, Inputs& inputs) const {
+  for (int s = 0; s < kept_.n; ++s) inputs.states[s] = new_like(slot.param, slot.param.options());
+  if (!kept_.counts) return;
+  const bool on_device = hyperparameters_[slot.shape.param_group].step_on_device && !slot.param.is_cpu();
+  const auto type =
+      on_device || c10::get_default_dtype_as_scalartype() != at::kDouble ? at::kFloat : at::kDouble;
+  const auto device = on_device ? slot.param.device() : c10::Device(c10::kCPU);
+  inputs.step = at::zeros_symint({}, at::TensorOptions().dtype(type).device(device));
+}
+
+// A parameter's states, checked or begun; whether some are newcomers, which no earlier step of this plan has seen.
+bool StepPlan::gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at) const {
+  int there = 0;
+  for (int s = 0; s < kept_.n; ++s) {
+    inputs.states[s] = find(slot, state_keys_[s], slot.states[s]);
+    there += inputs.states[s].defined();
+  }
+  at.phase = there == 0 ? Phase::first : Phase::running;
+  bool newcomers = false;
+  if (there == 0) {
+    begin_states(slot, inputs);
+    for (int s = 0; s < kept_.n; ++s) at.states[s] = inputs.states[s].data_ptr();
+  } else {
+    if (there < kept_.n) refuse_states(slot);
+    for (int s = 0; s < kept_.n; ++s) {
+      at.states[s] = settle(slot, kept_.names[s], inputs.states[s]);
+      newcomers |= !inputs.states[s].is_same(slot.states[s].tensor);
+    }
+    if (kept_.counts) inputs.step = find(slot, step_key_, slot.step);
+  }
+  if (!kept_.counts) return newcomers;
+  if (!inputs.step.is_same(slot.step.tensor)) check_step(slot, inputs.step);
+  if (on_host(inputs.step))
+    at.count = read_step(inputs.step) + 1;
+  else
+    at.count_on_device = inputs.step.mutable_data_ptr<float>();
+  return newcomers;
 }
 
 bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state) {
@@ -205,32 +291,20 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
   follow_state(state);
 
   const size_t n = slots_.size();
-  Gathered all{state, {}, {}, std::vector<at::Tensor>(n), std::vector<at::Tensor>(n)};
-  all.addresses.reserve(n);
-  all.phases.reserve(n);
-  bool newcomers = false;  // buffers that no earlier step of this plan has seen
+  Gathered all{state, std::vector<TensorInStep>(n), std::vector<Inputs>(n)};
+  bool newcomers = false;
   for (size_t i = 0; i < n; ++i) {
     const Slot& slot = slots_[i];
-    at::Tensor &grad = all.grads[i], &buf = all.bufs[i];
-    TensorAddresses& at = all.addresses.emplace_back(TensorAddresses{slot.data, nullptr, nullptr});
-    Phase& phase = all.phases.emplace_back(Phase::skipped);
-    grad = slot.param.grad();
-    if (!grad.defined()) continue;
-    at.grad = settle(slot, "gradient", grad);
-    phase = Phase::stateless;
-    if (!hyperparameters_[slot.shape.param_group].keeps_state()) continue;
-    buf = find_buffer(slot);
-    if (buf.defined()) {
-      at.buf = settle(slot, kSgdState, buf);
-      phase = Phase::running;
-      newcomers |= !buf.is_same(slot.buf);
-    } else {  // what torch.optim.SGD creates at a parameter's first gradient
-      buf = new_like(slot.param, slot.param.options());
-      at.buf = buf.data_ptr();
-      phase = Phase::first;
-    }
+    Inputs& inputs = all.inputs[i];
+    TensorInStep& at = all.tensors[i];
+    at.w = slot.data;
+    inputs.grad = slot.param.grad();
+    if (!inputs.grad.defined()) continue;
+    at.grad = settle(slot, "gradient", inputs.grad);
+    at.phase = Phase::stateless;
+    if (hyperparameters_[slot.shape.param_group].keeps_state()) newcomers |= gather_states(slot, inputs, at);
   }
-  if (newcomers) check_distinct(all.bufs);
+  if (newcomers) check_distinct(all.inputs);
   gathered_ = std::move(all);
   return true;
 }
@@ -238,21 +312,26 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
 void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
   TORCH_CHECK(gathered_, "StepPlan.run: expected a gather that succeeded before it, got none");
   const Gathered all = *std::exchange(gathered_, std::nullopt);  // let go at the end, thrown or not
-  const bool starts = std::count(all.phases.begin(), all.phases.end(), Phase::first) > 0;
-  if (starts && scaler.overflowed()) return;
+  const bool host_must_know = std::any_of(all.tensors.begin(), all.tensors.end(), [](const TensorInStep& x) {
+    return x.phase == Phase::first || x.count > 0;
+  });
+  if (host_must_know && scaler.overflowed()) return;
   if (!launch.is_none()) {
-    launch(table_of(all.addresses, all.phases));
+    launch(table_of(all.tensors));
   } else {
     TORCH_CHECK(executor_, "StepPlan.run: expected a launch, as the plan has no executor, got None");
-    if (!executor_->step(all.addresses, all.phases, hyperparameters_, scaler)) return;
+    if (!executor_->step(all.tensors, hyperparameters_, scaler)) return;
   }
   for (size_t i = 0; i < slots_.size(); ++i) {
-    if (!all.grads[i].defined()) continue;
+    const TensorInStep& at = all.tensors[i];
+    const Inputs& inputs = all.inputs[i];
+    if (at.phase == Phase::skipped) continue;
     bump_version(slots_[i].param);
-    const at::Tensor& buf = all.bufs[i];
-    if (!buf.defined()) continue;
-    if (!buf.is_same(slots_[i].buf)) keep_buffer(slots_[i], buf, all.state);
-    bump_version(buf);
+    if (!writes_state(at.phase)) continue;
+    keep_states(slots_[i], inputs, all.state);
+    if (!inputs.step.defined()) continue;
+    if (on_host(inputs.step)) write_step(inputs.step, at.count);
+    bump_version(inputs.step);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <utility>
@@ -32,23 +33,29 @@ class StepPlan {
   // layouts[i][j] belongs to params[i][j]. `executor` is "cpu", "cuda", or "" where `run` is told what to
   // launch.
   StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts,
-           const std::string& executor);
+           const std::string& rule, const std::string& executor);
 
   void set_hyperparameters(int64_t group, const Hyperparameters& h) { hyperparameters_.at(group) = h; }
 
-  // Checks every gradient and every momentum buffer in `state`, copies those whose memory order is not the
-  // parameter's, and allocates the buffers that are missing. False where the plan no longer matches `params`
+  // Checks every gradient and all that `state` holds of the rule's, copies what has another memory order than
+  // its parameter, and allocates the states that have not begun. False where the plan no longer matches `params`
   // and must be built again. Nothing is written; what is gathered is held until `run`.
   bool gather(const std::vector<py::list>& params, const py::dict& state);
 
   // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table), which sees to
-  // the gradient scaler itself. `table` is an int64 tensor [n, 4] on the CPU: of each parameter its addresses
-  // (w, gradient, buffer; 0 where there is none) and phase. Then new buffers go into `state`, as torch.optim.SGD
-  // keeps them, and versions move on; if it throws, neither. Where buffers are new, found_inf is looked at here,
-  // so that a step that overflowed leaves no state at all.
+  // the gradient scaler itself. `table` is an int64 tensor on the CPU with a row per parameter, of Row's fields in
+  // backends/gathering.py. Then new states go into `state`, as torch.optim keeps them, steps are counted and
+  // versions move on; if it throws, none of it. Where states are new, or counted by the host, found_inf is looked
+  // at here: a step that overflowed leaves no state, and does not count.
   void run(const py::object& launch, const ScalerTensors& scaler);
 
  private:
+  // One of a parameter's states as `entry` holds it, as a Python object and as a tensor; null until there is one.
+  struct Kept {
+    py::object object;
+    at::Tensor tensor;
+  };
+
   // One parameter: its shape, its place when the plan was made, and what the last step found of it.
   struct Slot {
     py::object object;  // the parameter as Python holds it
@@ -58,27 +65,40 @@ class StepPlan {
     void* data;
     c10::ScalarType dtype;
     at::DimVector sizes, strides;
-    py::object entry;       // state[param], a dict; null until there is one
-    py::object buf_object;  // state[param]["momentum_buffer"]; null until there is one
-    at::Tensor buf;
+    py::object entry{};  // state[param], a dict; null until there is one
+    std::array<Kept, kMostStates> states{};
+    Kept step{};
   };
 
+  // What a step takes of a parameter, held until it is done.
+  struct Inputs {
+    at::Tensor grad, step;
+    std::array<at::Tensor, kMostStates> states;
+  };
   struct Gathered {
     py::dict state;
-    std::vector<TensorAddresses> addresses;
-    std::vector<Phase> phases;
-    std::vector<at::Tensor> grads, bufs;
+    std::vector<TensorInStep> tensors;
+    std::vector<Inputs> inputs;
   };
 
   bool matches(const std::vector<py::list>& params) const;
   void follow_state(const py::dict& state);
-  at::Tensor find_buffer(const Slot& slot) const;
+  at::Tensor find(const Slot& slot, const py::object& key, const Kept& last) const;
+  bool gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at) const;
+  void begin_states(const Slot& slot, Inputs& inputs) const;
   void* settle(const Slot& slot, const char* what, at::Tensor& x) const;
+  void check_step(const Slot& slot, const at::Tensor& step) const;
+  [[noreturn]] void refuse_states(const Slot& slot) const;
   [[noreturn]] void refuse(const Slot& slot, const char* what, py::handle x) const;
-  void check_distinct(const std::vector<at::Tensor>& bufs) const;
-  void keep_buffer(Slot& slot, const at::Tensor& buf, const py::dict& state) const;
+  void check_distinct(const std::vector<Inputs>& inputs) const;
+  void keep(Slot& slot, const py::object& key, const at::Tensor& x, Kept& last) const;
+  void keep_states(Slot& slot, const Inputs& inputs, const py::dict& state) const;
   std::string name(const Slot& slot) const;
 
+  const Rule rule_;
+  const RuleStates& kept_;  // of the rule
+  std::vector<py::object> state_keys_;
+  py::object step_key_;
   std::vector<Slot> slots_;
   std::vector<int64_t> group_sizes_;
   std::vector<Hyperparameters> hyperparameters_;

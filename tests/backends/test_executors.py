@@ -8,6 +8,7 @@ from helpers.right import (
     DTYPES,
     MODES,
     MOMENTA,
+    OPTIMIZERS,
     SPECS,
     as_large_as_may_be,
     check_step,
@@ -15,6 +16,7 @@ from helpers.right import (
     fresh,
     inputs,
     one_step,
+    states_of,
     training,
 )
 from helpers.tiers import TILES, covering, fused_backends
@@ -26,22 +28,34 @@ from cges_kernels.core import reference
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
 LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
 MATRICES = [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)]  # all but the first and third dim reduced
+RULES = list(OPTIMIZERS)
 TERMS = ("group_lasso", "exclusive_lasso", "l1")
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
-@covering(shape=SHAPES, group_by=SPECS, prox_mode=MODES, dtype=DTYPES, tiles=TILES)
-def test_matrix(fused_backend, shape, group_by, prox_mode, dtype):
-    w, grad, buf = inputs(as_large_as_may_be(fused_backend, shape), dtype)
-    for held in (buf, None):
-        check_step(fused_backend, w, grad, held, **training(w, group_by, prox_mode))
+@covering(
+    executor=fused_backends(),
+    rule=RULES,
+    shape=SHAPES,
+    group_by=SPECS,
+    prox_mode=MODES,
+    dtype=DTYPES,
+    tiles=TILES,
+)
+def test_matrix(executor, rule, shape, group_by, prox_mode, dtype):
+    shape = as_large_as_may_be(executor, shape)
+    w, grad = inputs(shape, dtype, 2)
+    for states in (states_of(rule, shape, dtype), None):
+        check_step(executor, w, grad, states, steps=7, **training(w, group_by, prox_mode, rule))
 
 
-@covering(executor=fused_backends(), shape=LARGE, group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
-def test_groups_longer_than_any_tile(executor, shape, group_by, prox_mode, dtype):
-    w, grad, buf = inputs(as_large_as_may_be(executor, shape), dtype)
-    check_step(executor, w, grad, buf, **training(w, group_by, prox_mode))
+@covering(executor=fused_backends(), rule=RULES, shape=LARGE, group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
+def test_groups_longer_than_any_tile(executor, rule, shape, group_by, prox_mode, dtype):
+    shape = as_large_as_may_be(executor, shape)
+    w, grad = inputs(shape, dtype, 2)
+    states = states_of(rule, shape, dtype)
+    check_step(executor, w, grad, states, steps=3, **training(w, group_by, prox_mode, rule))
 
 
 @pytest.mark.usefixtures("tiles")

@@ -101,19 +101,21 @@ def test_table_has_a_row_per_parameter_group_by_group(Plan):
     buf = state[plain[0]] = {"momentum_buffer": torch.randn(4, 3)}
     assert plan.gather([plain, [], momentum], state)
     table = run(plan)
-    assert [row[0] for row in table] == [p.data_ptr() for p in plain + momentum]
-    assert [row[1] for row in table] == [0 if p.grad is None else p.grad.data_ptr() for p in plain + momentum]
-    assert [row[3] for row in table] == [
+    assert [row.w for row in table] == [p.data_ptr() for p in plain + momentum]
+    assert [row.grad for row in table] == [
+        0 if p.grad is None else p.grad.data_ptr() for p in plain + momentum
+    ]
+    assert [row.phase for row in table] == [
         *(Phase.STATELESS, Phase.SKIPPED, Phase.STATELESS, Phase.STATELESS),
         *(Phase.RUNNING, Phase.FIRST, Phase.SKIPPED, Phase.FIRST),
     ]
     buffers = [state[p]["momentum_buffer"].data_ptr() if p in state else 0 for p in momentum]
-    assert [row[2] for row in table] == [0, 0, 0, 0, *buffers] and buffers[2] == 0
+    assert [row.state_0 for row in table] == [0, 0, 0, 0, *buffers] and buffers[2] == 0
     assert plain[2] not in state and state[plain[0]] is buf
 
     momentum[2].grad = torch.ones(6)
     assert plan.gather([plain, [], momentum], state)
-    assert [row[3] for row in run(plan)[4:]] == [Phase.RUNNING, Phase.RUNNING, Phase.FIRST, Phase.RUNNING]
+    assert [row.phase for row in run(plan)[4:]] == [Phase.RUNNING, Phase.RUNNING, Phase.FIRST, Phase.RUNNING]
 
 
 def test_empty_plans_have_an_empty_table(Plan):
@@ -137,7 +139,7 @@ def test_what_lies_otherwise_is_copied_into_the_order_of_the_parameter(Plan):
     held = []
 
     def look(table):
-        for _, g, b, phase in table.tolist():
+        for _, g, b, _, phase, *_ in table.tolist():
             assert phase == Phase.RUNNING
             held.append((memory(g, 12), memory(b, 12)))
 
@@ -152,7 +154,7 @@ def test_what_lies_otherwise_is_copied_into_the_order_of_the_parameter(Plan):
         torch.testing.assert_close(kept, buf)
     before = [state[p]["momentum_buffer"] for p in params]
     assert plan.gather([params], state)
-    assert [row[2] for row in run(plan)] == [b.data_ptr() for b in before]
+    assert [row.state_0 for row in run(plan)] == [b.data_ptr() for b in before]
     assert all(state[p]["momentum_buffer"] is b for p, b in zip(params, before))
 
 
@@ -175,7 +177,7 @@ def test_fresh_buffers_appear_with_the_run(Plan):
     plan, state = make_plan(Plan, params), {}
     assert plan.gather([params], state)
     assert not state
-    addresses = [row[2] for row in run(plan)]
+    addresses = [row.state_0 for row in run(plan)]
     assert list(state) == params
     for p, address in zip(params, addresses):
         (buf,) = state[p].values()

@@ -9,6 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from cges_kernels import ProxSGD
 from cges_kernels.backends import gathering, planner
 from cges_kernels.backends.extension import BUILT
+from cges_kernels.backends.gathering import Row
 from cges_kernels.core.groups import grouped_layout
 from cges_kernels.core.hyperparameters import At, Hyperparameters, Phase
 
@@ -116,7 +117,7 @@ def test_buffers_may_be_neighbours_in_one_storage(Plan):
         state = {p: {"momentum_buffer": buf} for p, buf in zip(params, buffers)}
         plan = make_plan(Plan, params)
         assert plan.gather([params], state)
-        assert [row[3] for row in run(plan)] == [Phase.RUNNING] * 3
+        assert [row.phase for row in run(plan)] == [Phase.RUNNING] * 3
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_buffer_is_a_plain_tensor_whatever_the_parameters_class(Plan):
 def test_the_cpu_executor_refuses_what_only_a_kernel_can_read():
     p = nn.Parameter(torch.ones(4, 3))
     p.grad = torch.ones(4, 3)
-    plan = BUILT["cpu"].StepPlan([[p]], [[grouped_layout(p, "feature", None)]], "cpu")
+    plan = BUILT["cpu"].StepPlan([[p]], [[grouped_layout(p, "feature", None)]], "sgd", "cpu")
     lr = torch.tensor(0.1)
     plan.set_hyperparameters(0, Hyperparameters(lr=At(lr.data_ptr())))
     assert plan.gather([[p]], {})
@@ -175,7 +176,7 @@ def test_an_executor_refuses_a_phase_that_is_none(phase):
     w = torch.ones(4, 3)
     executor = BUILT["cpu"].Executor("cpu", [w], [grouped_layout(w, "feature", None)], [0])
     with pytest.raises(ValueError, match=f"phase: expected one of Phase, got {phase}"):
-        executor.step([(w.data_ptr(), 0, 0, phase)], [Hyperparameters(lr=1.0, l1=0.5)])
+        executor.step([Row(w.data_ptr(), phase=phase)], [Hyperparameters(lr=1.0, l1=0.5)])
     assert torch.equal(w, torch.ones(4, 3))
 
 
@@ -185,8 +186,8 @@ def test_an_executor_refuses_a_phase_that_is_none(phase):
 class Recorder(gathering.StepPlan):
     """The plan of an executor that only says what it was asked to do."""
 
-    def __init__(self, executor, params, layouts, specs, log):
-        super().__init__(params, layouts)
+    def __init__(self, executor, rule, params, layouts, specs, log):
+        super().__init__(params, layouts, rule.name)
         self.executor, self.log = executor, log
         log.append((executor, "made"))
 

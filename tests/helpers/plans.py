@@ -27,7 +27,7 @@ def parameters(shapes=SHAPES):
 def make_plan(Plan, *groups, momentum=0.9):
     plan = Plan(groups, [[grouped_layout(p, "feature", None) for p in group] for group in groups])
     for i in range(len(groups)):
-        plan.set_hyperparameters(i, Hyperparameters(lr=0.1, momentum=momentum))
+        plan.set_hyperparameters(i, Hyperparameters.make(lr=0.1, momentum=momentum))
     return plan
 
 
@@ -36,8 +36,12 @@ def run(plan):
     tables = []
     plan.run(tables.append)
     (table,) = tables
-    assert table.dtype == torch.int64 and table.device.type == "cpu" and table.shape[1:] == (4,)
-    return table.tolist()
+    assert (
+        table.dtype == torch.int64
+        and table.device.type == "cpu"
+        and table.shape[1:] == (len(gathering.Row._fields),)
+    )
+    return [gathering.Row(*row) for row in table.tolist()]
 
 
 def memory(address, n):

@@ -5,18 +5,23 @@ in PyTorch at the executor's own compute dtype, plus one rounding to the output 
 the truth's, except where |z| or the group's norm is within a few roundings of its threshold.
 """
 
+from functools import partial
+
 import torch
 
-from cges_kernels import ProxSGD
+from cges_kernels import ProxAdamW, ProxSGD
 from cges_kernels.core import reference
 from cges_kernels.core.groups import canonical_layout, has_groups, reduced_dims, viewed
 from cges_kernels.core.reference import Thresholds, compute_dtype
+from cges_kernels.core.rules import ADAMW, SGD, STEP
+from cges_kernels.core.updates import sgd_update
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = ("sequential", "exact")
 MOMENTA = [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.5, False), (0.9, 0.0, True)]  # dampening, nesterov
 SPECS = ("feature", "filter", "channel", "tensor")
 INTERPRETED = not torch.cuda.is_available()  # Triton's kernels, then, on the CPU and slowly
+OPTIMIZERS = {SGD: ProxSGD, ADAMW: ProxAdamW}
 BAND = 16  # roundings of the compute dtype, relative to the larger of the two that are compared
 # What Triton's interpreter can take, in reasonable time, of large shapes. The last are still beyond any tile.
 MODEST = {
@@ -41,16 +46,27 @@ def device_of(backend):
     return "cpu" if INTERPRETED or backend not in ("triton", "cuda") else "cuda"
 
 
-def one_step(backend, w, grad, buf=None, place=torch.clone, **options):
-    """(w, buffer) after one ProxSGD step, on the CPU; it is made on copies as ``place`` makes them."""
-    p, grad, buf = (None if x is None else place(x.to(device_of(backend))) for x in (w, grad, buf))
-    optimizer = ProxSGD([p], backend=backend, **options)
-    if buf is not None:
-        optimizer.state[p]["momentum_buffer"] = buf
+def tuple_of(states):
+    """A rule's states, given as one tensor, a tuple of them, or None: not begun."""
+    return () if states is None else states if isinstance(states, tuple) else (states,)
+
+
+def one_step(backend, w, grad, states=None, place=torch.clone, *, rule=SGD, steps=0, **options):
+    """(w, *states) after a step of the rule's optimizer, on the CPU, made on copies as ``place`` makes them.
+
+    ``steps`` are those that a tensor with states has had before.
+    """
+    p, grad, *states = (place(x.to(device_of(backend))) for x in (w, grad, *tuple_of(states)))
+    optimizer = OPTIMIZERS[rule]([p], backend=backend, **options)
+    if states:
+        counted = {STEP: torch.tensor(float(steps), device="cpu")} if rule.counts else {}
+        optimizer.state[p] = {**counted, **dict(zip(rule.states, states))}
     p.grad = grad
     optimizer.step()
-    buf = optimizer.state[p].get("momentum_buffer") if options.get("momentum") else None
-    return p.cpu(), None if buf is None else buf.cpu()
+    names = rule.states_with(optimizer.param_groups[0])
+    if rule.counts:
+        assert float(optimizer.state[p][STEP]) == 1 + (steps if states else 0)
+    return p.cpu(), *([optimizer.state[p][name].cpu() for name in names] or [None])
 
 
 def relative_distance(x, threshold):
@@ -79,28 +95,33 @@ def assert_right(got, truth, same, margin, dtype):
     assert not (torch.signbit(got) & (got == 0)).any(), "a zero is written -0.0"
 
 
-def check_step(backend, w, grad, buf, place=torch.clone, **options):
-    """One step of ``backend`` is right, momentum buffer included; returns both."""
-    got, got_buf = one_step(backend, w, grad, buf, place, **options)
-    w, grad, buf = (None if x is None else x.cpu() for x in (w, grad, buf))
+def check_step(backend, w, grad, states=None, place=torch.clone, *, rule=SGD, steps=0, **options):
+    """One step of ``backend`` is right, states included; returns (w, *states)."""
+    got, *got_states = one_step(backend, w, grad, states, place, rule=rule, steps=steps, **options)
+    w, grad, *states = (x.cpu() for x in (w, grad, *tuple_of(states)))
+    update = partial(rule.update, step=1 + (steps if states else 0)) if rule.counts else rule.update
+    told = dict(options, update=update)
     low = torch.float32  # of `same`; for float64 assert_right scales its error
-    truth, truth_buf = reference.step(w, grad, buf, accumulate=torch.float64, **options)
-    same, same_buf = reference.step(w, grad, buf, accumulate=low, **options)
-    margin = threshold_margin(w, grad, buf, **options)
+    truth, *true_states = reference.step(w, grad, *states, accumulate=torch.float64, **told)
+    same, *same_states = reference.step(w, grad, *states, accumulate=low, **told)
+    margin = threshold_margin(w, grad, *states, **told)
     assert got.dtype == w.dtype and got.stride() == w.stride()
     assert_right(got, truth, same, margin, w.dtype)
-    if truth_buf is not None:
-        anywhere = torch.zeros_like(truth_buf)  # no threshold: a zero may round either way
-        assert_right(got_buf + 0.0, truth_buf, same_buf, anywhere, w.dtype)
-    return got, got_buf
+    for mine, true_state, same_state in zip(got_states, true_states, same_states, strict=True):
+        if true_state is not None:
+            anywhere = torch.zeros_like(true_state)  # no threshold: a zero may round either way
+            assert_right(mine + 0.0, true_state, same_state, anywhere, w.dtype)
+    return got, *got_states
 
 
-def threshold_margin(w, grad, buf, *, lr, group_by="feature", view=None, prox_mode="sequential", **options):
+def threshold_margin(
+    w, grad, *states, lr, update=sgd_update, group_by="feature", view=None, prox_mode="sequential", **options
+):
     """How far each element is from its fate changing: |z| from t or its group's norm from a, in float64."""
     options.pop("freeze_zeros", None)
     a, b, c = (lr * options.pop(name, 0.0) for name in ("group_lasso", "exclusive_lasso", "l1"))
-    w, grad, buf = (None if x is None else x.double() for x in (w, grad, buf))
-    z, _ = reference.sgd_update(w, grad, buf, lr=lr, **options)
+    given = (None if x is None else x.double() for x in (w, grad, *states))
+    z, *_ = update(*given, lr=lr, **options)
     v = viewed(z, view)
     if not (has_groups(v.dim(), group_by) and z.numel() and (a or b)):
         return relative_distance(z.abs(), torch.full_like(z, c))
@@ -132,10 +153,21 @@ def coefficients(w, group_by, view=None, strength=1.0):
     }
 
 
-def training(w, group_by, prox_mode):
-    """A step with momentum under all three penalties."""
-    return {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, group_by)}
+def training(w, group_by, prox_mode, rule=SGD):
+    """A step with states under all three penalties."""
+    momentum = {"momentum": 0.9} if rule is SGD else {}
+    return {"rule": rule, "lr": 0.5, "prox_mode": prox_mode, **momentum, **coefficients(w, group_by)}
 
 
 def inputs(shape, dtype, count=3):
     return [fresh(shape, dtype) for _ in range(count)]
+
+
+def states_of(rule, shape, dtype):
+    return fresh(shape, dtype) if rule is SGD else moments(shape, dtype)
+
+
+def moments(shape, dtype):
+    """exp_avg and exp_avg_sq as some steps leave them: the second is nowhere negative."""
+    first, noise = inputs(shape, dtype, 2)
+    return first, first.square() * 0.5 + noise.square()

@@ -60,10 +60,10 @@ def through_a_file(state):
 
 
 def everything(optimizer):
-    """Parameters, then the momentum buffers of those that have one."""
+    """Parameters, then the states of those that have some: a momentum buffer, or moments and a count."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    buffers = [optimizer.state[p].get("momentum_buffer") for p in params if p in optimizer.state]
-    return [x.detach().clone() for x in params + buffers if x is not None]
+    states = [x for p in params if p in optimizer.state for x in optimizer.state[p].values()]
+    return [x.detach().clone() for x in params + states if isinstance(x, torch.Tensor)]
 
 
 def bits(x):

@@ -59,7 +59,7 @@ def fused_backends():
 def identity(value):
     if isinstance(value, dict):
         return ",".join(f"{key}={x}" for key, x in value.items()) or "none"
-    return getattr(value, "__name__", str(value)).removeprefix("torch.")
+    return getattr(value, "__name__", getattr(value, "name", str(value))).removeprefix("torch.")
 
 
 def check_reasons(items):

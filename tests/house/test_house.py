@@ -11,8 +11,9 @@ from helpers.programs import ROOT
 from helpers.right import INTERPRETED
 
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.hyperparameters import SGD_STATE, Hyperparameters, Phase
+from cges_kernels.core.hyperparameters import Hyperparameters, Phase
 from cges_kernels.core.reference import MAX_SWEEPS, SORTED
+from cges_kernels.core.rules import RULES, STEP
 
 PACKAGE = ROOT / "cges_kernels"
 CSRC = ROOT / "csrc"
@@ -23,7 +24,8 @@ ROOMS = {
     "backends": {"core"},
     "distributed": {"core", "backends"},
     "functional": {"core", "backends"},
-    "optimizer": {"core", "backends", "distributed"},
+    "proximal": {"core", "backends", "distributed"},
+    "optimizer": {"core", "proximal"},
     "training": {"core"},
     "reporting": {"core", "training"},
     "compaction": {"core", "reporting"},
@@ -83,7 +85,7 @@ def test_imports_go_one_way():
 def test_imports_have_no_circles():
     found = graph(modules())
     assert found["backends.planner"] >= {"core.checks", "backends.plan", "backends.registry"}
-    assert "distributed.sharded" in found["optimizer"]  # within a function
+    assert "distributed.sharded" in found["proximal"]  # within a function
     tuple(graphlib.TopologicalSorter(found).static_order())
 
 
@@ -160,7 +162,9 @@ def test_the_design_pages_name_files_that_exist():
 def test_c_plus_plus_and_python_say_the_same():
     assert BUILT["cpu"].phases == {phase.name: int(phase) for phase in Phase}
     assert BUILT["cpu"].max_sweeps == MAX_SWEEPS and BUILT["cpu"].sorted == SORTED
-    assert BUILT["cpu"].sgd_state == SGD_STATE
+    assert BUILT["cpu"].states == {name: list(rule.states) for name, rule in RULES.items()}
+    assert BUILT["cpu"].step_name == STEP
+    assert BUILT["cpu"].options == {name: list(rule.options) for name, rule in RULES.items()}
     assert tuple(BUILT["cpu"].fields) == Hyperparameters._fields
 
 

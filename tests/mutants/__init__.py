@@ -1,6 +1,6 @@
 """Mutants: small breaks of the project, by area. run.py says whether the tests see them."""
 
-from . import compaction, cpu, cuda, distributed, formulas, plan, python, reporting, training, triton
+from . import adamw, compaction, cpu, cuda, distributed, formulas, plan, python, reporting, training, triton
 
-AREAS = (formulas, cpu, cuda, plan, triton, python, training, compaction, reporting, distributed)
+AREAS = (formulas, adamw, cpu, cuda, plan, triton, python, training, compaction, reporting, distributed)
 MUTANTS = tuple(mutant for area in AREAS for mutant in area.MUTANTS)

@@ -43,10 +43,10 @@ MUTANTS = (
         TILE,
         old="""\
       if (first) find_alive(r0, r1);
-      update_rows(r0, r1, /*keep_buf=*/r0 < kept_);
+      update_rows(r0, r1, /*keep_states=*/r0 < kept_);
 """,
         new="""\
-      update_rows(r0, r1, /*keep_buf=*/r0 < kept_);
+      update_rows(r0, r1, /*keep_states=*/r0 < kept_);
       if (first) find_alive(r0, r1);
 """,
         seen_by=("test_cpu_cuts",),
@@ -61,15 +61,15 @@ MUTANTS = (
     Mutant(
         "buffers move on each time that z is made",
         TILE,
-        old="update_rows(r0, r1, /*keep_buf=*/r0 < kept_);",
-        new="update_rows(r0, r1, /*keep_buf=*/true);",
+        old="update_rows(r0, r1, /*keep_states=*/r0 < kept_);",
+        new="update_rows(r0, r1, /*keep_states=*/true);",
         seen_by=("test_cpu_cuts",),
     ),
     Mutant(
         "dead groups keep their momentum",
         TILE,
-        old="for (T* x : {w(r), buf(r)})",
-        new="for (T* x : {w(r)})",
+        old="if (state(s, r) != nullptr) zero_dead_groups(state(s, r));",
+        new="",
         seen_by=("test_cpu_cuts", "test_state*", "test_frozen_zeros"),
     ),
     Mutant(

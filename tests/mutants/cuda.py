@@ -153,8 +153,8 @@ MUTANTS = (
     Mutant(
         "blocks that wait for each other do not start together",
         LAUNCH,
-        old="kTileThreads, work.shared_tiles, work.tiles_in_parts > 0);",
-        new="kTileThreads, work.shared_tiles, work.tiles_in_parts < 0);",
+        old="kTileThreads, work.shared_tiles, work.tiles_in_parts > 0, table);",
+        new="kTileThreads, work.shared_tiles, work.tiles_in_parts < 0, table);",
         seen_by=("test_cuda_shared",),
     ),
     # Chunks
@@ -193,8 +193,8 @@ MUTANTS = (
     Mutant(
         "buffers move on in the sweeps of chunks",
         SLAB,
-        old="const bool writes_buf = keep_buf && writes_state(phase);",
-        new="const bool writes_buf = (keep_buf || running) && writes_state(phase);",
+        old="const bool writes_states = kept && writes_state(phase);",
+        new="const bool writes_states = (kept || phase == Phase::running) && writes_state(phase);",
         seen_by=("test_cuda_paths", "test_cuda_steps"),
     ),
     Mutant(

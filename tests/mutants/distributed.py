@@ -37,8 +37,8 @@ MUTANTS = (
     Mutant(
         "what crosses shards is stepped within them as well",
         SHARDED,
-        old="slot.local.grad = None if slot.crosses(h) else slot.grad",
-        new="slot.local.grad = slot.grad",
+        old="slot.local.grad = None if slot.inputs is None or slot.crosses(h) else slot.inputs.grad",
+        new="slot.local.grad = None if slot.inputs is None else slot.inputs.grad",
         seen_by=("test_sharded",),
     ),
     Mutant(

@@ -46,8 +46,8 @@ MUTANTS = (
     Mutant(
         "new buffers may share memory",
         PLAN,
-        old="if (newcomers) check_distinct(all.bufs);",
-        new="if (newcomers && all.bufs.empty()) check_distinct(all.bufs);",
+        old="if (newcomers) check_distinct(all.inputs);",
+        new="if (newcomers && all.inputs.empty()) check_distinct(all.inputs);",
         seen_by=("test_step_plan*",),
     ),
     Mutant(
@@ -65,29 +65,29 @@ MUTANTS = (
     Mutant(
         "a buffer that a step has changed keeps its version",
         PLAN,
-        old="    bump_version(buf);\n",
+        old="    bump_version(inputs.states[s]);\n",
         new="",
         seen_by=("test_step_plan*",),
     ),
     Mutant(
         "an overflow in the first step leaves buffers behind",
         PLAN,
-        old="if (starts && scaler.overflowed()) return;",
-        new="if (starts && !scaler.found_inf.defined() && scaler.overflowed()) return;",
+        old="if (host_must_know && scaler.overflowed()) return;",
+        new="if (host_must_know && !scaler.found_inf.defined() && scaler.overflowed()) return;",
         seen_by=("test_amp",),
     ),
     Mutant(
         "gradients are multiplied by the loss scale",
         EXECUTOR,
-        old="h.sgd.grad_sign /= scaler.grad_scale.item<double>();",
-        new="h.sgd.grad_sign *= scaler.grad_scale.item<double>();",
+        old="h.unscale(scaler.grad_scale.item<double>());",
+        new="h.unscale(1 / scaler.grad_scale.item<double>());",
         seen_by=("test_amp",),
     ),
     Mutant(
         "a launch takes one param group too many",
         CUDA,
-        old="place_in(*tables) == cuda::max_param_groups(tensor.dtype)) {",
-        new="place_in(*tables) > cuda::max_param_groups(tensor.dtype)) {",
+        old="place_in(*tables) == most.param_groups) {",
+        new="place_in(*tables) > most.param_groups) {",
         seen_by=("test_cuda_paths", "test_cuda_steps"),
     ),
     Mutant(
@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "the address of exclusive lasso is taken for group lasso's",
         BINDINGS,
-        old='take_scalar(field("exclusive_lasso"), made.device.exclusive_lasso)',
-        new='take_scalar(field("exclusive_lasso"), made.device.group_lasso)',
+        old='take_scalar(fields("exclusive_lasso"), made.device.exclusive_lasso)',
+        new='take_scalar(fields("exclusive_lasso"), made.device.group_lasso)',
         seen_by=("test_cuda_rows*",),
     ),
 )

@@ -3,15 +3,17 @@
 from .mutant import Mutant
 
 REFERENCE = "cges_kernels/core/reference.py"
+UPDATES = "cges_kernels/core/updates.py"
+NUMBERS = "cges_kernels/core/numbers.py"
 GROUPS = "cges_kernels/core/groups.py"
 CHECKS = "cges_kernels/core/checks.py"
-OPTIMIZER = "cges_kernels/optimizer.py"
+OPTIMIZER = "cges_kernels/proximal.py"
 BACKENDS = "cges_kernels/backends"
 
 MUTANTS = (
     Mutant(
         "the first buffer is the gradient itself",
-        REFERENCE,
+        UPDATES,
         old="buf = grad.detach().clone() if buf is None else",
         new="buf = grad.detach() if buf is None else",
         seen_by=("test_optimizer", "test_scenarios"),
@@ -33,8 +35,8 @@ MUTANTS = (
     Mutant(
         "frozen weights keep their momentum",
         REFERENCE,
-        old="return torch.where(frozen, 0.0, z), None if buf is None else torch.where(frozen, 0.0, buf)",
-        new="return torch.where(frozen, 0.0, z), buf",
+        old="return tuple(None if x is None else torch.where(frozen, 0.0, x) for x in updated)",
+        new="return torch.where(frozen, 0.0, updated[0]), *updated[1:]",
         seen_by=("test_state*", "test_frozen_zeros"),
     ),
     Mutant(
@@ -60,7 +62,7 @@ MUTANTS = (
     ),
     Mutant(
         "an infinite coefficient is taken",
-        CHECKS,
+        NUMBERS,
         old="if type(value) is float and 0 <= value < math.inf:",
         new="if type(value) is float and 0 <= value <= math.inf:",
         seen_by=("test_bad_*",),
@@ -68,7 +70,7 @@ MUTANTS = (
     Mutant(
         "lr may become negative between steps",
         CHECKS,
-        old='            _check_not_negative("learning rate", scalar(name, group[name]))\n',
+        old='            check_not_negative("learning rate", scalar(name, group[name]))\n',
         new="",
         seen_by=("test_bad_*",),
     ),
@@ -144,8 +146,8 @@ MUTANTS = (
     Mutant(
         "Python's plan replaces an entry of the state",
         f"{BACKENDS}/gathering.py",
-        old="state.setdefault(slot.param, {})[SGD_STATE] = slot.buf = buf",
-        new="state[slot.param] = {SGD_STATE: buf}\n                slot.buf = buf",
+        old="entry = state.setdefault(slot.param, {})",
+        new="entry = state[slot.param] = {}",
         seen_by=("test_step_plan*",),
     ),
     Mutant(
@@ -164,8 +166,8 @@ MUTANTS = (
     Mutant(
         "a compiled first step reads an empty buffer",
         f"{BACKENDS}/operators.py",
-        old="phase = Phase.of(keeps_state=buf is not None, begun=not first)",
-        new="phase = Phase.of(keeps_state=buf is not None, begun=True)",
+        old="phase = Phase.of(keeps_state=bool(of_p), begun=not first)",
+        new="phase = Phase.of(keeps_state=bool(of_p), begun=True)",
         seen_by=("test_compile", "test_operators"),
     ),
 )

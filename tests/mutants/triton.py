@@ -7,16 +7,16 @@ FOLDER = "cges_kernels/backends/triton"
 MUTANTS = (
     Mutant(
         "dampening in Triton's first step",
-        f"{FOLDER}/kernels.py",
+        f"{FOLDER}/updates.py",
         old="new = tl.where(phase == RUNNING, momentum * buf + one_minus_dampening * g, g)",
         new="new = tl.where(phase == RUNNING, momentum * buf, 0.0) + one_minus_dampening * g",
         seen_by=("test_state*", "test_frozen_zeros"),
     ),
     Mutant(
         "Triton multiplies gradients by the loss scale",
-        f"{FOLDER}/kernels.py",
-        old="grad_sign = divide(grad_sign, tl.load(grad_scale).to(grad_sign.dtype))",
-        new="grad_sign = grad_sign * tl.load(grad_scale).to(grad_sign.dtype)",
+        f"{FOLDER}/updates.py",
+        old="return divide(sign, tl.load(grad_scale).to(sign.dtype))",
+        new="return sign * tl.load(grad_scale).to(sign.dtype)",
         seen_by=("test_amp",),
     ),
     Mutant(
@@ -36,8 +36,8 @@ MUTANTS = (
     Mutant(
         "Triton's first step keeps no buffer",
         f"{FOLDER}/kernels.py",
-        old="has_buf = tl.load(tensor + TENSOR_PHASE) >= FIRST",
-        new="has_buf = tl.load(tensor + TENSOR_PHASE) > FIRST",
+        old="writes = tl.load(tensor + TENSOR_PHASE) >= FIRST",
+        new="writes = tl.load(tensor + TENSOR_PHASE) > FIRST",
         seen_by=("test_triton_bits", "test_triton_cuts", "test_triton_launches"),
     ),
     Mutant(
@@ -57,7 +57,7 @@ MUTANTS = (
     Mutant(
         "Triton's dead groups keep their momentum",
         f"{FOLDER}/whole.py",
-        old="z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)",
+        old="z, states = keep_zeros(dead, z, states, RULE)",
         new="z = tl.where(dead, 0.0, z)",
         seen_by=("test_state*", "test_frozen_zeros"),
     ),

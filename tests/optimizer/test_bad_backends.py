@@ -54,7 +54,7 @@ def test_fused_cannot_be_the_reference():
     "option", [dict(foreach=True), dict(differentiable=True), dict(fused=False)], ids=str
 )
 def test_a_fused_backend_cannot_be_the_reference(option):
-    with pytest.raises(RuntimeError, match="take the reference executor, got backend='cpu'"):
+    with pytest.raises(RuntimeError, match="takes the reference executor, got backend='cpu'"):
         ProxSGD(parameters(), backend="cpu", **option)
 
 

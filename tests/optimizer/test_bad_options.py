@@ -110,7 +110,7 @@ def test_load_state_dict_refuses_full_values_that_no_schedule_could_use():
 
 def test_load_state_dict_refuses_a_backend_that_cannot_serve():
     optimizer, params = started("cpu")
-    with rejected(optimizer, RuntimeError, "take the reference executor", "got backend='cpu'"):
+    with rejected(optimizer, RuntimeError, "foreach=True takes the reference executor", "got backend='cpu'"):
         optimizer.load_state_dict(ProxSGD(parameters(), foreach=True, backend="reference").state_dict())
     assert_recovers(optimizer, params, "cpu")
 

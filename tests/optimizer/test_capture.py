@@ -8,7 +8,7 @@ from helpers.right import MODES, device_of
 from helpers.steps import assert_same_bits, copies, give_grads, parameters
 from helpers.tiers import covering
 
-from cges_kernels import CoefficientWarmup, ProxSGD, available_backends, optimizer
+from cges_kernels import CoefficientWarmup, ProxSGD, available_backends, proximal
 from cges_kernels.backends.planner import IN_KERNELS
 
 SHAPES = [(33, 7), (20,), (5, 3, 2, 2)]
@@ -136,8 +136,8 @@ class Capture:
 
     def fails_with(self, text):
         before = copies(self.params)
-        self.monkeypatch.setattr(optimizer, "is_capturing", lambda: True)
-        self.monkeypatch.setattr(optimizer, "_capture_health_check", lambda _: None)
+        self.monkeypatch.setattr(proximal, "is_capturing", lambda: True)
+        self.monkeypatch.setattr(proximal, "_capture_health_check", lambda _: None)
         with pytest.raises(RuntimeError, match=text):
             self.optimizer.step()
         assert_same_bits(self.params, before)
@@ -153,7 +153,7 @@ def test_momentum_cannot_begin_in_a_graph(kernel_backend, monkeypatch):
     capture = Capture(kernel_backend, monkeypatch)
     capture.optimizer.step()
     del capture.optimizer.state[capture.params[2]]["momentum_buffer"]
-    capture.fails_with(r"param_groups\[0\]\['params'\]\[2\]: expected a momentum buffer")
+    capture.fails_with(r"param_groups\[0\]\['params'\]\[2\]: expected its momentum_buffer")
 
 
 def test_a_graph_leaves_no_parameter_out(kernel_backend, monkeypatch):
@@ -184,8 +184,8 @@ def test_what_a_graph_comes_back_to_outlives_the_plans(kernel_backend, monkeypat
     plan = capture.optimizer._planner.plans[kernel_backend]
     for _ in range(2):
         with monkeypatch.context() as m:
-            m.setattr(optimizer, "is_capturing", lambda: True)
-            m.setattr(optimizer, "_capture_health_check", lambda _: None)
+            m.setattr(proximal, "is_capturing", lambda: True)
+            m.setattr(proximal, "_capture_health_check", lambda _: None)
             capture.optimizer.step()
     capture.optimizer.param_groups[0]["group_by"] = "filter"
     capture.optimizer.step()

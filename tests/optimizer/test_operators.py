@@ -6,8 +6,9 @@ from helpers.compiled import COMPILES, PENALTY, SGD, SHAPES
 from helpers.right import device_of
 
 from cges_kernels import penalty, prox, prox_
-from cges_kernels.backends.operators import NUMBERS, OPTIONS
+from cges_kernels.backends.operators import OPTIONS, numbers_of
 from cges_kernels.backends.planner import SCALARS
+from cges_kernels.core.rules import SGD as RULE
 
 pytestmark = COMPILES
 
@@ -16,7 +17,7 @@ def sample_step(backend, momentum=0.9, sources=True):
     """Arguments of the operator: two param groups, of which the second has no momentum."""
     device = device_of(backend)
     params = [torch.randn(shape, device=device) for shape in SHAPES]
-    numbers = [dict.fromkeys(NUMBERS, 0.0) | SGD | PENALTY | dict(momentum=m) for m in (momentum, 0.0)]
+    numbers = [dict(RULE.options) | SGD | PENALTY | dict(momentum=m) for m in (momentum, 0.0)]
     given = [torch.tensor(x[k], device=device) if sources else None for x in numbers for k in SCALARS]
     options = {
         "backend": backend,
@@ -30,9 +31,11 @@ def sample_step(backend, momentum=0.9, sources=True):
         params,
         [torch.randn_like(p) for p in params],
         [torch.randn_like(p) for p in params[:2]] if momentum else [],
+        [],
         [False, False] if momentum else [],
         [0, 0, 1],
-        [float(x[k]) for x in numbers for k in NUMBERS],
+        RULE.name,
+        [x for group in numbers for x in numbers_of(RULE, group)],
         given,
         [options[k] for k in OPTIONS] * 2,
     )

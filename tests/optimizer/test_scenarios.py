@@ -4,7 +4,7 @@ import pytest
 from helpers.right import MODES
 from helpers.scenarios import SCENARIOS
 from helpers.steps import PENALTY, assert_as_near_as
-from helpers.tiers import covering, fused_backends
+from helpers.tiers import each_value, fused_backends
 from torch.optim import SGD
 
 from cges_kernels import ProxSGD
@@ -17,7 +17,8 @@ def test_without_penalties_every_scenario_is_torch_sgd(checked_backend, run):
     assert_as_near_as(checked_backend, got, wanted)
 
 
-@covering(run=SCENARIOS.values(), executor=fused_backends(), prox_mode=MODES)
+# What a scenario changes, plans see; executors see addresses.
+@each_value(run=SCENARIOS.values(), executor=fused_backends(), prox_mode=MODES)
 def test_with_penalties_every_scenario_is_the_reference(executor, run, prox_mode):
     def with_backend(backend):
         options = dict(PENALTY, prox_mode=prox_mode, backend=backend)

@@ -19,14 +19,17 @@ from torch import Tensor
 from ...core.groups import GroupedLayout, Layout
 from ...core.hyperparameters import Hyperparameters
 from ...core.reference import MAX_SWEEPS, compute_dtype
+from ...core.rules import Rule
 from .. import gathering
 from ..extension import BUILT
+from ..gathering import Row
 from ..graphs import is_capturing
 from .items import split_items, whole_items
 from .split import split_groups
 from .tables import (
     COUNTER_PANELS,
     PANEL_COUNTERS,
+    RULE_NUMBERS,
     SHAPE_COLUMNS,
     SHAPE_GROUPS,
     SHAPE_HYPER,
@@ -35,12 +38,15 @@ from .tables import (
     SHAPE_R2,
     TENSOR_COLUMNS,
     TENSOR_PHASE,
+    TENSOR_RATIO,
     hyper_table,
 )
 from .tiles import VECTOR_BYTES, Tiling, cut, launch_options, working_layout
+from .updates import count_steps
 from .whole import whole_groups
 
 L2_BYTES = 32 << 20  # where the device does not tell
+COUNT_BLOCK = 256  # tensors whose steps one program counts
 STORED = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -76,11 +82,13 @@ class DeviceTables:
 
     def __init__(
         self,
+        rule: Rule,
         tensors: Sequence[Tensor],
         layouts: Sequence[Layout],
         grouped: Sequence[bool],
         param_groups: Sequence[int],
     ):
+        self.rule = rule
         self.device, self.dtype = tensors[0].device, tensors[0].dtype
         self.layouts = [working_layout(layout) for layout in layouts]
         shapes = np.zeros((len(tensors), SHAPE_COLUMNS), dtype=np.int64)
@@ -96,19 +104,23 @@ class DeviceTables:
         )
         self.rows = np.zeros(0)  # of `tensors` as last uploaded
         self.aligned = np.zeros(0)
+        self.counts = np.zeros(len(tensors), dtype=np.int64)  # addresses of those that lie on the device
+        self.counts_there = torch.from_numpy(self.counts).to(self.device)
         self.in_graphs: list[CutTables] = []  # which captured graphs come back to
 
     def launch(
         self,
         rows: np.ndarray,
+        counts: np.ndarray,
         hyper: Tensor,
         exact: bool,
         freeze: bool,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One step. ``rows`` of `tensors` as StepPlan gives them, the rest as the kernels take it."""
+        """One step: ``rows`` of `tensors`, where ``counts`` lie on the device, and what kernels take."""
         self._take(rows)
+        self._take_counts(counts)
         tables = self.cut_tables
         compute = compute_dtype(self.dtype)
         constants = {
@@ -117,11 +129,16 @@ class DeviceTables:
             "EPS": torch.finfo(compute).eps,
             "EXACT": exact,
             "FREEZE": freeze,
+            "RULE": RULE_NUMBERS[self.rule.name].value,
         }
         grad_scale = self.one if grad_scale is None else grad_scale.detach().to(self.one)
         found_inf = self.zero if found_inf is None else found_inf.detach().to(self.zero)
         nvidia = self.device.type == "cuda" and torch.version.hip is None
         with _on(self.device):
+            if self.counts.any():
+                n = len(self.counts)
+                args = tables.tensors, self.shapes, hyper, self.counts_there, found_inf, n
+                count_steps[(-(-n // COUNT_BLOCK),)](*args, BLOCK=COUNT_BLOCK)
             if len(tables.whole):
                 whole_groups[(len(tables.whole),)](
                     tables.whole,
@@ -150,12 +167,22 @@ class DeviceTables:
                     **launch_options(tables.split_variants, self.dtype, exact, nvidia),
                 )
 
+    def _take_counts(self, counts: np.ndarray) -> None:
+        if np.array_equal(counts, self.counts):
+            return
+        if is_capturing():
+            raise RuntimeError(
+                "backend='triton': expected counts of steps where they were in the step before the capture"
+            )
+        self.counts = counts.copy()
+        self.counts_there = torch.from_numpy(self.counts).to(self.device)
+
     def _take(self, rows: np.ndarray) -> None:
         """Bring `tensors` up to date; within a graph, at each replay."""
         capturing = is_capturing()
         if np.array_equal(rows, self.rows) and not (capturing or self.cut_tables.captured):
             return
-        aligned = (rows[:, :TENSOR_PHASE] % VECTOR_BYTES == 0).all(axis=1)  # all three addresses
+        aligned = (rows[:, :TENSOR_PHASE] % VECTOR_BYTES == 0).all(axis=1)  # all addresses
         if not np.array_equal(aligned, self.aligned):
             if capturing:
                 raise RuntimeError(
@@ -188,13 +215,15 @@ class TritonExecutor:
 
     def __init__(
         self,
+        rule: Rule,
         tensors: Sequence[Tensor],
         layouts: Sequence[GroupedLayout],
         param_groups: Sequence[int],
         num_param_groups: int,
     ):
         """``param_groups[i]`` is the index of tensor i's hyperparameters, of ``num_param_groups``."""
-        self.hyperparameters = [Hyperparameters()] * num_param_groups
+        self.rule, self.param_groups = rule, np.array(param_groups, dtype=np.int64)
+        self.hyperparameters = [Hyperparameters.make(rule)] * num_param_groups
         places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, w in enumerate(tensors):
             if w.numel() > 0:
@@ -202,6 +231,7 @@ class TritonExecutor:
         self.tables: list[tuple[np.ndarray, DeviceTables]] = []  # with the indices of their tensors
         for indices in places.values():
             tables = DeviceTables(
+                rule,
                 [tensors[i] for i in indices],
                 [layouts[i].layout for i in indices],
                 [layouts[i].has_groups for i in indices],
@@ -219,8 +249,9 @@ class TritonExecutor:
     def launch(
         self, table: Tensor, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> None:
-        """One step; ``table`` has the rows of StepPlan, of all tensors."""
-        rows = table.numpy()
+        """One step; ``table`` has a gathering.Row of each tensor."""
+        counts = table.numpy()[:, Row._fields.index("steps_address")]
+        rows = self._rows_of(table.numpy())
         exact = any(h.exact for h in self.hyperparameters)
         freeze = any(h.freeze_zeros is not None for h in self.hyperparameters)
         for indices, tables in self.tables:
@@ -229,30 +260,48 @@ class TritonExecutor:
                 self.hyper[key] = hyper_table(self.hyperparameters, key[1]).to(tables.device)
             if is_capturing():
                 self.in_graphs.append(self.hyper[key])
-            tables.launch(rows[indices], self.hyper[key], exact, freeze, grad_scale, found_inf)
+            args = rows[indices], counts[indices], self.hyper[key], exact, freeze
+            tables.launch(*args, grad_scale, found_inf)
+
+    def _rows_of(self, table: np.ndarray) -> np.ndarray:
+        """`tensors`: what the host has counted as the kernels need it; see csrc/common/adamw.h."""
+        rows, at = table.copy(), TENSOR_RATIO.value
+        rows[:, at:] = 0
+        if not self.rule.counts:
+            return rows
+        betas = np.array([h.chosen["betas"] for h in self.hyperparameters], dtype=np.float64)
+        count = table[:, Row._fields.index("steps"), None]
+        far = np.where(count > 0, 1 - betas[self.param_groups] ** count, 1.0)
+        root = np.sqrt(far[:, 1])
+        rows[:, at:].view(np.float64)[:] = np.where(
+            count > 0, np.stack([root / far[:, 0], root], axis=1), 0.0
+        )
+        return rows
 
     def step(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         hyperparameters: Sequence[Hyperparameters],
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One step; ``rows`` are, of each tensor, the addresses of w, gradient and buffer, and its Phase."""
+        """One step of tensors of these rows."""
         for param_group, h in enumerate(hyperparameters):
             self.set_hyperparameters(param_group, h)
-        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, TENSOR_COLUMNS.value)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(Row._fields))
         self.launch(table, grad_scale, found_inf)
 
 
 class TritonPlan:
-    """What ProxSGD drives: a StepPlan that checks and gathers, and the launches on what it has gathered."""
+    """What an optimizer drives: a StepPlan that checks and gathers, and launches on what it has gathered."""
 
-    def __init__(self, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]):
-        self._plan = BUILT.get("cpu", gathering).StepPlan(params, layouts)
+    def __init__(
+        self, rule: Rule, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]
+    ):
+        self._plan = BUILT.get("cpu", gathering).StepPlan(params, layouts, rule.name)
         param_groups = [i for i, group in enumerate(params) for _ in group]
         tensors = list(chain(*params))
-        self._executor = TritonExecutor(tensors, list(chain(*layouts)), param_groups, len(params))
+        self._executor = TritonExecutor(rule, tensors, list(chain(*layouts)), param_groups, len(params))
         self.gather = self._plan.gather
 
     def set_hyperparameters(self, group: int, h: Hyperparameters) -> None:

@@ -1,4 +1,4 @@
-"""The proximal SGD step in Triton: every tensor of one dtype and device in one launch.
+"""The proximal step in Triton: every tensor of one dtype and device in one launch.
 
 A step has at most two launches. `whole_groups` (whole.py) serves groups that fit a register tile: a program
 loads parts of RED x KEEP elements (PARTS*RED >= group size), and z never leaves its registers between the
@@ -8,8 +8,9 @@ panel's search for (s, t) on, and the apply pass reads everything again. A ticke
 already taken, so nothing depends on how many programs are resident, and exact mode's further sweeps cost no
 further launch.
 
-Here is what both kernels do with a tile. The formulas carry the names of core/reference.py, sgd.h and
-shrinkage.h. The numbers come from tables in device memory, see tables.py. executor.py launches.
+Here is what both kernels do with a tile; updates.py has the update rules, for one of which (RULE) a kernel is
+compiled. The formulas carry the names of core/reference.py and shrinkage.h. The numbers come from tables in
+device memory, see tables.py. executor.py launches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from .addressing import pointer
 from .tables import (
+    ADAMW_RULE,
     ADDRESS_EXCLUSIVE_LASSO,
     ADDRESS_GROUP_LASSO,
     ADDRESS_L1,
@@ -29,83 +31,18 @@ from .tables import (
     HYPER_A,
     HYPER_B,
     HYPER_C,
-    HYPER_COLUMNS,
     HYPER_EXACT,
     HYPER_FREEZE,
-    HYPER_GRAD_SIGN,
     HYPER_LR,
-    HYPER_MOMENTUM,
-    HYPER_NESTEROV,
-    HYPER_NUMBERS,
     HYPER_ON_DEVICE,
-    HYPER_ONE_MINUS_DAMPENING,
-    HYPER_WEIGHT_DECAY,
     PROX_ALONE,
     RUNNING,
-    SHAPE_HYPER,
-    TENSOR_BUF,
     TENSOR_GRAD,
     TENSOR_PHASE,
+    TENSOR_STATES,
     TENSOR_W,
 )
-
-
-@triton.jit
-def divide(x, y):
-    """x / y, correctly rounded."""
-    if y.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
-def square_root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def hyper_row(hyper, shape):
-    """The row of `hyper` that a tensor takes."""
-    return hyper + tl.load(shape + SHAPE_HYPER) * HYPER_COLUMNS
-
-
-@triton.jit
-def load_number(row, column: tl.constexpr, source: tl.constexpr):
-    """A number of the row, or the float at the row's address ``source``, if there is one."""
-    value = tl.load(row + column)
-    address = tl.load((row + HYPER_NUMBERS).to(tl.pointer_type(tl.int64)) + source)
-    there = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
-    return tl.where(address != 0, there.to(value.dtype), value)
-
-
-# The update rule, SGD; its columns of `hyper` are apart from the prox's.
-
-
-@triton.jit
-def load_sgd(row, grad_scale):
-    """The scalars of sgd_update."""
-    lr, momentum = load_number(row, HYPER_LR, ADDRESS_LR), tl.load(row + HYPER_MOMENTUM)
-    one_minus_dampening = tl.load(row + HYPER_ONE_MINUS_DAMPENING)
-    grad_sign = tl.load(row + HYPER_GRAD_SIGN)
-    grad_sign = divide(grad_sign, tl.load(grad_scale).to(grad_sign.dtype))
-    weight_decay, nesterov = tl.load(row + HYPER_WEIGHT_DECAY), tl.load(row + HYPER_NESTEROV)
-    return lr, momentum, one_minus_dampening, weight_decay, grad_sign, nesterov
-
-
-@triton.jit
-def sgd_update(w, grad, buf, phase, sgd):
-    """(z, new momentum buffer) of torch.optim.SGD."""
-    lr, momentum, one_minus_dampening, weight_decay, grad_sign, nesterov = sgd
-    g = grad_sign * grad
-    g = tl.where(weight_decay != 0, g + weight_decay * w, g)
-    new = tl.where(phase == RUNNING, momentum * buf + one_minus_dampening * g, g)
-    step = tl.where(phase >= FIRST, tl.where(nesterov != 0, g + momentum * new, new), g)
-    return tl.where(phase == PROX_ALONE, w, w - lr * step), new
-
+from .updates import divide, load_number, square_root, update
 
 # The prox.
 
@@ -215,24 +152,43 @@ def frozen(w, alive, freeze):
 
 @triton.jit
 def update_tile(
-    tensor, base, offsets, mask, sgd, STORED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr
-):
-    """(w, z, new buffer) of a tile; what is masked out is 0."""
+    tensor, base, offsets, mask, scalars,
+    RULE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(w, z, new states) of a tile; what is masked out is 0."""
+    STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
     phase = tl.load(tensor + TENSOR_PHASE)
     w = tl.load(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
     at = pointer(tensor, TENSOR_GRAD, base, STORED, VEC) + offsets
     grad = tl.load(at, tl.where(phase > PROX_ALONE, mask, False), other=0.0)
-    at = pointer(tensor, TENSOR_BUF, base, STORED, VEC) + offsets
-    buf = tl.load(at, tl.where(phase == RUNNING, mask, False), other=0.0)
-    z, buf = sgd_update(w, grad.to(COMPUTE), buf.to(COMPUTE), phase, sgd)
-    return w, z, buf
+    states = ()
+    for s in tl.static_range(STATES):
+        at = pointer(tensor, TENSOR_STATES + s, base, STORED, VEC) + offsets
+        state = tl.load(at, tl.where(phase == RUNNING, mask, False), other=0.0)
+        states = states + (state.to(COMPUTE),)  # type: ignore[assignment]  # see whole.py
+    z, states = update(w, grad.to(COMPUTE), states, phase, scalars, RULE)
+    return w, z, states
 
 
 @triton.jit
-def store_buffer(tensor, base, offsets, mask, buf, STORED: tl.constexpr, VEC: tl.constexpr):
-    has_buf = tl.load(tensor + TENSOR_PHASE) >= FIRST
-    at = pointer(tensor, TENSOR_BUF, base, STORED, VEC) + offsets
-    tl.store(at, buf.to(STORED), tl.where(has_buf, mask, False))
+def keep_zeros(dead, z, states, RULE: tl.constexpr):
+    """(z, states) with zeros where ``dead``."""
+    STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
+    kept = ()
+    for s in tl.static_range(STATES):
+        kept = kept + (tl.where(dead, 0.0, states[s]),)  # type: ignore[assignment]
+    return tl.where(dead, 0.0, z), kept
+
+
+@triton.jit
+def store_states(
+    tensor, base, offsets, mask, states, RULE: tl.constexpr, STORED: tl.constexpr, VEC: tl.constexpr
+):
+    STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
+    writes = tl.load(tensor + TENSOR_PHASE) >= FIRST
+    for s in tl.static_range(STATES):
+        at = pointer(tensor, TENSOR_STATES + s, base, STORED, VEC) + offsets
+        tl.store(at, states[s].to(STORED), tl.where(writes, mask, False))
 
 
 @triton.jit
@@ -242,4 +198,4 @@ def store_weights(tensor, base, offsets, mask, z, s, t, shrinks, STORED: tl.cons
     tl.store(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, w.to(STORED), mask)
 
 
-INTERPRETED = not isinstance(sgd_update, triton.JITFunction)
+INTERPRETED = not isinstance(update_tile, triton.JITFunction)

@@ -9,12 +9,11 @@ from .addressing import tile_offsets
 from .kernels import (
     frozen,
     group_stats,
-    hyper_row,
+    keep_zeros,
     load_freeze,
-    load_sgd,
     load_thresholds,
     solve_shrinkage,
-    store_buffer,
+    store_states,
     store_weights,
     update_tile,
 )
@@ -59,6 +58,7 @@ from .tables import (
     VARIANT_WIDE,
     Constant,
 )
+from .updates import hyper_row, load_scalars
 
 SUM_BLOCK = Constant(2048)  # partial sums added at once
 
@@ -135,6 +135,7 @@ def split_tile(
     item, sweep, tensor, shape, hyper, grad_scale, scratch, counters,
     KIND: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, FREEZE: tl.constexpr,
+    RULE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a panel of KEEP groups: a sweep of sums or, as the last stage, update and apply."""
     STAGES: tl.constexpr = MAX_SWEEPS if EXACT else 1
@@ -157,7 +158,8 @@ def split_tile(
     if applies | (needs_sums & (behind == 0)):
         g0, r0 = tl.load(item + ITEM_GROUP), tl.load(item + ITEM_ENTRY)
         base, offsets, mask = tile_offsets(shape, g0, r0, KIND, RED, KEEP, VEC, WIDE)
-        w, z, buf = update_tile(tensor, base, offsets, mask, load_sgd(row, grad_scale), STORED, COMPUTE, VEC)
+        scalars = load_scalars(tensor, row, grad_scale, RULE)
+        w, z, states = update_tile(tensor, base, offsets, mask, scalars, RULE, STORED, COMPUTE, VEC)
         s, t = tl.zeros([KEEP], COMPUTE) + 1, tl.zeros([KEEP], COMPUTE) + c
         alive = tl.zeros([KEEP], COMPUTE) + 1
         if needs_sums & (applies | (sweep > 0)):
@@ -165,9 +167,9 @@ def split_tile(
             alive = load_row(scratch, STATE_ALIVE, KEEP)
         if FREEZE:
             dead = frozen(w, alive, freeze)
-            z, buf = tl.where(dead, 0.0, z), tl.where(dead, 0.0, buf)
+            z, states = keep_zeros(dead, z, states, RULE)
         if applies:
-            store_buffer(tensor, base, offsets, mask, buf, STORED, VEC)
+            store_states(tensor, base, offsets, mask, states, RULE, STORED, VEC)
             store_weights(tensor, base, offsets, mask, z, s, t, (a != 0) | (b != 0) | (c != 0), STORED, VEC)
         else:
             partials = scratch + (STATE_ROWS + chunk * SUM_ROWS) * KEEP
@@ -189,7 +191,7 @@ def split_tile(
 def split_groups(
     items, tensors, shapes, hyper, grad_scale, found_inf, scratch, counters, per_window, tickets,
     VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
-    EXACT: tl.constexpr, FREEZE: tl.constexpr,
+    EXACT: tl.constexpr, FREEZE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """One program per ticket. Tickets go window by window; in a window, sweep by sweep, then the apply.
 
@@ -212,5 +214,5 @@ def split_groups(
                     item, rest // per_window, tensor, shape, hyper, grad_scale, scratch, counters,
                     VARIANTS[i][VARIANT_KIND], VARIANTS[i][VARIANT_RED], VARIANTS[i][VARIANT_KEEP],
                     VARIANTS[i][VARIANT_VEC], VARIANTS[i][VARIANT_WIDE],
-                    STORED, COMPUTE, EPS, EXACT, FREEZE,
+                    STORED, COMPUTE, EPS, EXACT, FREEZE, RULE,
                 )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...core import reference
 from ...core.hyperparameters import FREEZE_MODES, At, Hyperparameters, Phase
+from ...core.rules import ADAMW, SGD
 
 
 class Constant(tl.constexpr):
@@ -36,8 +37,11 @@ class Constant(tl.constexpr):
 MAX_SWEEPS = Constant(reference.MAX_SWEEPS)
 
 
-# `tensors`, int64, by tensor: three addresses (0: there is none), and its Phase. StepPlan writes these rows.
-TENSOR_W, TENSOR_GRAD, TENSOR_BUF, TENSOR_PHASE, TENSOR_COLUMNS = map(Constant, range(5))
+# `tensors`, int64, by tensor: addresses of w, gradient and the rule's states (0: there is none), and its
+# Phase, as StepPlan gives them (gathering.Row); then, for a rule that counts steps, the bits of two float64:
+# sqrt(1 - beta2^count) / (1 - beta1^count), and that square root.
+TENSOR_W, TENSOR_GRAD, TENSOR_STATES = map(Constant, range(3))
+TENSOR_PHASE, TENSOR_RATIO, TENSOR_ROOT, TENSOR_COLUMNS = map(Constant, range(4, 8))
 SKIPPED = Constant(int(Phase.SKIPPED))
 PROX_ALONE = Constant(int(Phase.PROX_ALONE))
 FIRST = Constant(int(Phase.FIRST))
@@ -48,16 +52,23 @@ RUNNING = Constant(int(Phase.RUNNING))
 SHAPE_R1, SHAPE_K2, SHAPE_R2, SHAPE_GROUPS, SHAPE_HYPER, SHAPE_COLUMNS = map(Constant, range(6))
 
 
-# `hyper`, of the compute dtype, by param group: numbers, then int64 addresses.
-# The update rule's, SGD's:
-HYPER_LR, HYPER_MOMENTUM, HYPER_ONE_MINUS_DAMPENING, HYPER_WEIGHT_DECAY = map(Constant, range(4))
-HYPER_GRAD_SIGN, HYPER_NESTEROV = map(Constant, range(4, 6))  # the sign is -1 to maximize
+# `hyper`, of the compute dtype, by param group: numbers, then int64 addresses. First the update rule's:
+HYPER_LR = Constant(0)
+HYPER_GRAD_SIGN = Constant(1)  # -1 to maximize
+# SGD's
+HYPER_MOMENTUM, HYPER_ONE_MINUS_DAMPENING, HYPER_WEIGHT_DECAY, HYPER_NESTEROV = map(Constant, range(2, 6))
+# AdamW's: weight decay of the weights (decoupled) and of the gradient, one of which is 0
+HYPER_ONE_MINUS_BETA1, HYPER_BETA2, HYPER_ONE_MINUS_BETA2, HYPER_EPS = map(Constant, range(2, 6))
+HYPER_DECOUPLED_DECAY, HYPER_COUPLED_DECAY = map(Constant, range(6, 8))
 # The prox's: a, b and c, but where HYPER_ON_DEVICE is not 0 the bare coefficients.
-HYPER_A, HYPER_B, HYPER_C, HYPER_EXACT, HYPER_FREEZE, HYPER_ON_DEVICE = map(Constant, range(6, 12))
-HYPER_NUMBERS = Constant(12)
+HYPER_A, HYPER_B, HYPER_C, HYPER_EXACT, HYPER_FREEZE, HYPER_ON_DEVICE = map(Constant, range(8, 14))
+HYPER_NUMBERS = Constant(14)
 # Addresses of float32 that take the place of lr and the coefficients (0: none), in the order of SCALARS.
 ADDRESS_LR, ADDRESS_GROUP_LASSO, ADDRESS_EXCLUSIVE_LASSO, ADDRESS_L1, ADDRESSES = map(Constant, range(5))
 HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # each is as large as two float32
+# RULE, which kernels are compiled for.
+SGD_RULE, ADAMW_RULE = map(Constant, range(2))
+RULE_NUMBERS = {SGD.name: SGD_RULE, ADAMW.name: ADAMW_RULE}
 # HYPER_FREEZE: what must stay zero, by its place in FREEZE_MODES.
 FREEZE_GROUP, FREEZE_ELEMENT = (Constant(FREEZE_MODES.index(mode)) for mode in ("group", "element"))
 
@@ -103,15 +114,24 @@ ELEMENTWISE = Constant(3)  # no groups
 
 
 def hyper_table(hyperparameters: Sequence[Hyperparameters], dtype: torch.dtype) -> Tensor:
-    """`hyper` on the CPU; the kernels' load_sgd, load_thresholds and load_freeze read it."""
+    """`hyper` on the CPU; the kernels' load_sgd, load_adamw, load_thresholds and load_freeze read it."""
     table = torch.zeros((len(hyperparameters), HYPER_COLUMNS.value), dtype=dtype, device="cpu")
     for row, h in zip(table.numpy(), hyperparameters):
+        chosen = h.chosen
         row[HYPER_LR] = _number(h.lr)
-        row[HYPER_MOMENTUM] = h.momentum
-        row[HYPER_ONE_MINUS_DAMPENING] = 1 - h.dampening
-        row[HYPER_WEIGHT_DECAY] = h.weight_decay
-        row[HYPER_GRAD_SIGN] = -1 if h.maximize else 1
-        row[HYPER_NESTEROV] = h.nesterov
+        row[HYPER_GRAD_SIGN] = -1 if chosen["maximize"] else 1
+        if h.rule is SGD:
+            row[HYPER_MOMENTUM] = chosen["momentum"]
+            row[HYPER_ONE_MINUS_DAMPENING] = 1 - chosen["dampening"]
+            row[HYPER_WEIGHT_DECAY] = chosen["weight_decay"]
+            row[HYPER_NESTEROV] = chosen["nesterov"]
+        else:
+            beta1, beta2 = map(float, chosen["betas"])
+            row[HYPER_ONE_MINUS_BETA1] = 1 - beta1
+            row[HYPER_BETA2], row[HYPER_ONE_MINUS_BETA2] = beta2, 1 - beta2
+            row[HYPER_EPS] = chosen["eps"]
+            decoupled = chosen["decoupled_weight_decay"]
+            row[HYPER_DECOUPLED_DECAY if decoupled else HYPER_COUPLED_DECAY] = chosen["weight_decay"]
         coefficients = h.group_lasso, h.exclusive_lasso, h.l1
         thresholds = map(_number, coefficients) if h.on_device else h.thresholds()
         row[HYPER_A], row[HYPER_B], row[HYPER_C] = thresholds

@@ -16,7 +16,9 @@ from cges_kernels.backends.extension import BUILT
 
 DTYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 NAMES = ("step_rows", "step_tiles", "step_chunks")
-KERNELS = {(name, dtype) for name in NAMES for dtype in DTYPES.values()}
+RULES = ("Sgd", "Adamw")
+KERNELS = {(name, dtype, rule) for name in NAMES for dtype in DTYPES.values() for rule in RULES}
+KERNELS |= {("correct_steps", dtype, "Adamw") for dtype in DTYPES.values()}
 # Of a block of 256 threads; a multiprocessor has 65,536. For rows as many as fill it at three blocks, and at
 # four of those that are plain and of 16 bits; with float64, and elsewhere, at two. A block for tiles has 512
 # threads, and a multiprocessor to itself.
@@ -24,6 +26,13 @@ REGISTERS = 128
 REGISTERS_OF_ROWS = {"float32": (80, 80), "float64": (128, 128), "bfloat16": (80, 64), "float16": (80, 64)}
 # Instructions that an element adds to a path of the kernels for rows, of 32 and 16 bits (wanted there: 32).
 INSTRUCTIONS = {"plain": (32, 30), "general": (49, 53)}
+# Bytes that AdamW's tiles keep out of registers: of 16 bits a thread has eight columns of four tensors.
+STACK = {
+    ("step_tiles", "bfloat16", "Adamw"): 96,
+    ("step_tiles", "float16", "Adamw"): 96,
+    ("step_tiles", "float64", "Adamw"): 48,
+    **{("correct_steps", dtype, "Adamw"): 8 for dtype in DTYPES.values()},
+}
 INSTRUCTIONS_OF_TILES = {
     "plain": (32, 30),
     "general": (51, 50),
@@ -38,9 +47,10 @@ pytestmark = [
 
 
 def kernel_of(mangled):
-    """Its name, its dtype, and what else it is compiled for: the bytes of its arguments, whether plain."""
-    found = re.search(r"(step_[a-z]+|path)I(f|d|13__nv_bfloat16|6__half)((?:L[ib]\d+E)+)E", mangled)
-    return found[1], DTYPES[found[2]], tuple(map(int, re.findall(r"L[ib](\d+)E", found[3])))
+    """Its name, dtype, update rule, and what else it is compiled for: few arguments, whether plain."""
+    of_dtype = r"(step_[a-z]+|correct_steps|path)I(f|d|13__nv_bfloat16|6__half)"
+    found = re.search(of_dtype + r"(?:NS0_\d([A-Z]\w+?)E)?((?:Lb\dE)+)E", mangled)
+    return found[1], DTYPES[found[2]], found[3], tuple(map(int, re.findall(r"Lb(\d)E", found[4])))
 
 
 def cuobjdump():
@@ -101,28 +111,48 @@ def test_registers_and_no_spills():
             found[architecture, kernel] = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         assert {architecture for architecture, _ in found} == {80, 90, 100}
-    assert {kernel[:2] for _, kernel in found} == KERNELS
-    for (architecture, (name, dtype, more)), uses in found.items():
-        most = REGISTERS_OF_ROWS[dtype][more[-1]] if name == "step_rows" else REGISTERS
-        assert uses["REG"] <= most and uses["STACK"] == uses["LOCAL"] == 0, (architecture, name, dtype, uses)
+    assert {kernel[:3] for _, kernel in found} == KERNELS
+    for (architecture, (name, dtype, rule, more)), uses in found.items():
+        most = registers_of_rows(dtype, rule, more[-1]) if name == "step_rows" else REGISTERS
+        stack = STACK.get((name, dtype, rule), 0)
+        assert uses["REG"] <= most and uses["STACK"] <= stack and uses["LOCAL"] == 0, (
+            architecture,
+            name,
+            dtype,
+            rule,
+            more,
+            uses,
+        )
+
+
+def registers_of_rows(dtype, rule, plain):
+    if rule == "Adamw" and dtype != "float64":
+        return 80 if plain else 128
+    return REGISTERS_OF_ROWS[dtype][plain]
 
 
 def test_wide_accesses(instructions):
     """Of 16 bytes there are in every kernel. All but rows have z in shared memory; tiles come by asynchronous
     copies."""
     for (architecture, kernel), found in instructions.items():
+        if kernel[0] == "correct_steps":
+            continue
         read = r"LDGSTS\.E.*\.128" if kernel[0] == "step_tiles" else r"LDG\.E.*\.128"
         patterns = [read, r"STG\.E.*\.128"]
         patterns += [] if kernel[0] == "step_rows" else [r"LDS\.128", r"STS\.128"]
         for wanted in patterns:
             assert any(re.match(wanted, x) for x in found), (architecture, kernel, wanted)
-        assert not {x for x in found if re.match(r"(LDL|STL)", x)}, (architecture, kernel)
+        if kernel[:3] not in STACK:
+            assert not {x for x in found if re.match(r"(LDL|STL)", x)}, (architecture, kernel)
 
 
 def test_double_precision_only_where_it_is_asked_for(instructions):
     for (architecture, kernel), found in instructions.items():
         doubles = {x for x in found if re.match(r"D(ADD|MUL|FMA|SETP)|F2F.*F64|I2F.*F64|MUFU.*64", x)}
-        assert bool(doubles) == (kernel[1] == "float64"), (architecture, kernel, doubles)
+        wanted = (
+            kernel[1] == "float64" or kernel[0] == "correct_steps"
+        )  # powers, as torch's fused AdamW has them
+        assert bool(doubles) == wanted, (architecture, kernel, doubles)
 
 
 def test_nothing_but_integers_is_atomic(instructions):
@@ -163,8 +193,8 @@ def test_instructions_that_an_element_adds(tmp_path, path):
 @pytest.mark.parametrize("path", ["plain", "general"])
 def test_instructions_that_an_element_takes_in_a_tile(path):
     """In the loops that write one tile back and take in the next, where all accesses are of 16 bytes."""
-    for (architecture, (name, dtype, more)), found in assembly().items():
-        if name != "step_tiles" or architecture != 90 or more[-1] != (path == "plain"):
+    for (architecture, (name, dtype, rule, more)), found in assembly().items():
+        if name != "step_tiles" or rule != "Sgd" or architecture != 90 or more[-1] != (path == "plain"):
             continue
         if dtype not in ("float32", "bfloat16"):
             continue

@@ -8,6 +8,7 @@ from torch import nn
 from cges_kernels import ProxSGD
 from cges_kernels.core import reference
 from cges_kernels.core.hyperparameters import PROX_MODES
+from cges_kernels.core.updates import sgd_update
 
 
 @case(2)
@@ -96,7 +97,7 @@ def gradients_that_one_rank_lacks():
         params[2].grad = None
         optimizer = ProxSGD(params, **options)
         optimizer.step()
-        z, _ = reference.sgd_update(
+        z, _ = sgd_update(
             before[0], grads[0], None, **{k: options[k] for k in ("lr", "momentum", "weight_decay")}
         )
         z = torch.cat([z[:4], before[0][4:]])

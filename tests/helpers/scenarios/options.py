@@ -16,7 +16,9 @@ def with_scheduler(make, schedule, **options):
         train(optimizer, params, [step])
         scheduler.step()
         group = optimizer.param_groups[0]
-        seen.append([float(group["lr"]), float(group["momentum"])])
+        seen.append(
+            [float(group["lr"]), float(group["momentum"] if "momentum" in group else group["betas"][0])]
+        )
     assert len({lr for lr, _ in seen}) > 2
     return everything(optimizer) + [torch.tensor(seen)]
 

@@ -1,0 +1,48 @@
+"""Numbers as hyperparameters are: of Python or NumPy, or a tensor of one element."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+
+def scalar(name: str, value: Any) -> Any:
+    """A tensor hyperparameter as a number; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        shape = tuple(value.shape)
+        raise ValueError(
+            f"Tensor {name} must be 1-element: expected a number or one element, got shape {shape}"
+        )
+    return value.detach().item()
+
+
+def check_number(name: str, value: Any) -> None:
+    """TypeError unless it is a number, of Python or NumPy, or a tensor; text that spells one is none."""
+    if not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """ValueError below 0, and of NaN, in torch.optim's words."""
+    if not value >= 0:
+        raise ValueError(f"Invalid {name}: {value} (expected a number >= 0)")
+
+
+def check_coefficient(name: str, value: Any) -> None:
+    """A finite number >= 0, or a tensor of one."""
+    if type(value) is float and 0 <= value < math.inf:
+        return  # nearly always, and quickly, as schedules change many
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
+    number = float(scalar(name, value))
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {number}")

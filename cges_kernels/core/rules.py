@@ -1,0 +1,116 @@
+"""The update rules as the rest of the package knows them: their options, their states, their update.
+
+A rule makes z of weights and gradients; the prox, which knows none, goes on with z. What a rule is stands
+here for Python, in csrc/common/sgd.h and adamw.h for C++, and in backends/triton/updates.py for Triton's
+kernels; docs/design/a-step.md says how another one is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .numbers import check_not_negative, check_number, scalar
+from .updates import adamw_update, sgd_update
+
+STEP = "step"  # what torch.optim calls the count of a parameter's steps among its states
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule.
+
+    ``options`` are the keys that it has in a param group beside lr, with what stands for "nothing asked for".
+    ``states`` names what it keeps of a parameter, tensors like it. A rule that ``counts`` keeps the number of
+    a parameter's steps as well, a tensor of one element, and its update takes that as ``step``.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    states: tuple[str, ...]
+    update: Callable[..., tuple[Any, ...]]
+    check: Callable[[Mapping[str, Any]], None]  # options in a param group; the wording is torch.optim's
+    counts: bool = False
+    untold: frozenset[str] = field(default_factory=frozenset)  # options that say how, not what: not update's
+    reference_only: tuple[str, ...] = ()  # options that the fused executors do not have
+
+    def keeps_state(self, options: Mapping[str, Any]) -> bool:
+        """Whether it has a state to keep with these options: SGD has none without momentum."""
+        return "momentum" not in self.options or bool(options["momentum"] != 0)
+
+    def states_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The states that it keeps with these options."""
+        if not self.keeps_state(options):
+            return ()
+        amsgrad = "amsgrad" in self.options and options["amsgrad"]
+        return (*self.states, "max_exp_avg_sq") if amsgrad else self.states
+
+    def told(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What its update takes of these options."""
+        return {key: options[key] for key in self.options if key not in self.untold}
+
+
+def _check_sgd(group: Mapping[str, Any]) -> None:
+    for name in ("momentum", "dampening", "weight_decay"):
+        check_number(name, group[name])
+    check_not_negative("momentum value", group["momentum"])
+    check_not_negative("weight_decay value", group["weight_decay"])
+    if math.isnan(group["dampening"]):
+        raise ValueError("Invalid dampening value: nan (expected a number)")
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "Nesterov momentum requires a momentum and zero dampening, "
+            f"got momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+
+
+def _check_adamw(group: Mapping[str, Any]) -> None:
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: expected two numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta)
+        if not 0 <= scalar(f"betas[{i}]", beta) < 1:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta} (expected a number in [0, 1))")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for name in ("eps", "weight_decay"):
+        check_number(name, group[name])
+    check_not_negative("epsilon value", group["eps"])
+    check_not_negative("weight_decay value", group["weight_decay"])
+    if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+
+
+SGD = Rule(
+    name="sgd",
+    options={"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False},
+    states=("momentum_buffer",),
+    update=sgd_update,
+    check=_check_sgd,
+)
+ADAMW = Rule(
+    name="adamw",
+    options={
+        "betas": (0.0, 0.0),
+        "eps": 0.0,
+        "weight_decay": 0.0,
+        "amsgrad": False,
+        "maximize": False,
+        "decoupled_weight_decay": True,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    },
+    states=("exp_avg", "exp_avg_sq"),
+    update=adamw_update,
+    check=_check_adamw,
+    counts=True,
+    untold=frozenset({"capturable", "differentiable", "fused"}),
+    reference_only=("amsgrad",),
+)
+RULES = {rule.name: rule for rule in (SGD, ADAMW)}

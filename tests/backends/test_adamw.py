@@ -1,0 +1,114 @@
+"""AdamW's update before the proximal map: every executor against the float64 reference.
+
+test_executors.py has it among shapes, specs and types; here is what it alone has.
+"""
+
+import pytest
+import torch
+from helpers.right import (
+    ADAMW,
+    DTYPES,
+    MODES,
+    as_large_as_may_be,
+    check_step,
+    coefficients,
+    fresh,
+    inputs,
+    moments,
+    one_step,
+    training,
+)
+from helpers.tiers import TILES, covering, fused_backends
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.usefixtures("tiles")
+@covering(
+    executor=fused_backends(),
+    weight_decay=(0.0, 0.1),
+    decoupled_weight_decay=(True, False),
+    maximize=(False, True),
+    betas=[(0.9, 0.999), (0.3, 0.6), (0.0, 0.0), (0.99, 0.2)],
+    eps=(1e-8, 0.1),
+    steps=(0, 1, 999_999),
+    dtype=DTYPES,
+    tiles=TILES,
+)
+def test_options(executor, weight_decay, decoupled_weight_decay, maximize, betas, eps, steps, dtype):
+    """As update rules: of what shapes and layouts, the matrix asks."""
+    w, grad = inputs((45, 130), dtype, 2)
+    states = moments(w.shape, dtype) if steps else None
+    options = dict(weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay)
+    options |= dict(maximize=maximize, betas=betas, eps=eps, **coefficients(w, "feature"))
+    check_step(executor, w, grad, states, steps=steps, rule=ADAMW, lr=0.3, **options)
+
+
+@pytest.mark.parametrize("shape", [(33, 20), (3, 3), (40_000, 4)])
+def test_without_penalties_it_is_the_update_alone(fused_backend, shape):
+    w, grad = inputs(as_large_as_may_be(fused_backend, shape), torch.float32, 2)
+    for states, steps in ((None, 0), (moments(w.shape, torch.float32), 5)):
+        check_step(fused_backend, w, grad, states, steps=steps, rule=ADAMW, lr=0.2)
+
+
+@pytest.mark.usefixtures("tiles")
+@covering(executor=fused_backends(), group_by=("feature", "filter"), mode=("group", "element"), tiles=TILES)
+def test_zeros_that_are_frozen_lose_both_moments(executor, group_by, mode):
+    w, grad = inputs((70, 40), torch.float32, 2)
+    w[::3] = 0.0
+    w[:, 1] = -0.0
+    options = training(w, group_by, "sequential", ADAMW) | dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0)
+    frozen = w == 0
+    if mode == "group":
+        frozen = (w == 0).all(0 if group_by == "feature" else 1, keepdim=True).expand_as(w)
+    grad[frozen] = NAN
+    states = moments(w.shape, torch.float32)
+    got = one_step(executor, w, grad, states, steps=2, freeze_zeros=mode, **options)
+    free = one_step(executor, w, grad, states, steps=2, **options)
+    assert frozen.any() and not frozen.all()
+    for x, y in zip(got, free):
+        assert not x[frozen].any() and not torch.signbit(x[frozen]).any()
+        assert torch.equal(x[~frozen], y[~frozen])
+
+
+@pytest.mark.parametrize("prox_mode", MODES)
+def test_infinities_and_nans_are_where_the_reference_has_them(fused_backend, prox_mode):
+    w, grad = inputs((40, 30), torch.float32, 2)
+    states = moments(w.shape, torch.float32)
+    for x, (row, column), value in (
+        (w, (3, 1), NAN), (grad, (5, 7), NAN), (grad, (6, 9), INF), (states[0], (8, 11), -INF),
+        (states[1], (9, 13), INF), (states[1], (2, 17), -1.0),
+    ):  # fmt: skip
+        x[row, column] = value
+    options = training(w, "feature", prox_mode, ADAMW)
+    ours, reference = (
+        one_step(backend, w, grad, states, steps=4, **options) for backend in (fused_backend, "reference")
+    )
+    for x, y in zip(ours, reference):
+        assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf())
+        assert y.isnan().any() or y.isinf().any()
+
+
+def test_zero_gradients_from_the_first_step(fused_backend):
+    """Nothing moves but by weight decay, and nothing is divided by zero."""
+    w = fresh((20, 10))
+    got, *states = one_step(
+        fused_backend, w, torch.zeros_like(w), rule=ADAMW, lr=0.5, weight_decay=0.0, eps=1e-8
+    )
+    assert torch.equal(got, w.cpu()) and not any(x.any() for x in states)
+
+
+def test_a_gradient_far_below_eps(fused_backend):
+    w, grad = inputs((30, 20), torch.float32, 2)
+    check_step(fused_backend, w, grad * 1e-12, rule=ADAMW, lr=0.5, **coefficients(w, "feature"))
+
+
+def test_misaligned_and_strided_states(fused_backend):
+    def misaligned(x):
+        return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+    w, grad = inputs((64, 48), torch.float32, 2)
+    states = moments(w.shape, torch.float32)
+    options = training(w, "feature", "sequential", ADAMW)
+    check_step(fused_backend, w, grad, states, misaligned, steps=3, **options)
+    check_step(fused_backend, w.t().contiguous().t(), grad, states, steps=3, **options)

@@ -1,0 +1,103 @@
+"""AdamW's counts of steps, and learning rates, that lie on the device: kernels read them, and count."""
+
+import pytest
+import torch
+from helpers.right import assert_right, coefficients, device_of, inputs, moments
+from helpers.tiers import covering
+
+from cges_kernels import available_backends
+from cges_kernels.backends.gathering import Row
+from cges_kernels.backends.unplanned import forget, step_once
+from cges_kernels.core import reference
+from cges_kernels.core.groups import grouped_layout
+from cges_kernels.core.hyperparameters import At, Hyperparameters, Phase
+from cges_kernels.core.rules import ADAMW
+
+KERNELS = [backend for backend in available_backends() if backend in ("triton", "cuda")]
+SHAPES = [(40, 30), (7,), (130, 9), (33, 3, 3)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    forget()
+    yield
+    forget()
+
+
+def tensors_of(backend, dtype):
+    device = device_of(backend)
+    made = [(*inputs(shape, dtype, 2), *moments(shape, dtype)) for shape in SHAPES]
+    return [tuple(x.to(device) for x in xs) for xs in made]
+
+
+def hyperparameters(lr, first):
+    options = dict(betas=(0.9, 0.999) if first else (0.5, 0.25), eps=1e-8 if first else 0.1)
+    penalties = {
+        key: x for key, x in coefficients(torch.ones(SHAPES[0]), "feature").items() if "_by" not in key
+    }
+    penalties.pop("view")
+    return Hyperparameters.make(ADAMW, lr=lr, weight_decay=0.1, **options, **penalties)
+
+
+def step(backend, tensors, rows, lr, found_inf=None):
+    layouts = [grouped_layout(w, "feature", None) for w, *_ in tensors]
+    of_groups = [hyperparameters(lr, first) for first in (True, False)]
+    step_once(backend, [w for w, *_ in tensors], layouts, rows, [0, 0, 1, 1], of_groups, None, found_inf)
+
+
+def rows_of(tensors, counts):
+    """Rows of running tensors; a count is a number, or a tensor that lies with them."""
+    return [
+        Row(*(x.data_ptr() for x in xs), int(Phase.RUNNING), *counted(count))
+        for xs, count in zip(tensors, counts)
+    ]
+
+
+def counted(count):
+    return (0, count.data_ptr()) if isinstance(count, torch.Tensor) else (count, 0)
+
+
+@covering(executor=KERNELS, dtype=[torch.float32, torch.float64, torch.bfloat16], lr=["number", "address"])
+def test_what_lies_on_the_device_is_as_what_the_host_knows(executor, dtype, lr):
+    """All counts there, none, and some; each within a rounding or two of the other."""
+    device = device_of(executor)
+    there = [torch.full((), float(n), device=device) for n in (0, 1, 7, 999_999)]
+    rate = torch.full((1,), 0.5, device=device)
+    for kept in ([0, 1, 2, 3], [1, 3], []):
+        tensors = tensors_of(executor, dtype)
+        before = [tuple(x.clone().cpu() for x in xs) for xs in tensors]
+        counts = [x if i in kept else int(x) + 1 for i, x in enumerate(there)]
+        were = [float(x) for x in there]
+        step(executor, tensors, rows_of(tensors, counts), At(rate.data_ptr()) if lr == "address" else 0.5)
+        assert [float(x) for x in there] == [n + (i in kept) for i, n in enumerate(were)]
+        for i, (now, was, n) in enumerate(zip(tensors, before, were)):
+            h = hyperparameters(0.5, first=i < 2)
+            told = dict(ADAMW.told(h.chosen), lr=0.5, step=n + 1, update=ADAMW.update)
+            told |= dict(group_lasso=h.group_lasso, exclusive_lasso=h.exclusive_lasso, l1=h.l1)
+            truth = reference.step(*was, accumulate=torch.float64, **told)
+            same = reference.step(*was, accumulate=torch.float32, **told)
+            for x, true, near in zip((now[0], *now[2:]), truth, same):
+                assert_right(x.cpu() + 0.0, true, near, torch.zeros_like(true), dtype)
+        for x, n in zip(there, were):
+            x.fill_(n)
+
+
+@pytest.mark.parametrize("executor", KERNELS)
+def test_an_overflow_is_not_counted(executor):
+    tensors = tensors_of(executor, torch.float32)
+    there = [torch.full((), 3.0, device=device_of(executor)) for _ in SHAPES]
+    before = [[x.clone() for x in xs] for xs in tensors]
+    found_inf = torch.ones(1, device=device_of(executor))
+    step(executor, tensors, rows_of(tensors, there), 0.5, found_inf)
+    assert [float(x) for x in there] == [3.0] * len(SHAPES)
+    assert all(torch.equal(x, y) for xs, ys in zip(tensors, before) for x, y in zip(xs, ys))
+
+
+@pytest.mark.parametrize("executor", KERNELS)
+def test_a_tensor_without_gradient_is_not_counted(executor):
+    tensors = tensors_of(executor, torch.float32)
+    there = [torch.full((), 3.0, device=device_of(executor)) for _ in SHAPES]
+    rows = rows_of(tensors, there)
+    rows[1] = Row(rows[1].w, phase=int(Phase.SKIPPED))
+    step(executor, tensors, rows, 0.5)
+    assert [float(x) for x in there] == [4.0, 3.0, 4.0, 4.0]
