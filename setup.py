@@ -110,7 +110,17 @@ def cuda_options(home):
     if torch.version.cuda and int(torch.version.cuda.split(".")[0]) != nvcc_version(home)[0]:
         cpp_extension._check_cuda_version = lambda *_: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    drop_stale_objects()
     return glob.glob("csrc/cuda/*.cu"), NVCC_FLAGS, [cuda_runtime(home), "-ldl", "-lrt", "-lpthread"]
+
+
+def drop_stale_objects():
+    """Remove what nvcc made of older headers: with a torch for the CPU alone its build notes none for nvcc."""
+    newest = max(os.path.getmtime(path) for path in glob.glob("csrc/c*/*.*"))
+    for source in glob.glob("csrc/cuda/*.cu"):
+        for built in glob.glob(f"build/temp*/{os.path.splitext(source)[0]}.o"):
+            if os.path.getmtime(built) < newest:
+                os.remove(built)
 
 
 def build_options(env=os.environ):

@@ -245,7 +245,8 @@ def _reference_step(rule: Rule, served: Served, grad_scale: Tensor | None, found
     for group, members in served:
         h = Reader(rule).read(group)
         for p, grad, states, step, first in members:
-            count = None if step is None else step + 1 if h.chosen["capturable"] else step.item() + 1
+            # torch.compile says capturable=True of every optimizer
+            count = None if step is None else step + 1 if on_device(step) else step.item() + 1
             begun = [None] * len(states) if first else states
             spec = group["group_by"], group["view"]
             new, *new_states = reference_step(h, spec, p, unscaled(grad, grad_scale), begun, count)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sharded_cases import contract, matrix, models, overflow, steps, travel, views  # noqa: F401, they sign up
+from sharded_cases import adamw, contract, matrix, models, overflow, steps, travel, views  # noqa: F401, they sign up
 from sharded_cases.common import CASES, gathered
 
 HANGS_AFTER = timedelta(seconds=45)

@@ -6,10 +6,10 @@ import torch._dynamo.testing
 from helpers.compiled import COMPILES, PENALTY, SGD, SHAPES
 from helpers.right import MODES
 from helpers.steps import assert_same_bits, copies, everything, give_grads, parameters
-from helpers.tiers import covering
+from helpers.tiers import covering, each_value
 from torch import nn
 
-from cges_kernels import ProxSGD, available_backends
+from cges_kernels import ProxAdamW, ProxSGD, available_backends
 
 pytestmark = COMPILES
 
@@ -234,3 +234,32 @@ def test_a_compiled_step_is_not_captured(kernel_backend):
     with pytest.raises(RuntimeError, match=r"expected optimizer\.step itself in a graph"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             step()
+
+
+@each_value(executor=available_backends(), prox_mode=MODES, options=[{}, dict(decoupled_weight_decay=False)])
+def test_a_compiled_step_of_adamw_has_the_bits_of_a_plain_one(executor, prox_mode, options):
+    params = parameters(SHAPES, torch.float32)
+    twins = copies(params)
+    ours, plain = (
+        ProxAdamW(x, lr=0.1, backend=executor, prox_mode=prox_mode, **PENALTY, **options)
+        for x in (params, twins)
+    )
+    step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
+    for i in range(4):
+        give_grads(params, i, twins)
+        ours.step() if i == 2 else step()
+        plain.step()
+        assert_same(ours, plain)
+    assert float(ours.state[params[0]]["step"]) == 4
+
+
+def test_inductor_compiles_adamw():
+    params = parameters(SHAPES, torch.float32)
+    twins = copies(params)
+    ours, plain = (ProxAdamW(x, lr=0.1, **PENALTY) for x in (params, twins))
+    step = torch.compile(ours.step, fullgraph=True)
+    for i in range(3):
+        give_grads(params, i, twins)
+        step()
+        plain.step()
+        assert_same(ours, plain)
