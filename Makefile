@@ -32,7 +32,7 @@ EXT_STAMP   := $(VENV)/.ext
 BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
+.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ install: $(EXT_STAMP)  ## set up .venv, the dependencies and the C++ extension
 
 demo: install  ## train the demo on real data
 	$(PY) -m cges_kernels.demo $(ARGS)
+
+demo-transformer: install  ## train a small transformer whose heads and hidden units die, and make it smaller
+	$(PY) examples/transformer.py $(ARGS)
 
 test: install $(LINT)  ## lint, then the tests that see a break within minutes
 	$(PY) -m pytest $(PARALLEL) -m "not full" $(ARGS)

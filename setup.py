@@ -115,7 +115,7 @@ def cuda_options(home):
 
 
 def drop_stale_objects():
-    """Remove what nvcc made of older headers: with a torch for the CPU alone its build notes none for nvcc."""
+    """Remove what nvcc made of older headers: with a torch for the CPU alone the build notes none of them."""
     newest = max(os.path.getmtime(path) for path in glob.glob("csrc/c*/*.*"))
     for source in glob.glob("csrc/cuda/*.cu"):
         for built in glob.glob(f"build/temp*/{os.path.splitext(source)[0]}.o"):

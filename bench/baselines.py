@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cges_kernels import ProxSGD
+from cges_kernels import ProxAdamW, ProxSGD
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
 from cges_kernels.core.groups import has_groups, reduced_dims
@@ -75,6 +75,26 @@ def foreach_sgd(shapes: Shapes, **place: Any) -> Made:
 def for_loop_sgd(shapes: Shapes, **place: Any) -> Made:
     """torch.optim.SGD(foreach=False): tensor by tensor, without a proximal step."""
     return torch_sgd(shapes, place, foreach=False)
+
+
+@with_idle
+def fused_adamw(shapes: Shapes, **place: Any) -> Made:
+    """torch.optim.AdamW(fused=True): no proximal step at all; what AdamW costs at the least."""
+    params = parameters(shapes, **place)
+    return torch.optim.AdamW(params, lr=LR, fused=True).step, params
+
+
+@with_idle
+def prox_adamw(
+    shapes: Shapes,
+    backend: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: Any,
+) -> Made:
+    params = parameters(shapes, dtype, device)
+    options = {"lr": LR, **COEFFICIENTS, **options}
+    return ProxAdamW(params, backend=backend, **options).step, params
 
 
 @with_idle

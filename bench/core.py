@@ -41,6 +41,18 @@ def against_fused_sgd(shapes: Shapes, note: dict[str, Any], **options: Any) -> M
     return measure
 
 
+def against_fused_adamw(shapes: Shapes, note: dict[str, Any], **options: Any) -> Measure:
+    """prox_adamw, then the eager reference of it, beside torch's fused AdamW."""
+
+    def measure() -> list[Times]:
+        adamw, ours = baselines.fused_adamw(shapes), baselines.prox_adamw(shapes, **options)
+        eager = baselines.prox_adamw(shapes, backend="reference", **options)
+        fast = in_turns({"fused_adamw": adamw, "prox_adamw": ours}, note)
+        return [fast, in_turns({"fused_adamw": adamw, "eager": eager}, note)]
+
+    return measure
+
+
 def on_threads(count: int, step: Step) -> Callable[[], None]:
     def run() -> None:
         torch.set_num_threads(count)
@@ -171,10 +183,12 @@ def rows() -> list[Row]:
         measure: Callable[..., Measure] = against_fused_sgd,
         baseline: str = "fused_sgd",
         contender: str = "prox_sgd",
+        states: int = 1,
         **options: Any,
     ) -> Row:
-        warm = workloads.bytes_moved(shapes, torch.float32) <= last_cache_bytes()
-        note = workloads.facts("core", shapes, "warm" if warm else "cold")  # the same tensors in every step
+        warm = workloads.bytes_moved(shapes, torch.float32, states) <= last_cache_bytes()
+        cache = "warm" if warm else "cold"  # the same tensors in every step
+        note = workloads.facts("core", shapes, cache, states=states)
         return Row(name, baseline, contender, target, measure(shapes, note, **options), note)
 
     def exact(shapes: Shapes, note: dict[str, Any], percent: int) -> Measure:
@@ -185,6 +199,9 @@ def rows() -> list[Row]:
         make = partial(baselines.prox_sgd, shapes)
         return exact_against_sequential(make, shapes[0][0], percent / 100, note, turns)
 
+    adamw: dict[str, Any] = dict(
+        measure=against_fused_adamw, baseline="fused_adamw", contender="prox_adamw", states=2
+    )
     matrix, uneven = workloads.matrix(4096, 4096), workloads.matrix(4096, 4128)
     small, tiny = workloads.small(300, 1024), workloads.small(500, 16)
     return [
@@ -201,4 +218,8 @@ def rows() -> list[Row]:
             row(f"exact 4096x4128, {left}% left", uneven, 1.5, exact, "sequential", "exact", percent=left)
             for left in (90, 50, 10)
         ),
+        row("AdamW, filter 4096x4096", matrix, 1.2, group_by="filter", **adamw),
+        row("AdamW, feature 4096x4096", matrix, 1.35, **adamw),
+        row("AdamW, ResNet-50 feature", workloads.resnet50(), 1.3, **adamw),
+        row("AdamW, 300 tensors of 1,024", small, 1.0, **adamw),
     ]

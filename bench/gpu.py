@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,12 +72,13 @@ class Table:
         contender: str = "prox_sgd",
         target: float | None = None,
         suite: str = "core",
+        states: int = 1,
         **options: Any,
     ) -> Row:
         """``measure`` as a row, with what is known of it; launches are those of ProxSGD with ``options``."""
         cache = self.lab.cache(case.shapes, self.dtype)
         where = {"dtype": self.name_of_dtype, "backend": self.backend, "workload": case.name}
-        note = workloads.facts(suite, case.shapes, cache, **where)
+        note = workloads.facts(suite, case.shapes, cache, states=states, **where)
 
         def run() -> list[Times]:
             self.lab.free()
@@ -91,6 +93,28 @@ class Table:
 
         name = f"{self.backend}: {case.name} {self.name_of_dtype}"
         return Row(name, baseline, contender, target, run, note, facts)
+
+    def adamw(self, case: Case) -> Row:
+        """ProxAdamW beside a copy of the bytes that must move, and torch's fused AdamW."""
+
+        def make(sets: int | None = None) -> Contender:
+            ours = partial(baselines.prox_adamw, backend=self.backend, group_by=case.group_by)
+            return self.lab.contender(ours, case.shapes, self.dtype, sets)
+
+        def measure(note: dict[str, Any]) -> list[Times]:
+            adamw = self.lab.contender(baselines.fused_adamw, case.shapes, self.dtype)
+            contenders = {"prox_adamw": make(), "fused_adamw": adamw}
+            return [self.lab.beside_copy(contenders, case.shapes, self.dtype, note, states=2)]
+
+        named = case._replace(name=f"AdamW, {case.name}")
+        row = self.row(named, measure, "copy", "prox_adamw", self.target_of_adamw(case), states=2)
+        return replace(row, facts=lambda: {"launches": self.lab.launches(make(1).step)})
+
+    def target_of_adamw(self, case: Case) -> float | None:
+        """Rows within 3 points of ProxSGD's percent of a copy, columns within 8."""
+        target = case.target(self.backend, self.dtype)
+        less = 3 if case.group_by == "filter" else 8
+        return None if target is None else 100 / (100 / target - less)
 
     def weight(self, case: Case) -> Row:
         """Beside a copy of the bytes that must move, and torch's fused SGD."""
@@ -177,6 +201,7 @@ def rows(
         tables, last = [Table(lab, backend, dtype) for dtype in DTYPES], backend == backends[-1]
         found += [tables[0].host(tiny)]
         found += [table.weight(case) for table in tables for case in cases]
+        found += [table.adamw(case) for table in tables for case in cases]
         found += [table.model(case, case.slow and last) for table in tables for case in models]
         found += [t.exact(*shape, percent) for t in tables for shape in exact for percent in (90, 50, 10)]
     return found

@@ -136,16 +136,18 @@ class Lab:
         dtype: torch.dtype,
         note: dict[str, Any] | None = None,
         before: Step | None = None,
+        states: int = 1,
     ) -> Times:
         """The contenders' times and "copy": what a plain copy in turn with them takes for the same bytes.
 
-        What is counted of each goes into ``note``, if there is one, once.
+        ``states`` are those that their update keeps. What is counted of each goes into ``note``, if there is
+        one, once.
         """
         everyone = {"copy": baselines.plain_copy(self.copy_bytes, self.device), **contenders}
         times = self.turns(everyone, before)
         if note is not None:
             count_once(note, everyone, self.device)
-        scale = bytes_moved(shapes, dtype) / (2 * self.copy_bytes)
+        scale = bytes_moved(shapes, dtype, states) / (2 * self.copy_bytes)
         return {**times, "copy": [scale * seconds for seconds in times["copy"]]}
 
     def one_by_one(

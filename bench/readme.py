@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 BASELINES = {
     "fused_sgd": "torch's fused SGD",
+    "fused_adamw": "torch's fused AdamW",
     "sequential": "sequential mode",
     "python": "the same in Python",
     "copy": "a copy",

@@ -160,15 +160,21 @@ def elements(shapes: Shapes) -> int:
     return total
 
 
-def bytes_moved(shapes: Shapes, dtype: torch.dtype, momentum: bool = True) -> int:
-    """What a step must move: w and gradient in, w out; with momentum the buffer in and out as well."""
-    return (5 if momentum else 3) * dtype.itemsize * elements(shapes)
+def bytes_moved(shapes: Shapes, dtype: torch.dtype, states: int = 1) -> int:
+    """What a step must move: w and gradient in, w out; each state in and out: momentum's, or AdamW's two."""
+    return (3 + 2 * states) * dtype.itemsize * elements(shapes)
 
 
 def facts(
-    suite: str, shapes: Shapes, cache: str, dtype: str = "fp32", backend: str = "cpu", **more: Any
+    suite: str,
+    shapes: Shapes,
+    cache: str,
+    dtype: str = "fp32",
+    backend: str = "cpu",
+    states: int = 1,
+    **more: Any,
 ) -> dict[str, Any]:
     """What the files say of a row beside its numbers; ``cache``: whether steps find their tensors in one."""
     sizes = {"elements": elements(shapes), "tensors": len(shapes)}
-    sizes["bytes"] = bytes_moved(shapes, DTYPES[dtype])
+    sizes["bytes"] = bytes_moved(shapes, DTYPES[dtype], states)
     return {"suite": suite, "backend": backend, "dtype": dtype, **sizes, "cache": cache, **more}

@@ -19,7 +19,7 @@ from .claims import claims
 from .data import FOLDS, LOADERS, Images
 from .results import runs_csv, summarise, table
 from .speed import measure, speed_csv, speed_table
-from .training import METHODS, Job, Run, Settings, train_all
+from .training import METHODS, OPTIMIZERS, Job, Run, Settings, train_all
 
 SETTINGS = {"digits": Settings(), "mnist": Settings(epochs=5, batch=128)}
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
@@ -49,16 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
     """Every option of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m cges_kernels.demo",
-        description="Train a small LeNet with ProxSGD under the six methods of the CGES thesis (l2, l1, "
-        "group sparsity by filter and by feature, exclusive sparsity, CGES), each at several strengths. "
-        "Print accuracy, nonzeros and FLOPs, the time per optimizer step, and which of the thesis's claims "
-        "hold here; write figures and CSV.",
+        description="Train a small LeNet with ProxSGD or ProxAdamW under the six methods of the CGES thesis "
+        "(l2, l1, group sparsity by filter and by feature, exclusive sparsity, CGES), each at some "
+        "strengths. Print accuracy, nonzeros, FLOPs, the time per optimizer step, and which of the thesis's "
+        "claims hold here; write figures and CSV.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     epochs = ", ".join(f"{settings.epochs} for {name}" for name, settings in SETTINGS.items())
     whole: dict[str, Any] = dict(type=at_least_one, metavar="N")
     add = parser.add_argument
     add("--data", choices=LOADERS, default="digits", help="mnist is downloaded from openml.org")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="ProxSGD or ProxAdamW")
     add("--device", type=device, default="cpu", help="to train on: cpu, cuda, cuda:1, ...")
     add("--seeds", default=3, help="repetitions; five are the folds of one shuffle", **whole)
     add("--lambdas", default=5, help="strengths per method", **whole)
@@ -113,21 +114,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = LOADERS[args.data]()
     except ConnectionError as error:
         parser.exit(1, f"{parser.prog}: --data {args.data}: {error}\n")
-    settings = replace(SETTINGS[args.data], device=args.device)
+    settings = replace(SETTINGS[args.data], device=args.device, optimizer=args.optimizer)
     settings = replace(settings, epochs=vars(args).get("epochs", settings.epochs))
     jobs = [
         Job(key, lam, seed)
         for seed in range(args.seeds)
         for key, method in METHODS.items()
-        for lam in method.lambdas(args.lambdas)
+        for lam in method.lambdas(args.lambdas, settings.training.times)
     ]
     runs = _train(jobs, images, settings, args.workers)
-    timings = measure(images.size, args.device)
+    timings = measure(images.size, args.device, args.optimizer)
     title = (
-        f"LeNet on {args.data}: {settings.epochs} epochs on one of {FOLDS} folds, tested on the others; "
-        f"mean ± standard error of {args.seeds} repetitions"
+        f"LeNet on {args.data} with {settings.training.proximal.__name__}: {settings.epochs} epochs on one "
+        f"of {FOLDS} folds, tested on the others; mean ± standard error of {args.seeds} repetitions"
     )
-    text = "\n\n".join([title, table(summarise(runs)), speed_table(timings), claims(runs)])
+    text = "\n\n".join([title, table(summarise(runs)), speed_table(timings, args.optimizer), claims(runs)])
     _write(
         args.out,
         runs,

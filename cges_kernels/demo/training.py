@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..optimizer import ProxSGD
+from ..optimizer import ProxAdamW, ProxSGD
 from ..reporting.report import sparsity_report
 from ..training.recipes import CoefficientWarmup, cges_param_groups, sparsity_param_groups
 from .data import Images, split
@@ -57,9 +57,9 @@ class Method(NamedTuple):
     strongest: float
     param_groups: Callable[[nn.Module, float], list[dict[str, Any]]]
 
-    def lambdas(self, count: int) -> list[float]:
+    def lambdas(self, count: int, times: float = 1.0) -> list[float]:
         """``count`` lambdas from the weakest to the strongest, each the same factor above the last."""
-        return [float(f"{lam:.3g}") for lam in np.geomspace(self.weakest, self.strongest, count)]
+        return [float(f"{times * lam:.3g}") for lam in np.geomspace(self.weakest, self.strongest, count)]
 
 
 def _by_size(penalty: str, **options: Any) -> Callable[[nn.Module, float], list[dict[str, Any]]]:
@@ -81,14 +81,37 @@ METHODS = {
 }
 
 
+class Training(NamedTuple):
+    """An optimizer as the demo trains with it; its lambdas are METHODS' ``times`` so much.
+
+    AdamW's are weighed against the signal in the gradients, SGD's against the gradients (docs/adamw.md).
+    """
+
+    lr: float
+    times: float
+    plain: Callable[..., torch.optim.Optimizer]  # torch's class, without a penalty
+    proximal: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any]  # of both
+
+
+OPTIMIZERS = {
+    "sgd": Training(0.05, 1.0, torch.optim.SGD, ProxSGD, {"momentum": MOMENTUM}),
+    "adamw": Training(2e-3, 8.0, torch.optim.AdamW, ProxAdamW, {"weight_decay": 0.0}),
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all runs share."""
 
     epochs: int = 120
     batch: int = 32
-    lr: float = 0.05
+    optimizer: str = "sgd"
     device: str = "cpu"
+
+    @property
+    def training(self) -> Training:
+        return OPTIMIZERS[self.optimizer]
 
 
 class Job(NamedTuple):
@@ -203,7 +226,9 @@ def train(job: Job, images: Images, settings: Settings) -> Run:
     x, y = (torch.from_numpy(array).to(device) for array in images)
     train_rows, test_rows = (torch.from_numpy(rows).to(device) for rows in split(images.y, job.seed))
     model = LeNet(images.size).to(device)
-    optimizer = ProxSGD(METHODS[job.method].param_groups(model, job.lam), lr=settings.lr, momentum=MOMENTUM)
+    groups = METHODS[job.method].param_groups(model, job.lam)
+    training = settings.training
+    optimizer = training.proximal(groups, lr=training.lr, **training.options)
     steps = settings.epochs * -(-len(train_rows) // settings.batch)
     schedulers = [
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),

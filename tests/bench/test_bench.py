@@ -42,7 +42,8 @@ def test_models_have_the_parameters_of_their_papers():
 
 def test_bytes_that_must_move():
     assert workloads.bytes_moved([(3, 5), (2,)], torch.float32) == 17 * 20
-    assert workloads.bytes_moved([(3, 5), (2,)], torch.float32, momentum=False) == 17 * 12
+    assert workloads.bytes_moved([(3, 5), (2,)], torch.float32, states=0) == 17 * 12
+    assert workloads.bytes_moved([(3, 5), (2,)], torch.float32, states=2) == 17 * 28
     assert workloads.bytes_moved([(3, 5), (2,)], torch.bfloat16) == 17 * 10
 
 

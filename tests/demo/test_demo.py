@@ -81,7 +81,7 @@ def test_csv_beside_the_figures(demo):
         for mode in ("sequential", "exact"):
             assert float(row[f"{mode}_measured"]) == pytest.approx(float(row[f"{mode}_expected"]), abs=1.5)
     for row in read(out / "speed.csv"):
-        assert min(float(row[name]) for name in ("sgd_fused_ms", "proxsgd_ms", "reference_ms")) > 0
+        assert min(float(row[name]) for name in ("torch_fused_ms", "proximal_ms", "reference_ms")) > 0
 
 
 @pytest.mark.full("training alone and in two processes gives the same runs")
@@ -104,7 +104,7 @@ def test_same_runs_whatever_the_workers(demo):
 
 def test_failure_leaves_the_old_files(tmp_path, monkeypatch):
     (tmp_path / "runs.csv").write_text("good")
-    monkeypatch.setattr(cli, "measure", lambda size, device: [])
+    monkeypatch.setattr(cli, "measure", lambda size, device, optimizer: [])
     monkeypatch.setitem(figures.FIGURES, "last_layer", lambda runs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main([*TINY, "--seeds", "1", "--lambdas", "1", "--out", str(tmp_path)])
@@ -305,3 +305,13 @@ def test_networks_fit_both_sizes():
     for size in (8, 28):
         assert LeNet(size)(torch.zeros(2, 1, size, size)).shape == (2, 10)
     assert Images(np.zeros((1, 1, 28, 28)), np.zeros(1)).size == 28
+
+
+def test_the_demo_with_adamw(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "measure", partial(measure, rounds=1))
+        assert cli.main([*TINY, "--seeds", "1", "--optimizer", "adamw", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    assert "LeNet on digits with ProxAdamW" in text and "torch AdamW, fused" in text
+    strongest = {row["method"]: float(row["lambda"]) for row in read(tmp_path / "accuracy.csv")}
+    assert strongest == {key: method.lambdas(2, 8)[1] for key, method in METHODS.items()}

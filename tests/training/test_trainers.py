@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from cges_kernels import CoefficientWarmup, ProxSGD, TargetDensity, cges_param_groups
+from cges_kernels import CoefficientWarmup, ProxAdamW, ProxSGD, TargetDensity, cges_param_groups
 
 pytestmark = [
     pytest.mark.full("the recipes for Lightning, Transformers and accelerate, which take long to import"),
@@ -28,7 +28,12 @@ LIGHTNING, TRANSFORMERS, ACCELERATE = (
 NEEDED = "the extra `trainers` is not installed"
 STEPS, ACCUMULATED = 20, 2
 loss_fn = nn.CrossEntropyLoss()
-OURS = dict(ProxSGD=ProxSGD, CoefficientWarmup=CoefficientWarmup, cges_param_groups=cges_param_groups)
+OURS = dict(
+    ProxSGD=ProxSGD,
+    ProxAdamW=ProxAdamW,
+    CoefficientWarmup=CoefficientWarmup,
+    cges_param_groups=cges_param_groups,
+)
 
 
 def batches(steps=STEPS):
@@ -227,10 +232,10 @@ def run_accelerate():
     """Runs the recipe on a model; returns its scope."""
     accelerate = pytest.importorskip("accelerate", reason=NEEDED)
 
-    def run(model):
+    def run(model, recipe=ACCELERATE):
         accelerator = functools.partial(accelerate.Accelerator, cpu=True)
         scope = dict(OURS, model=model, loader=batches(), loss_fn=loss_fn, Accelerator=accelerator)
-        exec(ACCELERATE, scope)
+        exec(recipe, scope)
         return scope
 
     yield run
@@ -305,3 +310,39 @@ def test_accelerate_may_replace_the_parameters(run_accelerate, switch):
     plain(other, sparse_sgd(other), batches())  # afresh: the state stays with the old parameters
     assert_alike(model, other)
     assert_same_bits(before, list(net.parameters()))
+
+
+# With ProxAdamW in ProxSGD's place
+
+
+def of_adamw(recipe):
+    changed = recipe.replace("ProxSGD", "ProxAdamW").replace("lr=0.1, momentum=0.9", "lr=0.02")
+    assert changed.count("lr=0.02") == 1
+    return changed.replace("lam=3e-2", "lam=0.5")
+
+
+def sparse_adamw(model):
+    return ProxAdamW(cges_param_groups(model, lam=0.5, scale="size"), lr=0.02)
+
+
+def test_transformers_resumes_adamw(run_transformers):
+    model, resumed, other = language_model(), language_model(), language_model()
+    seen = []
+    hook = model.register_forward_pre_hook(lambda m, args, batch: seen.append(batch), with_kwargs=True)
+    run_transformers(model, of_adamw(TRANSFORMERS))
+    hook.remove()
+    run_transformers(resumed, of_adamw(TRANSFORMERS).replace("train()", RESUMED))
+    optimizer = sparse_adamw(other)
+    schedulers = [LambdaLR(optimizer, lambda step: 1 - step / STEPS), CoefficientWarmup(optimizer, 15)]
+    plain(other, optimizer, seen, lambda model, batch: model(**batch).loss, schedulers)
+    assert_alike(model, other)
+    assert_alike(model, resumed)
+
+
+def test_accelerate_with_adamw(run_accelerate):
+    net = Net()
+    other = copy.deepcopy(net)
+    run_accelerate(net, of_adamw(ACCELERATE))
+    optimizer = sparse_adamw(other)
+    plain(other, optimizer, batches(), schedulers=[CoefficientWarmup(optimizer, 15)])
+    assert_alike(net, other)
