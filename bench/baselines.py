@@ -233,15 +233,15 @@ def others() -> dict[str, Callable[..., Contender]]:
 
 
 @with_idle
-def copy(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Made:
-    """A plain copy of as many bytes as a step must move (20 per fp32 element): the speed of light."""
+def copy(shapes: Shapes, dtype: torch.dtype = torch.float32, device: str = "cpu", states: int = 1) -> Made:
+    """A plain copy of as many bytes as a step must move, by how many states it keeps: the speed of light."""
     source = torch.randn(elements(shapes), device=device).to(dtype)
     target = torch.empty_like(source)
     half = source.numel() // 2
 
-    def step() -> None:  # one copy reads 4 and writes 4 bytes an element; 2.5 of them make 20
-        target.copy_(source)
-        source.copy_(target)
+    def step() -> None:  # one copy reads 4 and writes 4 bytes an element; 2.5 of them make 20, 3.5 make 28
+        for i in range(1 + states):
+            (target if i % 2 == 0 else source).copy_(source if i % 2 == 0 else target)
         target[:half].copy_(source[:half])
 
     return step, []

@@ -42,12 +42,14 @@ def against_fused_sgd(shapes: Shapes, note: dict[str, Any], **options: Any) -> M
 
 
 def against_fused_adamw(shapes: Shapes, note: dict[str, Any], **options: Any) -> Measure:
-    """prox_adamw, then the eager reference of it, beside torch's fused AdamW."""
+    """prox_adamw, then the eager reference of it, beside torch's fused AdamW (and SGD)."""
 
     def measure() -> list[Times]:
         adamw, ours = baselines.fused_adamw(shapes), baselines.prox_adamw(shapes, **options)
         eager = baselines.prox_adamw(shapes, backend="reference", **options)
-        fast = in_turns({"fused_adamw": adamw, "prox_adamw": ours}, note)
+        sgd, copy = baselines.fused_sgd(shapes), baselines.copy(shapes, states=2)
+        everyone = {"fused_adamw": adamw, "prox_adamw": ours, "fused_sgd": sgd, "copy": copy}
+        fast = in_turns(everyone, note)
         return [fast, in_turns({"fused_adamw": adamw, "eager": eager}, note)]
 
     return measure

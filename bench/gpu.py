@@ -95,7 +95,7 @@ class Table:
         return Row(name, baseline, contender, target, run, note, facts)
 
     def adamw(self, case: Case) -> Row:
-        """ProxAdamW beside a copy of the bytes that must move, and torch's fused AdamW."""
+        """ProxAdamW beside a copy of the bytes that must move, and torch's fused AdamW and SGD."""
 
         def make(sets: int | None = None) -> Contender:
             ours = partial(baselines.prox_adamw, backend=self.backend, group_by=case.group_by)
@@ -103,7 +103,7 @@ class Table:
 
         def measure(note: dict[str, Any]) -> list[Times]:
             adamw = self.lab.contender(baselines.fused_adamw, case.shapes, self.dtype)
-            contenders = {"prox_adamw": make(), "fused_adamw": adamw}
+            contenders = {"prox_adamw": make(), "fused_adamw": adamw, "fused_sgd": self.fused_sgd(case)}
             return [self.lab.beside_copy(contenders, case.shapes, self.dtype, note, states=2)]
 
         named = case._replace(name=f"AdamW, {case.name}")

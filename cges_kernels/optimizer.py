@@ -122,7 +122,7 @@ class ProxAdamW(ProximalOptimizer):
     methods for structured neural networks, NeurIPS 2021); groups would then have no closed form. Here the
     fixed point does not minimise f + Omega: Adam's steps are about lr per element, whatever the gradient's
     size, so a weight dies where its threshold outweighs what steps of about lr put back. Coefficients are on
-    that scale: see docs/training.md, "From ProxSGD to ProxAdamW".
+    that scale: see docs/adamw.md.
 
     Args:
         params: parameters, param groups or named parameters, as for torch.optim.AdamW.

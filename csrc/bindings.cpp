@@ -162,7 +162,7 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<Layo
 
 // module_local: the tests load a second build of this beside it, whose CUDA kernels run on the CPU.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Fused proximal SGD: the C++ side of cges_kernels.";
+  m.doc() = "Fused proximal optimizers: the C++ side of cges_kernels.";
   py::class_<Executor>(m, "Executor", py::module_local())
       .def(py::init(&executor_for), py::arg("name"), py::arg("tensors"), py::arg("layouts"),
            py::arg("param_groups"), py::arg("rule") = "sgd")

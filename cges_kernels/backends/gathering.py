@@ -133,10 +133,11 @@ class StepPlan:
             gathered.kept.append((grad, states, step))
             gathered.rows.append(row_of(slot.param, grad, states, phase, step))
         if newcomers:  # a state that shares memory with another, or a parameter, is written twice at once
+            names = (*self._rule.states, STEP)
             found = [
                 (f"the {name} of {slot.name}", x)
-                for slot, (_, states, _) in zip(self._slots, gathered.kept)
-                for name, x in zip(self._rule.states, states)
+                for slot, (_, states, step) in zip(self._slots, gathered.kept)
+                for name, x in zip(names, states if step is None else (*states, step))
             ]
             check_distinct(*zip(*[(s.name, s.param) for s in self._slots], *found))
         self._gathered = gathered
@@ -168,7 +169,9 @@ class StepPlan:
             raise RuntimeError("StepPlan.run: expected a gather that succeeded before it, got none")
         (state, rows, kept), self._gathered = self._gathered, None
         # Whoever is to know whether this step counts must wait for the answer.
-        new = any(row.phase == Phase.FIRST or row.steps > 0 for row in rows)
+        new = any(row.phase == Phase.FIRST or row.steps > 0 for row in rows) or any(
+            slot.param.numel() == 0 for slot in self._slots if self._rule.counts
+        )
         if found_inf is not None and new and found_inf.item() != 0:
             return
         launch(torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), len(Row._fields)))
@@ -181,6 +184,6 @@ class StepPlan:
                     entry[STEP] = step
                 entry.update(zip(self._rule.states, states))
                 slot.states = states
-            if step is not None and not on_device(step):
+            if step is not None and (not on_device(step) or slot.param.numel() == 0):
                 step += 1
             increment_version([slot.param, *states])

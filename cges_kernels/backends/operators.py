@@ -13,6 +13,7 @@ each call, and it has lists in place of an optimizer:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..core.checks import check_companion, check_distinct, check_param_group, check_penalty
+from ..core.checks import check_companion, check_distinct, check_param_group, check_penalty, check_step
 from ..core.groups import GroupedLayout, GroupSpec, from_text, grouped_layout, to_text
 from ..core.hyperparameters import SCALARS, Hyperparameters, Phase, Reader
 from ..core.rules import RULES, STEP, Rule
@@ -88,6 +89,12 @@ def step(
             if not names:
                 continue
             begun = [x for x in found[k * len(names) : (k + 1) * len(names)] if x is not None]
+            there = len(begun) + (count is not None)
+            if there not in (0, len(names) + rule.counts):
+                raise RuntimeError(
+                    f"torch.compile: expected all of a parameter's {', '.join(names)}"
+                    f"{' and step' if rule.counts else ''}, or none, got {there} of them"
+                )
             first.append(not begun)
             if not begun:
                 begun = [torch.empty_like(p) for _ in names]
@@ -186,6 +193,11 @@ class Member(NamedTuple):
     first: bool
 
 
+def on_host_counted(member: Member) -> bool:
+    """Whether the host counts a parameter's steps: kernels see none without elements."""
+    return member.step is not None and (not on_device(member.step) or member.param.numel() == 0)
+
+
 Served = Sequence[tuple[dict[str, Any], list[Member]]]
 
 
@@ -215,21 +227,24 @@ def _step(
         for n, o, s in chunks
     ]
     names = [f"params[{i}]" for i in range(len(params))]
-    check_distinct([*names, *(f"states[{i}]" for i in range(len(states)))], [*params, *states])
+    kinds = {"states": states, "steps": steps}
+    rest = [f"{kind}[{i}]" for kind, tensors in kinds.items() for i in range(len(tensors))]
+    check_distinct([*names, *rest], [*params, *states, *steps])
     members: list[list[Member]] = [[] for _ in param_groups]
     left, counts, begun = iter(states), iter(steps), iter(first)
     for name, p, grad, index in zip(names, params, grads, groups):
         check_companion("gradient", name, p, grad, p.dtype)
         kept = the_rule.states_with(param_groups[index])
         mine = tuple(check_companion(key, name, p, next(left), p.dtype) for key in kept)
-        count = next(counts) if kept and the_rule.counts else None
+        count = check_step(name, p, {STEP: next(counts)}) if kept and the_rule.counts else None
         members[index].append(Member(p, grad, mine, count, bool(kept) and next(begun)))
     served: dict[str, list[tuple[dict[str, Any], list[Member]]]] = {}
     for group, of_members in zip(param_groups, members):
         tensors = [member.param for member in of_members]
         executor = choose_backend(group["backend"], tensors, group["fused"])
         served.setdefault(executor, []).append((group, of_members))
-    if steps and found_inf is not None and not on_device(steps[0]) and found_inf.item() != 0:
+    host_counts = [on_host_counted(x) for x in itertools.chain(*members)]
+    if any(host_counts) and found_inf is not None and found_inf.item() != 0:
         return  # whoever counts steps must know
     for executor, of_executor in served.items():
         if executor == "reference":
@@ -288,7 +303,7 @@ def _fused_step(
         to.copy_(moved_to)
     for _, members in served:
         for member in members:
-            if member.step is not None and not on_device(member.step):
+            if member.step is not None and on_host_counted(member):
                 member.step.add_(1)
 
 

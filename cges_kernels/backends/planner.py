@@ -263,14 +263,16 @@ class Planner:
         """A param group's, in the order of the reader's keys."""
         values: tuple[Any, ...] = self._reader.values_of(group)
         types = tuple(map(type, values))
-        if types == self._numbers[index] or self._differentiates(index, group):
+        if self._differentiates(index, group):
             return values
-        if any(issubclass(x, Tensor) for x in types):
+        lasting = self._reader.are_lasting(values)
+        if types == self._numbers[index] and lasting:
+            return values
+        if not lasting or any(issubclass(x, Tensor) for x in types):
             return self._reader.numbers_of(group, self._devices[index])
         if self._numbers[index] is not None:
-            check_param_group(
-                self.rule, group
-            )  # what is of another type may be equal, and yet be nothing to go on with
+            # what is of another type may be equal, and yet be nothing to go on with
+            check_param_group(self.rule, group)
         self._numbers[index] = types
         return values
 

@@ -18,5 +18,6 @@ def new_like(p: Tensor) -> Tensor:
 def new_step(p: Tensor, options: Mapping[str, Any]) -> Tensor:
     """A count of p's steps, 0 so far, where torch.optim has it: with p where kernels are to read it."""
     if options["capturable"] or options["fused"]:
-        return torch.zeros((), dtype=_get_scalar_dtype(is_fused=options["fused"]), device=p.device)
+        is_float = options["fused"] or p.device.type != "cpu"  # kernels read no other
+        return torch.zeros((), dtype=_get_scalar_dtype(is_fused=is_float), device=p.device)
     return torch.zeros((), dtype=_get_scalar_dtype(), device="cpu")

@@ -155,7 +155,7 @@ def checked_inputs(
     """
     grad = check_companion("gradient", name, param, param.grad, dtype)
     names = rule.states_with(options)
-    if not any(entry.get(key) is not None for key in names):
+    if not any(entry.get(key) is not None for key in (*names, *([STEP] if rule.counts else []))):
         return Inputs(grad)
     step = check_step(name, param, entry) if rule.counts else None
     return Inputs(grad, tuple(_check_state(key, name, param, entry, dtype) for key in names), step)
@@ -170,12 +170,18 @@ def check_begun(rule: str, name: str, param: Tensor, entry: Mapping[str, Any], d
 
 
 def check_states(name: str, param: Tensor, entry: Mapping[str, Any], rule: Rule) -> None:
-    """Whatever ``entry`` holds of the rule's states fits the parameter."""
-    for key in rule.states:
-        if entry.get(key) is not None:
-            _check_state(key, name, param, entry)
-    if rule.counts and STEP in entry:
+    """Whatever ``entry`` holds of the rule's states fits the parameter, and is this rule's at all."""
+    begun = [key for key in rule.states if entry.get(key) is not None]
+    for key in begun:
+        _check_state(key, name, param, entry)
+    if rule.counts and (begun or STEP in entry):
         check_step(name, param, entry)
+    others = {key for other in RULES.values() for key in other.states if key not in rule.states}
+    if not begun and any(entry.get(key) is not None for key in others):
+        raise RuntimeError(
+            f"{name}: expected {', '.join(rule.states)} as its state, got {', '.join(sorted(entry))}, "
+            "another optimizer's"
+        )
 
 
 def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
@@ -190,6 +196,8 @@ def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
         )
     if step.device not in (torch.device("cpu"), param.device):
         raise RuntimeError(f"{name}: expected its {STEP} on cpu or {param.device}, got it on {step.device}")
+    if step.device.type != "cpu" and step.dtype != torch.float32:
+        raise RuntimeError(f"{name}: expected its {STEP} in torch.float32 on {step.device}, got {step.dtype}")
     return step
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .numbers import scalar
 from .reference import Thresholds, form_thresholds
-from .rules import SGD, Rule
+from .rules import RULES, SGD, Rule
 
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # schedules keep full values in param groups there
@@ -109,6 +109,9 @@ class Hyperparameters(NamedTuple):
 OWN = Hyperparameters._fields[: Hyperparameters._fields.index("rule")]  # of any rule
 
 
+SEVERAL = {key for rule in RULES.values() for key, x in rule.options.items() if isinstance(x, tuple)}
+
+
 class Reader:
     """Reads a rule's hyperparameters out of param groups; cheap enough for each step."""
 
@@ -116,6 +119,12 @@ class Reader:
         self.rule = rule
         self.keys = (*OWN, *rule.options)
         self.values_of = itemgetter(*self.keys)
+        self._several = [i for i, key in enumerate(self.keys) if key in SEVERAL]
+
+    def are_lasting(self, values: tuple[Any, ...]) -> bool:
+        """Whether what holds several values, such as betas, cannot change in place: a tuple of numbers."""
+        several = [values[i] for i in self._several]
+        return all(type(x) is tuple and not any(isinstance(y, Tensor) for y in x) for x in several)
 
     def numbers_of(self, group: Mapping[str, Any], device: torch.device | None = None) -> tuple[Any, ...]:
         """values_of; tensors as ``number`` has them, the first of SCALARS' by kernels on ``device``."""
@@ -137,6 +146,8 @@ def number(name: str, value: Any, device: torch.device | None) -> Any:
     The number of a float32 tensor is one of NumPy's, with which the reference computes as torch.optim does
     with the tensor: AdamW forms its step size in float32 then.
     """
+    if isinstance(value, (list, tuple)) and name in SEVERAL:
+        return tuple(number(name, x, None) for x in value)
     if not isinstance(value, Tensor):
         return value
     if can_be_read(value, device):

@@ -25,13 +25,15 @@ class Rule:
     """An update rule.
 
     ``options`` are the keys that it has in a param group beside lr, with what stands for "nothing asked for".
-    ``states`` names what it keeps of a parameter, tensors like it. A rule that ``counts`` keeps the number of
-    a parameter's steps as well, a tensor of one element, and its update takes that as ``step``.
+    ``states`` names what the executors keep of a parameter, tensors like it; ``states_with(options)`` says
+    what there is with these options, none or more perhaps. A rule that ``counts`` keeps the number of a
+    parameter's steps as well, a tensor of one element, and its update takes that as ``step``.
     """
 
     name: str
     options: Mapping[str, Any]
     states: tuple[str, ...]
+    states_with: Callable[[Mapping[str, Any]], tuple[str, ...]]
     update: Callable[..., tuple[Any, ...]]
     check: Callable[[Mapping[str, Any]], None]  # options in a param group; the wording is torch.optim's
     counts: bool = False
@@ -40,14 +42,7 @@ class Rule:
 
     def keeps_state(self, options: Mapping[str, Any]) -> bool:
         """Whether it has a state to keep with these options: SGD has none without momentum."""
-        return "momentum" not in self.options or bool(options["momentum"] != 0)
-
-    def states_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """The states that it keeps with these options."""
-        if not self.keeps_state(options):
-            return ()
-        amsgrad = "amsgrad" in self.options and options["amsgrad"]
-        return (*self.states, "max_exp_avg_sq") if amsgrad else self.states
+        return bool(self.states_with(options))
 
     def told(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What its update takes of these options."""
@@ -57,8 +52,8 @@ class Rule:
 def _check_sgd(group: Mapping[str, Any]) -> None:
     for name in ("momentum", "dampening", "weight_decay"):
         check_number(name, group[name])
-    check_not_negative("momentum value", group["momentum"])
-    check_not_negative("weight_decay value", group["weight_decay"])
+    check_not_negative("momentum value", scalar("momentum", group["momentum"]))
+    check_not_negative("weight_decay value", scalar("weight_decay", group["weight_decay"]))
     if math.isnan(group["dampening"]):
         raise ValueError("Invalid dampening value: nan (expected a number)")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -80,16 +75,27 @@ def _check_adamw(group: Mapping[str, Any]) -> None:
         raise ValueError("betas must be either both floats or both Tensors")
     for name in ("eps", "weight_decay"):
         check_number(name, group[name])
-    check_not_negative("epsilon value", group["eps"])
-    check_not_negative("weight_decay value", group["weight_decay"])
-    if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
-        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    check_not_negative("epsilon value", scalar("eps", group["eps"]))
+    check_not_negative("weight_decay value", scalar("weight_decay", group["weight_decay"]))
+    if group["foreach"] and not group["capturable"]:
+        for name, value in {"lr": group["lr"], "betas[0]": betas[0], "betas[1]": betas[1]}.items():
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def _states_of_sgd(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("momentum_buffer",) if options["momentum"] != 0 else ()
+
+
+def _states_of_adamw(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if options["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
 
 SGD = Rule(
     name="sgd",
     options={"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False},
     states=("momentum_buffer",),
+    states_with=_states_of_sgd,
     update=sgd_update,
     check=_check_sgd,
 )
@@ -107,6 +113,7 @@ ADAMW = Rule(
         "fused": None,
     },
     states=("exp_avg", "exp_avg_sq"),
+    states_with=_states_of_adamw,
     update=adamw_update,
     check=_check_adamw,
     counts=True,

@@ -50,9 +50,9 @@ def adamw_update(
     *,
     step: Scalar,
     lr: Scalar,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[Scalar, Scalar] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 1e-2,
+    weight_decay: Scalar = 1e-2,
     amsgrad: bool = False,
     maximize: bool = False,
     decoupled_weight_decay: bool = True,
@@ -62,7 +62,7 @@ def adamw_update(
     ``step`` counts the tensor's steps, this one included. As a tensor it brings the formula that torch has
     for capturable=True and differentiable=True, whose bits are others.
     """
-    beta1, beta2 = map(float, betas)
+    beta1, beta2 = betas
     if exp_avg is None or exp_avg_sq is None:
         exp_avg, exp_avg_sq = torch.zeros_like(w), torch.zeros_like(w)
     if maximize:
@@ -70,9 +70,15 @@ def adamw_update(
     if weight_decay != 0 and decoupled_weight_decay:
         w = w.mul(1 - lr * weight_decay)
     elif weight_decay != 0:
-        grad = grad.add(w, alpha=weight_decay)
-    exp_avg = exp_avg.lerp(grad, 1 - beta1)
-    exp_avg_sq = exp_avg_sq.mul(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if isinstance(weight_decay, Tensor) and weight_decay.requires_grad:
+            grad = grad.addcmul(w, weight_decay)
+        else:
+            grad = grad.add(w, alpha=float(weight_decay))
+    exp_avg = exp_avg.lerp(grad, 1 - beta1 if isinstance(beta1, Tensor) else float(1 - beta1))
+    if isinstance(beta2, Tensor) and beta2.requires_grad:
+        exp_avg_sq = exp_avg_sq.lerp(grad.square(), 1 - beta2)
+    else:
+        exp_avg_sq = exp_avg_sq.mul(beta2).addcmul_(grad, grad, value=float(1 - beta2))
     states: tuple[Tensor, ...] = (exp_avg, exp_avg_sq)
     largest = exp_avg_sq
     if amsgrad:

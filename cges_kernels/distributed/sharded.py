@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
+from ..backends.gathering import on_device
 from ..backends.plan import Plan, Spec
 from ..backends.registry import make_plan
 from ..backends.states import new_step
@@ -215,7 +216,7 @@ class ShardedPlan:
                 if grad is not None and self._rule.counts:
                     step = new_step(slot.local, h.chosen) if step is None else step
                     slot.inputs = Inputs(grad, states, step)
-                count = None if step is None else step.item() + 1
+                count = None if step is None else step + 1 if on_device(step) else step.item() + 1
                 crossing = CrossingTensor(*part, h, grad, states, count, grad_scale)
                 packs[slot.pack].append((slot, crossing))
         packs = {pack: members for pack, members in packs.items() if members}

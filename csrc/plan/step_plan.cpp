@@ -222,6 +222,11 @@ void StepPlan::check_distinct(const std::vector<Inputs>& inputs) const {
       names.append(text("the ", kept_.names[s], " of ", name(slots_[i])));
       tensors.append(inputs[i].states[s]);
     }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!inputs[i].step.defined()) continue;
+    names.append(text("the ", kStep, " of ", name(slots_[i])));
+    tensors.append(inputs[i].step);
+  }
   python_check("check_distinct")(names, tensors);
 }
 
@@ -249,10 +254,11 @@ void StepPlan::keep_states(Slot& slot, const Inputs& inputs, const py::dict& sta
 void StepPlan::begin_states(const Slot& slot, Inputs& inputs) const {
   for (int s = 0; s < kept_.n; ++s) inputs.states[s] = new_like(slot.param, slot.param.options());
   if (!kept_.counts) return;
-  const bool on_device = hyperparameters_[slot.shape.param_group].step_on_device && !slot.param.is_cpu();
-  const auto type =
-      on_device || c10::get_default_dtype_as_scalartype() != at::kDouble ? at::kFloat : at::kDouble;
-  const auto device = on_device ? slot.param.device() : c10::Device(c10::kCPU);
+  // With the parameter where the options say so, and then in float32, as kernels read it.
+  const bool with_param = hyperparameters_[slot.shape.param_group].step_on_device;
+  const bool is_float = with_param || c10::get_default_dtype_as_scalartype() != at::kDouble;
+  const auto type = is_float ? at::kFloat : at::kDouble;
+  const auto device = with_param ? slot.param.device() : c10::Device(c10::kCPU);
   inputs.step = at::zeros_symint({}, at::TensorOptions().dtype(type).device(device));
 }
 
@@ -263,6 +269,7 @@ bool StepPlan::gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at)
     inputs.states[s] = find(slot, state_keys_[s], slot.states[s]);
     there += inputs.states[s].defined();
   }
+  if (there == 0 && kept_.counts && find(slot, step_key_, slot.step).defined()) refuse_states(slot);
   at.phase = there == 0 ? Phase::first : Phase::running;
   bool newcomers = false;
   if (there == 0) {
@@ -277,7 +284,10 @@ bool StepPlan::gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at)
     if (kept_.counts) inputs.step = find(slot, step_key_, slot.step);
   }
   if (!kept_.counts) return newcomers;
-  if (!inputs.step.is_same(slot.step.tensor)) check_step(slot, inputs.step);
+  if (!inputs.step.defined() || !inputs.step.is_same(slot.step.tensor)) {
+    check_step(slot, inputs.step);
+    newcomers |= at.phase == Phase::running;
+  }
   if (on_host(inputs.step))
     at.count = read_step(inputs.step) + 1;
   else
@@ -312,9 +322,14 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
 void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
   TORCH_CHECK(gathered_, "StepPlan.run: expected a gather that succeeded before it, got none");
   const Gathered all = *std::exchange(gathered_, std::nullopt);  // let go at the end, thrown or not
-  const bool host_must_know = std::any_of(all.tensors.begin(), all.tensors.end(), [](const TensorInStep& x) {
-    return x.phase == Phase::first || x.count > 0;
-  });
+  // Kernels see no tensor without elements, so the host counts its steps wherever the count lies.
+  const auto counted_by_host = [&](size_t i) {
+    return all.tensors[i].count > 0 ||
+           (all.tensors[i].count_on_device != nullptr && slots_[i].param.numel() == 0);
+  };
+  bool host_must_know = false;
+  for (size_t i = 0; i < slots_.size(); ++i)
+    host_must_know |= all.tensors[i].phase == Phase::first || counted_by_host(i);
   if (host_must_know && scaler.overflowed()) return;
   if (!launch.is_none()) {
     launch(table_of(all.tensors));
@@ -331,6 +346,7 @@ void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
     keep_states(slots_[i], inputs, all.state);
     if (!inputs.step.defined()) continue;
     if (on_host(inputs.step)) write_step(inputs.step, at.count);
+    if (!on_host(inputs.step) && counted_by_host(i)) inputs.step.add_(1);
     bump_version(inputs.step);
   }
 }

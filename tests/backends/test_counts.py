@@ -6,6 +6,7 @@ from helpers.right import assert_right, coefficients, device_of, inputs, moments
 from helpers.tiers import covering
 
 from cges_kernels import available_backends
+from cges_kernels.backends import gathering
 from cges_kernels.backends.gathering import Row
 from cges_kernels.backends.unplanned import forget, step_once
 from cges_kernels.core import reference
@@ -101,3 +102,21 @@ def test_a_tensor_without_gradient_is_not_counted(executor):
     rows[1] = Row(rows[1].w, phase=int(Phase.SKIPPED))
     step(executor, tensors, rows, 0.5)
     assert [float(x) for x in there] == [4.0, 3.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("executor", KERNELS)
+def test_what_has_no_elements_is_counted_too(executor, monkeypatch):
+    """By the plan: no kernel sees it. As if the counts lay on the device."""
+    monkeypatch.setattr(gathering, "on_device", lambda step: True)
+    params = [
+        torch.nn.Parameter(torch.randn(shape, device=device_of(executor))) for shape in ((3, 4), (0, 4))
+    ]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    layouts = [[grouped_layout(p, "feature", None) for p in params]]
+    plan = gathering.StepPlan([params], layouts, "adamw")
+    state = {}
+    for step in range(3):
+        assert plan.gather([params], state)
+        plan.run(lambda table: None, found_inf=torch.tensor(float(step == 2)))
+    assert [float(state[p]["step"]) for p in params] == [0.0, 2.0]  # kernels count the first

@@ -51,7 +51,7 @@ def test_rows_know_their_targets_and_names():
     case = Case("filter 4x4", "filter", [(4, 4)], {"triton": (80, 80), "cuda": (85, 72)})
     model, host = case._replace(name="model"), case._replace(name="host")
     rows = gpu.rows(CpuLab(), ["cuda", "triton"], [case], [model], [(4, 4), (512, 32768)], host)
-    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 6))
+    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 1 + 6))
     assert [row.name for row in rows[:3]] == [
         "cuda: host fp32",
         "cuda: filter 4x4 fp32",
@@ -64,6 +64,8 @@ def test_rows_know_their_targets_and_names():
     ):
         assert targets[f"{backend}: filter 4x4 fp32"] == ("copy", pytest.approx(fp32))
         assert targets[f"{backend}: filter 4x4 bf16"] == ("copy", pytest.approx(bf16))
+        three_points_less = 100 / (100 / fp32 - 3)
+        assert targets[f"{backend}: AdamW, filter 4x4 fp32"] == ("copy", pytest.approx(three_points_less))
         assert targets[f"{backend}: model bf16"] == ("fused_sgd", model)
         assert targets[f"{backend}: exact 512x32768, 50% left bf16"] == ("sequential", exact)
         assert targets[f"{backend}: exact 4x4, 50% left fp32"] == ("sequential", None)
@@ -171,7 +173,8 @@ def test_quick_rows_are_those_of_one_backend_without_the_slow_ones(monkeypatch):
     monkeypatch.setattr(gpu.Table, "model", lambda *a: slow.append(a[2]) or model_row(*a))
     case, host = (Case(name, "feature", [(4, 4)], slow=True) for name in ("model", "host"))
     rows = gpu.quick_rows(CpuLab(), "triton", [case._replace(name="weight")], [case], host)
-    names = ["host fp32", "weight fp32", "weight bf16", "model fp32", "model bf16"]
+    names = ["host fp32", "weight fp32", "weight bf16", "AdamW, weight fp32", "AdamW, weight bf16"]
+    names += ["model fp32", "model bf16"]
     assert [row.name for row in rows] == [f"triton: {name}" for name in names] and slow == [False, False]
     assert gpu.arguments(["--quick"]).runs == 1 and gpu.arguments([]).runs == 3
 

@@ -1,4 +1,4 @@
-"""How another update rule is added: Lion (Chen et al. 2023), in a test; docs/design/a-step.md says the rest."""
+"""How another update rule is added: Lion (Chen et al. 2023), in a test; docs/design/a-step.md says more."""
 
 import subprocess
 from pathlib import Path
@@ -25,6 +25,7 @@ LION = Rule(
     name="lion",
     options={"betas": (0.0, 0.0), "weight_decay": 0.0, "maximize": False},
     states=("exp_avg",),
+    states_with=lambda options: ("exp_avg",),
     update=lion_update,
     check=lambda group: check_not_negative("weight_decay value", group["weight_decay"]),
 )
