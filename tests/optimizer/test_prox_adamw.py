@@ -130,16 +130,13 @@ def of_sgd(make, **more):
 
 # What a scenario changes, plans see; executors see addresses.
 @each_value(run=RUNS.values(), executor=available_backends())
-def test_without_penalties_every_scenario_is_torchs(executor, run):
+def test_every_scenario_is_torchs_and_with_penalties_the_references(executor, run):
     wanted = run(of_sgd(AdamW, foreach=False))
     got = run(of_sgd(ProxAdamW, backend=executor))
     check(run, executor, got, wanted)
-
-
-@each_value(run=RUNS.values(), executor=fused_backends())
-def test_with_penalties_every_scenario_is_the_reference(executor, run):
-    got, wanted = (run(of_sgd(ProxAdamW, backend=b, **PENALTY)) for b in (executor, "reference"))
-    check(run, executor, got, wanted)
+    if executor != "reference":
+        got, wanted = (run(of_sgd(ProxAdamW, backend=b, **PENALTY)) for b in (executor, "reference"))
+        check(run, executor, got, wanted)
 
 
 def check(run, executor, got, wanted):
@@ -308,21 +305,17 @@ def test_a_scaler_and_a_plain_run_agree(executor, fused):
     ("options", "error", "text"),
     [
         (dict(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1: 1.0"),
-        (dict(betas=(-0.1, 0.9)), ValueError, "Invalid beta parameter at index 0: -0.1"),
         (dict(betas=(float("nan"), 0.9)), ValueError, "Invalid beta parameter at index 0: nan"),
         (dict(betas=(0.9, 0.9, 0.9)), TypeError, "betas: expected two numbers"),
-        (dict(betas=0.9), TypeError, "betas: expected two numbers, got 0.9"),
         (dict(betas=("0.9", 0.9)), TypeError, r"betas\[0\]: expected a number, got '0.9'"),
         (dict(eps=-1e-8), ValueError, "Invalid epsilon value: -1e-08"),
         (dict(eps="1e-8"), TypeError, "eps: expected a number, got '1e-8'"),
-        (dict(weight_decay=-1), ValueError, "Invalid weight_decay value: -1"),
+        (dict(weight_decay=torch.ones(2)), ValueError, "Tensor weight_decay must be 1-element"),
         (dict(amsgrad="no"), TypeError, "amsgrad: expected a bool, got 'no'"),
-        (dict(decoupled_weight_decay="no"), TypeError, "decoupled_weight_decay: expected a bool, got 'no'"),
         (dict(fused=True, amsgrad=True), RuntimeError, "fused=True: expected amsgrad=False"),
         (dict(fused=True, differentiable=True), RuntimeError, "`fused` does not support `differentiable`"),
         (dict(amsgrad=True, backend="cpu"), RuntimeError, "amsgrad=True takes the reference executor"),
         (dict(lr=torch.tensor(0.1), foreach=True), ValueError, "lr as a Tensor is not supported"),
-        (dict(l1=-1), ValueError, "l1: expected a finite number >= 0"),
     ],
     ids=str,
 )
@@ -403,9 +396,9 @@ def test_pruned_weights_lose_both_moments(fastest_backend):
 def test_betas_that_change_in_place_are_seen(executor, kind):
     params, others = parameters(), parameters()
     device = device_of(executor)
-    betas = (
-        [0.9, 0.99] if kind is list else tuple(torch.tensor(x, device=device).double() for x in (0.9, 0.99))
-    )
+    betas = [0.9, 0.99]
+    if kind is not list:
+        betas = tuple(torch.tensor(x, device=device, dtype=torch.float64) for x in betas)
     ours = ProxAdamW(params, lr=0.05, betas=betas, backend=executor)
     theirs = AdamW(others, lr=0.05, betas=(0.9, 0.99), foreach=False)
     train(ours, params, range(2))
@@ -422,7 +415,7 @@ def test_betas_that_change_in_place_are_seen(executor, kind):
     if kind is list:
         before = [p.detach().clone() for p in params]
         ours.param_groups[0]["betas"][1] = 7.0
-        with pytest.raises(ValueError, match="Invalid beta parameter at index 1: 7.0"):
+        with pytest.raises(ValueError, match=r"Invalid beta parameter at index 1: 7\.0"):
             ours.step()
         assert_same_bits([p.detach() for p in params], before)
 
@@ -450,20 +443,20 @@ def test_a_count_shared_by_two_parameters_is_refused(fused_backend):
     optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"]
     before = [p.detach().clone() for p in params]
     give_grads(params, 3)
-    with pytest.raises(ValueError, match="the step of .* expected each tensor once"):
+    with pytest.raises(ValueError, match=r"the step of .* expected each tensor once"):
         optimizer.step()
     assert_same_bits([p.detach() for p in params], before)
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_fused_counts_in_float32(checked_backend, default):
+def test_fused_counts_in_float32(checked_backend):
     before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
     try:
-        fused = True if checked_backend != "reference" else None
-        optimizer, params = started(checked_backend, fused=fused)
-        expected = torch.float32 if fused else default
-        assert optimizer.state[params[0]]["step"].dtype == expected
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            fused = True if checked_backend != "reference" else None
+            optimizer, params = started(checked_backend, fused=fused)
+            expected = torch.float32 if fused else default
+            assert optimizer.state[params[0]]["step"].dtype == expected
     finally:
         torch.set_default_dtype(before)
 

@@ -33,8 +33,7 @@ def test_its_code_runs():
         assert bool(weight[3].any()) is not freeze
 
 
-@pytest.mark.parametrize("lr", [1e-3, 1e-2])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(("lr", "scale"), [(1e-3, 1.0), (1e-2, 1e-4), (1e-2, 1e4)])
 def test_a_weight_lives_where_its_gradients_signal_exceeds_the_coefficient(lr, scale):
     """Whatever lr and the loss's scale; the signal: the gradient's mean over its root mean square."""
     generator = torch.Generator().manual_seed(0)
