@@ -45,7 +45,7 @@ def test_every_parameter_is_in_one_group(example):
 
 def test_the_command(example, tmp_path, capsys):
     """Far too strong a penalty kills all that it reaches, which compact then removes."""
-    assert example.main(["--steps", "12", "--group-lasso", "2.0", "--out", str(tmp_path / "new")]) == 0
+    assert example.main(["--steps", "12", "--group-lasso", "60", "--out", str(tmp_path / "new")]) == 0
     report = json.loads((tmp_path / "new" / "transformer.json").read_text())
     assert (tmp_path / "new" / "transformer.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
