@@ -52,7 +52,7 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
             penalty = {"group_lasso": 0.5 * size**0.5, "exclusive_lasso": 1 / size, "l1": 0.05}
             groups.append({"params": [p], "group_by": group_by, **penalty})
     make = options.get("optimizer", ProxSGD)
-    # The reference that counts in a tensor forms powers in float32, as torch does: thousands of roundings off.
+    # The reference that counts in a tensor forms powers in float32, as torch does: many roundings off.
     left_out = {"optimizer", "capturable"} if backend == "reference" else {"optimizer"}
     told = {key: x for key, x in options.items() if key not in left_out}
     optimizer = make(groups, lr=0.1, backend=backend, **told)
