@@ -6,6 +6,7 @@ from helpers.plans import is_alive, make_plan, memory, parameters, run, snapshot
 from torch import nn
 
 from cges_kernels.core.hyperparameters import Hyperparameters, Phase
+from cges_kernels.core.rules import ADAMW
 
 # Whether the plan matches
 
@@ -273,3 +274,36 @@ def test_no_gradient_is_kept_alive(Plan, end):
     del grad
     end(plan, params, state)
     assert not is_alive(params[0], watch)
+
+
+# A rule of two states that counts steps
+
+
+def test_a_plan_of_adamw_keeps_both_moments_and_counts(Plan):
+    params = parameters()
+    plan, state = make_plan(Plan, params, rule=ADAMW), {}
+    params[1].grad = None
+    for step in range(3):
+        if step == 1:
+            params[1].grad = torch.ones_like(params[1])
+        assert plan.gather([params], state)
+        rows = run(plan)
+        assert [row.steps for row in rows] == [step + 1, step, *[step + 1] * 2]
+        phases = [Phase.RUNNING if row.steps > 1 else Phase.FIRST for row in rows]
+        phases[1] = Phase.SKIPPED if step == 0 else phases[1]
+        assert [row.phase for row in rows] == phases
+        for p, row in zip(params, rows):
+            kept = [state.get(p, {}).get(key) for key in ADAMW.states]
+            assert [0 if x is None else x.data_ptr() for x in kept] == [row.state_0, row.state_1]
+            assert row.steps_address == 0
+    assert [float(state[p]["step"]) for p in params] == [3, 2, 3, 3]
+    assert list(state[params[0]]) == ["step", *ADAMW.states]
+
+
+def test_a_step_that_overflows_is_not_counted(Plan):
+    params = parameters()
+    plan, state = make_plan(Plan, params, rule=ADAMW), {}
+    for found_inf in (1.0, 0.0, 1.0):
+        assert plan.gather([params], state)
+        plan.run(lambda table: None, found_inf=torch.tensor(found_inf))
+    assert [float(state[p]["step"]) for p in params] == [1.0] * len(params)

@@ -12,6 +12,7 @@ from cges_kernels.backends import gathering
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core.groups import grouped_layout
 from cges_kernels.core.hyperparameters import Hyperparameters
+from cges_kernels.core.rules import SGD
 
 PLANS = {"python": gathering.StepPlan} | ({"c++": BUILT["cpu"].StepPlan} if "cpu" in BUILT else {})
 SHAPES = [(4, 3), (2, 3, 2, 2), (6,), (5, 1)]
@@ -24,10 +25,12 @@ def parameters(shapes=SHAPES):
     return params
 
 
-def make_plan(Plan, *groups, momentum=0.9):
-    plan = Plan(groups, [[grouped_layout(p, "feature", None) for p in group] for group in groups])
+def make_plan(Plan, *groups, momentum=0.9, rule=SGD):
+    layouts = [[grouped_layout(p, "feature", None) for p in group] for group in groups]
+    plan = Plan(groups, layouts, rule.name)
+    options = {"momentum": momentum} if rule is SGD else {}
     for i in range(len(groups)):
-        plan.set_hyperparameters(i, Hyperparameters.make(lr=0.1, momentum=momentum))
+        plan.set_hyperparameters(i, Hyperparameters.make(rule, lr=0.1, **options))
     return plan
 
 

@@ -305,14 +305,16 @@ def test_a_scaler_and_a_plain_run_agree(executor, fused):
     ("options", "error", "text"),
     [
         (dict(betas=(0.9, 1.0)), ValueError, "Invalid beta parameter at index 1: 1.0"),
-        (dict(betas=(float("nan"), 0.9)), ValueError, "Invalid beta parameter at index 0: nan"),
         (dict(betas=("0.9", 0.9)), TypeError, r"betas\[0\]: expected a number, got '0.9'"),
         (dict(eps=-1e-8), ValueError, "Invalid epsilon value: -1e-08"),
         (dict(weight_decay=torch.ones(2)), ValueError, "Tensor weight_decay must be 1-element"),
-        (dict(amsgrad="no"), TypeError, "amsgrad: expected a bool, got 'no'"),
         (dict(fused=True, amsgrad=True), RuntimeError, "fused=True: expected amsgrad=False"),
         (dict(amsgrad=True, backend="cpu"), RuntimeError, "amsgrad=True takes the reference executor"),
-        (dict(lr=torch.tensor(0.1), foreach=True), ValueError, "lr as a Tensor is not supported"),
+        (
+            dict(betas=(torch.tensor(0.1),) * 2, foreach=True),
+            ValueError,
+            "betas.* as a Tensor is not supported",
+        ),
     ],
     ids=str,
 )
@@ -328,10 +330,9 @@ def test_bad_options(options, error, text):
         (lambda s: s.pop("step"), TypeError, "expected a tensor as its step, got NoneType"),
         (lambda s: s.update(step=3), TypeError, "expected a tensor as its step, got int"),
         (lambda s: s.update(step=torch.ones(2)), RuntimeError, r"expected a step of one element.*got \(2,\)"),
-        (lambda s: s.update(exp_avg=torch.ones(2)), RuntimeError, "expected a exp_avg of shape"),
         (lambda s: s.update(exp_avg=s["exp_avg_sq"]), ValueError, "expected each tensor once"),
     ],
-    ids=["no exp_avg", "no step", "number", "two steps", "shape", "one memory"],
+    ids=["no exp_avg", "no step", "number", "two steps", "one memory"],
 )
 def test_bad_states(checked_backend, break_it, error, text):
     if checked_backend == "reference" and error is ValueError:
