@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cges_kernels import available_backends
+from cges_kernels import ProxAdamW, available_backends
 
 FASTEST = "cpu" if "cpu" in available_backends() else "reference"
 needs_cpu = pytest.mark.skipif(FASTEST != "cpu", reason="the C++ extension is not built")
@@ -83,3 +83,11 @@ def assert_as_near_as(backend, xs, ys):
     assert len(xs) == len(ys)
     for x, y in zip(xs, ys):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def started_adamw(backend, steps=3, **options):
+    """A ProxAdamW under PENALTY that has made some steps, and its parameters."""
+    params = parameters()
+    optimizer = ProxAdamW(params, lr=0.01, backend=backend, **PENALTY, **options)
+    train(optimizer, params, range(steps))
+    return optimizer, params
