@@ -26,25 +26,26 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.usefixtures("tiles")
 @covering(
     executor=fused_backends(),
-    weight_decay=(0.0, 0.1),
-    decoupled_weight_decay=(True, False),
-    maximize=(False, True),
-    betas=[(0.9, 0.999), (0.3, 0.6), (0.0, 0.0), (0.99, 0.2)],
-    eps=(1e-8, 0.1),
+    options=[
+        dict(),
+        dict(weight_decay=0.0, betas=(0.3, 0.6)),
+        dict(decoupled_weight_decay=False, weight_decay=0.1, maximize=True, betas=(0.0, 0.0), eps=0.1),
+        dict(weight_decay=0.1, maximize=True, betas=(0.99, 0.2)),
+        dict(decoupled_weight_decay=False, weight_decay=0.1, eps=0.1),
+    ],
     steps=(0, 1, 999_999),
     dtype=DTYPES,
     tiles=TILES,
 )
-def test_options(executor, weight_decay, decoupled_weight_decay, maximize, betas, eps, steps, dtype):
+def test_options(executor, options, steps, dtype):
     """As update rules: of what shapes and layouts, the matrix asks."""
     w, grad = inputs((45, 130), dtype, 2)
     states = moments(w.shape, dtype) if steps else None
-    options = dict(weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay)
-    options |= dict(maximize=maximize, betas=betas, eps=eps, **coefficients(w, "feature"))
-    check_step(executor, w, grad, states, steps=steps, rule=ADAMW, lr=0.3, **options)
+    told = dict(lr=0.3, rule=ADAMW, weight_decay=0.01, **coefficients(w, "feature")) | options
+    check_step(executor, w, grad, states, steps=steps, **told)
 
 
-@pytest.mark.parametrize("shape", [(33, 20), (3, 3), (40_000, 4)])
+@pytest.mark.parametrize("shape", [(33, 20), (40_000, 4)])
 def test_without_penalties_it_is_the_update_alone(fused_backend, shape):
     w, grad = inputs(as_large_as_may_be(fused_backend, shape), torch.float32, 2)
     for states, steps in ((None, 0), (moments(w.shape, torch.float32), 5)):

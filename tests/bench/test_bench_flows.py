@@ -46,7 +46,7 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     backends = [b for b in gpu.BACKENDS if any(row.startswith(b) for row in results)]
     assert len(results) == len(printed.splitlines())
     core = table.of_suite(report["results"], "core", "models")
-    assert len(core) == len(backends) * (1 + 2 * (3 + 7 + 3))
+    assert len(core) == len(backends) * (1 + 2 * (3 + 3 + 7 + 3))
     assert not any("error" in result or "facts_error" in result for result in results.values())
     assert table.holes(report["results"]) == []
     stems = ["models", *(f"{backend}-{suite}" for backend in backends for suite in ("grid", "scaling"))]

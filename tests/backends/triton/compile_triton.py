@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from cges_kernels.backends.triton.executor import STORED
 from cges_kernels.backends.triton.split import split_groups
-from cges_kernels.backends.triton.tables import GENERAL, Variant
+from cges_kernels.backends.triton.tables import ADAMW_RULE, GENERAL, SGD_RULE, Variant
 from cges_kernels.backends.triton.tiles import TILES, VECTOR_BYTES, launch_options, tile_for
 from cges_kernels.backends.triton.whole import whole_groups
 from cges_kernels.core.reference import compute_dtype
@@ -64,7 +64,7 @@ def variants(dtype, vector):
 
 def compiled(job):
     """Compile one kernel for one variant, as a launch would, and look at its machine code."""
-    cc, dtype_name, full, name, variant = job
+    cc, dtype_name, full, name, variant, rule = job
     dtype = getattr(torch, dtype_name)
     compute = compute_dtype(dtype)
     kernel = {"whole_groups": whole_groups, "split_groups": split_groups}[name]
@@ -75,6 +75,7 @@ def compiled(job):
         "EPS": torch.finfo(compute).eps,
         "EXACT": bool(full),
         "FREEZE": bool(full),
+        "RULE": rule,
     }
     number = "*fp64" if compute == torch.float64 else "*fp32"
     pointers = {"items": "*i64", "tensors": "*i64", "shapes": "*i64", "hyper": number, "scratch": number}
@@ -96,6 +97,7 @@ def compiled(job):
         "dtype": dtype_name,
         "full": bool(full),
         "kernel": name,
+        "rule": rule,
         **variant._asdict(),
         **machine_code(binary),
     }
@@ -127,10 +129,14 @@ def machine_code(binary):
 
 def main():
     jobs = [
-        (cc, dtype, full, name, variant)
+        (cc, dtype, full, name, variant, SGD_RULE.value)
         for cc, dtype, vector, full in (EVERYTHING if "--all" in sys.argv else MATRIX)
         for name, variant in variants(getattr(torch, dtype), vector)
     ]
+    some = [job for job in jobs if job[:2] in ((90, "float32"), (90, "bfloat16"))]
+    jobs += [
+        (*job[:-1], ADAMW_RULE.value) for job in some[::6]
+    ]  # of the other rule some: each takes a second
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         json.dump(list(pool.map(compiled, jobs, chunksize=4)), sys.stdout)
 

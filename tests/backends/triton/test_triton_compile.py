@@ -15,13 +15,31 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def kernels():
+def everything():
     """Every kernel compiled, as dicts; in a process of its own, where kernels are not interpreted."""
     script = ROOT / "tests" / "backends" / "triton" / "compile_triton.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels(everything):
+    """SGD's."""
+    return [k for k in everything if k["rule"] == 0]
+
+
+def test_adamw_compiles_too(everything):
+    """Four tensors are read and three written; the step size alone is formed in double precision."""
+    found = [k for k in everything if k["rule"] == 1]
+    assert {k["kernel"] for k in found} == {"whole_groups", "split_groups"}
+    assert {k["dtype"] for k in found} == {"float32", "bfloat16"}
+    for k in found:
+        assert 0 < k["fp64"] <= 4, k
+        if k["vec"] > 1:
+            elements = k["parts"] * k["red"] * k["keep"] / 256 / k["vec"]
+            assert k["vector_loads"] >= 4 * elements and k["vector_stores"] == 3 * elements, k
 
 
 def test_every_launch_choice_was_compiled(kernels):
