@@ -84,8 +84,8 @@ def fused_adamw(shapes: Shapes, **place: Any) -> Made:
     return torch.optim.AdamW(params, lr=LR, fused=True).step, params
 
 
-@with_idle
-def prox_adamw(
+def proximal(
+    optimizer: type[ProxSGD] | type[ProxAdamW],
     shapes: Shapes,
     backend: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -93,21 +93,17 @@ def prox_adamw(
     **options: Any,
 ) -> Made:
     params = parameters(shapes, dtype, device)
-    options = {"lr": LR, **COEFFICIENTS, **options}
-    return ProxAdamW(params, backend=backend, **options).step, params
+    return optimizer(params, backend=backend, **options).step, params
 
 
 @with_idle
-def prox_sgd(
-    shapes: Shapes,
-    backend: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    **options: Any,
-) -> Made:
-    params = parameters(shapes, dtype, device)
-    options = {**OPTIONS, **options}
-    return ProxSGD(params, backend=backend, **options).step, params
+def prox_adamw(shapes: Shapes, **options: Any) -> Made:
+    return proximal(ProxAdamW, shapes, **{"lr": LR, **COEFFICIENTS, **options})
+
+
+@with_idle
+def prox_sgd(shapes: Shapes, **options: Any) -> Made:
+    return proximal(ProxSGD, shapes, **{**OPTIONS, **options})
 
 
 @with_idle
