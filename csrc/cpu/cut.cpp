@@ -8,19 +8,22 @@
 namespace cges::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 131072;   // enough to amortise a tile
-constexpr int64_t kLeastElements = 32768;   // of a tile, where a tensor has so many
-constexpr int64_t kTiles = 4;               // but it has so many to share out, unless they get too small
-constexpr int64_t kMaxRowBytes = 8192;      // of z, in a tile of more than one group
-constexpr int64_t kShortRunsBytes = 32768;  // of z, in a tile of short groups that are runs
-constexpr int64_t kLeastRowBytes = 256;     // of z: panels of narrower rows lose more than pieces do
-constexpr int64_t kWholeRowBytes = 16384;   // at most, for pieces to be preferred to panels
+constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
+constexpr int64_t kLeastElements = 32768;  // of a tile, where a tensor has so many
+constexpr int64_t kTiles = 4;              // but it has so many to share out, unless they get too small
+constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of more than one group
+constexpr int64_t kRunBytes = 32768;       // of z, in a tile of short groups that are runs, or without groups
+constexpr int64_t kLeastRowBytes = 256;    // of z
 
 // Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each
 // leaves sums of all these groups.
 constexpr int64_t kPieceElements = 32768;  // at least
 constexpr int64_t kLeastPieceRows = 128;   // for the sums to weigh little
-constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of groups gone through together
+constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of one LargeGroups
+
+// Groups of several tensors go through each pass together, so that threads seldom wait for each other; but not
+// so many that the caches have lost z by the next pass.
+constexpr int64_t kPassElements = 524288;  // for each thread
 
 int64_t z_limit = l2_bytes();
 
@@ -33,28 +36,12 @@ int64_t size_of_z(const StepTensor& tensor) {
   return std::max<int64_t>(element_size(tensor.dtype), sizeof(float));
 }
 
-// Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `columns`,
-// the first of them `skip` columns narrower.
-void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, int64_t skip,
-               std::vector<Tile>& tiles) {
+// Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `columns`.
+void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, std::vector<Tile>& tiles) {
   for (int64_t k1 = 0; k1 < L.K1; k1 += span)
-    for (int64_t c = -skip; c < L.row_length(); c += columns)
-      tiles.push_back({index, k1, std::min(k1 + span, L.K1), 0, L.R1, std::max(c, int64_t{0}),
-                       std::min(c + columns, L.row_length())});
-}
-
-// How far into a line pair each row begins, in columns; 0 where that differs from row to row.
-int64_t columns_into_pair(const StepTensor& tensor, const Layout& L, int64_t size) {
-  const bool rows_agree = L.R1 > 1 && L.R2 == 1 && L.row_length() * size % kLinePair == 0;
-  return rows_agree ? int64_t(reinterpret_cast<uintptr_t>(tensor.w) % kLinePair) / size : 0;
-}
-
-// Rows that alias share few sets of each cache, and a panel's rows are too short for the processor to see
-// them come. Whole rows of some KB are long runs of memory; but exact mode reads z again and again.
-bool better_in_pieces(const StepTensor& tensor, const Layout& L, int64_t size) {
-  return rows_alias(L, size) && L.row_length() * size <= kWholeRowBytes && summed_by_columns(L) &&
-         L.R1 >= 4 * kLeastPieceRows && holds_z(tensor) && !tensor.h->searches() &&
-         tensor.thresholds().need_norms();
+    for (int64_t c = 0; c < L.row_length(); c += columns)
+      tiles.push_back(
+          {index, k1, std::min(k1 + span, L.K1), 0, L.R1, c, std::min(c + columns, L.row_length())});
 }
 
 // Neighbouring groups that are summed by columns share pieces, every other group has its own.
@@ -72,8 +59,9 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
   const int64_t row_parts = parts_of(L.R1, rows), chunks = L.K1 * parts_of(L.row_length(), width);
   const int64_t at_once = std::clamp(sums_kept / (row_parts * (width / L.R2)), int64_t{1}, chunks);
   const int64_t shares = parts_of(at::get_num_threads(), row_parts * at_once);
-  const int64_t columns =
-      by_columns ? parts_of(width / L.R2, shares) * L.R2 : std::min(width, kPieceElements);
+  // A share is some lines wide: threads that write to one line wait for each other.
+  const int64_t share = std::max(parts_of(width / L.R2, shares), parts_of(kLeastRowBytes / z_size, L.R2));
+  const int64_t columns = std::min(width, by_columns ? share * L.R2 : kPieceElements);
   const int64_t parts = by_columns ? row_parts : row_parts * parts_of(width, columns);
   for (int64_t k1 = 0; k1 < L.K1; ++k1)
     for (int64_t left = 0; left < L.row_length(); left += width) {
@@ -91,28 +79,37 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
     }
 }
 
-void cut(int32_t index, const StepTensor& tensor, Work& out) {
+// Tall columns go in pieces even where panels of them fit: the memory is much faster at long runs than at the
+// short rows of panels.
+bool tall(const Layout& L) {
+  return L.R1 >= 2 * kLeastPieceRows && L.R1 * L.row_length() >= 2 * kPieceElements;
+}
+
+void cut(int32_t index, const StepTensor& tensor, std::vector<Tile>& whole, std::vector<LargeGroups>& large) {
   const Layout L = working_layout(tensor);
   if (L.numel() == 0) return;
   const int64_t size = element_size(tensor.dtype), z_size = size_of_z(tensor);
   const bool by_columns = summed_by_columns(L),
              divisible = !has_short_groups(tensor) && (by_columns || L.R2 >= kNarrow);
-  // Of z. Panels may lie in the next cache in part; a run that scratch has to hold leaves room for the rest.
-  const int64_t capacity = (by_columns ? 2 * z_limit : holds_z(tensor) ? z_limit : z_limit / 2) / z_size;
+  // Of z: a run that scratch has to hold leaves room for the rest.
+  const int64_t capacity = (holds_z(tensor) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
-  if (divisible && (L.R1 * least > capacity || better_in_pieces(tensor, L, size)))
-    return cut_into_pieces(index, tensor, L, out.large);
+  if (divisible && (L.R1 * least > capacity || (by_columns && tall(L))))
+    return cut_into_pieces(index, tensor, L, large);
   const int64_t elements = std::clamp(L.numel() / kTiles, kLeastElements, kTileElements);
-  const bool runs = has_short_groups(tensor) && L.R1 == 1;
-  const int64_t row_bytes = runs ? kShortRunsBytes : needs_groups(tensor) ? kMaxRowBytes : kPieceRowBytes;
-  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, row_bytes / z_size);
-  columns = std::max(std::min(columns, z_limit / z_size / L.R1), least);
-  // Whole groups, and whole line pairs where possible.
-  const int64_t aligned = std::lcm(L.R2, (L.R2 == 1 ? kLinePair : kLine) / size);
+  const bool runs = !needs_groups(tensor) || (has_short_groups(tensor) && L.R1 == 1);
+  int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, (runs ? kRunBytes : kMaxRowBytes) / z_size);
+  columns = std::max(std::min(columns, capacity / L.R1), least);
+  // Whole groups, and whole lines where possible.
+  const int64_t aligned = std::lcm(L.R2, kLine / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
   const int64_t width = std::min(columns, L.row_length());
-  const int64_t skip = width < L.row_length() ? columns_into_pair(tensor, L, size) : 0;
-  cut_whole(index, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, skip, out.whole);
+  cut_whole(index, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, whole);
+}
+
+int64_t elements_of(const LargeGroups& large) {
+  return std::accumulate(large.pieces.begin(), large.pieces.end(), int64_t{0},
+                         [](int64_t sum, const Piece& piece) { return sum + piece.elements(); });
 }
 
 }  // namespace
@@ -131,7 +128,20 @@ void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
 
 Work cut(const std::vector<StepTensor>& tensors) {
   Work out;
-  for (size_t i = 0; i < tensors.size(); ++i) cut(int32_t(i), tensors[i], out);
+  int64_t elements = 0;  // of the last pass
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    std::vector<LargeGroups> large;
+    cut(int32_t(i), tensors[i], out.whole, large);
+    for (LargeGroups& groups : large) {
+      const int64_t more = elements_of(groups);
+      if (elements == 0 || elements + more > kPassElements * at::get_num_threads()) {
+        out.passes.emplace_back();
+        elements = 0;
+      }
+      elements += more;
+      out.passes.back().push_back(std::move(groups));
+    }
+  }
   return out;
 }
 

@@ -9,10 +9,8 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kNarrow = 64;     // groups with shorter runs in each of their rows are summed by columns
-constexpr int64_t kL1Way = 4096;    // bytes; what lies a multiple of it apart shares a few sets of each cache
-constexpr int64_t kLinePair = 128;  // bytes, fetched together, so panels shall not share one
-constexpr int64_t kPieceRowBytes = 32 << 10;  // of z, at most, in pieces that are summed by columns
+constexpr int64_t kNarrow = 64;  // groups with shorter runs in each of their rows are summed by columns
+constexpr int64_t kPieceRowBytes = 64 << 10;  // of z, at most, in pieces that are summed by columns
 
 // Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
 // Small matrices share a tile: it goes on with the same rows and columns at the k1 up to k1_end.
@@ -29,15 +27,15 @@ struct Piece : Tile {
   int64_t part, group;
 };
 
-// Large groups of one tensor that are gone through together, each in as many parts.
+// Large groups of one tensor, each in as many parts, whose sums are kept together.
 struct LargeGroups {
   int64_t parts, groups = 0;
   std::vector<Piece> pieces{};
 };
 
 struct Work {
-  std::vector<Tile> whole;  // groups
-  std::vector<LargeGroups> large;
+  std::vector<Tile> whole;                       // groups
+  std::vector<std::vector<LargeGroups>> passes;  // those that go through each pass together
 };
 
 Work cut(const std::vector<StepTensor>& tensors);
@@ -71,10 +69,6 @@ inline Layout working_layout(const StepTensor& tensor) {
 }
 
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }
-
-inline bool rows_alias(const Layout& L, int64_t element_size) {
-  return L.row_length() * element_size % kL1Way == 0;
-}
 
 // Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.
 inline bool holds_z(const StepTensor& tensor) {

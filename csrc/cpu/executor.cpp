@@ -4,20 +4,20 @@
 // The step is bound by memory (20 bytes per fp32 element with momentum), so a tile is cut such that its z
 // stays in the cache between the reduction and the apply: whole groups, as many neighbours as fit.
 //   rows ("filter"):      a run of whole contiguous groups
-//   columns ("feature"):  all R1 rows of a panel of neighbouring columns, cache lines wide
+//   columns ("feature"):  where they are short, all R1 rows of a panel of neighbouring columns
 //   no groups:            a run of elements
 // z is in w itself: what was read is written at once, and shrunk in place. Scratch is for what w cannot hold
-// (16 bits, or zeros still needed) and for what is swept often (exact mode). Groups of a few elements are solved
-// side by side, a block at a time, whose z is in scratch too (short_groups.h).
+// (16 bits, or zeros still needed). Groups of a few elements are solved side by side, a block at a time, whose
+// z is in scratch too (short_groups.h).
 //
 // A group that does not fit is cut into pieces, long runs of memory: one pass updates and sums, the sums of
 // pieces are added in index order, and a second pass applies (28 bytes per element, less what the caches
-// still hold; exact mode reads z once more per sweep). Columns whose rows lie a multiple of 4 KB apart go
-// this way too, where rows are not too long. Where w cannot hold z the first pass only reads and sums, and the
-// second updates again.
+// still hold; exact mode reads z once more per sweep). So are columns of some hundred rows, whole rows at a
+// time: panels of them would be too narrow for the processor to see their rows come. Where w cannot hold z the
+// first pass only reads and sums, and the second updates again.
 //
-// Which columns share a tile depends on where in a line pair the tensor begins too; what is summed in which
-// order, and so every bit of the result, on its shape, type and hyperparameters and the cache size alone.
+// What is summed in which order, and so every bit of the result, depends on a tensor's shape, type and
+// hyperparameters and the cache size alone.
 #include "cpu/executor.h"
 
 #include <ATen/Parallel.h>
@@ -34,7 +34,7 @@ namespace {
 
 constexpr int64_t kGroupsPerThread = 1024;     // at least, whose parts one thread adds up
 constexpr int64_t kGroupsAtOnce = 128;         // of those
-constexpr int64_t kLeastScratch = 640 << 10;   // bytes: what the widest pieces need, whatever the L2
+constexpr int64_t kLeastScratch = 1 << 20;     // bytes: what the widest pieces need, whatever the L2
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
 // At most the L2, some of which is for what passes through.
@@ -106,58 +106,118 @@ void run_whole_tiles(const std::vector<StepTensor>& tensors, const std::vector<T
   });
 }
 
-// Two passes over large groups, in exact mode one more per further sweep.
+// LargeGroups on their way through the passes.
+class LargeRun {
+ public:
+  LargeRun(const StepTensor& tensor, const LargeGroups& large)
+      : large(large), tensor_(tensor), L_(working_layout(tensor)) {}
+  virtual ~LargeRun() = default;
+
+  virtual void sum(const Piece&, bool first) = 0;
+  // Adds up the parts of groups [g0, g1) and goes on with their searches; whether all these are done.
+  virtual bool solve(int64_t g0, int64_t g1, bool first) = 0;
+  virtual void apply(const Piece&) = 0;
+
+  const LargeGroups& large;
+  std::atomic<bool> done{false};
+
+ protected:
+  const StepTensor& tensor_;
+  const Layout L_;
+};
+
 template <typename T>
-void run_large(const StepTensor& tensor, const LargeGroups& large) {
+class TypedLargeRun final : public LargeRun {
   using Runner = TileRunner<T>;
   using A = typename Runner::A;
-  const Layout L = working_layout(tensor);
-  const int64_t groups = large.groups, n = large.parts * groups;
-  const auto pass = [&](Order order, auto f) {
-    parallel_for_each(large.pieces, order, [&](const Piece& piece) {
-      Runner runner(tensor, L, piece, TileKind::piece, thread_scratch());
-      f(runner, piece.group, piece.part * groups + piece.group);
-    });
-  };
 
-  // By part and group; whole groups are alive in part 0.
-  const bool searches = tensor.h->searches();
-  const auto memory = std::make_unique_for_overwrite<A[]>((searches ? 3 : 2) * n);
-  const Sums<A> sums{searches ? &memory[2 * n] : nullptr, &memory[0], &memory[n]};
-  const auto alive = std::make_unique_for_overwrite<bool[]>(n);
-  std::vector<typename Runner::Solver> solvers(groups);
-  for (auto& solver : solvers) solver.start(tensor.thresholds().as<A>());
+ public:
+  TypedLargeRun(const StepTensor& tensor, const LargeGroups& large)
+      : LargeRun(tensor, large),
+        groups_(large.groups),
+        n_(large.parts * groups_),
+        searches_(tensor.h->searches()),
+        memory_(std::make_unique_for_overwrite<A[]>((searches_ ? 3 : 2) * n_)),
+        sums_{searches_ ? &memory_[2 * n_] : nullptr, &memory_[0], &memory_[n_]},
+        alive_(std::make_unique_for_overwrite<bool[]>(n_)),
+        solvers_(groups_) {
+    for (auto& solver : solvers_) solver.start(tensor.thresholds().template as<A>());
+  }
 
-  // Adds up the parts of groups [g0, g1) and goes on with their searches; whether all these are done.
-  const auto solve = [&](int64_t g0, int64_t g1, bool first) {
+  void sum(const Piece& piece, bool first) override {
+    const int64_t at = piece.part * groups_ + piece.group;
+    runner(piece).sum_piece(&solvers_[piece.group], sums_ + at, alive_.get() + at, first);
+  }
+
+  bool solve(int64_t g0, int64_t g1, bool first) override {
     double count[kGroupsAtOnce] = {}, l1[kGroupsAtOnce] = {}, l2_squared[kGroupsAtOnce] = {};
     for (int64_t part = 0; part < large.parts; ++part) {
-      const Sums<A> of_part = sums + (part * groups + g0);
+      const Sums<A> of_part = sums_ + (part * groups_ + g0);
       for (int64_t g = 0; g < g1 - g0; ++g) {
         l1[g] += of_part.l1[g];
         l2_squared[g] += of_part.l2_squared[g];
-        if (searches) count[g] += of_part.count[g];
-        if (first) alive[g0 + g] |= alive[part * groups + g0 + g];
+        if (searches_) count[g] += of_part.count[g];
+        if (first) alive_[g0 + g] |= alive_[part * groups_ + g0 + g];
       }
     }
-    return Runner::solve(tensor, g1 - g0, &solvers[g0], {count, l1, l2_squared});
-  };
+    return Runner::solve(tensor_, g1 - g0, &solvers_[g0], {count, l1, l2_squared});
+  }
 
-  for (bool first = true;; first = false) {
-    pass(Order::forward, [&](Runner& runner, int64_t group, int64_t at) {
-      runner.sum_piece(&solvers[group], sums + at, alive.get() + at, first);
+  void apply(const Piece& piece) override {
+    runner(piece).apply_piece(&solvers_[piece.group], alive_.get() + piece.group);
+  }
+
+ private:
+  Runner runner(const Piece& piece) const {
+    return Runner(tensor_, L_, piece, TileKind::piece, thread_scratch());
+  }
+
+  const int64_t groups_, n_;
+  const bool searches_;
+  // By part and group; whole groups are alive in part 0.
+  const std::unique_ptr<A[]> memory_;
+  const Sums<A> sums_;
+  const std::unique_ptr<bool[]> alive_;
+  std::vector<typename Runner::Solver> solvers_;
+};
+
+struct PieceOfRun {
+  LargeRun* run;
+  const Piece* piece;
+  int64_t elements() const { return piece->elements(); }
+};
+
+struct GroupsOfRun {
+  LargeRun* run;
+  int64_t begin, end;
+};
+
+// Two passes over large groups, in exact mode one more per further sweep.
+void run_large(const std::vector<StepTensor>& tensors, const std::vector<LargeGroups>& together) {
+  std::vector<std::unique_ptr<LargeRun>> runs;
+  std::vector<PieceOfRun> pieces, open;
+  std::vector<GroupsOfRun> groups;
+  for (const LargeGroups& large : together) {
+    const StepTensor& tensor = tensors[large.pieces.front().tensor];
+    with_type(tensor.dtype,
+              [&]<typename T>() { runs.push_back(std::make_unique<TypedLargeRun<T>>(tensor, large)); });
+    LargeRun* const run = runs.back().get();
+    for (const Piece& piece : large.pieces) pieces.push_back({run, &piece});
+    for (int64_t g = 0; g < large.groups; g += kGroupsAtOnce)
+      groups.push_back({run, g, std::min(g + kGroupsAtOnce, large.groups)});
+  }
+  open = pieces;
+  for (bool first = true; !open.empty(); first = false) {
+    parallel_for_each(open, Order::forward, [&](const PieceOfRun& of) { of.run->sum(*of.piece, first); });
+    for (const auto& run : runs) run->done = true;
+    at::parallel_for(0, groups.size(), kGroupsPerThread / kGroupsAtOnce, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        if (!groups[i].run->solve(groups[i].begin, groups[i].end, first)) groups[i].run->done = false;
     });
-    std::atomic<bool> done{true};
-    at::parallel_for(0, groups, kGroupsPerThread, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; g += kGroupsAtOnce)
-        if (!solve(g, std::min(g + kGroupsAtOnce, end), first)) done = false;
-    });
-    if (done) break;
+    std::erase_if(open, [](const PieceOfRun& of) { return of.run->done.load(); });
   }
   // Backward: what the last sweep ended with is still in the cache.
-  pass(Order::backward, [&](Runner& runner, int64_t group, int64_t) {
-    runner.apply_piece(&solvers[group], alive.get() + group);
-  });
+  parallel_for_each(pieces, Order::backward, [](const PieceOfRun& of) { of.run->apply(*of.piece); });
 }
 
 }  // namespace
@@ -165,10 +225,7 @@ void run_large(const StepTensor& tensor, const LargeGroups& large) {
 void step(const std::vector<StepTensor>& tensors) {
   const Work work = cut(tensors);
   if (!work.whole.empty()) run_whole_tiles(tensors, work.whole);
-  for (const LargeGroups& large : work.large) {
-    const StepTensor& tensor = tensors[large.pieces.front().tensor];
-    with_type(tensor.dtype, [&]<typename T>() { run_large<T>(tensor, large); });
-  }
+  for (const std::vector<LargeGroups>& together : work.passes) run_large(tensors, together);
 }
 
 }  // namespace cges::cpu

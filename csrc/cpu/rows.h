@@ -55,14 +55,10 @@ struct Sums {
 // Running ones are in double, so that a long group loses nothing to the order of its sums.
 using ColumnSums = Sums<double>;
 
-// Some rows of a tile, and how far ahead of use the same columns of later rows are fetched.
+// Some rows of a tile.
 struct Rows {
   int64_t rows, columns, stride;  // in elements
   int64_t z_stride;               // of the same rows of z
-  int64_t ahead;                  // rows; 0 where the hardware fetches well enough by itself
-  int64_t left;                   // rows of the tile from the first of these on
-  bool first;                     // nothing has been fetched yet
-  bool to_l2;                     // not to L1
 };
 
 template <typename T>

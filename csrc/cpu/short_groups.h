@@ -51,7 +51,7 @@ class ShortGroups {
     const int64_t at = L_.offset(k1, 0, 0) + c, stride = L_.row_length();
     A* const z = take_block(columns);
     find_alive(columns, w(at), stride);
-    const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
+    const Rows m{L_.R1, columns, stride, columns};
     const Places<T> all = places(at, stride);
     ops_.update(update_, freezes_elements(tensor_), m, all, z);
     shrink(columns, z, w(at), stride);
@@ -76,7 +76,7 @@ class ShortGroups {
     };
     if (freeze_) each_row([&](int64_t i, int64_t j) { copy(w(at + i), result + j); });
     find_alive(columns, result, columns);
-    const Rows m{1, n, n, n, 0, 1, false, false};
+    const Rows m{1, n, n, n};
     const Places<T> all = places(at, n);
     ops_.update(update_, freezes_elements(tensor_), m, all, z);
     each_row([&](int64_t i, int64_t j) { copy(z + i, wide + j); });
@@ -110,7 +110,7 @@ class ShortGroups {
     const int64_t groups = columns / L_.R2;
     if (thresholds_.need_norms()) {
       ops_.solve_short(groups, L_.R1, L_.R2, z, columns, thresholds_, tensor_.h->exact, s_, t_);
-      const Rows m{L_.R1, columns, stride, columns, 0, L_.R1, false, false};
+      const Rows m{L_.R1, columns, stride, columns};
       if (L_.R2 == 1) ops_.apply_columns(m, z, s_, t_, w);
     }
     for (int64_t r = 0; r < L_.R1; ++r, z += columns, w += stride) {

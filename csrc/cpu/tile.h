@@ -1,7 +1,6 @@
 // One tile of one tensor on the CPU: update, statistics, shrinkage, apply, for any layout and type.
 #pragma once
 #include <algorithm>
-#include <bit>
 #include <limits>
 #include <numeric>
 
@@ -11,11 +10,7 @@
 namespace cges::cpu {
 
 constexpr int64_t kBlockRows = 16;          // rows whose z is still in the L1 when their statistics are taken
-constexpr int64_t kBlockBytes = 128 << 10;  // of z, so fewer rows, where they are wide
-
-// How far ahead of use the rows of a tile are fetched, in bytes of each tensor, where they lie far apart:
-// those that alias into the L2, and earlier.
-constexpr int64_t kPrefetchL1 = 3072, kPrefetchL2 = 6144;
+constexpr int64_t kBlockBytes = 256 << 10;  // of z, so fewer rows, where they are wide
 
 // elementwise: no norm is needed; whole: groups that fit; piece: a part of groups that do not.
 enum class TileKind { elementwise, whole, piece };
@@ -39,13 +34,10 @@ class TileRunner {
         states_(states_of(tensor.h->rule).n),
         update_(tensor, *tensor.h),
         freeze_groups_(tensor.h->freeze == Freeze::group && tensor.has_groups && !has_ones(tensor)),
-        aliases_(rows_alias(layout, sizeof(T))),
-        block_rows_(rows_of_block(kBlockBytes / (block_columns(layout, tile, kind) * sizeof(A)))),
-        most_block_rows_(block_rows_ * (kSumRows / kBlockRows)),
-        rows_ahead_(tile.rows() == 1 || tile.columns() == layout.row_length()
-                        ? 0
-                        : (aliases_ ? kPrefetchL2 : kPrefetchL1) / (tile.columns() * sizeof(T)) + 1),
-        z_in_w_(holds_z(tensor)) {
+        block_rows_(std::clamp(kBlockBytes / (block_columns(layout, tile, kind) * int64_t{sizeof(A)}),
+                               int64_t{1}, kBlockRows)),
+        z_in_w_(holds_z(tensor)),
+        z_stays_(z_in_w_ || kind != TileKind::piece) {
     scratch.reset();
     if (kind != TileKind::elementwise) {
       const int64_t n = groups_ * fold_;
@@ -57,18 +49,15 @@ class TileRunner {
                scratch.take<double>(n)};
       if (kind == TileKind::whole) solvers_ = scratch.take<Solver>(groups_);
     }
-    place_z(kind, scratch);
+    const int64_t z_rows = z_stays_ ? tile.rows() : std::min(block_rows_, tile.rows());
+    if (!z_in_w_) z_ = scratch.take<A>(z_rows * tile.columns());
+    if (!z_stays_) unused_states_ = scratch.take<T>(states_ * tile.columns());
   }
 
   // Sums are taken block by block, so blocks may not tell how threads share the columns of rows.
   static int64_t block_columns(const Layout& layout, const Tile& tile, TileKind kind) {
     const bool shared = kind == TileKind::piece && summed_by_columns(layout);
     return shared ? std::min(layout.row_length(), kPieceRowBytes / int64_t{sizeof(A)}) : tile.columns();
-  }
-
-  // A power of two, for blocks to end where the rows in scratch do.
-  static int64_t rows_of_block(size_t fit) {
-    return std::bit_floor(std::clamp(fit, size_t{1}, size_t{kBlockRows}));
   }
 
   // No norm is needed: w = soft(z, c), or z itself; or each element is its own norm.
@@ -133,39 +122,17 @@ class TileRunner {
     return tensor_.grad ? static_cast<const T*>(tensor_.grad) + offset(r) : nullptr;
   }
 
-  // Where z stays from the first pass to the last. Most weights hold it themselves. Sweeps through rows far
-  // apart are slow, so exact mode keeps those of whole groups in scratch, as do weights that cannot hold it.
-  // Rows for which there is no room are in w again, or else made anew in every pass, a block at a time.
-  void place_z(TileKind kind, Scratch& scratch) {
-    const bool swept = kind == TileKind::whole && tensor_.h->searches();
-    int64_t kept = 0;
-    if (swept || (!z_in_w_ && kind != TileKind::piece)) {
-      kept = std::min(scratch.left(), z_bytes()) / (tile_.columns() * int64_t{sizeof(A)});
-      const int64_t others = z_in_w_ ? 0 : most_block_rows_ + states_;  // block_ and unused_states_
-      if (kept < tile_.rows()) kept = std::max(kept - others, int64_t{0}) / kSumRows * kSumRows;
-      kept = std::min(kept, tile_.rows());
-    }
-    in_scratch_ = tile_.r0 + kept;
-    kept_ = z_in_w_ ? tile_.r1 : in_scratch_;
-    z_ = scratch.take<A>(kept * tile_.columns());
-    if (kept_ == tile_.r1) return;
-    block_ = scratch.take<A>(std::min(most_block_rows_, tile_.rows()) * tile_.columns());
-    unused_states_ = scratch.take<T>(states_ * tile_.columns());
-  }
-
   A* z(int64_t r) const {
-    if (r < in_scratch_) return z_ + (r - tile_.r0) * tile_.columns();
     if constexpr (std::is_same_v<T, A>)
       if (z_in_w_) return w(r);
-    return block_ + (r - in_scratch_) % most_block_rows_ * tile_.columns();
+    const int64_t row = r - tile_.r0;
+    return z_ + (z_stays_ ? row : row % block_rows_) * tile_.columns();
   }
-  int64_t z_stride(int64_t r) const {
-    return r >= in_scratch_ && z_in_w_ ? L_.row_length() : tile_.columns();
-  }
+  int64_t z_stride() const { return z_in_w_ ? L_.row_length() : tile_.columns(); }
 
   template <typename F>
-  void for_each_block(int64_t begin, int64_t end, int64_t rows, F f) const {
-    for (int64_t r = begin; r < end; r += rows) f(r, std::min(r + rows, end));
+  void for_each_block(F f) const {
+    for (int64_t r = tile_.r0; r < tile_.r1; r += block_rows_) f(r, std::min(r + block_rows_, tile_.r1));
   }
 
   // Each group's contiguous part of one row of the tile: f(group, begin, end).
@@ -176,41 +143,37 @@ class TileRunner {
         std::min((group0_ + g + 1) * L_.R2, tile_.c1) - tile_.c0);
   }
 
-  Rows rows(int64_t r0, int64_t r1) const {
-    return {r1 - r0,     tile_.columns(), L_.row_length(), z_stride(r0),
-            rows_ahead_, tile_.r1 - r0,   r0 == tile_.r0,  aliases_};
-  }
+  Rows rows(int64_t r0, int64_t r1) const { return {r1 - r0, tile_.columns(), L_.row_length(), z_stride()}; }
 
   // Each group's sums at its t; the first time z is made.
   void sum(const Solver* solvers, bool first) {
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
       if (sum != nullptr) std::fill_n(sum, groups_ * fold_, 0.0);
     for (int64_t g = 0; g < groups_; ++g) std::fill_n(t_ + g * fold_, fold_, solvers[g].at.t);
-    if (!first) {
-      add_stats(tile_.r0, in_scratch_);
-      add_stats(in_scratch_, kept_);
-    }
-    const int64_t begin = first ? tile_.r0 : kept_, rows = first ? block_rows_ : most_block_rows_;
-    for_each_block(begin, tile_.r1, rows, [&](int64_t r0, int64_t r1) {
-      if (first) find_alive(r0, r1);
-      update_rows(r0, r1, /*keep_states=*/r0 < kept_);
-      add_stats(r0, r1);
-    });
+    if (!first && z_stays_)
+      add_stats(tile_.r0, tile_.r1);
+    else
+      for_each_block([&](int64_t r0, int64_t r1) {
+        if (first) find_alive(r0, r1);
+        update_rows(r0, r1, /*keep_states=*/z_stays_);
+        add_stats(r0, r1);
+      });
     fold_sums();
   }
 
   void apply(const Solver* solvers) {
     spread(solvers);
-    apply_rows(tile_.r0, in_scratch_, solvers);
-    apply_rows(in_scratch_, kept_, solvers);
-    for_each_block(kept_, tile_.r1, block_rows_, [&](int64_t r0, int64_t r1) {
-      update_rows(r0, r1, /*keep_states=*/true);
-      apply_rows(r0, r1, solvers);
-    });
+    if (z_stays_)
+      apply_rows(tile_.r0, tile_.r1, solvers);
+    else
+      for_each_block([&](int64_t r0, int64_t r1) {
+        update_rows(r0, r1, /*keep_states=*/true);
+        apply_rows(r0, r1, solvers);
+      });
   }
 
   void update_rows(int64_t r0, int64_t r1, bool keep_states) {
-    if (z_in_w_ && r0 >= in_scratch_ && tensor_.phase == Phase::prox_alone) return;
+    if (z_in_w_ && tensor_.phase == Phase::prox_alone) return;
     Places<T> at{w(r0), grad(r0), {}, {}, keep_states ? L_.row_length() : 0};
     for (int s = 0; s < states_; ++s) {
       at.states[s] = state(s, r0);
@@ -235,7 +198,7 @@ class TileRunner {
   void add_stats(int64_t r0, int64_t r1) {
     if (by_columns_) {
       for (int64_t r = r0; r < r1; r += kSumRows)
-        ops_.column_stats(std::min(kSumRows, r1 - r), tile_.columns(), z_stride(r0), z(r), t_, sums_);
+        ops_.column_stats(std::min(kSumRows, r1 - r), tile_.columns(), z_stride(), z(r), t_, sums_);
       return;
     }
     for (int64_t r = r0; r < r1; ++r)
@@ -270,14 +233,13 @@ class TileRunner {
   }
 
   void apply_rows(int64_t r0, int64_t r1, const Solver* solvers) {
-    if (r0 == r1) return;
     if (by_columns_ && thresholds_.any()) ops_.apply_columns(rows(r0, r1), z(r0), s_, t_, w(r0));
     for (int64_t r = r0; r < r1; ++r) {
       if (thresholds_.any() && !by_columns_)
         for_each_segment([&](int64_t g, int64_t begin, int64_t end) {
           ops_.apply_run(end - begin, z(r) + begin, solvers[g].at, w(r) + begin);
         });
-      if (!thresholds_.any() && !(z_in_w_ && r0 >= in_scratch_)) ops_.store(tile_.columns(), z(r), w(r));
+      if (!thresholds_.any() && !z_in_w_) ops_.store(tile_.columns(), z(r), w(r));
       if (!any_dead_) continue;
       zero_dead_groups(w(r));
       for (int s = 0; s < states_; ++s)
@@ -300,12 +262,11 @@ class TileRunner {
   const Thresholds<A> thresholds_;
   const int states_;  // of the rule
   const Update<A> update_;
-  const bool freeze_groups_, aliases_;
-  const int64_t block_rows_, most_block_rows_, rows_ahead_;
-  const bool z_in_w_;   // where it is not in scratch
-  int64_t in_scratch_;  // rows before this one have z in scratch
-  int64_t kept_;        // rows before this one need not be made anew
-  A *z_ = nullptr, *block_ = nullptr;
+  const bool freeze_groups_;
+  const int64_t block_rows_;
+  const bool z_in_w_;   // else in scratch,
+  const bool z_stays_;  // from the first pass to the last; else a block of rows at a time, made anew in each
+  A* z_ = nullptr;
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // by stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;

@@ -13,8 +13,8 @@ MUTANTS = (
     Mutant(
         "the last columns of a row are in no tile",
         CUT,
-        old="for (int64_t c = -skip; c < L.row_length(); c += columns)",
-        new="for (int64_t c = -skip; c + columns <= L.row_length(); c += columns)",
+        old="for (int64_t c = 0; c < L.row_length(); c += columns)",
+        new="for (int64_t c = 0; c + columns <= L.row_length(); c += columns)",
         seen_by=("test_cpu_short_groups",),
     ),
     Mutant(
@@ -42,12 +42,12 @@ MUTANTS = (
         "dead groups are looked for after the update",
         TILE,
         old="""\
-      if (first) find_alive(r0, r1);
-      update_rows(r0, r1, /*keep_states=*/r0 < kept_);
+        if (first) find_alive(r0, r1);
+        update_rows(r0, r1, /*keep_states=*/z_stays_);
 """,
         new="""\
-      update_rows(r0, r1, /*keep_states=*/r0 < kept_);
-      if (first) find_alive(r0, r1);
+        update_rows(r0, r1, /*keep_states=*/z_stays_);
+        if (first) find_alive(r0, r1);
 """,
         seen_by=("test_cpu_cuts",),
     ),
@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant(
         "buffers move on each time that z is made",
         TILE,
-        old="update_rows(r0, r1, /*keep_states=*/r0 < kept_);",
+        old="update_rows(r0, r1, /*keep_states=*/z_stays_);",
         new="update_rows(r0, r1, /*keep_states=*/true);",
         seen_by=("test_cpu_cuts",),
     ),
@@ -152,15 +152,29 @@ MUTANTS = (
     Mutant(
         "the first part alone says which large groups are alive",
         EXECUTOR,
-        old="if (first) alive[g0 + g] |= alive[part * groups + g0 + g];",
-        new="if (first && part == 0) alive[g0 + g] |= alive[part * groups + g0 + g];",
+        old="if (first) alive_[g0 + g] |= alive_[part * groups_ + g0 + g];",
+        new="if (first && part == 0) alive_[g0 + g] |= alive_[part * groups_ + g0 + g];",
         seen_by=("test_cpu_cuts",),
     ),
     Mutant(
         "large groups are swept once",
         EXECUTOR,
-        old="if (!solve(g, std::min(g + kGroupsAtOnce, end), first)) done = false;",
-        new="if (!solve(g, std::min(g + kGroupsAtOnce, end), first)) done = true;",
+        old="std::erase_if(open, [](const PieceOfRun& of) { return of.run->done.load(); });",
+        new="open.clear();",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "the first of the large groups that share a pass ends it for all",
+        EXECUTOR,
+        old="std::erase_if(open, [](const PieceOfRun& of) { return of.run->done.load(); });",
+        new="std::erase_if(open, [&](const PieceOfRun&) { return runs[0]->done.load(); });",
+        seen_by=("test_cpu_cuts",),
+    ),
+    Mutant(
+        "z of a piece is where its tile's rows would be",
+        TILE,
+        old="return z_ + (z_stays_ ? row : row % block_rows_) * tile_.columns();",
+        new="return z_ + (z_stays_ ? row : row % kBlockRows) * tile_.columns();",
         seen_by=("test_cpu_cuts",),
     ),
 )
