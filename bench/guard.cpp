@@ -1,8 +1,10 @@
-// One step of the CPU executor on one tensor, for callgrind: guard GROUP_BY DTYPE MODE ROWS COLUMNS COUNT.
+// One step of the CPU executor on one tensor, for callgrind: guard GROUP_BY DTYPE MODE ROWS COLUMNS COUNT
+// VECTOR_BYTES.
 // It stands in for the few functions of torch that the executor calls, on one thread, so that nothing but
 // c10 is loaded and every run executes the same instructions.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cmath>
 #include <cstdio>
@@ -49,12 +51,15 @@ void step(const std::string& group_by, bool exact, int64_t rows, int64_t columns
   h.exact = exact;
   const int64_t elements = layout.numel() * count;
   std::vector<T> w = normal<T>(elements, 1), grad = normal<T>(elements, 2), buf = normal<T>(elements, 3);
-  const auto dtype = std::is_same_v<T, float> ? cges::DType::f32 : cges::DType::bf16;
+  const auto dtype = std::is_same_v<T, float>       ? cges::DType::f32
+                     : std::is_same_v<T, c10::Half> ? cges::DType::f16
+                                                    : cges::DType::bf16;
   const cges::TensorShape shape{layout, group_by != "none", dtype, -1, 0};
   std::vector<cges::cpu::StepTensor> tensors;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i * layout.numel();
-    tensors.push_back({shape, {&w[at], &grad[at], &buf[at]}, cges::Phase::running, &h});
+    const cges::TensorInStep arrays{&w[at], &grad[at], {&buf[at]}, cges::Phase::running};
+    tensors.push_back({shape, arrays, &h});
   }
   cges::cpu::step(tensors);
   double left = 0;
@@ -65,11 +70,14 @@ void step(const std::string& group_by, bool exact, int64_t rows, int64_t columns
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 7) return std::fprintf(stderr, "expected 6 arguments, got %d\n", argc - 1), 2;
+  if (argc != 8) return std::fprintf(stderr, "expected 7 arguments, got %d\n", argc - 1), 2;
   const bool exact = std::strcmp(argv[3], "exact") == 0;
   const int64_t rows = std::atoll(argv[4]), columns = std::atoll(argv[5]), count = std::atoll(argv[6]);
+  cges::cpu::limit_vector_bytes(std::atoll(argv[7]));
   if (std::strcmp(argv[2], "bf16") == 0)
     step<c10::BFloat16>(argv[1], exact, rows, columns, count);
+  else if (std::strcmp(argv[2], "fp16") == 0)
+    step<c10::Half>(argv[1], exact, rows, columns, count);
   else
     step<float>(argv[1], exact, rows, columns, count);
 }

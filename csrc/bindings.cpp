@@ -189,6 +189,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("found_inf") = py::none());
   m.def("parallel_threads", &parallel_threads);
   m.def("limit_z_bytes", &cpu::limit_z_bytes);
+  m.def("limit_vector_bytes", &cpu::limit_vector_bytes);
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
   // For tests: what Python says once more.

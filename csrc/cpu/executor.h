@@ -20,4 +20,7 @@ void step(const std::vector<StepTensor>& tensors);
 // large.
 void limit_z_bytes(int64_t bytes);
 
+// For tests and counts: vectors of at most so many bytes, so that other instruction sets than the best run.
+void limit_vector_bytes(int64_t bytes);
+
 }  // namespace cges::cpu

@@ -43,6 +43,16 @@ struct Places {
   std::array<const T*, kMostStates> states;
   std::array<T*, kMostStates> new_states;
   int64_t out_stride;
+
+  // So many elements further on, where there is anything.
+  Places moved(int64_t in, int64_t out) const {
+    Places at{w + in, grad ? grad + in : nullptr, states, new_states, out_stride};
+    for (int s = 0; s < kMostStates; ++s) {
+      if (states[s]) at.states[s] += in;
+      if (new_states[s]) at.new_states[s] += out;
+    }
+    return at;
+  }
 };
 
 // The sums of many columns or groups; count is null where it is not needed.

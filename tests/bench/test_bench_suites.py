@@ -10,9 +10,9 @@ import torch
 from helpers.programs import ROOT
 
 from bench import baselines, core, guard, lab, plots, readme, run, suites, table, timing, workloads
-from bench.guard import Budget
 from bench.workloads import Case
 from cges_kernels import available_backends
+from cges_kernels.backends.extension import BUILT
 
 pytestmark = pytest.mark.xdist_group("bench_suites")
 
@@ -205,18 +205,25 @@ def test_the_cpu_rotates_a_few_sets_and_knows_its_cache():
 
 
 def test_budgets():
-    kept, over = (
-        Budget("none", "fp32", "sequential", 8, 8, 1, 5.0),
-        Budget("a", "bf16", "exact", 8, 8, 3, 5.0),
-    )
-    text, good = guard.report([(kept, 4.5), (over, 5.5)])
-    assert not good and text.count("OVER") == 1 and "a 3 of 8x8 bf16 exact" in text.splitlines()[2]
-    assert guard.report([(kept, 5.0)])[1]
+    text, good = guard.report([("a case", 4.5, 5.0), ("another", 5.5, 5.0)])
+    assert not good and text.count("OVER") == 1 and "another" in text.splitlines()[2]
+    assert guard.report([("a case", 5.0, 5.0)])[1]
+    assert guard.Case("a", "bf16", "exact", 8, 8, 3).name() == "a 3 of 8x8 bf16 exact"
     assert guard.collected("==1== Collected : 1234\n") == 1234
     for said in ("valgrind: no such file", "==1== Collected : 0\n"):
         with pytest.raises(SystemExit, match="expected callgrind's count"):
             guard.collected(said)
-    assert len({b.name() for b in guard.BUDGETS}) == len(guard.BUDGETS)
+    assert all(len(most) == len(guard.INSTRUCTION_SETS) for most in guard.BUDGETS.values())
+
+
+@pytest.mark.full("a program of its own, compiled against the executor's object files")
+def test_what_the_guard_counts_steps():
+    if "cpu" not in BUILT or not list((guard.ROOT / "build").glob("temp.*/csrc/cpu/rows.o")):
+        pytest.skip("the extension was not built here")
+    for case in (guard.Case("feature", dtype, "exact", 300, 250) for dtype in ("fp32", "bf16", "fp16")):
+        told = [str(guard.driver()), *map(str, case), "64"]
+        said = subprocess.run(told, capture_output=True, text=True, check=True).stdout
+        assert 0.5 < float(said.split()[0]) < 0.9
 
 
 def test_the_guard_says_that_valgrind_is_absent(tmp_path):

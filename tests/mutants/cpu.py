@@ -8,6 +8,8 @@ ROWS = "csrc/cpu/rows.inc"
 SHORT = "csrc/cpu/short_groups.h"
 SIDE_BY_SIDE = "csrc/cpu/short_groups.inc"
 EXECUTOR = "csrc/cpu/executor.cpp"
+VECTORS = "csrc/cpu/rows.cpp"
+CONVERT = "csrc/cpu/convert.inc"
 
 MUTANTS = (
     Mutant(
@@ -141,6 +143,27 @@ MUTANTS = (
         old="if (elements & 2) add.template operator()<2>(k), k += 2;",
         new="if (elements & 2) add.template operator()<2>(k), k += 1;",
         seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "AVX2 cuts float16 off instead of rounding",
+        VECTORS,
+        old="_mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT)",
+        new="_mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_ZERO)",
+        seen_by=("test_cpu_vectors",),
+    ),
+    Mutant(
+        "the last float16 numbers of a block are not narrowed",
+        CONVERT,
+        old="for (; i < n; ++i) to[i] = c10::Half(from[i]);",
+        new="for (; i + 1 < n; ++i) to[i] = c10::Half(from[i]);",
+        seen_by=("test_cpu_vectors",),
+    ),
+    Mutant(
+        "a negative float16 that rounds to zero keeps its sign",
+        CONVERT,
+        old="w[i + k].x = narrowed[k].x == 0x8000 ? 0 : narrowed[k].x;",
+        new="w[i + k].x = narrowed[k].x;",
+        seen_by=("test_cpu_vectors",),
     ),
     Mutant(
         "a thread takes a tile beyond its share",

@@ -1,0 +1,79 @@
+"""The CPU executor's loops for each instruction set, and their conversions from and to 16 bits."""
+
+import pytest
+import torch
+from helpers.right import ADAMW, DTYPES, MODES, SGD, check_step, inputs, one_step, states_of, training
+from helpers.tiers import covering
+
+from cges_kernels import prox
+from cges_kernels.backends.extension import BUILT
+
+pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
+
+VECTOR_BYTES = [16, 32, 64]  # any x86-64, AVX2, AVX-512; the best that this processor has of them
+HALVES = [torch.float16, torch.bfloat16]
+ALL_BITS = torch.arange(-(2**15), 2**15).to(torch.int16)
+
+
+@pytest.fixture
+def vectors():
+    """A function that says how many bytes a vector has at most."""
+    yield BUILT["cpu"].limit_vector_bytes
+    BUILT["cpu"].limit_vector_bytes(64)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@covering(
+    vector_bytes=VECTOR_BYTES,
+    dtype=DTYPES,
+    shape=[(300, 250), (40, 9)],
+    group_by=["feature", "filter", "tensor"],
+    prox_mode=MODES,
+    freeze_zeros=[None, "group", "element"],
+    rule=[SGD, ADAMW],
+)
+def test_each_instruction_set_is_right(
+    vectors, vector_bytes, shape, group_by, dtype, prox_mode, freeze_zeros, rule
+):
+    vectors(vector_bytes)
+    w, grad = inputs(shape, dtype, 2)
+    w.flatten()[::5] = 0.0
+    told = training(w, group_by, prox_mode, rule) | {"freeze_zeros": freeze_zeros}
+    check_step("cpu", w, grad, states_of(rule, shape, dtype), steps=1, **told)
+
+
+@pytest.mark.parametrize("vector_bytes", VECTOR_BYTES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_all_16_bits_are_widened_and_rounded_as_torch_does(vectors, vector_bytes, dtype):
+    """Of each number there is, less half of another, which float32 holds but for its last bits."""
+    vectors(vector_bytes)
+    w = ALL_BITS.view(dtype)
+    grad = w[torch.randperm(len(w))]
+    got, _ = one_step("cpu", w, grad, lr=0.5)
+    expected = (w.float() - 0.5 * grad.float()).to(dtype)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isnan()].view(torch.int16), expected[~got.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("vector_bytes", VECTOR_BYTES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_shrinks_rounds_once_and_is_never_minus_zero(vectors, vector_bytes, dtype):
+    """Down to the least numbers, half of which is a zero."""
+    vectors(vector_bytes)
+    w = ALL_BITS.view(dtype)
+    w = w[w.isfinite()]
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    t = 0.75 * least
+    got = prox(w, l1=t, backend="cpu")
+    z = w.float()
+    expected = (z.sign() * (z.abs() - t).clamp_min(0)).to(dtype)
+    assert torch.equal(got.float(), expected.float()) and not torch.signbit(got[got == 0]).any()
+
+
+@pytest.mark.parametrize("vector_bytes", VECTOR_BYTES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_length_is_converted_whole(vectors, vector_bytes, dtype):
+    vectors(vector_bytes)
+    for n in (*range(1, 70), 511, 512, 513, 1025):
+        w, grad, buf = inputs((1, n), dtype)
+        check_step("cpu", w, grad, buf, **training(w, "filter", "sequential"))
