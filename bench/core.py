@@ -33,10 +33,14 @@ def in_turns(contenders: Mapping[str, Contender], note: dict[str, Any], before: 
 def against_fused_sgd(shapes: Shapes, note: dict[str, Any], **options: Any) -> Measure:
     """prox_sgd and a copy of the same bytes, then the eager reference, beside torch's fused SGD."""
 
+    dtype = workloads.DTYPES[note["dtype"]]
+
     def measure() -> list[Times]:
-        sgd, ours = baselines.fused_sgd(shapes), baselines.prox_sgd(shapes, **options)
-        fast = in_turns({"fused_sgd": sgd, "prox_sgd": ours, "copy": baselines.copy(shapes)}, note)
-        return [fast, in_turns({"fused_sgd": sgd, "eager": baselines.eager(shapes, **options)}, note)]
+        sgd = baselines.fused_sgd(shapes, dtype=dtype)
+        ours, eager = (make(shapes, dtype=dtype, **options) for make in (baselines.prox_sgd, baselines.eager))
+        copy = baselines.copy(shapes, dtype)
+        fast = in_turns({"fused_sgd": sgd, "prox_sgd": ours, "copy": copy}, note)
+        return [fast, in_turns({"fused_sgd": sgd, "eager": eager}, note)]
 
     return measure
 
@@ -186,11 +190,12 @@ def rows() -> list[Row]:
         baseline: str = "fused_sgd",
         contender: str = "prox_sgd",
         states: int = 1,
+        dtype: str = "fp32",
         **options: Any,
     ) -> Row:
-        warm = workloads.bytes_moved(shapes, torch.float32, states) <= last_cache_bytes()
+        warm = workloads.bytes_moved(shapes, workloads.DTYPES[dtype], states) <= last_cache_bytes()
         cache = "warm" if warm else "cold"  # the same tensors in every step
-        note = workloads.facts("core", shapes, cache, states=states)
+        note = workloads.facts("core", shapes, cache, dtype, states=states)
         return Row(name, baseline, contender, target, measure(shapes, note, **options), note)
 
     def exact(shapes: Shapes, note: dict[str, Any], percent: int) -> Measure:
@@ -207,13 +212,18 @@ def rows() -> list[Row]:
     matrix, uneven = workloads.matrix(4096, 4096), workloads.matrix(4096, 4128)
     small, tiny = workloads.small(300, 1024), workloads.small(500, 16)
     return [
-        row("feature 4096x4128", uneven, 1.25),
-        row("feature 4096x4096", matrix, 1.5),
-        row("feature 8192x4096", workloads.matrix(8192, 4096), 1.75),
-        row("feature 512x4608", workloads.matrix(512, 4608), 1.3),
-        row("filter 4096x4096", matrix, 1.25, group_by="filter"),
-        row("ResNet-50 feature", workloads.resnet50(), 1.3),
-        row("300 tensors of 1,024", small, 1.0, faster_of_one_and_two_threads),
+        row("feature 4096x4128", uneven, 1.35),
+        row("feature 4096x4096", matrix, 1.35),
+        row("feature 8192x4096", workloads.matrix(8192, 4096), 1.5),
+        row("feature 512x4608", workloads.matrix(512, 4608), 1.25),
+        row("filter 4096x4096", matrix, 1.15, group_by="filter"),
+        row("ResNet-50 feature", workloads.resnet50(), 1.25),
+        *(row(f"feature 4096x4128, {dtype}", uneven, 1.5, dtype=dtype) for dtype in ("bf16", "fp16")),
+        *(
+            row(f"filter 4096x4096, {dtype}", matrix, 1.5, dtype=dtype, group_by="filter")
+            for dtype in ("bf16", "fp16")
+        ),
+        row("300 tensors of 1,024", small, 0.6, faster_of_one_and_two_threads),
         row("500 tensors of 16, host", tiny, 1 / 3, host_time),
         row("500 tensors, checks alone", tiny, None, checks_alone, "python", "cpp"),
         *(

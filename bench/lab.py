@@ -21,7 +21,18 @@ from . import baselines
 from .baselines import Contender
 from .counts import count_once
 from .table import one_line
-from .timing import Clock, Step, Times, environment, last_cache_bytes, output, take_turns, wall_clock
+from .timing import (
+    Clock,
+    Step,
+    Times,
+    cpu_kind,
+    cpu_model,
+    environment,
+    last_cache_bytes,
+    output,
+    take_turns,
+    wall_clock,
+)
 from .workloads import Shapes, bytes_moved, elements
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -215,7 +226,8 @@ class Cpu(Lab):
         gc.collect()
 
     def name(self) -> str:
-        return "cpu"
+        """Of this kind of machine, as files carry it: "cpu-epyc", "cpu-xeon"."""
+        return f"cpu-{cpu_kind(cpu_model())}"
 
     def environment(self, commit: str | None = None) -> dict[str, Any]:
         return environment(commit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,31 +41,60 @@ def spread(contender: dict[str, float]) -> str:
     return f"{contender['ratio']:.2f} [{contender['ratio_low']:.2f}, {contender['ratio_high']:.2f}]"
 
 
-def cpu_table(report: Report) -> str:
-    """Markdown: one line per row, target and ratio side by side, misses marked."""
+def cpu_measured(report: Report) -> str:
+    """Of which machine, commit and day a report is, and what memory steps took there."""
     env, memory = report["environment"], report["peak_extra_memory"]
-    lines = [
-        f"Measured on {env['date']} at commit {env['commit']}: {env['cpu']}, {env['threads']} threads, L2 of "
-        f"{env['l2_bytes'] / 2**20:.0f} MiB, torch {env['torch']} ({env['capability']}), fp32, momentum 0.9; "
-        f"medians of {env['runs']} separated runs.",
-        "",
-        "| workload | ms per step | ratio to | ratio [lowest, highest run] | target | eager reference |",
-        "|---|---:|---|---:|---:|---:|",
-    ]
-    for result in of_suite(report["results"], "core"):
-        if "error" in result:
-            lines.append(f"| {result['row']} | failed: {result['error']} | | | | |")
-            continue
-        best = result["contenders"][result["contender"]]
-        eager = result["contenders"].get("eager")
-        target = "" if result["target"] is None else f"{result['target']:.2f}"
-        missed = " (missed)" if result["met"] is False else ""
-        lines.append(
-            f"| {result['row']} | {best['ms']:.3f} | {BASELINES[result['baseline']]} | {spread(best)} "
-            f"| {target}{missed} | {'' if eager is None else format(eager['ratio'], '.1f')} |"
-        )
     taken = ", ".join(f"{size / 2**20:.2f} ({name})" for name, size in memory.items())
-    return "\n".join([*lines, "", f"MiB of memory a thread that the first steps took, by feature: {taken}."])
+    return (
+        f"{machine(report)}, {env['threads']} threads, L2 of {env['l2_bytes'] / 2**20:.0f} MiB a core, torch "
+        f"{env['torch']} ({env['capability']}): measured on {env['date']} at commit {env['commit']}, medians "
+        f"of {env['runs']} separated runs. MiB of memory a thread that the first steps took, by feature: "
+        f"{taken}."
+    )
+
+
+def machine(report: Report) -> str:
+    """A processor's name without what says nothing: "Intel Xeon"."""
+    return re.sub(r"\((R|TM)\)| (CPU|Processor)\b.*", "", report["environment"]["cpu"])
+
+
+def cpu_table(reports: Sequence[Report]) -> str:
+    """Markdown: one line per row, a ratio for each machine beside the target, misses marked.
+
+    The newest report says which rows there are, and what their targets are.
+    """
+    newest = max(reports, key=lambda report: str(report["environment"]["date"]))
+    columns = [
+        f"{machine(report)}, {what}" for report in reports for what in ("ms", "ratio [lowest, highest run]")
+    ]
+    lines = [
+        f"| workload | ratio to | target | {' | '.join(columns)} | eager reference |",
+        f"|---|---|---:|{'---:|' * (len(columns) + 1)}",
+    ]
+    for row in of_suite(newest["results"], "core"):
+        cells, eager = [], []
+        for report in reports:
+            result = next((r for r in of_suite(report["results"], "core") if r["row"] == row["row"]), None)
+            cells += cpu_cells(result, row["target"])
+            if result is not None and "eager" in result.get("contenders", {}):
+                eager.append(f"{result['contenders']['eager']['ratio']:.1f}")
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        last = ", ".join(eager)
+        lines.append(
+            f"| {row['row']} | {BASELINES[row['baseline']]} | {target} | {' | '.join(cells)} | {last} |"
+        )
+    return "\n\n".join(["\n".join(lines), *map(cpu_measured, reports)])
+
+
+def cpu_cells(result: Report | None, target: float | None) -> tuple[str, str]:
+    """Milliseconds, and the ratio with its spread."""
+    if result is None:
+        return "", ""
+    if "error" in result:
+        return "", f"failed: {result['error']}"
+    best = result["contenders"][result["contender"]]
+    missed = " (missed)" if target is not None and best["ratio"] > target else ""
+    return f"{best['ms']:.3f}", spread(best) + missed
 
 
 def cpu_models(report: Report) -> str:
@@ -78,7 +108,7 @@ def cpu_models(report: Report) -> str:
     of = most["workload"].removesuffix(" feature")
     counted = [key for key in COUNTED if any(key in c for c in most["contenders"].values())]
     titles = ["ms per step", *models, *(f"{COUNTED[key][0]}, {of}" for key in counted)]
-    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    lines = [f"{machine(report)}:", "", f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
     for name, text in NAMES.items():
         found = [r["contenders"].get(name) for r in results]
         if not any(found):
@@ -202,7 +232,7 @@ def others(backend: str, results: dict[str, dict[str, Report]]) -> list[str]:
     return [f"Beside {backend}: {' '.join(sentences)}"] if sentences else []
 
 
-def gpu_part(reports: list[Report]) -> str:
+def gpu_part(reports: Sequence[Report]) -> str:
     """The tables of every GPU that was measured."""
     parts = []
     for report in reports:
@@ -240,23 +270,27 @@ def training_part(reports: Sequence[Report]) -> str:
     return "\n\n".join(parts)
 
 
-def with_tables(readme: str, cpu: Report, gpus: list[Report], training: Sequence[Report] = ()) -> str:
+def with_tables(
+    readme: str, cpus: Sequence[Report], gpus: Sequence[Report], training: Sequence[Report] = ()
+) -> str:
     """The README's text with its tables made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    parts = [cpu_table(cpu), cpu_models(cpu), pictures(cpu["results"], "cpu")]
+    parts = [cpu_table(cpus)]
+    for cpu in cpus:
+        parts += [cpu_models(cpu), pictures(cpu["results"], cpu["name"])]
     parts += [gpu_part(gpus), training_part(training)]
     tables = "\n\n".join(part for part in parts if part)
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
-def reports() -> tuple[Report, list[Report], list[Report]]:
-    """What was measured last on the CPU, on each GPU, and of training."""
+def reports() -> tuple[list[Report], list[Report], list[Report]]:
+    """What was measured last on each kind of CPU, on each GPU, and of training."""
 
     def read(pattern: str) -> list[Report]:
         return [{"name": p.stem, **json.loads(p.read_text())} for p in sorted(RESULTS.glob(pattern))]
 
-    return read("cpu.json")[0], read("gpu-*.json"), read("training-*.json")
+    return read("cpu-*.json"), read("gpu-*.json"), read("training-*.json")
 
 
 def main() -> None:

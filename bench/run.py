@@ -1,4 +1,4 @@
-"""The CPU benchmarks: ``python -m bench.run`` writes bench/results/cpu.json, cpu.csv and plots."""
+"""The CPU benchmarks: ``python -m bench.run`` writes cpu-KIND.json, .csv and plots into bench/results."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def all_rows(lab: Lab, threads: int) -> list[Row]:
     ]
 
 
-def run(rows: Sequence[Row], options: argparse.Namespace) -> bool:
-    """Measure the rows, write the files, draw; whether all went well."""
+def run(rows: Sequence[Row], options: argparse.Namespace, name: str) -> bool:
+    """Measure the rows, write the files of that name, draw; whether all went well."""
     memory = {} if options.only else peak_extra_memory(options.threads)
     gc.freeze()  # what imports made is not looked through before every row
     found = {**environment(), "torchao": version_of("torchao"), "runs": options.runs}
@@ -37,15 +37,15 @@ def run(rows: Sequence[Row], options: argparse.Namespace) -> bool:
         if not options.only:  # where time ran out, the row with the fewest runs counts
             found["runs"] = min((r.get("runs", 0) for r in of_suite(results, "core")), default=options.runs)
             report = {"environment": found, "peak_extra_memory": memory, "results": results}
-            write(report, "cpu", options.out)
+            write(report, name, options.out)
 
     results = measure(rows, options.runs, options.minutes, save)
     gc.unfreeze()
     good = tell(results)
-    for name, taken in memory.items():
-        print(f"memory taken by the first steps, {name}: {taken / 2**20:.2f} MiB a thread")
+    for case, taken in memory.items():
+        print(f"memory taken by the first steps, {case}: {taken / 2**20:.2f} MiB a thread")
     if not options.only:
-        plots.draw(results, "cpu", options.out)
+        plots.draw(results, name, options.out)
     return good
 
 
@@ -63,8 +63,9 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rows = [row for row in all_rows(Cpu(), options.threads) if options.only in row.name]
-    sys.exit(0 if run(rows, options) else 1)
+    lab = Cpu()
+    rows = [row for row in all_rows(lab, options.threads) if options.only in row.name]
+    sys.exit(0 if run(rows, options, lab.name()) else 1)
 
 
 if __name__ == "__main__":

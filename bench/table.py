@@ -147,7 +147,7 @@ def pictured(results: Results, name: str) -> dict[str, tuple[str, Results]]:
     for suite in ("models", "grid", "scaling"):
         for result in measured(results, suite):
             backend = result.get("backend", "cpu")
-            stem = name if suite == "models" or backend == name else f"{name}-{backend}"
+            stem = name if suite == "models" or backend == "cpu" else f"{name}-{backend}"
             found.setdefault(f"{stem}-{suite}", (suite, []))[1].append(result)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ Clock = Callable[[Step, bool], float]
 RUNS = 5  # separated in time, each with tensors of its own
 SECONDS_PER_RUN = 1.0
 MAX_TURNS = 200
+NO_KIND = ("amd", "intel", "arm", "apple", "r", "tm", "genuine", "processor", "cpu", "core")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -109,21 +111,28 @@ def l2_bytes() -> int:
     return int(output("getconf", "LEVEL2_CACHE_SIZE") or 0)
 
 
+def cpu_model() -> str:
+    """As the processor calls itself: "Intel(R) Xeon(R) Processor"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return models[0] if models else platform.processor() or "unknown"
+
+
+def cpu_kind(model: str) -> str:
+    """The name of a kind of machine, whose results are kept apart from others': "epyc", "xeon"."""
+    words = re.findall(r"[a-z]+", model.lower())
+    return next((word for word in words if word not in NO_KIND), "unknown")
+
+
 def environment(commit: str | None = None) -> dict[str, Any]:
     """What a reader needs to judge the numbers; ``commit`` names the sources where git cannot."""
-    cpu = platform.processor() or "unknown"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        cpu = models[0] if models else cpu
     changed = output("git", "status", "--porcelain", "--", "csrc", "cges_kernels")
     found = output("git", "rev-parse", "--short", "HEAD") or "unknown"
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or found + (" with changes" if changed else ""),
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "l2_bytes": l2_bytes(),

@@ -61,14 +61,14 @@ def report(tmp_path_factory):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # two that wait for each other on a busy machine take milliseconds a step
         try:
-            assert run.run(rows, run.arguments(["--out", str(out), "--runs", "2"]))
+            assert run.run(rows, run.arguments(["--out", str(out), "--runs", "2"]), "cpu-any")
         finally:
             torch.set_num_threads(threads)
     return out
 
 
 def test_files(report):
-    results = {r["row"]: r for r in json.loads((report / "cpu.json").read_text())["results"]}
+    results = {r["row"]: r for r in json.loads((report / "cpu-any.json").read_text())["results"]}
     assert not any("error" in r for r in results.values())
     assert all(r["runs"] == (2 if r["suite"] == "core" else 1) for r in results.values())
     model = results["small feature, all contenders"]
@@ -80,7 +80,7 @@ def test_files(report):
     exact = results["filter 18x18 bf16 exact"]
     assert exact["bytes"] == 18 * 18 * 10 and exact["contenders"]["prox_sgd"]["gb_per_s"] > 0
     assert exact["mode"] == "exact" and exact["percent_of_copy"] > 0
-    environment, lines = table.read_csv(report / "cpu.csv")
+    environment, lines = table.read_csv(report / "cpu-any.csv")
     assert environment["torch"] == torch.__version__ and environment["runs"] == "2"
     assert {"commit", "date", "cpu", "threads", "last_cache_bytes", "peak_extra_memory"} < set(environment)
     ours = next(n for n in lines if n["row"] == model["row"] and n["contender"] == "prox_sgd")
@@ -89,7 +89,7 @@ def test_files(report):
 
 
 def test_every_row_has_every_number(report):
-    _, lines = table.read_csv(report / "cpu.csv")
+    _, lines = table.read_csv(report / "cpu-any.csv")
     assert {n["suite"] for n in lines} == {"core", "grid", "models", "scaling"}
     for n in lines:
         empty = {key for key in (*table.NUMBERS, *table.COUNTS, *table.FACTS) if n[key] == ""}
@@ -102,7 +102,7 @@ def test_every_row_has_every_number(report):
 
 
 def test_a_run_that_lacks_a_number_does_not_go_well(report, capsys):
-    results = json.loads((report / "cpu.json").read_text())["results"]
+    results = json.loads((report / "cpu-any.json").read_text())["results"]
     assert table.tell(results) and table.holes(results) == []
     for key in (*table.NUMBERS, *table.COUNTS):
         kept = results[0]["contenders"]["prox_sgd"].pop(key)
@@ -132,28 +132,66 @@ def test_ratios_are_to_those_of_the_same_turns_or_of_the_same_run():
 
 
 def test_plots(report):
-    drawn = {f"cpu-{suite}.{form}" for suite in plots.PICTURES for form in plots.FORMATS}
-    assert drawn == {path.name for path in report.iterdir()} - {"cpu.json", "cpu.csv"}
+    drawn = {f"cpu-any-{suite}.{form}" for suite in plots.PICTURES for form in plots.FORMATS}
+    assert drawn == {path.name for path in report.iterdir()} - {"cpu-any.json", "cpu-any.csv"}
     before = {path.name: path.read_bytes() for path in report.glob("*.svg")}
-    plots.draw(json.loads((report / "cpu.json").read_text())["results"], "cpu", report)
+    plots.draw(json.loads((report / "cpu-any.json").read_text())["results"], "cpu-any", report)
     assert before == {path.name: path.read_bytes() for path in report.glob("*.svg")}
     assert plots.draw([], "cpu", report) == []
 
 
 def test_the_readme_shows_contenders_and_plots(report):
-    cpu, gpus, _ = readme.reports()
-    measured = json.loads((report / "cpu.json").read_text())["results"]
+    cpus, gpus, _ = readme.reports()
+    measured = json.loads((report / "cpu-any.json").read_text())["results"]
     measured = [r for r in measured if r["suite"] != "core"]
-    core = table.of_suite(cpu["results"], "core")
+    core = table.of_suite(cpus[0]["results"], "core")
+    cpus = [{**cpus[0], "name": "cpu-any", "results": core + measured}]
     whole = (ROOT / "README.md").read_text()
-    text = readme.with_tables(whole, {**cpu, "results": core + measured}, gpus)
+    text = readme.with_tables(whole, cpus, gpus)
     assert "| ms per step | small | m | operations, small | extra memory, small | host time, small |" in text
     assert "host time what it costs on one thread" in text
     assert "small feature: torch.compile failed (ValueError: no compiler)." in text
-    assert "](bench/results/cpu-grid.svg)" in text and "](bench/results/cpu-scaling.svg)" in text
+    assert "](bench/results/cpu-any-grid.svg)" in text and "](bench/results/cpu-any-scaling.svg)" in text
     assert "| feature 4x4 fp32" not in text  # the table with targets holds no other rows
-    assert readme.with_tables(text, {**cpu, "results": core + measured}, gpus) == text
+    assert readme.with_tables(text, cpus, gpus) == text
     assert readme.cpu_models({"results": core}) == readme.pictures(core, "cpu") == ""
+
+
+def result_of(row, ratio, target):
+    numbers = {"ms": 2.0, "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}
+    of = {"suite": "core", "row": row, "baseline": "fused_sgd", "contender": "prox_sgd", "target": target}
+    return {**of, "met": ratio <= target, "contenders": {"prox_sgd": numbers}}
+
+
+def test_machines_stand_side_by_side_and_the_newest_says_the_targets():
+    env = {"threads": 2, "l2_bytes": 2**20, "torch": "2", "capability": "AVX2", "commit": "c", "runs": 5}
+    older, newer = (
+        {
+            "environment": {**env, "cpu": cpu, "date": date},
+            "peak_extra_memory": {"a": 2**20},
+            "results": results,
+        }
+        for cpu, date, results in [
+            ("AMD EPYC", "2026-01-01", [result_of("gone", 1, 1), result_of("both", 1.3, 1.4)]),
+            (
+                "Intel(R) Xeon(R) Processor",
+                "2026-01-02",
+                [result_of("both", 1.1, 1.2), result_of("new", 1, 1)],
+            ),
+        ]
+    )
+    text = readme.cpu_table([older, newer])
+    sgd = "torch's fused SGD"
+    both = f"| both | {sgd} | 1.20 | 2.000 | 1.30 [1.30, 1.30] (missed) | 2.000 | 1.10 [1.10, 1.10] |"
+    new = f"| new | {sgd} | 1.00 |  |  | 2.000 | 1.00 [1.00, 1.00] |"
+    assert both in text and new in text and "gone" not in text
+    assert "AMD EPYC, ms" in text and "| Intel Xeon, ms" in text and "at commit c" in text
+
+
+def test_kinds_of_machines():
+    names = {"AMD EPYC 9B14": "epyc", "Intel(R) Xeon(R) Processor": "xeon", "": "unknown"}
+    assert {model: timing.cpu_kind(model) for model in names} == names
+    assert lab.Cpu().name() == f"cpu-{timing.cpu_kind(timing.cpu_model())}"
 
 
 def test_every_row_has_a_name_of_its_own_and_is_measured():
