@@ -45,6 +45,20 @@ def against_fused_sgd(shapes: Shapes, note: dict[str, Any], **options: Any) -> M
     return measure
 
 
+def mostly_dead(shapes: Shapes, note: dict[str, Any], dead: float, **options: Any) -> Measure:
+    """prox_sgd that passes by so many of the rows, beside torch's fused SGD, which knows nothing of them."""
+
+    def measure() -> list[Times]:
+        held = {"freeze_zeros": "group", "skip_dead": True, **options}
+        sgd, ours = baselines.fused_sgd(shapes), baselines.prox_sgd(shapes, **held)
+        with torch.no_grad():
+            for p in ours.params:
+                p[torch.rand(len(p)) < dead] = 0
+        return [in_turns({"fused_sgd": sgd, "prox_sgd": ours, "copy": baselines.copy(shapes)}, note)]
+
+    return measure
+
+
 def against_fused_adamw(shapes: Shapes, note: dict[str, Any], **options: Any) -> Measure:
     """prox_adamw, then the eager reference of it, beside torch's fused AdamW (and SGD)."""
 
@@ -223,6 +237,7 @@ def rows() -> list[Row]:
             row(f"filter 4096x4096, {dtype}", matrix, 1.5, dtype=dtype, group_by="filter")
             for dtype in ("bf16", "fp16")
         ),
+        row("filter 4096x4096, 90% dead", matrix, 0.25, mostly_dead, dead=0.9, group_by="filter"),
         row("300 tensors of 1,024", small, 0.6, faster_of_one_and_two_threads),
         row("500 tensors of 16, host", tiny, 1 / 3, host_time),
         row("500 tensors, checks alone", tiny, None, checks_alone, "python", "cpp"),

@@ -44,6 +44,11 @@ class ProxSGD(ProximalOptimizer):
             of Omega). They agree only as lr*exclusive_lasso*n -> 0 (n = group size); at 1 and above
             sequential zeroes nearly everything, and a warning says so once.
         freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, momentum included.
+        skip_dead: while freeze_zeros is "group", pass by groups that are held at zero: their weights,
+            gradients and buffers are not read, and the step costs what is left of the weights. The CPU
+            executor does so for groups that are runs of memory ("filter") of 17 elements and more; elsewhere
+            steps cost what they did. Whatever writes weights or buffers so that torch counts it (in place,
+            load_state_dict) is noticed; after other writing, through .data or NumPy, call refresh().
         foreach, differentiable: True takes the reference executor.
         capturable: whether steps may be captured in a CUDA graph, as in torch.optim: after a first step
             outside. Numbers are fixed in the graph, tensors are read at each replay.
@@ -80,6 +85,7 @@ class ProxSGD(ProximalOptimizer):
         view: Sequence[int] | None = None,
         prox_mode: str = "sequential",
         freeze_zeros: str | None = None,
+        skip_dead: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
@@ -100,6 +106,7 @@ class ProxSGD(ProximalOptimizer):
             view=view,
             prox_mode=prox_mode,
             freeze_zeros=freeze_zeros,
+            skip_dead=skip_dead,
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
@@ -133,7 +140,7 @@ class ProxAdamW(ProximalOptimizer):
             steps, state["step"], on the GPU, as fused=True does.
         group_lasso, exclusive_lasso, l1, group_by, view, prox_mode: as for :class:`ProxSGD`.
         freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, both moments too.
-        foreach, fused, backend: as for :class:`ProxSGD`.
+        skip_dead, foreach, fused, backend: as for :class:`ProxSGD`.
 
     The moments have the parameters' dtype, as in torch.optim. In bfloat16 exp_avg_sq stands still at
     beta2 = 0.999, and thresholds below half an ulp of a weight do nothing to it: keep parameters in float32,
@@ -167,6 +174,7 @@ class ProxAdamW(ProximalOptimizer):
         view: Sequence[int] | None = None,
         prox_mode: str = "sequential",
         freeze_zeros: str | None = None,
+        skip_dead: bool = False,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -189,6 +197,7 @@ class ProxAdamW(ProximalOptimizer):
             view=view,
             prox_mode=prox_mode,
             freeze_zeros=freeze_zeros,
+            skip_dead=skip_dead,
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,

@@ -109,6 +109,13 @@ class ProximalOptimizer(Optimizer):
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
+    def refresh(self) -> None:
+        """Look at all weights and states anew in the next step, whatever ``skip_dead`` has learnt of them.
+
+        For those who write weights so that torch does not count it: through ``.data`` or NumPy.
+        """
+        self._planner.forget()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; ``closure`` re-evaluates the model and returns the loss, as in torch.optim.
 

@@ -23,8 +23,9 @@ using namespace cges;
 
 // The fields of core/hyperparameters.py's Hyperparameters, a tuple of these in this order; and of core/rules.py's
 // rules their options, in this order.
-constexpr std::array kFields = {"lr",           "group_lasso", "exclusive_lasso", "l1", "prox_mode",
-                                "freeze_zeros", "rule",        "options"};
+constexpr std::array kFields = {"lr",        "group_lasso", "exclusive_lasso",
+                                "l1",        "prox_mode",   "freeze_zeros",
+                                "skip_dead", "rule",        "options"};
 constexpr std::array kSgdOptions = {"momentum", "dampening", "weight_decay", "nesterov", "maximize"};
 constexpr std::array kAdamwOptions = {
     "betas",          "eps",  "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "capturable",
@@ -99,6 +100,7 @@ Hyperparameters to_hyperparameters(const py::tuple& values) {
                        take_scalar(fields("l1"), made.device.l1)};
   made.exact = fields("prox_mode").cast<std::string>() == "exact";
   made.freeze = to_freeze(fields("freeze_zeros"));
+  made.skip_dead = fields.flag("skip_dead");
   return made;
 }
 

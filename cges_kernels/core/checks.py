@@ -18,7 +18,10 @@ from .numbers import check_coefficient, check_not_negative, check_number, scalar
 from .rules import RULES, STEP, Rule
 from .tensors import holds_values, is_freed
 
-FLAGS = ("nesterov", "amsgrad", "decoupled_weight_decay", "maximize", "differentiable", "capturable")
+FLAGS = (
+    *("nesterov", "amsgrad", "decoupled_weight_decay", "maximize", "differentiable", "capturable"),
+    "skip_dead",
+)
 WISHES = ("foreach", "fused")
 SCALARS = frozenset(hyperparameters.SCALARS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -60,6 +60,7 @@ class Hyperparameters(NamedTuple):
     l1: Any = 0.0
     prox_mode: str = "sequential"
     freeze_zeros: str | None = None
+    skip_dead: bool = False
     rule: Rule = SGD
     options: tuple[Any, ...] = tuple(SGD.options.values())  # the rule's, in its order
 

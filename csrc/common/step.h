@@ -32,6 +32,7 @@ struct TensorInStep {
   Phase phase = Phase::skipped;
   double count = 0;
   float* count_on_device = nullptr;
+  bool as_left = false;  // nobody has written w or the states since the last step of the same executor
 };
 
 // What stays zero: nothing, groups that are all zero, or every zero.
@@ -57,6 +58,7 @@ struct Hyperparameters {
   Coefficients<double> coefficients{0, 0, 0};
   bool exact = false;
   Freeze freeze = Freeze::none;
+  bool skip_dead = false;  // groups that `freeze` held at zero in the last step need no more
 
   DeviceScalars device{};
 

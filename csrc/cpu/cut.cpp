@@ -44,6 +44,19 @@ void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, st
           {index, k1, std::min(k1 + span, L.K1), 0, L.R1, c, std::min(c + columns, L.row_length())});
 }
 
+// The same of the groups that nobody holds, of layout (1, 1, groups, elements).
+void cut_others(int32_t index, const Layout& L, int64_t columns, const HeldGroups& held,
+                std::vector<Tile>& tiles) {
+  const auto begin = held.begin(), end = held.end();
+  for (auto first = std::find(begin, end, 0); first != end; first = std::find(first, end, 0)) {
+    const auto last = std::find(first, end, 1);
+    const int64_t right = (last - begin) * L.R2;
+    for (int64_t c = (first - begin) * L.R2; c < right; c += columns)
+      tiles.push_back({index, 0, 1, 0, 1, c, std::min(c + columns, right)});
+    first = last;
+  }
+}
+
 // Neighbouring groups that are summed by columns share pieces, every other group has its own.
 void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
                      std::vector<LargeGroups>& large) {
@@ -103,6 +116,8 @@ void cut(int32_t index, const StepTensor& tensor, std::vector<Tile>& whole, std:
   // Whole groups, and whole lines where possible.
   const int64_t aligned = std::lcm(L.R2, kLine / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
+  if (tensor.held != nullptr && can_pass_by(tensor))
+    return cut_others(index, L, columns, *tensor.held, whole);
   const int64_t width = std::min(columns, L.row_length());
   cut_whole(index, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, whole);
 }

@@ -68,6 +68,12 @@ inline Layout working_layout(const StepTensor& tensor) {
   return needs_groups(tensor) ? tensor.layout.rows_last() : Layout{1, 1, tensor.layout.numel(), 1};
 }
 
+// Whether groups can be passed by one by one: runs of memory, and not many solved side by side.
+inline bool can_pass_by(const StepTensor& tensor) {
+  const Layout L = working_layout(tensor);
+  return needs_groups(tensor) && !has_short_groups(tensor) && L.K1 == 1 && L.R1 == 1;
+}
+
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }
 
 // Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.

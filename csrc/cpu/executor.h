@@ -7,9 +7,14 @@
 
 namespace cges::cpu {
 
+// By group, whether the last step found it all zero and held it so, states included: another step of the same
+// kind would change nothing. A byte each, since threads write them side by side.
+using HeldGroups = std::vector<uint8_t>;
+
 // One tensor of one step.
 struct StepTensor : TensorShape, TensorInStep {  // not skipped
   const Hyperparameters* h;
+  HeldGroups* held = nullptr;  // these groups are passed by; the step says which are held after it
 
   Thresholds<double> thresholds() const { return h->thresholds(); }
 };

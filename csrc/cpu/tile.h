@@ -78,6 +78,8 @@ class TileRunner {
     sum(solvers_, /*first=*/true);
     while (!solve(tensor_, groups_, solvers_, sums_)) sum(solvers_, /*first=*/false);
     apply(solvers_);
+    for (int64_t g = 0; tensor_.held != nullptr && g < groups_; ++g)
+      (*tensor_.held)[group0_ + g] = !is_alive(g);
   }
 
   // A piece of large groups: its sums at each group's t, and in the first pass whether it has a weight to

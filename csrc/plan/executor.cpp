@@ -2,7 +2,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/executor.h"
+#include "cpu/cut.h"
 #include "plan/cuda_executor.h"
 
 namespace cges {
@@ -10,7 +10,7 @@ namespace {
 
 class CpuExecutor : public Executor {
  public:
-  explicit CpuExecutor(std::vector<TensorShape> shapes) : shapes_(std::move(shapes)) {}
+  explicit CpuExecutor(std::vector<TensorShape> shapes) : shapes_(std::move(shapes)), held_(shapes_.size()) {}
 
   bool step(const std::vector<TensorInStep>& tensors, const std::vector<Hyperparameters>& hyperparameters,
             const ScalerTensors& scaler) override {
@@ -23,15 +23,36 @@ class CpuExecutor : public Executor {
     std::vector<cpu::StepTensor> stepped;
     stepped.reserve(shapes_.size());
     for (size_t i = 0; i < shapes_.size(); ++i)
-      if (tensors.at(i).phase != Phase::skipped)
+      if (tensors.at(i).phase != Phase::skipped) {
         stepped.push_back({shapes_[i], tensors[i], &unscaling.at(shapes_[i].param_group)});
+        stepped.back().held = held_[i].before(stepped.back());
+      }
     const pybind11::gil_scoped_release no_gil;
     cpu::step(stepped);
     return true;
   }
 
  private:
+  // Of one tensor, from step to step.
+  struct Held {
+    cpu::HeldGroups groups{};
+    Phase phase = Phase::skipped;  // of the step that found them: another may keep other states
+
+    // What the next step of it is to pass by; null where it passes by nothing.
+    cpu::HeldGroups* before(const cpu::StepTensor& tensor) {
+      if (!tensor.h->skip_dead || tensor.h->freeze != Freeze::group || !cpu::can_pass_by(tensor)) {
+        groups.clear();
+        return nullptr;
+      }
+      if (!tensor.as_left || tensor.phase != phase) groups.clear();
+      groups.resize(tensor.layout.num_groups(), 0);
+      phase = tensor.phase;
+      return &groups;
+    }
+  };
+
   const std::vector<TensorShape> shapes_;
+  std::vector<Held> held_;
 };
 
 }  // namespace

@@ -50,10 +50,13 @@ class StepPlan {
   void run(const py::object& launch, const ScalerTensors& scaler);
 
  private:
+  static constexpr int64_t kUnknown = -1;  // version
+
   // One of a parameter's states as `entry` holds it, as a Python object and as a tensor; null until there is one.
   struct Kept {
     py::object object;
     at::Tensor tensor;
+    int64_t version = kUnknown;  // of the tensor after the last step
   };
 
   // One parameter: its shape, its place when the plan was made, and what the last step found of it.
@@ -68,6 +71,7 @@ class StepPlan {
     py::object entry{};  // state[param], a dict; null until there is one
     std::array<Kept, kMostStates> states{};
     Kept step{};
+    int64_t version = kUnknown;  // of the parameter after the last step
   };
 
   // What a step takes of a parameter, held until it is done.
@@ -85,6 +89,7 @@ class StepPlan {
   void follow_state(const py::dict& state);
   at::Tensor find(const Slot& slot, const py::object& key, const Kept& last) const;
   bool gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at) const;
+  bool is_as_left(const Slot& slot, const Inputs& inputs, Phase phase) const;
   void begin_states(const Slot& slot, Inputs& inputs) const;
   void* settle(const Slot& slot, const char* what, at::Tensor& x) const;
   void check_step(const Slot& slot, const at::Tensor& step) const;

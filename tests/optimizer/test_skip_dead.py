@@ -1,0 +1,170 @@
+"""skip_dead: groups that are held at zero are passed by, and no bit tells of it."""
+
+import pytest
+import torch
+from helpers.right import ADAMW, DTYPES, MODES, OPTIMIZERS, SGD, fresh
+from helpers.tiers import covering
+
+from cges_kernels import ProxSGD, prune_to_density
+from cges_kernels.backends.extension import BUILT
+
+pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the CPU executor is not built")
+
+SHAPE = (40, 300)
+DEAD, LIVE = 1, 2  # rows
+PENALTY = dict(group_lasso=2.0, exclusive_lasso=1e-4, group_by="filter", freeze_zeros="group")
+RULES = {"momentum": (SGD, dict(momentum=0.9)), "plain": (SGD, {}), "adamw": (ADAMW, {})}
+
+
+class Twins:
+    """Two optimizers of equal weights: one skips what is dead, the other does not."""
+
+    def __init__(self, rule=SGD, shape=SHAPE, dtype=torch.float32, **options):
+        w = fresh(shape, dtype)
+        w[DEAD::3] = 0.0
+        w[5:7] *= 0.02  # these die on the way
+        self.weights = [torch.nn.Parameter(w.clone()) for _ in range(2)]
+        self.optimizers = [
+            OPTIMIZERS[rule]([p], lr=0.05, skip_dead=skip, backend="cpu", **{**PENALTY, **options})
+            for p, skip in zip(self.weights, (True, False))
+        ]
+
+    def step(self, times=1, of_dead=None):
+        """``of_dead``: the gradients of the dead row; nobody looks at them, while it is dead."""
+        for _ in range(times):
+            grad = fresh(self.weights[0].shape, self.weights[0].dtype)
+            if of_dead is not None:
+                grad[DEAD] = of_dead
+            for p, optimizer in zip(self.weights, self.optimizers):
+                p.grad = grad.clone()
+                optimizer.step()
+            self.check()
+
+    def check(self):
+        assert torch.equal(*self.weights)
+        states = [optimizer.state[p] for p, optimizer in zip(self.weights, self.optimizers)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+    def each(self, f):
+        for p, optimizer in zip(self.weights, self.optimizers):
+            f(p, optimizer)
+
+    def skip(self):
+        """Whether the first passes by its dead row: what is written there behind its back stays as it is."""
+        p = self.weights[0]
+        p.data[DEAD] = 1.0
+        p.grad = fresh(p.shape, p.dtype)
+        self.optimizers[0].step()
+        return (p[DEAD] == 1.0).all()
+
+
+@covering(
+    rule=RULES, dtype=DTYPES, mode=MODES, count=[1, 2, 9], shape=[SHAPE, (40, 17), (37, 5000), (8, 10, 7, 7)]
+)
+def test_no_bit_tells_of_it(threads, rule, dtype, mode, count, shape):
+    threads(count)
+    kind, options = RULES[rule]
+    twins = Twins(kind, shape, dtype, prox_mode=mode, **options)
+    twins.step(12, of_dead=float("nan"))
+    p = twins.weights[0]
+    assert not p[DEAD].any() and p[LIVE].any()
+    assert twins.skip()
+
+
+def in_place(p, optimizer):
+    with torch.no_grad():
+        p[DEAD] = 1.0
+
+
+def in_its_buffer(p, optimizer):
+    optimizer.state[p]["momentum_buffer"][DEAD] = 1.0
+
+
+def by_another_buffer(p, optimizer):
+    optimizer.state[p]["momentum_buffer"] = torch.ones_like(p)
+
+
+def behind_its_back(p, optimizer):
+    p.data[DEAD] = 1.0
+    optimizer.refresh()
+
+
+def by_other_memory(p, optimizer):
+    p.data = torch.ones_like(p)
+
+
+def by_a_checkpoint(p, optimizer):
+    saved = optimizer.state_dict()
+    saved["state"][0]["momentum_buffer"][DEAD] = 1.0
+    with torch.no_grad():
+        p[DEAD] = 1.0
+    optimizer.load_state_dict(saved)
+
+
+def by_a_checkpoint_of_what_the_buffer_was(p, optimizer):
+    saved = optimizer.state_dict()
+    saved["state"][0] = {"momentum_buffer": torch.ones_like(p)}
+    optimizer.load_state_dict(saved)
+
+
+def by_pruning(p, optimizer):
+    model = torch.nn.Linear(p.shape[1], p.shape[0], bias=False)
+    model.weight = p
+    prune_to_density(model, 0.2, optimizer=optimizer, freeze_zeros="group")
+
+
+def without_holding_zeros(p, optimizer):
+    for mode in (None, "element", "group"):
+        optimizer.param_groups[0]["freeze_zeros"] = mode
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def without_momentum(p, optimizer):
+    """Rows that die meanwhile keep the momentum that they had."""
+    optimizer.param_groups[0].update(momentum=0.0, group_lasso=400.0)
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    optimizer.param_groups[0].update(momentum=0.9, group_lasso=2.0)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(in_place, in_its_buffer, by_another_buffer, behind_its_back, by_other_memory, by_a_checkpoint),
+        *(by_a_checkpoint_of_what_the_buffer_was, by_pruning, without_holding_zeros, without_momentum),
+    ],
+)
+def test_what_is_written_meanwhile_is_noticed(write):
+    twins = Twins(momentum=0.9)
+    twins.step(3)
+    before = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"].clone()
+    twins.each(write)
+    twins.step(1)
+    after = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"]
+    assert not torch.equal(before, after)
+    twins.step(2)
+
+
+def test_a_step_that_overflows_changes_nothing_and_forgets_nothing():
+    twins = Twins(momentum=0.9)
+    twins.step(3)
+    for overflow in (1.0, 0.0):
+        for optimizer in twins.optimizers:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(overflow)
+        twins.step(2)
+    assert twins.skip()
+
+
+def test_groups_without_a_list_are_stepped_as_ever():
+    """Columns, short groups and single elements; tensors without groups."""
+    for shape, spec in (((30, 40), "feature"), ((40, 9), "filter"), ((40, 1), "filter"), ((50,), "filter")):
+        twins = Twins(shape=shape, group_by=spec, momentum=0.9, group_lasso=0.1)
+        twins.step(4)
+
+
+def test_a_text_is_no_flag():
+    with pytest.raises(TypeError, match="skip_dead: expected a bool, got 'yes'"):
+        ProxSGD([torch.nn.Parameter(torch.ones(2, 20))], skip_dead="yes")
