@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .table import NAMES, RESULTS, Results, measured, of_suite, pictured
+from . import core
+from .table import NAMES, RESULTS, Results, Row, measured, of_suite, pictured
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -58,12 +59,8 @@ def machine(report: Report) -> str:
     return re.sub(r"\((R|TM)\)| (CPU|Processor)\b.*", "", report["environment"]["cpu"])
 
 
-def cpu_table(reports: Sequence[Report]) -> str:
-    """Markdown: one line per row, a ratio for each machine beside the target, misses marked.
-
-    The newest report says which rows there are, and what their targets are.
-    """
-    newest = max(reports, key=lambda report: str(report["environment"]["date"]))
+def cpu_table(reports: Sequence[Report], rows: Sequence[Row]) -> str:
+    """Markdown: one line per row, a ratio for each machine beside today's target, misses marked."""
     columns = [
         f"{machine(report)}, {what}" for report in reports for what in ("ms", "ratio [lowest, highest run]")
     ]
@@ -71,18 +68,16 @@ def cpu_table(reports: Sequence[Report]) -> str:
         f"| workload | ratio to | target | {' | '.join(columns)} | eager reference |",
         f"|---|---|---:|{'---:|' * (len(columns) + 1)}",
     ]
-    for row in of_suite(newest["results"], "core"):
+    for row in rows:
         cells, eager = [], []
         for report in reports:
-            result = next((r for r in of_suite(report["results"], "core") if r["row"] == row["row"]), None)
-            cells += cpu_cells(result, row["target"])
+            result = next((r for r in of_suite(report["results"], "core") if r["row"] == row.name), None)
+            cells += cpu_cells(result, row.target)
             if result is not None and "eager" in result.get("contenders", {}):
                 eager.append(f"{result['contenders']['eager']['ratio']:.1f}")
-        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        target = "" if row.target is None else f"{row.target:.2f}"
         last = ", ".join(eager)
-        lines.append(
-            f"| {row['row']} | {BASELINES[row['baseline']]} | {target} | {' | '.join(cells)} | {last} |"
-        )
+        lines.append(f"| {row.name} | {BASELINES[row.baseline]} | {target} | {' | '.join(cells)} | {last} |")
     return "\n\n".join(["\n".join(lines), *map(cpu_measured, reports)])
 
 
@@ -276,7 +271,7 @@ def with_tables(
     """The README's text with its tables made anew."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    parts = [cpu_table(cpus)]
+    parts = [cpu_table(cpus, core.rows())]
     for cpu in cpus:
         parts += [cpu_models(cpu), pictures(cpu["results"], cpu["name"])]
     parts += [gpu_part(gpus), training_part(training)]

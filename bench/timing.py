@@ -21,7 +21,7 @@ Clock = Callable[[Step, bool], float]
 RUNS = 5  # separated in time, each with tensors of its own
 SECONDS_PER_RUN = 1.0
 MAX_TURNS = 200
-NO_KIND = ("amd", "intel", "arm", "apple", "r", "tm", "genuine", "processor", "cpu", "core")
+NO_KIND = ("amd", "intel", "arm", "apple", "gen", "genuine", "processor", "cpu")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -121,7 +121,7 @@ def cpu_model() -> str:
 
 def cpu_kind(model: str) -> str:
     """The name of a kind of machine, whose results are kept apart from others': "epyc", "xeon"."""
-    words = re.findall(r"[a-z]+", model.lower())
+    words = re.findall(r"[a-z]{3,}", model.lower())
     return next((word for word in words if word not in NO_KIND), "unknown")
 
 

@@ -46,9 +46,10 @@ class ProxSGD(ProximalOptimizer):
         freeze_zeros: None, "group" or "element": what is exactly 0 before a step stays 0, momentum included.
         skip_dead: while freeze_zeros is "group", pass by groups that are held at zero: their weights,
             gradients and buffers are not read, and the step costs what is left of the weights. The CPU
-            executor does so for groups that are runs of memory ("filter") of 17 elements and more; elsewhere
-            steps cost what they did. Whatever writes weights or buffers so that torch counts it (in place,
-            load_state_dict) is noticed; after other writing, through .data or NumPy, call refresh().
+            executor does so for groups that are runs of memory ("filter"), where at least 256 elements lie
+            dead together; elsewhere, DTensors included, steps cost what they did. What moves the version
+            (``p._version``) of a weight or buffer is noticed: torch's operations in place, load_state_dict.
+            After any other writing call :meth:`refresh`, which has a list.
         foreach, differentiable: True takes the reference executor.
         capturable: whether steps may be captured in a CUDA graph, as in torch.optim: after a first step
             outside. Numbers are fixed in the graph, tensors are read at each replay.

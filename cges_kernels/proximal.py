@@ -112,7 +112,9 @@ class ProximalOptimizer(Optimizer):
     def refresh(self) -> None:
         """Look at all weights and states anew in the next step, whatever ``skip_dead`` has learnt of them.
 
-        For those who write weights so that torch does not count it: through ``.data`` or NumPy.
+        For those who write these in a way that moves no version of theirs: through ``.data``, NumPy, a
+        storage, or a flat buffer that ``p.data`` was made a view of; by a collective of torch.distributed, in
+        another process, or in a kernel of their own.
         """
         self._planner.forget()
 

@@ -175,6 +175,7 @@ def _checked(rule: str, numbers: tuple[float, ...], options: tuple[str, ...]) ->
     """A param group without its tensors."""
     group = {**_named(RULES[rule], numbers), **dict(zip(OPTIONS, map(from_text, options)))}
     group["fused"] = bool(group["fused"])
+    group["skip_dead"] = False  # nothing is kept from call to call
     check_param_group(RULES[rule], {"foreach": None, "differentiable": False, **group})
     return MappingProxyType(group)
 

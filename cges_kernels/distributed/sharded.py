@@ -166,7 +166,11 @@ class ShardedPlan:
             self._plans[executor] = make_plan(executor, rule, self._locals(executor), layouts, local_specs)
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        """A param group's; all numbers, no addresses."""
+        """A param group's; all numbers, no addresses.
+
+        Nothing is skipped: what is written to a DTensor moves no version of the local tensor that is stepped.
+        """
+        hyperparameters = hyperparameters._replace(skip_dead=False)
         self._hyperparameters[group] = hyperparameters
         if self._groups[group]:
             self._plans[self._executors[group]].set_hyperparameters(group, hyperparameters)

@@ -14,6 +14,7 @@ constexpr int64_t kTiles = 4;              // but it has so many to share out, u
 constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of more than one group
 constexpr int64_t kRunBytes = 32768;       // of z, in a tile of short groups that are runs, or without groups
 constexpr int64_t kLeastRowBytes = 256;    // of z
+constexpr int64_t kPassedBy = 256;         // elements of held groups, at least, that are worth a gap
 
 // Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each
 // leaves sums of all these groups.
@@ -48,12 +49,15 @@ void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, st
 void cut_others(int32_t index, const Layout& L, int64_t columns, const HeldGroups& held,
                 std::vector<Tile>& tiles) {
   const auto begin = held.begin(), end = held.end();
-  for (auto first = std::find(begin, end, 0); first != end; first = std::find(first, end, 0)) {
-    const auto last = std::find(first, end, 1);
+  for (auto first = std::find(begin, end, 0), next = first; first != end; first = next) {
+    auto last = first;
+    do {  // a few held ones more cost less than another tile, and nothing changes in them
+      last = std::find(next, end, 1);
+      next = std::find(last, end, 0);
+    } while (next != end && (next - last) * L.R2 < kPassedBy);
     const int64_t right = (last - begin) * L.R2;
     for (int64_t c = (first - begin) * L.R2; c < right; c += columns)
       tiles.push_back({index, 0, 1, 0, 1, c, std::min(c + columns, right)});
-    first = last;
   }
 }
 
@@ -76,11 +80,12 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
   const int64_t share = std::max(parts_of(width / L.R2, shares), parts_of(kLeastRowBytes / z_size, L.R2));
   const int64_t columns = std::min(width, by_columns ? share * L.R2 : kPieceElements);
   const int64_t parts = by_columns ? row_parts : row_parts * parts_of(width, columns);
+  const HeldGroups* const held = can_pass_by(tensor) ? tensor.held : nullptr;  // width is a group's then
   for (int64_t k1 = 0; k1 < L.K1; ++k1)
     for (int64_t left = 0; left < L.row_length(); left += width) {
       const int64_t right = std::min(left + width, L.row_length()), groups = (right - left) / L.R2;
-      if ((k1 == 0 && left == 0) || parts * (large.back().groups + groups) > sums_kept)
-        large.push_back({parts});
+      if (held != nullptr && (*held)[left / L.R2]) continue;
+      if (large.empty() || parts * (large.back().groups + groups) > sums_kept) large.push_back({parts});
       LargeGroups& together = large.back();
       int64_t part = 0;
       for (int64_t r = 0; r < L.R1; r += rows, part += by_columns)
@@ -136,8 +141,6 @@ int64_t l2_bytes() {
   return 1 << 20;
 #endif
 }
-
-int64_t z_bytes() { return z_limit; }
 
 void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
 

@@ -40,9 +40,8 @@ struct Work {
 
 Work cut(const std::vector<StepTensor>& tensors);
 
-// This processor's, within reason; and how much of it z may have.
+// This processor's, within reason.
 int64_t l2_bytes();
-int64_t z_bytes();
 
 // Whether every element is a group: nothing is summed, and shrink_one says what it becomes.
 inline bool has_ones(const StepTensor& tensor) {

@@ -16,8 +16,8 @@
 // time: panels of them would be too narrow for the processor to see their rows come. Where w cannot hold z the
 // first pass only reads and sums, and the second updates again.
 //
-// What is summed in which order, and so every bit of the result, depends on a tensor's shape, type and
-// hyperparameters and the cache size alone.
+// What is summed in which order depends on a tensor's shape, type and hyperparameters and the cache size alone; every
+// bit of the result on these and the instruction set, which says where a product and a sum are rounded once.
 #include "cpu/executor.h"
 
 #include <ATen/Parallel.h>
@@ -32,9 +32,11 @@
 namespace cges::cpu {
 namespace {
 
-constexpr int64_t kGroupsPerThread = 1024;     // at least, whose parts one thread adds up
-constexpr int64_t kGroupsAtOnce = 128;         // of those
-constexpr int64_t kLeastScratch = 1 << 20;     // bytes: what the widest pieces need, whatever the L2
+constexpr int64_t kGroupsPerThread = 1024;  // at least, whose parts one thread adds up
+constexpr int64_t kGroupsAtOnce = 128;      // of those
+constexpr int64_t kLeastScratch = 1 << 20;  // bytes: what the widest pieces need, whatever the L2
+// Six arrays of columns, of which sums are in double, a block of z and two new states that nobody keeps.
+static_assert((3 + 3 * 2 + 2) * kPieceRowBytes + kBlockBytes <= kLeastScratch);
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
 // At most the L2, some of which is for what passes through.
@@ -164,6 +166,7 @@ class TypedLargeRun final : public LargeRun {
   }
 
   void apply(const Piece& piece) override {
+    if (tensor_.held != nullptr && piece.part == 0) (*tensor_.held)[piece.c0 / L_.R2] = !alive_[piece.group];
     runner(piece).apply_piece(&solvers_[piece.group], alive_.get() + piece.group);
   }
 

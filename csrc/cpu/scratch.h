@@ -18,7 +18,6 @@ class Scratch {
     if (memory_ == nullptr) throw std::bad_alloc();
   }
   void reset() { used_ = 0; }
-  int64_t left() const { return bytes_ - used_; }
   template <typename T>
   T* take(int64_t n) {
     T* array = reinterpret_cast<T*>(memory_.get() + used_);

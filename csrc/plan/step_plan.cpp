@@ -79,13 +79,8 @@ at::Tensor table_of(const std::vector<TensorInStep>& tensors) {
   return at::from_blob(rows.data(), {int64_t(rows.size()), 7}, at::kLong).clone();
 }
 
-// Versions count what torch writes to a tensor. One of inference mode has none.
-int64_t version_of(const at::Tensor& x) { return x.is_inference() ? -2 : x._version(); }
-
-// Counts this step's writing as well; the version after it.
-int64_t bump_version(const at::Tensor& x) {
+void bump_version(const at::Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  return x.is_inference() ? -1 : x._version();
 }
 
 }  // namespace
@@ -251,7 +246,9 @@ void StepPlan::keep_states(Slot& slot, const Inputs& inputs, const py::dict& sta
   if (inputs.step.defined()) keep(slot, step_key_, inputs.step, slot.step);
   for (int s = 0; s < kept_.n; ++s) {
     keep(slot, state_keys_[s], inputs.states[s], slot.states[s]);
-    slot.states[s].version = bump_version(inputs.states[s]);
+    bump_version(inputs.states[s]);
+    slot.states[s].version = version_of(inputs.states[s]);
+    slot.states[s].data = inputs.states[s].data_ptr();
   }
 }
 
@@ -300,12 +297,17 @@ bool StepPlan::gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at)
   return newcomers;
 }
 
-// Whether the parameter and its states are the last step's, and nobody has written them since.
-bool StepPlan::is_as_left(const Slot& slot, const Inputs& inputs, Phase phase) const {
-  bool same = version_of(slot.param) == slot.version;
-  for (int s = 0; same && writes_state(phase) && s < kept_.n; ++s)
-    same = inputs.states[s].is_same(slot.states[s].tensor) &&
-           version_of(inputs.states[s]) == slot.states[s].version;
+// Counts what torch writes to it.
+int64_t StepPlan::version_of(const at::Tensor& x) { return x.is_inference() ? kUnknown : x._version(); }
+
+// Whether the parameter and its states are the last step's, and torch has written nothing to them since.
+bool StepPlan::is_as_left(const Slot& slot, const Inputs& inputs, const TensorInStep& at) const {
+  bool same = slot.version != kUnknown && version_of(slot.param) == slot.version;
+  for (int s = 0; same && writes_state(at.phase) && s < kept_.n; ++s) {
+    const Kept& last = slot.states[s];
+    same = inputs.states[s].is_same(last.tensor) && at.states[s] == last.data &&
+           version_of(inputs.states[s]) == last.version;
+  }
   return same;
 }
 
@@ -328,7 +330,7 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
     at.phase = Phase::stateless;
     const Hyperparameters& h = hyperparameters_[slot.shape.param_group];
     if (h.keeps_state()) newcomers |= gather_states(slot, inputs, at);
-    if (h.skip_dead) at.as_left = is_as_left(slot, inputs, at.phase);
+    if (h.skip_dead) at.as_left = is_as_left(slot, inputs, at);
   }
   if (newcomers) check_distinct(all.inputs);
   gathered_ = std::move(all);
@@ -357,7 +359,8 @@ void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
     const TensorInStep& at = all.tensors[i];
     const Inputs& inputs = all.inputs[i];
     if (at.phase == Phase::skipped) continue;
-    slots_[i].version = bump_version(slots_[i].param);
+    bump_version(slots_[i].param);
+    slots_[i].version = version_of(slots_[i].param);
     if (!writes_state(at.phase)) continue;
     keep_states(slots_[i], inputs, all.state);
     if (!inputs.step.defined()) continue;

@@ -50,13 +50,14 @@ class StepPlan {
   void run(const py::object& launch, const ScalerTensors& scaler);
 
  private:
-  static constexpr int64_t kUnknown = -1;  // version
+  static constexpr int64_t kUnknown = -1;  // version: before the first step, and in inference mode
 
   // One of a parameter's states as `entry` holds it, as a Python object and as a tensor; null until there is one.
   struct Kept {
     py::object object;
     at::Tensor tensor;
-    int64_t version = kUnknown;  // of the tensor after the last step
+    int64_t version = kUnknown;  // of the tensor after the last step,
+    void* data = nullptr;        // and where it lay
   };
 
   // One parameter: its shape, its place when the plan was made, and what the last step found of it.
@@ -89,7 +90,8 @@ class StepPlan {
   void follow_state(const py::dict& state);
   at::Tensor find(const Slot& slot, const py::object& key, const Kept& last) const;
   bool gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at) const;
-  bool is_as_left(const Slot& slot, const Inputs& inputs, Phase phase) const;
+  static int64_t version_of(const at::Tensor& x);
+  bool is_as_left(const Slot& slot, const Inputs& inputs, const TensorInStep& at) const;
   void begin_states(const Slot& slot, Inputs& inputs) const;
   void* settle(const Slot& slot, const char* what, at::Tensor& x) const;
   void check_step(const Slot& slot, const at::Tensor& step) const;

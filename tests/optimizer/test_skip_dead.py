@@ -1,9 +1,12 @@
 """skip_dead: groups that are held at zero are passed by, and no bit tells of it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers.right import ADAMW, DTYPES, MODES, OPTIMIZERS, SGD, fresh
-from helpers.tiers import covering
+from helpers.tiers import TILES, covering
 
 from cges_kernels import ProxSGD, prune_to_density
 from cges_kernels.backends.extension import BUILT
@@ -60,7 +63,7 @@ class Twins:
 
 
 @covering(
-    rule=RULES, dtype=DTYPES, mode=MODES, count=[1, 2, 9], shape=[SHAPE, (40, 17), (37, 5000), (8, 10, 7, 7)]
+    rule=RULES, dtype=DTYPES, mode=MODES, count=[1, 2, 9], shape=[SHAPE, (40, 256), (37, 5000), (8, 10, 7, 7)]
 )
 def test_no_bit_tells_of_it(threads, rule, dtype, mode, count, shape):
     threads(count)
@@ -70,6 +73,52 @@ def test_no_bit_tells_of_it(threads, rule, dtype, mode, count, shape):
     p = twins.weights[0]
     assert not p[DEAD].any() and p[LIVE].any()
     assert twins.skip()
+
+
+@pytest.mark.usefixtures("tiles")
+@covering(tiles=TILES, mode=MODES, dtype=[torch.float32, torch.float16])
+def test_groups_that_go_in_pieces(mode, dtype):
+    twins = Twins(shape=(7, 70_000), dtype=dtype, prox_mode=mode, momentum=0.9)
+    twins.step(4, of_dead=float("nan"))
+    assert twins.skip()
+
+
+def test_few_dead_elements_are_stepped_with_the_others():
+    twins = Twins(shape=(400, 17), momentum=0.9, group_lasso=0.3)
+    twins.step(3, of_dead=float("nan"))
+    assert not twins.skip()
+
+
+def test_channels_last():
+    twins = Twins(momentum=0.9)
+    for p, optimizer in zip(twins.weights, twins.optimizers):
+        p.data = p.data.view(40, 12, 5, 5).to(memory_format=torch.channels_last)
+        optimizer.refresh()
+    twins.step(4)
+    assert twins.skip()
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_looks_for_itself(travel):
+    twins = Twins(momentum=0.9)
+    twins.step(3)
+    twins.optimizers = [travel(optimizer) for optimizer in twins.optimizers]
+    twins.weights = [optimizer.param_groups[0]["params"][0] for optimizer in twins.optimizers]
+    twins.each(in_place)
+    twins.step(3)
+    with torch.no_grad():
+        twins.each(lambda p, optimizer: p[DEAD].zero_())
+    twins.step(3)
+    assert twins.skip()
+
+
+def test_compiled_steps_between():
+    twins = Twins(momentum=0.9)
+    twins.step(3)
+    for optimizer in twins.optimizers:
+        torch.compile(optimizer.step, backend="eager")()
+    twins.check()
+    twins.step(2)
 
 
 def in_place(p, optimizer):
@@ -92,6 +141,10 @@ def behind_its_back(p, optimizer):
 
 def by_other_memory(p, optimizer):
     p.data = torch.ones_like(p)
+
+
+def by_other_memory_of_a_buffer(p, optimizer):
+    optimizer.state[p]["momentum_buffer"].data = torch.ones_like(p)
 
 
 def by_a_checkpoint(p, optimizer):
@@ -133,7 +186,8 @@ def without_momentum(p, optimizer):
 @pytest.mark.parametrize(
     "write",
     [
-        *(in_place, in_its_buffer, by_another_buffer, behind_its_back, by_other_memory, by_a_checkpoint),
+        *(in_place, in_its_buffer, by_another_buffer, behind_its_back, by_other_memory),
+        *(by_other_memory_of_a_buffer, by_a_checkpoint),
         *(by_a_checkpoint_of_what_the_buffer_was, by_pruning, without_holding_zeros, without_momentum),
     ],
 )

@@ -37,7 +37,8 @@ class ProxLion(ProximalOptimizer):
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
         defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=False, foreach=None)
         defaults |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0, group_by="feature", view=None)
-        defaults |= dict(prox_mode="sequential", freeze_zeros=None, differentiable=False, fused=None)
+        defaults |= dict(prox_mode="sequential", freeze_zeros=None, skip_dead=False)
+        defaults |= dict(differentiable=False, fused=None)
         super().__init__(params, {**defaults, "capturable": False, **options}, backend="reference")
 
 

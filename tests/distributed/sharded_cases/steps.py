@@ -40,6 +40,26 @@ def without_thresholds_weights_are_sgds_to_the_bit():
         assert torch.equal(whole(p.detach()).view(torch.int32), expected.view(torch.int32))
 
 
+@case(2)
+def what_is_written_to_dtensors_is_seen_whatever_is_skipped():
+    """Such writing moves no version of the local tensors."""
+    mesh, w = mesh_of(2), torch.randn(8, 300)
+    w[1::3] = 0
+    grad, found = torch.randn(8, 300), []
+    for skip_dead in (True, False):
+        p = nn.Parameter(placed(w, mesh, [S(0)]))
+        options = dict(group_by="filter", group_lasso=2.0, freeze_zeros="group", skip_dead=skip_dead)
+        optimizer = ProxSGD([p], lr=0.05, momentum=0.9, **options)
+        for i in range(5):
+            if i == 3:
+                with torch.no_grad():
+                    p.add_(1.0)
+            p.grad = placed(grad, mesh, [S(0)])
+            optimizer.step()
+        found.append(whole(p.detach()))
+    assert torch.equal(*found) and found[0][1].all()
+
+
 @case(2, 4)
 def frozen_zeros():
     """A group that is zero on one rank only must not freeze; one that is zero on all must."""
