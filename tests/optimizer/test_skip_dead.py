@@ -14,7 +14,7 @@ from cges_kernels.backends.extension import BUILT
 pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the CPU executor is not built")
 
 SHAPE = (40, 300)
-DEAD, LIVE = 1, 2  # rows
+DEAD, LIVE, DYING = 1, 2, 5  # rows; the last dies on the way, its momentum not yet zero
 PENALTY = dict(group_lasso=2.0, exclusive_lasso=1e-4, group_by="filter", freeze_zeros="group")
 RULES = {"momentum": (SGD, dict(momentum=0.9)), "plain": (SGD, {}), "adamw": (ADAMW, {})}
 
@@ -25,7 +25,7 @@ class Twins:
     def __init__(self, rule=SGD, shape=SHAPE, dtype=torch.float32, **options):
         w = fresh(shape, dtype)
         w[DEAD::3] = 0.0
-        w[5:7] *= 0.02  # these die on the way
+        w[DYING] *= 0.5 / w[DYING].norm()
         self.weights = [torch.nn.Parameter(w.clone()) for _ in range(2)]
         self.optimizers = [
             OPTIMIZERS[rule]([p], lr=0.05, skip_dead=skip, backend="cpu", **{**PENALTY, **options})
@@ -36,6 +36,7 @@ class Twins:
         """``of_dead``: the gradients of the dead row; nobody looks at them, while it is dead."""
         for _ in range(times):
             grad = fresh(self.weights[0].shape, self.weights[0].dtype)
+            grad[DYING] *= 0.01
             if of_dead is not None:
                 grad[DEAD] = of_dead
             for p, optimizer in zip(self.weights, self.optimizers):
@@ -71,7 +72,7 @@ def test_no_bit_tells_of_it(threads, rule, dtype, mode, count, shape):
     twins = Twins(kind, shape, dtype, prox_mode=mode, **options)
     twins.step(12, of_dead=float("nan"))
     p = twins.weights[0]
-    assert not p[DEAD].any() and p[LIVE].any()
+    assert not p[DEAD].any() and p[LIVE].any() and (rule == "adamw" or not p[DYING].any())
     assert twins.skip()
 
 
