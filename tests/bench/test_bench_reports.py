@@ -74,12 +74,14 @@ def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
 
 
 def test_a_cpu_table_with_and_without_the_rows_of_today():
-    cpu, *_ = readme.reports()
-    row = Row("500 tensors, checks alone", "python", "cpp", None, steady(python=4, cpp=1))
-    failed = {"row": "new", "baseline": "python", "contender": "cpp", "error": "no luck"}
-    text = readme.cpu_table({**cpu, "results": [*cpu["results"], *table.measure([row], 1), failed]})
-    assert "| 500 tensors, checks alone | 1.000 | the same in Python | 0.25 [0.25, 0.25] |  |  |" in text
-    assert "| new | failed: no luck |" in text
+    (cpu, *_), *_ = readme.reports()
+    row = Row("a", "python", "cpp", None, steady(python=4, cpp=1))
+    new, later = (Row(name, "python", "cpp", 1.0, list) for name in ("new", "later"))
+    failed = {"row": "new", "suite": "core", "baseline": "python", "contender": "cpp", "error": "no luck"}
+    text = readme.cpu_table([{**cpu, "results": [*table.measure([row], 1), failed]}], [row, new, later])
+    assert "| a | the same in Python |  | 1.000 | 0.25 [0.25, 0.25] |  |" in text
+    assert "| new | the same in Python | 1.00 |  | failed: no luck |  |" in text
+    assert "| later | the same in Python | 1.00 |  |  |  |" in text
 
 
 def test_no_row_begins_when_time_is_up():

@@ -83,7 +83,7 @@ def run(out, monkeypatch, *arguments):
     monkeypatch.setattr(training, "SECONDS", 0.0)
     monkeypatch.setattr(training, "RUNS", 1)
     good = training.run(Cpu(), training.arguments(["--out", str(out), *arguments]))
-    path = out / "training-cpu.json"
+    path = out / f"training-{Cpu().name()}.json"
     return good, json.loads(path.read_text()) if path.exists() else None
 
 
@@ -96,7 +96,7 @@ def test_the_whole_flow(tmp_path, monkeypatch, capsys, threads):
         assert 0 < of["step_ms"] < of["ms"] and 0 < of["step_host_ms"] <= of["step_ms"] * 1.01
         assert of["wall_ms"] > 0 and of["ratio"] == of["to_fused_sgd"]
     assert (result["suite"], result["workload"], result["commit"]) == ("training", "small conv net", "abc")
-    _, lines = table.read_csv(tmp_path / "training-cpu.csv")
+    _, lines = table.read_csv(tmp_path / f"training-{Cpu().name()}.csv")
     assert [n["contender"] for n in lines] == list(training.CONTENDERS)
     assert all(float(n["wall_ms"]) > 0 and n["commit"] == "abc" for n in lines)
     printed = capsys.readouterr().out.splitlines()

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers.right import ADAMW, DTYPES, MODES, OPTIMIZERS, SGD, fresh
-from helpers.tiers import TILES, covering
+from helpers.tiers import TILES, covering, each_value
 
 from cges_kernels import ProxSGD, prune_to_density
 from cges_kernels.backends.extension import BUILT
@@ -77,7 +77,7 @@ def test_no_bit_tells_of_it(threads, rule, dtype, mode, count, shape):
 
 
 @pytest.mark.usefixtures("tiles")
-@covering(tiles=TILES, mode=MODES, dtype=[torch.float32, torch.float16])
+@each_value(tiles=TILES, mode=MODES, dtype=[torch.float32, torch.float16])
 def test_groups_that_go_in_pieces(mode, dtype):
     twins = Twins(shape=(7, 70_000), dtype=dtype, prox_mode=mode, momentum=0.9)
     twins.step(4, of_dead=float("nan"))

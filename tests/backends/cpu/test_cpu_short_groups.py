@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.right import DTYPES, MODES, check_step, coefficients, fresh, inputs, one_step, training
-from helpers.tiers import covering
+from helpers.tiers import covering, each_value
 
 from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT
@@ -41,10 +41,7 @@ def test_runs_in_columns(prox_mode, dtype):
         check_step("cpu", w, grad, buf, **training(w, dims, prox_mode))
 
 
-@pytest.mark.parametrize(
-    "terms", [("group_lasso",), ("exclusive_lasso",), ("exclusive_lasso", "l1")], ids=str
-)
-@pytest.mark.parametrize("prox_mode", MODES)
+@each_value(terms=[("group_lasso",), ("exclusive_lasso",), ("exclusive_lasso", "l1")], prox_mode=MODES)
 def test_terms_alone_in_groups_of_all_strengths(prox_mode, terms):
     """Without group lasso exact mode sorts up to 8 elements."""
     for n in SIZES:
@@ -77,8 +74,7 @@ def test_what_is_zero_stays_zero(layout, freeze_zeros, prox_mode, dtype):
         assert new[..., 0].any() == new_buf[..., 0].any() == (freeze_zeros == "group")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prox_mode", MODES)
+@each_value(dtype=DTYPES, prox_mode=MODES)
 def test_bits_tell_nothing_of_neighbours(prox_mode, dtype):
     """Groups that need many sweeps stand beside others that need few."""
     for n in (2, 3, 7, 9, 16):
@@ -90,8 +86,7 @@ def test_bits_tell_nothing_of_neighbours(prox_mode, dtype):
                 assert torch.equal(prox(w[begin:end].clone(), **options), together[begin:end])
 
 
-@pytest.mark.parametrize("prox_mode", MODES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@each_value(value=[float("nan"), float("inf"), -float("inf")], prox_mode=MODES)
 def test_what_is_not_finite_stays_in_its_group(value, prox_mode):
     for n in SIZES:
         for terms in (
@@ -110,8 +105,7 @@ def test_what_is_not_finite_stays_in_its_group(value, prox_mode):
             assert torch.equal(got[others], before[others])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_value(dtype=DTYPES, layout=LAYOUTS)
 def test_nothing_beside_the_tensor_is_touched(layout, dtype):
     for n in SIZES:
         shape, dims = LAYOUTS[layout](n, 77)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.right import ADAMW, DTYPES, MODES, SGD, check_step, inputs, one_step, states_of, training
-from helpers.tiers import covering
+from helpers.tiers import covering, each_value
 
 from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT
@@ -42,8 +42,7 @@ def test_each_instruction_set_is_right(
     check_step("cpu", w, grad, states_of(rule, shape, dtype), steps=1, **told)
 
 
-@pytest.mark.parametrize("vector_bytes", VECTOR_BYTES)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@each_value(vector_bytes=VECTOR_BYTES, dtype=HALVES)
 def test_all_16_bits_are_widened_and_rounded_as_torch_does(vectors, vector_bytes, dtype):
     """Of each number there is, less half of another, which float32 holds but for its last bits."""
     vectors(vector_bytes)
@@ -55,8 +54,7 @@ def test_all_16_bits_are_widened_and_rounded_as_torch_does(vectors, vector_bytes
     assert torch.equal(got[~got.isnan()].view(torch.int16), expected[~got.isnan()].view(torch.int16))
 
 
-@pytest.mark.parametrize("vector_bytes", VECTOR_BYTES)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@each_value(vector_bytes=VECTOR_BYTES, dtype=HALVES)
 def test_what_shrinks_rounds_once_and_is_never_minus_zero(vectors, vector_bytes, dtype):
     """Down to the least numbers, half of which is a zero."""
     vectors(vector_bytes)
@@ -70,8 +68,7 @@ def test_what_shrinks_rounds_once_and_is_never_minus_zero(vectors, vector_bytes,
     assert torch.equal(got.float(), expected.float()) and not torch.signbit(got[got == 0]).any()
 
 
-@pytest.mark.parametrize("vector_bytes", VECTOR_BYTES)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@each_value(vector_bytes=VECTOR_BYTES, dtype=HALVES)
 def test_every_length_is_converted_whole(vectors, vector_bytes, dtype):
     vectors(vector_bytes)
     for n in (*range(1, 70), 511, 512, 513, 1025):
