@@ -52,6 +52,15 @@ def test_without_penalties_it_is_the_update_alone(fused_backend, shape):
         check_step(fused_backend, w, grad, states, steps=steps, rule=ADAMW, lr=0.2)
 
 
+def test_without_beta1_the_first_moment_is_the_gradient_to_the_bit(fused_backend):
+    """However large it was before: torch.lerp goes from the end that is nearer."""
+    w, grad = inputs((33, 20), torch.float32, 2)
+    first, second = moments(w.shape, torch.float32)
+    told = dict(rule=ADAMW, lr=0.2, betas=(0.0, 0.9), steps=5)
+    _, got, _ = one_step(fused_backend, w, grad, (1e6 * first, second), **told)
+    assert torch.equal(got, grad)
+
+
 @pytest.mark.usefixtures("tiles")
 @covering(executor=fused_backends(), group_by=("feature", "filter"), mode=("group", "element"), tiles=TILES)
 def test_zeros_that_are_frozen_lose_both_moments(executor, group_by, mode):
