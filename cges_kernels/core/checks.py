@@ -19,8 +19,8 @@ from .rules import RULES, STEP, Rule
 from .tensors import holds_values, is_freed
 
 FLAGS = (
-    *("nesterov", "amsgrad", "decoupled_weight_decay", "maximize", "differentiable", "capturable"),
-    "skip_dead",
+    *("nesterov", "amsgrad", "decoupled_weight_decay", "maximize"),
+    *("skip_dead", "differentiable", "capturable"),
 )
 WISHES = ("foreach", "fused")
 SCALARS = frozenset(hyperparameters.SCALARS)
