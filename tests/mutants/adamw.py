@@ -39,13 +39,6 @@ MUTANTS = (
         seen_by=("test_adamw", "test_prox_adamw"),
     ),
     Mutant(
-        "the first exp_avg reads memory that was never written",
-        ADAMW,
-        old="exp_avg = lerp(phase == Phase::running ? exp_avg : T(0), g, h.weight);",
-        new="exp_avg = lerp(exp_avg, g, h.weight);",
-        seen_by=("test_adamw",),
-    ),
-    Mutant(
         "exp_avg_sq forgets that its gradient is squared",
         ADAMW,
         old="multiply_add(h.one_minus_beta2 * g, g,",

@@ -123,9 +123,10 @@ def built_from(file: str) -> set[tuple[str, ...]]:
 
 
 def needed_for(mutant: Mutant) -> set[tuple[str, ...]]:
-    """What its tests need: of what is in C++ the CUDA executor's alone the emulator, long to build."""
-    without = mutant.file.startswith("csrc/") and not any("cuda" in name for name in mutant.seen_by)
-    return {EXTENSION} if without else {EXTENSION, EMULATED}
+    """What its tests need. The emulator takes long to build: what is in C++ needs it only where CUDA is about."""
+    file = mutant.file
+    cuda = file.startswith("csrc/cuda/") or any("cuda" in name for name in mutant.seen_by)
+    return {EXTENSION} if file.startswith("csrc/") and not cuda else {EXTENSION, EMULATED}
 
 
 def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
