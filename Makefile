@@ -30,9 +30,10 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+'
 DEPS_STAMP  := $(VENV)/.deps
 EXT_STAMP   := $(VENV)/.ext
 BENCH_STAMP := $(VENV)/.bench
+DOCS_STAMP  := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table clean distclean
+.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table docs clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -87,6 +88,9 @@ gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measu
 gpu-quick: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## on an NVIDIA GPU, build for it and measure what matters most
 	$(ON_GPU) STAGES="quick-build quick-smoke quick-bench" BACKEND="$(or $(BACKEND),cuda)" bash bench/gpu.sh
 
+docs: $(DOCS_STAMP)  ## build the site into build/site; a dead link or an undocumented public name fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build
+
 readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
 	$(PY) -m bench.readme
 
@@ -116,6 +120,10 @@ $(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
 # Nothing but torchao is in the extra that is not there already; it must bring no other torch.
 $(BENCH_STAMP): $(DEPS_STAMP)
 	$(PIP) --no-deps torchao
+	@touch $@
+
+$(DOCS_STAMP): $(DEPS_STAMP)
+	CGES_EXT=0 $(PIP) --no-build-isolation $(TORCH) -e ".[docs]"
 	@touch $@
 
 # Incremental: ninja compiles only what changed. Without a compiler, setup.py says so and goes on,
