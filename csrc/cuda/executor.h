@@ -75,8 +75,8 @@ struct alignas(16) Tile {
   CGES_FN int row_of(int t) const { return int(uint32_t(t) * across_inverse / kOne); }
 };
 static_assert(sizeof(Tile) == 64 && kTileThreads <= 1024);
-// A block makes at least so many passes over a tile. The ring is as many rows ahead, so it never spans three
-// tiles.
+// A block makes at least so many passes over a tile. The ring is at most so many rows ahead, so it never
+// reaches across a tile into a third one.
 constexpr int kLeastPasses = kMostSlots - 1;
 // Places for tiles in a block's queue. Five are in use: the tile before, the present one, the next, and two
 // that are still being copied.
@@ -93,7 +93,7 @@ struct TileMemory {
 };
 
 // A chunk, a block's work in step_chunks: rows x columns elements of one tensor, contiguous along the
-// columns. It is a part of a panel, that is, of some groups that no blocks can hold.
+// columns. It is a part of a panel: some neighbouring groups that not even several blocks together can hold.
 struct Item {
   int64_t begin;  // index of its first element in the tensor
   int64_t pitch;  // elements from one row to the next
@@ -156,6 +156,7 @@ struct SharedLayout {
         z(round_up(alive + groups * 4, 16)) {}
 };
 
+// What has to be known of a GPU.
 struct Device {
   int index = 0;
   int64_t multiprocessors = 1;
@@ -169,6 +170,7 @@ struct Device {
 // SharedPanel in tile_sums.cuh and Panel in items.cuh).
 constexpr int kCounters = 2, kPanelCounters = 2;
 
+// The work items of some tensors of one dtype and device, and what their launches need.
 struct Work {
   std::vector<Strip> strips;   // each has a block of its own
   int32_t strip_threads = 0;   // of such a block

@@ -1,5 +1,5 @@
 // The kernels' accesses to device and shared memory, of 16 bytes wherever addresses allow it, and waiting for
-// other blocks. All other .cuh files stand on this one.
+// other blocks. All other .cuh files use it.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -136,9 +136,9 @@ __device__ __forceinline__ void store_shared(T* p, const Pack<T>& pack) {
 constexpr unsigned kSpinNanoseconds = 64;
 constexpr int64_t kSpinBudget = int64_t{1} << 31;  // some minutes; who waits longer waits for ever
 
-// Waits until *counter >= at_least and returns the counter. Who raises it has a fence before that, and here
-// is one after it was seen, so everything written before the counter was raised is visible to this thread. A
-// barrier must follow before other threads of the block may rely on it.
+// Waits until *counter >= at_least and returns the counter. Whoever raises it executes a fence first, and
+// here a fence follows once the value has been seen. So what was written before the counter was raised is
+// visible to this thread, and after a barrier to its whole block.
 __device__ __forceinline__ int wait_for(int* counter, int at_least) {
 #pragma unroll 1
   for (int64_t spins = 0; spins < kSpinBudget; ++spins) {

@@ -81,7 +81,7 @@ struct Ring {
   static constexpr int kArray = kTileThreads * 16, kSlot = kArrays * kArray;
   static_assert(kSlot == slot_bytes(kStates));
 
-  unsigned char* mine;  // the thread's first 16 bytes
+  unsigned char* mine;  // the thread's 16 bytes of the first array in the first slot
   const int32_t& slots;
   int now = 0;  // where the slot in turn begins, in bytes
 

@@ -5,7 +5,7 @@
 // that takes in the next one.
 //
 //   loop over rows:  w = s * soft(z, t) of the old tile's row;  z of the new tile's row
-//   after it:        the new tile's sums, with those of other parts -> solve (in exact mode with sweeps over z)
+//   after it:        the new tile's sums, with those of other parts -> solve (in exact mode with sweeps of z)
 //
 // Each element crosses the memory once.
 #pragma once
@@ -64,8 +64,8 @@ struct TileWalk {
 
   // Begins to copy the block's k-th tile into the queue, or zeros (passes = 0) if there is none. Tiles are
   // dealt out in rounds, so that neighbouring tiles are worked on at the same time. Every other round is
-  // dealt in reverse, unless its tiles wait for others: who had one of the larger tiles of a round has one of
-  // the smaller ones of the next.
+  // dealt in reverse, so that a block that had one of the larger tiles of a round has one of the smaller ones
+  // of the next. Rounds of tiles that wait for others are never reversed: see add_parts in cut.cpp.
   __device__ void fetch_tile(int k) {
     constexpr int kPieces = sizeof(Tile) / 16;
     if (threadIdx.x >= kPieces) return;
@@ -195,8 +195,7 @@ struct TileWalk {
   // All rows of the two tiles. The choice of a path is made here and not in loops over elements.
   __device__ __forceinline__ void pass_over(Hand& hand, const Tile& old, const Tile& now, const Tile& next) {
     const int passes = passes_of(now), goes_over = passes - ring.ahead();
-    // While the old tile waits for its other parts, the new one is taken in as long as there is room for its
-    // z.
+    // While the old tile waits for its other parts, the new one is taken in as long as z has room for it.
     const int waits_until = kGoesOn && hand.waits ? min(passes, table.z_passes - passes_of(old)) : 0;
     for (int pass = 0;;) {
       if constexpr (kGoesOn) {
@@ -214,6 +213,8 @@ struct TileWalk {
       int end = pass < goes_over ? goes_over : passes;
       if (pass < waits_until) end = min(end, waits_until);
       end = min(end, pass + min(rows_left(hand.in_row), rows_left(hand.out_row)));
+      // These speak of all three parts in hand: the one that is written back, the one taken in, the one
+      // fetched.
       const bool simple = hand.shrinks && (plain || (table.plain(now.tensor) && hand.ahead.reads_states()));
       const bool wide = (hand.out.unit() | hand.in.unit() | hand.ahead.unit()) == 16;
       if (simple && wide)
@@ -228,6 +229,7 @@ struct TileWalk {
       wrap(hand.out_row);
       pass = end;
     }
+    // What is left of an old tile that has more rows than the new one.
 #pragma unroll 1
     for (; hand.out.rows > 0; hand.out.go_on(), turn(hand.out_row)) apply<false, false>(hand);
   }
@@ -246,8 +248,8 @@ struct TileWalk {
 
   // Finds (s, t) of this thread's columns, once all of the tile's z lies on the chip, from row `begin` on.
   // For a part of a panel it tells the part's sums and leaves with hand.waits set; when called again as
-  // `comes_back`, it hears those of all parts. In exact mode it does both at once. The first call has at
-  // least one barrier in any case, which also makes the tiles that fetch_tile has copied visible to all
+  // `comes_back`, it hears those of all parts. In exact mode, and without kGoesOn, it does both at once. The
+  // first call always has a barrier, which also makes the tiles that fetch_tile has copied visible to all
   // threads.
   template <bool comes_back>
   __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile, int begin) const {
@@ -339,6 +341,8 @@ struct TileWalk {
     }
   }
 
+  // Walks over all tiles of the block. In turn k its k-th tile is taken in and the one before is written
+  // back, so there is one more turn than there are tiles.
   __device__ void run() {
     alive[threadIdx.x] = 0;
     if (threadIdx.x == 0) queue[kQueue - 1] = {};  // before the first tile there is none
