@@ -1,4 +1,6 @@
-// The Python module cges_kernels.backends._C.
+// The Python module cges_kernels.backends._C. It turns the hyperparameters of core/hyperparameters.py into
+// those of common/step.h, and offers StepPlan (for optimizers), Executor (for calls without a plan) and what
+// tests need.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -21,8 +23,8 @@ namespace {
 
 using namespace cges;
 
-// The fields of core/hyperparameters.py's Hyperparameters, a tuple of these in this order; and of core/rules.py's
-// rules their options, in this order.
+// The fields of Hyperparameters in core/hyperparameters.py, and the options of each rule in core/rules.py.
+// They come as tuples without names, in this order.
 constexpr std::array kFields = {"lr",        "group_lasso", "exclusive_lasso",
                                 "l1",        "prox_mode",   "freeze_zeros",
                                 "skip_dead", "rule",        "options"};
@@ -31,7 +33,7 @@ constexpr std::array kAdamwOptions = {
     "betas",          "eps",  "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay", "capturable",
     "differentiable", "fused"};
 
-// A tuple's entries by their names.
+// The entries of such a tuple by their names.
 template <size_t n>
 class Fields {
  public:
@@ -52,7 +54,8 @@ class Fields {
   const std::array<const char*, n>& names_;
 };
 
-// One of SCALARS there: a number or, of its class At, the address of one.
+// One of the SCALARS of core/hyperparameters.py: a number, or an At, which holds the address of a number that
+// kernels read themselves. For an At, sets `address` and returns 0.
 double take_scalar(py::handle value, const float*& address) {
   if (PyFloat_Check(value.ptr()) || !py::hasattr(value, "address")) return value.cast<double>();
   address = reinterpret_cast<const float*>(value.attr("address").cast<int64_t>());
@@ -118,7 +121,8 @@ std::unique_ptr<Executor> executor_for(const std::string& name, const std::vecto
   return make_executor(name, rule_named(rule), std::move(shapes));
 }
 
-// rows: of each tensor, gathering.Row's fields.
+// One step without a plan, for backends/unplanned.py. A row describes a tensor: the fields of Row in
+// backends/gathering.py.
 void step(Executor& executor, const std::vector<std::array<int64_t, 7>>& rows,
           const std::vector<py::tuple>& hyperparameters, const std::optional<at::Tensor>& grad_scale,
           const std::optional<at::Tensor>& found_inf) {
@@ -139,7 +143,8 @@ void step(Executor& executor, const std::vector<std::array<int64_t, 7>>& rows,
   executor.step(tensors, of_groups, to_scaler(grad_scale, found_inf));
 }
 
-// How many threads a parallel region of this build really runs on: 1 would mean that OpenMP was not linked.
+// How many threads a parallel region of this build really runs on. If torch has more than one and this is 1,
+// OpenMP was not linked.
 int64_t parallel_threads() {
   std::atomic<int64_t> ran{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++ran; });
@@ -147,7 +152,8 @@ int64_t parallel_threads() {
 }
 
 #if CGES_CUDA
-// For tests: how many blocks of each path (rows, tile, shared, ticket) tensors of these layouts are cut into.
+// For tests: how many work items of each path of the CUDA executor tensors of these layouts are cut into, as
+// (rows, tiles, tiles of shared panels, chunks).
 std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts,
                                                           int64_t dtype, int index, const std::string& name) {
   const Rule rule = rule_named(name);
@@ -162,7 +168,8 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<Layo
 
 }  // namespace
 
-// module_local: the tests load a second build of this beside it, whose CUDA kernels run on the CPU.
+// The tests load a second build of this module into the same process, whose CUDA kernels run on the CPU.
+// module_local keeps the classes of the two apart.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Fused proximal optimizers: the C++ side of cges_kernels.";
   py::class_<Executor>(m, "Executor", py::module_local())
@@ -194,7 +201,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("limit_vector_bytes", &cpu::limit_vector_bytes);
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
-  // For tests: what Python says once more.
+  // For tests, which compare these with what stands in Python.
   py::dict states;
   for (const RuleStates& x : kRuleStates)
     states[x.rule] = std::vector<std::string>(x.names.begin(), x.names.begin() + x.n);

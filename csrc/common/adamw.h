@@ -1,20 +1,25 @@
-// The update rule of torch.optim.AdamW, or of Adam, for host and device; as sgd.h is SGD's.
+// The update rule of torch.optim.AdamW, and of Adam, whose weight decay is coupled, for host and device.
+// cpu/rows.inc and cuda/rule.cuh call adamw_update for each element. sgd.h is the same for SGD.
 #pragma once
 #include "common/arithmetic.h"
 #include "common/phase.h"
 
 namespace cges {
 
-// A param group's.
+// The options of one param group. Gradients are multiplied by grad_sign: -1 to maximize. A loss scale is
+// divided into it as well (Hyperparameters::unscale).
 struct AdamwOptions {
-  double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0,
-         grad_sign = 1;  // the last is -1 to maximize
+  double lr = 0, beta1 = 0, beta2 = 0, eps = 0, weight_decay = 0, grad_sign = 1;
   bool decoupled = true;
 };
 
-// A tensor's, as its steps are counted: torch divides both moments by how far they have come,
-//   lr * (exp_avg / c1) / (sqrt(exp_avg_sq / c2) + eps),  c1 = 1 - beta1^count,  c2 = 1 - beta2^count,
-// which is step_size * exp_avg / (sqrt(exp_avg_sq) + eps') with these two numbers.
+// Both moments start at zero, so torch divides each by how far it has come. The step of a tensor that has
+// made `count` steps, this one included, is
+//   lr * (exp_avg / c1) / (sqrt(exp_avg_sq / c2) + eps),  c1 = 1 - beta1^count,  c2 = 1 - beta2^count
+// With sqrt(c2) taken out of the denominator that is
+//   step_size * exp_avg / (sqrt(exp_avg_sq) + eps')
+//   step_size = lr * sqrt(c2) / c1,  eps' = eps * sqrt(c2)
+// This struct holds step_size and eps'. Each tensor has its own two, because each counts its own steps.
 template <typename T>
 struct AdamwCorrected {
   T step_size, eps;
@@ -25,9 +30,11 @@ CGES_FN AdamwCorrected<double> correct(const AdamwOptions& h, double lr, double 
   return {lr * root / (1 - std::pow(h.beta1, count)), h.eps * root};
 }
 
+// What the update of one element needs. All but `corrected` is the same for a whole param group.
 template <typename T>
 struct AdamwScalars {
-  // `kept` is what decoupled weight decay leaves of a weight, `decay` what coupled decay adds to its gradient
+  // A weight is multiplied by `kept`, which is 1 unless weight decay is decoupled. `decay` times the weight
+  // is added to the gradient; it is 0 unless weight decay is coupled. `weight` is 1 - beta1.
   T kept, decay, weight, beta2, one_minus_beta2, grad_sign;
   AdamwCorrected<T> corrected;
 
@@ -42,14 +49,15 @@ struct AdamwScalars {
         corrected{T(x.step_size), T(x.eps)} {}
 };
 
-// start + weight * (end - start), from the end that is nearer, as torch.lerp has it.
+// start + weight * (end - start). As in torch.lerp, the sum starts from whichever end is nearer.
 template <typename T>
 CGES_FN T lerp(T start, T end, T weight) {
   const T apart = end - start;
   return weight < T(0.5) ? multiply_add(weight, apart, start) : multiply_add(weight - T(1), apart, end);
 }
 
-// z, and the new states in their places. Nothing is read of states that have not begun.
+// Returns z and replaces both states by the new ones. Their old values count only in the phase `running`.
+// In the phase `prox_alone` z is w, and the caller does not store the states.
 template <typename T>
 CGES_FN T adamw_update(Phase phase, bool decays, T w, T grad, T& exp_avg, T& exp_avg_sq,
                        const AdamwScalars<T>& h) {

@@ -1,8 +1,10 @@
-// What all formulas stand on, for host and device.
+// The compute type and the multiply-add that all formulas are built from, for host and device. Included by
+// sgd.h, adamw.h, shrinkage.h and phase.h.
 #pragma once
 #include <cmath>
 #include <type_traits>
 
+// Marks a function that host code and kernels both call, and that is always inlined.
 #if defined(__CUDACC__)
 #define CGES_FN __host__ __device__ __forceinline__
 #else
@@ -11,12 +13,12 @@
 
 namespace cges {
 
-// 16-bit types compute in float, the others in themselves.
+// The type that a tensor of T is computed in: float for the 16-bit types, T itself for the others.
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// a * b + c. On a GPU it is rounded once, and here it is said where: left to the compiler, two kernels with the
-// same formula could differ in their last bits.
+// a * b + c. On a GPU it is always fused and so rounded once. Without the explicit fma the compiler would
+// decide for each kernel, and two kernels with the same formula could differ in the last bit.
 template <typename T>
 CGES_FN T multiply_add(T a, T b, T c) {
 #if defined(__CUDA_ARCH__)

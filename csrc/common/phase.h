@@ -1,18 +1,20 @@
+// The phase of a tensor in a step. StepPlan::gather (plan/step_plan.cpp) settles it for each tensor. The
+// executors ask the functions below what they have to read and write.
 #pragma once
 #include "common/arithmetic.h"
 
 namespace cges {
 
-// What a step does with one tensor, by what it has; core/hyperparameters.py has the same numbers.
+// What a step does with one tensor. core/hyperparameters.py has the same numbers.
 enum class Phase {
-  skipped = -1,    // no gradient: left alone
-  prox_alone = 0,  // no update: z is w
-  stateless = 1,   // the rule keeps no state of it: SGD without momentum
-  first = 2,       // the state is written, but holds nothing yet
-  running = 3,     // the state is read and written
+  skipped = -1,    // the tensor has no gradient and is left as it is
+  prox_alone = 0,  // there is no update: z is w
+  stateless = 1,   // the update keeps no state: SGD without momentum
+  first = 2,       // the states are written, but hold nothing yet that could be read
+  running = 3,     // the states are read and written
 };
 
-// What a step of a tensor that is not skipped reads and writes beside the weight.
+// What the step of a tensor that is not skipped reads and writes, apart from the weight.
 CGES_FN constexpr bool reads_grad(Phase phase) { return phase != Phase::prox_alone; }
 CGES_FN constexpr bool reads_state(Phase phase) { return phase == Phase::running; }
 CGES_FN constexpr bool writes_state(Phase phase) { return phase >= Phase::first; }

@@ -1,4 +1,5 @@
-// The update rules, for all that only has to know which one it is, and what that keeps of a parameter.
+// The names of the update rules and of their states. StepPlan, the bindings and the executors' host sides use
+// this; they need no formula of a rule.
 #pragma once
 #include <array>
 #include <stdexcept>
@@ -8,9 +9,10 @@ namespace cges {
 
 enum class Rule { sgd, adamw };
 
-constexpr int kMostStates = 2;
+constexpr int kMostStates = 2;  // of any rule
 
-// What torch.optim calls the tensors that a rule keeps of a parameter; and its count of steps, where it has one.
+// The n state tensors that a rule keeps for each parameter, by their keys in torch.optim's state. `counts`:
+// the rule also keeps a count of the parameter's steps, under the key kStep.
 struct RuleStates {
   const char* rule;
   int n;

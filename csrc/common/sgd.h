@@ -1,14 +1,17 @@
-// The update rule of torch.optim.SGD, for host and device. Another rule is another file like this one (adamw.h);
-// the prox (shrinkage.h) knows none.
+// The update rule of torch.optim.SGD, for host and device. cpu/rows.inc and cuda/rule.cuh call sgd_update for
+// each element. Each rule has a file like this one (the other is adamw.h); the prox in shrinkage.h depends on
+// none of them.
 #pragma once
 #include "common/arithmetic.h"
 #include "common/phase.h"
 
 namespace cges {
 
+// The options of one param group. Gradients are multiplied by grad_sign: -1 to maximize. A loss scale is
+// divided into it as well (Hyperparameters::unscale).
 template <typename T>
 struct SgdScalars {
-  T lr, momentum, one_minus_dampening, weight_decay, grad_sign;  // the last is -1 to maximize
+  T lr, momentum, one_minus_dampening, weight_decay, grad_sign;
 
   template <typename U>
   CGES_FN SgdScalars<U> as() const {
@@ -16,8 +19,9 @@ struct SgdScalars {
   }
 };
 
-// z, and the new buffer in `buf`. Where the first three are constants, the compiler leaves no trace of them;
-// where not, selections cost less than branches.
+// Returns z and replaces the momentum buffer `buf` by the new one. Callers pass phase, nesterov and decay as
+// constants where they can, and the compiler then drops what is not needed. Where they are not constants,
+// these selections cost less than branches would.
 template <typename T>
 CGES_FN T sgd_update(Phase phase, bool nesterov, bool decay, T w, T grad, T& buf, const SgdScalars<T>& h) {
   const T signed_grad = h.grad_sign * grad, decayed = multiply_add(h.weight_decay, w, signed_grad);

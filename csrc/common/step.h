@@ -1,5 +1,6 @@
-// What a step is told, in plain C++: no torch, no CUDA. The owner of hyperparameters in C++, as
-// core/hyperparameters.py is in Python; docs/design/a-step.md follows them to a kernel.
+// What a step is told about tensors and hyperparameters, in plain C++ without torch or CUDA headers.
+// bindings.cpp and StepPlan fill these structs in, and both executors read them. core/hyperparameters.py has
+// the same in Python; docs/design/a-step.md follows a hyperparameter from the param group to a kernel.
 #pragma once
 #include "common/adamw.h"
 #include "common/layout.h"
@@ -13,18 +14,19 @@ enum class DType { f32, f64, bf16, f16 };
 
 inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// A tensor as a step knows it for good.
+// What stays the same of a tensor from step to step.
 struct TensorShape {
   Layout layout;
-  bool has_groups;  // whether a, b and group-wise freezing apply
+  bool has_groups;  // whether group lasso, exclusive lasso and freezing by groups apply to it
   DType dtype;
-  int device;           // the index of its GPU; the host's memory: -1
-  int64_t param_group;  // whose hyperparameters it takes
+  int device;           // index of its GPU, or -1 in the host's memory
+  int64_t param_group;  // index of the param group whose hyperparameters it takes
 };
 
-// What one step finds of it: where all lies, in the layout's memory order and null where there is none, and
-// the count of its steps, this one included. Kernels read and write one that lies on the device themselves:
-// there it is a float, without this step.
+// What one step finds of a tensor. The addresses are null where there is nothing; all of the tensor's arrays
+// lie in the memory order of its layout. The number of its steps is in `count`, this one included, where the
+// host knows it. If the count lies on the device, count_on_device is its address: a float that does not
+// include this step yet, and that the kernels read and increment themselves.
 struct TensorInStep {
   void* w = nullptr;
   const void* grad = nullptr;
@@ -32,14 +34,15 @@ struct TensorInStep {
   Phase phase = Phase::skipped;
   double count = 0;
   float* count_on_device = nullptr;
-  bool as_left = false;  // nobody has written w or the states since the last step of the same executor
+  bool as_left = false;  // nobody has written w or the states since this executor's last step
 };
 
-// What stays zero: nothing, groups that are all zero, or every zero.
+// Which zeros a step keeps at zero: none, those of groups that are zero throughout, or every zero.
 enum class Freeze { none, group, element };
 
-// Where the step size and coefficients lie that a kernel is to read itself: one float each in its device's
-// memory, null for those that have a value. Schedulers change such tensors in place, under a captured graph.
+// Addresses of the learning rate and coefficients that a kernel is to read itself, one float each in the
+// memory of its device. Those whose value the host knows are null. A scheduler can change such a tensor in
+// place, and a captured graph then sees the new value.
 struct DeviceScalars {
   const float *lr = nullptr, *group_lasso = nullptr, *exclusive_lasso = nullptr, *l1 = nullptr;
   CGES_FN bool any() const {
@@ -47,44 +50,45 @@ struct DeviceScalars {
   }
 };
 
-// A param group's.
+// The hyperparameters of one param group.
 struct Hyperparameters {
+  // Of the update. Either SGD's options or AdamW's are used, as `rule` says.
   Rule rule = Rule::sgd;
-  SgdScalars<double> sgd{0, 0, 1, 0, 1};  // the rule's: one of these two
+  SgdScalars<double> sgd{0, 0, 1, 0, 1};
   bool nesterov = false;
   AdamwOptions adamw{};
-  bool step_on_device = false;  // where a tensor's count of steps begins
-  // the prox's
+  bool step_on_device = false;  // whether new counts of steps are made beside the parameter
+  // Of the prox.
   Coefficients<double> coefficients{0, 0, 0};
   bool exact = false;
   Freeze freeze = Freeze::none;
-  bool skip_dead = false;  // groups that `freeze` held at zero in the last step need no more
+  bool skip_dead = false;  // whether groups that `freeze` held at zero in the last step may be passed over
 
   DeviceScalars device{};
 
   double lr() const { return rule == Rule::sgd ? sgd.lr : adamw.lr; }
 
-  // Whether the rule has a state to keep of a parameter: SGD with momentum.
+  // Whether the update keeps states. SGD does so only with momentum.
   bool keeps_state() const { return rule != Rule::sgd || sgd.momentum != 0; }
 
-  // Gradients are to be divided by `scale`.
+  // Makes the update divide gradients by `scale`.
   void unscale(double scale) {
     sgd.grad_sign /= scale;
     adamw.grad_sign /= scale;
   }
 
-  // Of numbers that the host knows; those that it does not count as 0.
+  // From the numbers that the host knows; one that lies on the device counts as 0.
   Thresholds<double> thresholds() const { return form_thresholds(lr(), coefficients); }
 
-  // Whether groups may have to be swept until their t is found, not just once.
+  // Whether a group's t may have to be searched for, so that its sums are needed more than once.
   bool searches() const {
     if (!device.any()) return exact && thresholds().b != 0;
     return exact && (coefficients.exclusive_lasso != 0 || device.exclusive_lasso != nullptr);
   }
 };
 
-// What a gradient scaler leaves to the step, in the executor's memory, or null: a number that gradients are to
-// be divided by, and one that, if it is not 0, keeps the step from changing anything.
+// What a gradient scaler leaves to the step, as addresses in the memory of the executor's device, or null.
+// Gradients are to be divided by *grad_scale. If *found_inf is not 0, the step must change nothing.
 struct LossScale {
   const float *grad_scale = nullptr, *found_inf = nullptr;
 };

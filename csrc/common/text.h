@@ -1,6 +1,6 @@
-// Texts of errors, without streams: where a toolchain links the C++ library statically, the first use of a
-// stream in the extension crashes. TORCH_CHECK makes one of all that is not a single const char*; so do
-// torch's functions that take plain sizes, and c10::impl::VirtualGuardImpl.
+// Builds error messages without output streams. Where a toolchain links the C++ library statically, the first
+// stream that the extension uses crashes it. TORCH_CHECK uses one unless its message is a single const char*.
+// So do torch's functions that take plain sizes, and c10::impl::VirtualGuardImpl; the plan avoids them.
 #pragma once
 #include <string>
 #include <type_traits>
@@ -15,7 +15,7 @@ std::string text_of(const T& part) {
     return std::string(part);
 }
 
-// Words and numbers, one after the other.
+// All parts in one string, one after the other.
 template <typename... Parts>
 std::string text(const Parts&... parts) {
   return (text_of(parts) + ...);

@@ -1,3 +1,5 @@
+// Cuts tensors into tiles whose z stays in a cache between the sums and the apply, and groups that are too
+// large for that into pieces; see cpu/executor.cpp for how these are run.
 #include "cpu/cut.h"
 
 #include <ATen/Parallel.h>
@@ -8,25 +10,25 @@
 namespace cges::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 131072;  // enough to amortise a tile
-constexpr int64_t kLeastElements = 32768;  // of a tile, where a tensor has so many
-constexpr int64_t kTiles = 4;              // but it has so many to share out, unless they get too small
-constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of more than one group
-constexpr int64_t kRunBytes = 32768;       // of z, in a tile of short groups that are runs, or without groups
+constexpr int64_t kTileElements = 131072;  // the most in a tile; enough to amortise it
+constexpr int64_t kLeastElements = 32768;  // the fewest in a tile, if the tensor has so many
+constexpr int64_t kTiles = 4;              // to cut a tensor into at least, unless they get too small
+constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of several groups
+constexpr int64_t kRunBytes = 32768;       // of z, in a tile of short contiguous groups or without groups
 constexpr int64_t kLeastRowBytes = 256;    // of z
-constexpr int64_t kPassedBy = 256;         // elements of held groups, at least, that are worth a gap
+constexpr int64_t kPassedBy = 256;         // elements of neighbouring held groups that are worth passing over
 
-// Pieces of groups that are summed by columns are whole rows, the longest runs of memory there are. Each
-// leaves sums of all these groups.
-constexpr int64_t kPieceElements = 32768;  // at least
-constexpr int64_t kLeastPieceRows = 128;   // for the sums to weigh little
-constexpr int64_t kSumsBytes = 512 << 10;  // of all pieces of one LargeGroups
+// Pieces of groups that are summed by columns are whole rows where possible, since these are the longest runs
+// of memory. Each piece leaves sums of all groups that it crosses, so it has many rows.
+constexpr int64_t kPieceElements = 32768;  // the fewest in a piece
+constexpr int64_t kLeastPieceRows = 128;   // so that the sums are small beside the piece
+constexpr int64_t kSumsBytes = 512 << 10;  // the most for the sums of one LargeGroups
 
-// Groups of several tensors go through each pass together, so that threads seldom wait for each other; but not
-// so many that the caches have lost z by the next pass.
+// Large groups of several tensors go through each pass together, so that threads seldom wait for each other,
+// but only so many that the caches still hold their z in the next pass.
 constexpr int64_t kPassElements = 524288;  // for each thread
 
-int64_t z_limit = l2_bytes();
+int64_t z_limit = l2_bytes();  // the most bytes of z in a tile
 
 int64_t parts_of(int64_t n, int64_t most) { return (n + most - 1) / most; }
 
@@ -37,7 +39,8 @@ int64_t size_of_z(const StepTensor& tensor) {
   return std::max<int64_t>(element_size(tensor.dtype), sizeof(float));
 }
 
-// Cuts the R1 rows and K2*R2 columns at each k1, `span` of the k1 together, into tiles of at most `columns`.
+// Cuts the matrices of R1 rows and K2*R2 columns at all k1 into tiles of all rows and at most `columns`
+// columns. `span` matrices share a tile.
 void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, std::vector<Tile>& tiles) {
   for (int64_t k1 = 0; k1 < L.K1; k1 += span)
     for (int64_t c = 0; c < L.row_length(); c += columns)
@@ -45,13 +48,13 @@ void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, st
           {index, k1, std::min(k1 + span, L.K1), 0, L.R1, c, std::min(c + columns, L.row_length())});
 }
 
-// The same of the groups that nobody holds, of layout (1, 1, groups, elements).
+// Cuts a tensor of layout (1, 1, groups, elements) likewise, but leaves out groups that are held.
 void cut_others(int32_t index, const Layout& L, int64_t columns, const HeldGroups& held,
                 std::vector<Tile>& tiles) {
   const auto begin = held.begin(), end = held.end();
   for (auto first = std::find(begin, end, 0), next = first; first != end; first = next) {
     auto last = first;
-    do {  // a few held ones more cost less than another tile, and nothing changes in them
+    do {  // A few held groups within a tile cost less than another tile, and stepping them changes nothing.
       last = std::find(next, end, 1);
       next = std::find(last, end, 0);
     } while (next != end && (next - last) * L.R2 < kPassedBy);
@@ -61,7 +64,9 @@ void cut_others(int32_t index, const Layout& L, int64_t columns, const HeldGroup
   }
 }
 
-// Neighbouring groups that are summed by columns share pieces, every other group has its own.
+// Cuts large groups into pieces. Neighbouring groups that are summed by columns share pieces; any other group
+// has its own. A group's parts decide the order of its sums, so they depend on the layout, the type and
+// whether t is searched for, and never on the number of threads.
 void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
                      std::vector<LargeGroups>& large) {
   const bool by_columns = summed_by_columns(L);
@@ -71,16 +76,16 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
   int64_t rows = std::max(kPieceElements / width, int64_t{1});
   if (by_columns) rows = std::max({rows, kLeastPieceRows, parts_of(L.R1, sums_kept / (width / L.R2))});
   rows = even_part(L.R1, rows);
-  // Where groups gone through together have fewer of these parts than there are threads, the columns are
-  // shared out too: that changes no sum.
+  // If the groups of one LargeGroups have fewer parts than there are threads, the columns are shared out too.
+  // This changes no sum, because each column is summed on its own.
   const int64_t row_parts = parts_of(L.R1, rows), chunks = L.K1 * parts_of(L.row_length(), width);
   const int64_t at_once = std::clamp(sums_kept / (row_parts * (width / L.R2)), int64_t{1}, chunks);
   const int64_t shares = parts_of(at::get_num_threads(), row_parts * at_once);
-  // A share is some lines wide: threads that write to one line wait for each other.
+  // A share is some cache lines wide, because threads that write to the same line wait for each other.
   const int64_t share = std::max(parts_of(width / L.R2, shares), parts_of(kLeastRowBytes / z_size, L.R2));
   const int64_t columns = std::min(width, by_columns ? share * L.R2 : kPieceElements);
   const int64_t parts = by_columns ? row_parts : row_parts * parts_of(width, columns);
-  const HeldGroups* const held = can_pass_by(tensor) ? tensor.held : nullptr;  // width is a group's then
+  const HeldGroups* const held = can_pass_by(tensor) ? tensor.held : nullptr;  // then `width` is one group
   for (int64_t k1 = 0; k1 < L.K1; ++k1)
     for (int64_t left = 0; left < L.row_length(); left += width) {
       const int64_t right = std::min(left + width, L.row_length()), groups = (right - left) / L.R2;
@@ -97,19 +102,21 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
     }
 }
 
-// Tall columns go in pieces even where panels of them fit: the memory is much faster at long runs than at the
-// short rows of panels.
+// Whether groups that are summed by columns go in pieces even though panels of their columns would fit a
+// tile. Memory is much faster to read in long runs than in the short rows of a panel.
 bool tall(const Layout& L) {
   return L.R1 >= 2 * kLeastPieceRows && L.R1 * L.row_length() >= 2 * kPieceElements;
 }
 
+// Cuts one tensor, either into tiles of whole groups or into pieces.
 void cut(int32_t index, const StepTensor& tensor, std::vector<Tile>& whole, std::vector<LargeGroups>& large) {
   const Layout L = working_layout(tensor);
   if (L.numel() == 0) return;
   const int64_t size = element_size(tensor.dtype), z_size = size_of_z(tensor);
   const bool by_columns = summed_by_columns(L),
              divisible = !has_short_groups(tensor) && (by_columns || L.R2 >= kNarrow);
-  // Of z: a run that scratch has to hold leaves room for the rest.
+  // The most elements of z in a tile. Where z lies in scratch, half of the limit is left for what else lies
+  // there.
   const int64_t capacity = (holds_z(tensor) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
   if (divisible && (L.R1 * least > capacity || (by_columns && tall(L))))
@@ -118,7 +125,7 @@ void cut(int32_t index, const StepTensor& tensor, std::vector<Tile>& whole, std:
   const bool runs = !needs_groups(tensor) || (has_short_groups(tensor) && L.R1 == 1);
   int64_t columns = std::clamp(elements / L.R1, 4 * kLine / size, (runs ? kRunBytes : kMaxRowBytes) / z_size);
   columns = std::max(std::min(columns, capacity / L.R1), least);
-  // Whole groups, and whole lines where possible.
+  // A tile has whole groups, and whole cache lines where possible.
   const int64_t aligned = std::lcm(L.R2, kLine / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
   if (tensor.held != nullptr && can_pass_by(tensor))
@@ -146,7 +153,7 @@ void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
 
 Work cut(const std::vector<StepTensor>& tensors) {
   Work out;
-  int64_t elements = 0;  // of the last pass
+  int64_t elements = 0;  // in out.passes.back() so far
   for (size_t i = 0; i < tensors.size(); ++i) {
     std::vector<LargeGroups> large;
     cut(int32_t(i), tensors[i], out.whole, large);

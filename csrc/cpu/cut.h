@@ -1,4 +1,5 @@
-// How a step's tensors are cut into tiles, which threads take one by one.
+// How a step's tensors are cut into tiles, which threads take one by one. cpu/executor.cpp calls cut() in
+// each step; tile.h and short_groups.h run the tiles.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,11 +10,14 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kNarrow = 64;  // groups with shorter runs in each of their rows are summed by columns
-constexpr int64_t kPieceRowBytes = 64 << 10;  // of z, at most, in pieces that are summed by columns
+// Groups with fewer contiguous elements in a row (R2) than this are summed by columns: the sums are kept for
+// each column, and the columns of a group are added up at the end.
+constexpr int64_t kNarrow = 64;
+// The most bytes of z in a row of a piece that is summed by columns.
+constexpr int64_t kPieceRowBytes = 64 << 10;
 
-// Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1: whole groups, or a piece of large ones.
-// Small matrices share a tile: it goes on with the same rows and columns at the k1 up to k1_end.
+// Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1. It has whole groups, or a piece of
+// large ones. Small matrices share a tile, which has the same rows and columns of all k1 in [k1, k1_end).
 struct Tile {
   int32_t tensor;
   int64_t k1, k1_end, r0, r1, c0, c1;
@@ -22,52 +26,57 @@ struct Tile {
   int64_t columns() const { return c1 - c0; }
 };
 
-// The `part`-th piece of some neighbouring groups, the first of which is number `group` of its LargeGroups.
+// A piece of some neighbouring large groups: their `part`-th part. The first of these groups is number
+// `group` of its LargeGroups.
 struct Piece : Tile {
   int64_t part, group;
 };
 
-// Large groups of one tensor, each in as many parts, whose sums are kept together.
+// Large groups of one tensor, each cut into the same number of parts. The sums of all their parts are kept in
+// one place.
 struct LargeGroups {
   int64_t parts, groups = 0;
   std::vector<Piece> pieces{};
 };
 
 struct Work {
-  std::vector<Tile> whole;                       // groups
-  std::vector<std::vector<LargeGroups>> passes;  // those that go through each pass together
+  std::vector<Tile> whole;                       // tiles of whole groups
+  std::vector<std::vector<LargeGroups>> passes;  // each entry goes through its passes together
 };
 
 Work cut(const std::vector<StepTensor>& tensors);
 
-// This processor's, within reason.
+// The size of this processor's L2 cache, taken to be between 256 KB and 2 MB.
 int64_t l2_bytes();
 
-// Whether every element is a group: nothing is summed, and shrink_one says what it becomes.
+// Whether every element is a group of its own. Then nothing is summed: shrink_one has each one's (s, t).
 inline bool has_ones(const StepTensor& tensor) {
   return tensor.has_groups && tensor.layout.group_size() == 1;
 }
 
+// Whether zeros stay zero element by element. For groups of one element, freezing by groups is that.
 inline bool freezes_elements(const StepTensor& tensor) {
   return tensor.h->freeze == Freeze::element || (tensor.h->freeze == Freeze::group && has_ones(tensor));
 }
 
+// Whether the step must know something of whole groups: their norms, or whether they are all zero.
 inline bool needs_groups(const StepTensor& tensor) {
   return tensor.has_groups && !has_ones(tensor) &&
          (tensor.thresholds().need_norms() || tensor.h->freeze == Freeze::group);
 }
 
-// Whether they are so small that many are solved side by side.
+// Whether its groups are so small that many of them are solved side by side (short_groups.h).
 inline bool has_short_groups(const StepTensor& tensor) {
   return needs_groups(tensor) && tensor.layout.group_size() <= kShortGroup;
 }
 
-// Groups are contiguous runs where nothing is kept behind them; without groups any run will do.
+// The layout by which the tensor is cut. Contiguous groups are written as (1, 1, groups, elements). Where the
+// step needs no groups, the tensor is one run of elements that may be cut anywhere.
 inline Layout working_layout(const StepTensor& tensor) {
   return needs_groups(tensor) ? tensor.layout.rows_last() : Layout{1, 1, tensor.layout.numel(), 1};
 }
 
-// Whether groups can be passed by one by one: runs of memory, and not many solved side by side.
+// Whether single groups can be passed over: they are contiguous, and not solved side by side with others.
 inline bool can_pass_by(const StepTensor& tensor) {
   const Layout L = working_layout(tensor);
   return needs_groups(tensor) && !has_short_groups(tensor) && L.K1 == 1 && L.R1 == 1;
@@ -75,7 +84,8 @@ inline bool can_pass_by(const StepTensor& tensor) {
 
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }
 
-// Whether weights can hold z between two passes: they are wide enough, and nobody asks for their zeros again.
+// Whether z can lie in the memory of w between two passes. w must have the compute type, and its zeros must
+// not be needed any more, as they are gone once z is there.
 inline bool holds_z(const StepTensor& tensor) {
   return (tensor.dtype == DType::f32 || tensor.dtype == DType::f64) && !freezes_elements(tensor);
 }

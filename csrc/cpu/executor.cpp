@@ -1,23 +1,26 @@
-// The CPU executor: one parallel region over a flat list of tiles, and one per pass over large groups,
-// which go in pieces, see below.
+// How cpu::step runs on all threads. Tiles of whole groups (cut.cpp) are one flat list, which one parallel
+// region works off. Large groups go in pieces and take a parallel region for each pass over them.
+// plan/executor.cpp calls this.
 //
 // The step is bound by memory (20 bytes per fp32 element with momentum), so a tile is cut such that its z
-// stays in the cache between the reduction and the apply: whole groups, as many neighbours as fit.
+// stays in the cache between the sums and the apply. It has whole groups, as many neighbours as fit:
 //   rows ("filter"):      a run of whole contiguous groups
-//   columns ("feature"):  where they are short, all R1 rows of a panel of neighbouring columns
+//   columns ("feature"):  if they are short, all R1 rows of a panel of neighbouring columns
 //   no groups:            a run of elements
-// z is in w itself: what was read is written at once, and shrunk in place. Scratch is for what w cannot hold
-// (16 bits, or zeros still needed). Groups of a few elements are solved side by side, a block at a time, whose
-// z is in scratch too (short_groups.h).
+// z takes the place of w as soon as w has been read, and is shrunk in place. If w cannot hold z (16-bit
+// types, or zeros of w that are still needed), z lies in scratch. Groups of a few elements are solved side by
+// side, a block of them at a time, and their z lies in scratch too (short_groups.h).
 //
-// A group that does not fit is cut into pieces, long runs of memory: one pass updates and sums, the sums of
-// pieces are added in index order, and a second pass applies (28 bytes per element, less what the caches
-// still hold; exact mode reads z once more per sweep). So are columns of some hundred rows, whole rows at a
-// time: panels of them would be too narrow for the processor to see their rows come. Where w cannot hold z the
-// first pass only reads and sums, and the second updates again.
+// A group that does not fit a tile is cut into pieces, which are long runs of memory. A first pass updates
+// and sums, the sums of the pieces are added in index order, and a second pass applies. That moves 28 bytes
+// per element, less what the caches still hold; exact mode reads z once more for each further sweep. Columns
+// of some hundred rows go in pieces as well, whole rows at a time, because panels of them would be too narrow
+// for the processor to prefetch their rows. If w cannot hold z, the first pass only reads and sums, and the
+// second updates again.
 //
-// What is summed in which order depends on a tensor's shape, type and hyperparameters and the cache size alone; every
-// bit of the result on these and the instruction set, which says where a product and a sum are rounded once.
+// The order of sums depends only on a tensor's shape, type and hyperparameters and on the cache size. The
+// bits of the result depend on these and on the instruction set, which decides where a product and a sum are
+// rounded once.
 #include "cpu/executor.h"
 
 #include <ATen/Parallel.h>
@@ -32,14 +35,15 @@
 namespace cges::cpu {
 namespace {
 
-constexpr int64_t kGroupsPerThread = 1024;  // at least, whose parts one thread adds up
-constexpr int64_t kGroupsAtOnce = 128;      // of those
-constexpr int64_t kLeastScratch = 1 << 20;  // bytes: what the widest pieces need, whatever the L2
-// Six arrays of columns, of which sums are in double, a block of z and two new states that nobody keeps.
+constexpr int64_t kGroupsPerThread = 1024;  // the fewest large groups whose parts one thread adds up
+constexpr int64_t kGroupsAtOnce = 128;      // of these, how many are added up side by side
+constexpr int64_t kLeastScratch = 1 << 20;  // bytes that the widest pieces need, however small the L2 is
+// For each column TileRunner takes s, t and alive, three sums in double, and up to two new states that are
+// not kept; and a block of z.
 static_assert((3 + 3 * 2 + 2) * kPieceRowBytes + kBlockBytes <= kLeastScratch);
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
-// At most the L2, some of which is for what passes through.
+// The thread's own scratch. An eighth of the L2 is left for tensors that pass through it.
 Scratch& thread_scratch() {
   static thread_local const auto scratch =
       std::make_unique<Scratch>(std::max(l2_bytes() - l2_bytes() / 8, kLeastScratch));
@@ -48,10 +52,14 @@ Scratch& thread_scratch() {
 
 enum class Order { forward, backward };
 
-// f(item) for all of them. Each thread has a share of neighbours, the same one in every call, which its
-// caches may still hold and which meets another thread's lines at its two ends only. It goes through them in
-// that order; done with it, it helps the others from their other ends, and so even does all the work if it is
-// alone.
+// Calls f for each item. Each thread has a share of neighbouring items, the same share in every call: its
+// caches may still hold them, and only at the share's two ends are there cache lines of other threads. It
+// works through them in `order`. When it is done it helps the other threads from the far ends of their
+// shares, so a thread that runs alone does all the work.
+//
+// `taken` bounds what owner and helpers take together, so their two ends never cross, and each increment is
+// atomic, so no item is taken twice. Items do not depend on each other, and the end of the region orders
+// their writes before what follows: relaxed order is enough.
 template <typename Item, typename F>
 void parallel_for_each(const std::vector<Item>& items, Order order, F f) {
   struct alignas(kLine) Share {
@@ -78,6 +86,7 @@ void parallel_for_each(const std::vector<Item>& items, Order order, F f) {
   });
 }
 
+// Calls f with the C++ type of `dtype`.
 template <typename F>
 void with_type(DType dtype, F f) {
   switch (dtype) {
@@ -108,7 +117,8 @@ void run_whole_tiles(const std::vector<StepTensor>& tensors, const std::vector<T
   });
 }
 
-// LargeGroups on their way through the passes.
+// What LargeGroups keep from pass to pass: the sums of their parts and the searches of the groups. sum() and
+// apply() are called once for each piece and pass, solve() between passes.
 class LargeRun {
  public:
   LargeRun(const StepTensor& tensor, const LargeGroups& large)
@@ -116,7 +126,7 @@ class LargeRun {
   virtual ~LargeRun() = default;
 
   virtual void sum(const Piece&, bool first) = 0;
-  // Adds up the parts of groups [g0, g1) and goes on with their searches; whether all these are done.
+  // Adds up the parts of groups [g0, g1) and advances their searches. Returns whether all of these are done.
   virtual bool solve(int64_t g0, int64_t g1, bool first) = 0;
   virtual void apply(const Piece&) = 0;
 
@@ -177,7 +187,8 @@ class TypedLargeRun final : public LargeRun {
 
   const int64_t groups_, n_;
   const bool searches_;
-  // By part and group; whole groups are alive in part 0.
+  // Arrays of [parts, groups]. After the first solve(), part 0 of alive_ says of each whole group whether it
+  // has a weight that is not zero.
   const std::unique_ptr<A[]> memory_;
   const Sums<A> sums_;
   const std::unique_ptr<bool[]> alive_;
@@ -195,7 +206,8 @@ struct GroupsOfRun {
   int64_t begin, end;
 };
 
-// Two passes over large groups, in exact mode one more per further sweep.
+// Takes large groups through their two passes. Exact mode has a further pass for each further sweep, which
+// leaves out the LargeGroups whose searches are all done.
 void run_large(const std::vector<StepTensor>& tensors, const std::vector<LargeGroups>& together) {
   std::vector<std::unique_ptr<LargeRun>> runs;
   std::vector<PieceOfRun> pieces, open;
@@ -219,7 +231,7 @@ void run_large(const std::vector<StepTensor>& tensors, const std::vector<LargeGr
     });
     std::erase_if(open, [](const PieceOfRun& of) { return of.run->done.load(); });
   }
-  // Backward: what the last sweep ended with is still in the cache.
+  // Backward, since what the last sweep ended with is still in the cache.
   parallel_for_each(pieces, Order::backward, [](const PieceOfRun& of) { of.run->apply(*of.piece); });
 }
 

@@ -1,4 +1,4 @@
-// One fused step over many tensors on the CPU.
+// The CPU executor as its caller sees it: one fused step over many tensors. plan/executor.cpp calls it.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -7,25 +7,26 @@
 
 namespace cges::cpu {
 
-// By group, whether the last step found it all zero and held it so, states included: another step of the same
-// kind would change nothing. A byte each, since threads write them side by side.
+// For each group, whether the last step found it all zero and held it there, its states too. Another step of
+// the same kind would change nothing. Each has a byte of its own, because several threads write them at once.
 using HeldGroups = std::vector<uint8_t>;
 
-// One tensor of one step.
-struct StepTensor : TensorShape, TensorInStep {  // not skipped
+// One tensor of one step; none of them is skipped.
+struct StepTensor : TensorShape, TensorInStep {
   const Hyperparameters* h;
-  HeldGroups* held = nullptr;  // these groups are passed by; the step says which are held after it
+  HeldGroups* held = nullptr;  // the step passes over these groups, and writes down which it holds itself
 
   Thresholds<double> thresholds() const { return h->thresholds(); }
 };
 
 void step(const std::vector<StepTensor>& tensors);
 
-// For tests: at most so many bytes of z in a tile (never more than the L2), so that small groups count as
-// large.
+// For tests: allows at most so many bytes of z in a tile (and never more than the L2), so that small groups
+// count as large ones.
 void limit_z_bytes(int64_t bytes);
 
-// For tests and counts: vectors of at most so many bytes, so that other instruction sets than the best run.
+// For tests and for counting instructions: allows vectors of at most so many bytes, so that an instruction
+// set other than the processor's best is used.
 void limit_vector_bytes(int64_t bytes);
 
 }  // namespace cges::cpu

@@ -1,3 +1,6 @@
+// Compiles the loops of rows.inc for each instruction set, in a namespace of its own, and picks the best at
+// run time. A wheel may therefore run on any processor. Each namespace gives rows.inc the size of a vector,
+// and how float16 numbers are converted, kHalves of them at a time.
 #include "cpu/rows.h"
 
 #include <algorithm>
@@ -5,10 +8,10 @@
 #include <limits>
 #include <utility>
 
-// The bodies for plain x86-64 (or any other processor), AVX2 and AVX-512: what a wheel may ship.
+// For plain x86-64, and for any other processor.
 namespace cges::cpu::baseline {
 constexpr int kVectorBytes = 16;
-constexpr int kHalves = 1;  // float16 numbers that are converted at once
+constexpr int kHalves = 1;
 CGES_FN void widen_halves(const c10::Half* from, float* to) { *to = *from; }
 CGES_FN void narrow_halves(const float* from, c10::Half* to) { *to = *from; }
 #include "cpu/rows.inc"
@@ -18,7 +21,7 @@ CGES_FN void narrow_halves(const float* from, c10::Half* to) { *to = *from; }
 #define CGES_DISPATCH 1
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds it in what the header leaves undefined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of the header's own undefined vectors
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -59,7 +62,7 @@ CGES_FN void narrow_halves(const float* from, c10::Half* to) {
 namespace cges::cpu {
 
 namespace {
-int64_t vector_limit = 64;
+int64_t vector_limit = 64;  // bytes
 }
 
 void limit_vector_bytes(int64_t bytes) { vector_limit = bytes; }

@@ -1,5 +1,7 @@
-// Loops over contiguous runs of memory, written so that the compiler vectorises them; every formula is
-// sgd.h's, adamw.h's or shrinkage.h's. rows.cpp compiles the bodies once per instruction set and picks one at run time.
+// The CPU executor's loops over contiguous runs of memory, as a table of functions. tile.h and short_groups.h
+// call them; their bodies are in rows.inc, written so that the compiler vectorises them. Every formula is
+// taken from sgd.h, adamw.h or shrinkage.h. rows.cpp compiles the bodies once for each instruction set and
+// picks one at run time.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -11,11 +13,11 @@
 namespace cges::cpu {
 
 constexpr int64_t kLine = 64;             // bytes of a cache line
-constexpr int64_t kShortGroup = kSorted;  // elements of a group, at most, for many to be solved side by side
-constexpr int64_t kTogether = 64;         // groups
-constexpr int64_t kSumRows = 32;          // rows summed in the compute type before double takes over
+constexpr int64_t kShortGroup = kSorted;  // the most elements of groups that are solved side by side
+constexpr int64_t kTogether = 64;         // how many of these are solved at once
+constexpr int64_t kSumRows = 32;          // rows summed in the compute type before they are added in double
 
-// How a tensor is updated: in which phase, by which rule, with that one's numbers.
+// How a tensor is updated: its phase, the rule, and the rule's numbers in the compute type.
 template <typename A>
 struct Update {
   Phase phase;
@@ -35,8 +37,8 @@ struct Update {
   }
 };
 
-// The same place of each of a tensor's arrays, null where there is none; and where the new states go, whose rows
-// lie `out_stride` apart.
+// Where some elements lie in each of a tensor's arrays; null where there is no such array. New states go to
+// `new_states`, whose rows lie `out_stride` apart.
 template <typename T>
 struct Places {
   const T *w, *grad;
@@ -44,7 +46,7 @@ struct Places {
   std::array<T*, kMostStates> new_states;
   int64_t out_stride;
 
-  // So many elements further on, where there is anything.
+  // The place `in` elements further on in what is read, and `out` in what is written.
   Places moved(int64_t in, int64_t out) const {
     Places at{w + in, grad ? grad + in : nullptr, states, new_states, out_stride};
     for (int s = 0; s < kMostStates; ++s) {
@@ -55,54 +57,56 @@ struct Places {
   }
 };
 
-// The sums of many columns or groups; count is null where it is not needed.
+// Arrays with the sums of many columns or groups. `count` is null where it is not needed.
 template <typename S>
 struct Sums {
   S *count, *l1, *l2_squared;
   Sums operator+(int64_t i) const { return {count == nullptr ? nullptr : count + i, l1 + i, l2_squared + i}; }
 };
 
-// Running ones are in double, so that a long group loses nothing to the order of its sums.
+// Sums over many rows are kept in double, so that a long group loses no accuracy.
 using ColumnSums = Sums<double>;
 
-// Some rows of a tile.
+// The shape of some rows of a tile. Strides are in elements; z has one of its own.
 struct Rows {
-  int64_t rows, columns, stride;  // in elements
-  int64_t z_stride;               // of the same rows of z
+  int64_t rows, columns, stride;
+  int64_t z_stride;
 };
 
 template <typename T>
 struct RowOps {
   using A = Compute<T>;
 
-  // z[i], which may be w[i] itself unless `freeze`, and the new states, from w[i], the gradient and the states;
-  // where `freeze`, what is 0 stays 0, its states too.
+  // Writes z and the new states from w, the gradient and the states. z may be w itself unless `freeze`. With
+  // `freeze`, a weight that is 0 stays 0, and its states become 0.
   void (*update)(const Update<A>&, bool freeze, const Rows&, const Places<T>&, A* z);
-  // sums[j] += the statistics of column j of z [rows, columns] (rows `stride` apart) at threshold t[j].
+  // Adds to sums[j] the group_stats of column j of z [rows, columns] at threshold t[j]. Rows lie `stride`
+  // apart.
   void (*column_stats)(int64_t rows, int64_t columns, int64_t stride, const A* z, const A* t,
                        ColumnSums sums);
-  // The same of one run of n elements, all at threshold t, to sums[0].
+  // Adds to sums[0] the group_stats of n contiguous elements at threshold t.
   void (*run_stats)(int64_t n, const A* z, A t, ColumnSums sums);
-  // alive[j] = 1 where w[j] is anything but 0; else as it was.
+  // Sets alive[j] to 1 where w[j] is not 0, and leaves the others as they are.
   void (*find_alive)(int64_t n, const T* w, A* alive);
-  // x = 0 where alive is 0.
+  // Sets x[j] to 0 where alive[j] is 0.
   void (*mask)(int64_t n, const A* alive, T* x);
-  // w = s * soft(z, t) with one (s, t) per column, or one for the run; z may be w itself.
+  // w = s * soft(z, t), with an (s, t) for each column or one for the whole run. z may be w itself.
   void (*apply_columns)(const Rows&, const A* z, const A* s, const A* t, T* w);
   void (*apply_run)(int64_t n, const A* z, Shrinkage<A>, T* w);
-  // The same of elements that are each a group.
+  // Solves and applies elements that are each a group of its own. z may be w itself.
   void (*apply_ones)(int64_t n, const A* z, const Thresholds<A>&, bool exact, T* w);
-  // (s, t) of groups of at most kShortGroup elements: `rows` runs of `run` elements, `stride` apart in z, which
-  // goes on for 3 elements more. There is room for whole multiples of kTogether groups in s and t.
+  // (s, t) of groups of at most kShortGroup elements. In each of `rows` rows of z, which lie `stride` apart,
+  // a group has `run` contiguous elements, one group after the other. Up to 3 elements behind z may be read.
+  // s and t must have room for the number of groups rounded up to a multiple of kTogether.
   void (*solve_short)(int64_t groups, int64_t rows, int64_t run, const A* z, int64_t stride,
                       const Thresholds<A>&, bool exact, A* s, A* t);
-  // w = s * soft(z, t) of neighbouring runs, each with its own (s, t); z may not be w.
+  // w = s * soft(z, t) for neighbouring runs of `run` elements, each with its own (s, t). z must not be w.
   void (*apply_short)(int64_t groups, int64_t run, const A* z, const A* s, const A* t, T* w);
-  // w = z, where nothing shrinks.
+  // w = z, for a step that shrinks nothing.
   void (*store)(int64_t n, const A* z, T* w);
 };
 
-// The best implementation that this processor runs.
+// The functions for the best instruction set that this processor has.
 template <typename T>
 const RowOps<T>& row_ops();
 

@@ -1,4 +1,5 @@
-// Memory that a thread keeps from tile to tile and from step to step.
+// Memory for z and sums that a thread keeps from tile to tile and from step to step. executor.cpp makes one
+// for each thread; tile.h and short_groups.h take arrays from it.
 #pragma once
 #include <c10/util/Exception.h>
 
@@ -10,7 +11,8 @@
 
 namespace cges::cpu {
 
-// Handed out anew for each tile. Pages that no tile needs are never touched.
+// reset() takes all arrays back at once, before a tile takes its own. Pages that no tile needs are never
+// touched.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)

@@ -1,5 +1,6 @@
-// A tile of groups of a few elements each: a block of them at a time goes through update, sums, shrinkage and
-// apply while it is in the L1.
+// Runs a tile whose groups have only a few elements each (at most kShortGroup). A block of them at a time
+// goes through update, sums, shrinkage and apply while it is in the L1. cpu/executor.cpp makes a ShortGroups
+// for each such tile; the loops are in short_groups.inc.
 #pragma once
 #include <algorithm>
 
@@ -8,7 +9,7 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kShortBlock = 2048;  // elements, about
+constexpr int64_t kShortBlock = 2048;  // about how many elements a block has
 
 template <typename T>
 class ShortGroups {
@@ -24,6 +25,8 @@ class ShortGroups {
         most_(std::max(kShortBlock / (layout.group_size() * kTogether), int64_t{1}) * kTogether),
         scratch_(scratch) {}
 
+  // Small matrices are put side by side, so that there are many groups to solve at once. Other tiles are run
+  // a block of columns at a time.
   void run(const Tile& tile) {
     const int64_t matrices = most_ / L_.K2;
     if (tile.columns() == L_.row_length() && L_.R1 > 1 && L_.K2 <= kTogether / 2)
@@ -37,7 +40,7 @@ class ShortGroups {
 
  private:
   T* w(int64_t at) const { return static_cast<T*>(tensor_.w) + at; }
-  // What is read and written from element `at` on, in rows `stride` apart.
+  // The tensor's arrays from element `at` on. New states replace the old ones, in rows `stride` apart.
   Places<T> places(int64_t at, int64_t stride) const {
     Places<T> all{w(at), tensor_.grad ? static_cast<const T*>(tensor_.grad) + at : nullptr, {}, {}, stride};
     for (int s = 0; s < kMostStates; ++s)
@@ -46,7 +49,7 @@ class ShortGroups {
     return all;
   }
 
-  // Columns [c, c + columns) of the matrix at k1.
+  // Runs columns [c, c + columns) of the matrix at k1.
   void run_columns(int64_t k1, int64_t c, int64_t columns) {
     const int64_t at = L_.offset(k1, 0, 0) + c, stride = L_.row_length();
     A* const z = take_block(columns);
@@ -60,13 +63,15 @@ class ShortGroups {
         ops_.mask(columns, alive_, state + r * stride);
   }
 
-  // Some small matrices from k1 on, one run of memory: they are put side by side, as one wide matrix.
+  // Runs some small matrices from k1 on. They are one run of memory, so they are updated as one row; then
+  // their z is copied into one wide matrix, in which they lie side by side, and the result is copied back.
   void run_matrices(int64_t k1, int64_t matrices) {
     const int64_t at = L_.offset(k1, 0, 0), columns = matrices * L_.row_length(), n = L_.R1 * columns;
     A* const wide = take_block(columns);
     A* const z = scratch_.take<A>(n);
     T* const result = scratch_.take<T>(n);
-    const auto each_row = [&](auto f) {  // of each matrix: f(element, element when side by side)
+    // For each row of each matrix: f(index of its first element in memory, the same in the wide matrix).
+    const auto each_row = [&](auto f) {
       for (int64_t q = 0; q < matrices; ++q)
         for (int64_t r = 0; r < L_.R1; ++r)
           f((q * L_.R1 + r) * L_.row_length(), r * columns + q * L_.row_length());
@@ -87,16 +92,16 @@ class ShortGroups {
         each_row([&](int64_t i, int64_t j) { ops_.mask(L_.row_length(), alive_ + j % columns, state + i); });
   }
 
-  // Room for z, and for what its groups need.
+  // Takes room for s, t and alive, and returns room for z.
   A* take_block(int64_t columns) {
     scratch_.reset();
     s_ = scratch_.take<A>(most_);
     t_ = scratch_.take<A>(most_);
     alive_ = scratch_.take<A>(columns);
-    return scratch_.take<A>(L_.R1 * columns + 3);  // see solve_short
+    return scratch_.take<A>(L_.R1 * columns + 3);  // solve_short may read 3 elements behind z
   }
 
-  // By column, where groups are frozen.
+  // Where groups are frozen, sets alive_ for each column: 1 if its group has a weight that is not zero.
   void find_alive(int64_t columns, const T* w, int64_t stride) {
     if (!freeze_) return;
     std::fill_n(alive_, columns, A(0));
@@ -105,7 +110,7 @@ class ShortGroups {
       std::fill_n(group, L_.R2, *std::max_element(group, group + L_.R2));
   }
 
-  // w, whose rows are `stride` apart, from z, whose rows are not.
+  // Solves the groups of z and writes w. The rows of w lie `stride` apart, those of z `columns`.
   void shrink(int64_t columns, const A* z, T* w, int64_t stride) {
     const int64_t groups = columns / L_.R2;
     if (thresholds_.need_norms()) {
@@ -129,7 +134,7 @@ class ShortGroups {
   const Thresholds<A> thresholds_;
   const Update<A> update_;
   const bool freeze_;
-  const int64_t most_;  // groups at a time
+  const int64_t most_;  // groups in a block, a multiple of kTogether
   Scratch& scratch_;
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;
   const RowOps<T>& ops_ = row_ops<T>();

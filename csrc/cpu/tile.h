@@ -1,4 +1,6 @@
-// One tile of one tensor on the CPU: update, statistics, shrinkage, apply, for any layout and type.
+// Runs one tile, or one piece of large groups, on the CPU: update, sums, shrinkage and apply, for any layout
+// and type. cpu/executor.cpp makes a TileRunner for each; tiles of very small groups go to short_groups.h
+// instead.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -9,12 +11,16 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kBlockRows = 16;          // rows whose z is still in the L1 when their statistics are taken
-constexpr int64_t kBlockBytes = 256 << 10;  // of z, so fewer rows, where they are wide
+// A tile is updated and summed in blocks of rows: so few that a block's z is still in the L1 when it is
+// summed, and fewer where rows are wide.
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t kBlockBytes = 256 << 10;  // of z
 
-// elementwise: no norm is needed; whole: groups that fit; piece: a part of groups that do not.
+// elementwise: no groups are needed. whole: groups that fit a tile. piece: a part of groups that do not fit.
 enum class TileKind { elementwise, whole, piece };
 
+// "Stat columns" below are what sums, (s, t) and `alive` are kept for: each column of the tile if it is
+// summed by columns, else each group. A group has fold_ of them.
 template <typename T>
 class TileRunner {
  public:
@@ -54,13 +60,14 @@ class TileRunner {
     if (!z_stays_) unused_states_ = scratch.take<T>(states_ * tile.columns());
   }
 
-  // Sums are taken block by block, so blocks may not tell how threads share the columns of rows.
+  // The columns by which a block's rows are counted. Rows are summed block by block, so blocks must be the
+  // same however many threads share the columns.
   static int64_t block_columns(const Layout& layout, const Tile& tile, TileKind kind) {
     const bool shared = kind == TileKind::piece && summed_by_columns(layout);
     return shared ? std::min(layout.row_length(), kPieceRowBytes / int64_t{sizeof(A)}) : tile.columns();
   }
 
-  // No norm is needed: w = soft(z, c), or z itself; or each element is its own norm.
+  // Without norms w = soft(z, c), or z itself if nothing shrinks. An element that is a group is its own norm.
   void run_elementwise() {
     update_rows(tile_.r0, tile_.r1, /*keep_states=*/true);
     const int64_t n = tile_.rows() * tile_.columns();
@@ -72,7 +79,7 @@ class TileRunner {
       ops_.store(n, z(tile_.r0), w(tile_.r0));
   }
 
-  // Whole groups: z is still in the cache when it is summed again, and when it is shrunk.
+  // Whole groups. z is still in the cache when a sweep reads it again and when it is shrunk.
   void run_whole() {
     for (int64_t g = 0; g < groups_; ++g) solvers_[g].start(thresholds_);
     sum(solvers_, /*first=*/true);
@@ -82,8 +89,8 @@ class TileRunner {
       (*tensor_.held)[group0_ + g] = !is_alive(g);
   }
 
-  // A piece of large groups: its sums at each group's t, and in the first pass whether it has a weight to
-  // keep. All arrays begin at its first group.
+  // Sums a piece of large groups at each group's t. In the first pass it also finds which of them have a
+  // weight that is not zero. All arrays begin at the piece's first group.
   void sum_piece(const Solver* solvers, Sums<A> out, bool* alive, bool first) {
     sum(solvers, first);
     std::copy_n(sums_.l1, groups_, out.l1);
@@ -92,14 +99,14 @@ class TileRunner {
     for (int64_t g = 0; first && g < groups_; ++g) alive[g] = is_alive(g);
   }
 
-  // The last pass; `alive` is now that of whole groups.
+  // Applies a piece in the last pass. `alive` now tells of whole groups.
   void apply_piece(const Solver* solvers, const bool* alive) {
     for (int64_t g = 0; freeze_groups_ && g < groups_; ++g)
       std::fill_n(alive_ + g * fold_, fold_, A(alive[g]));
     apply(solvers);
   }
 
-  // Feeds each open search its group's sums; true when all are done.
+  // Advances each open search by its group's sums. Returns whether all are done.
   static bool solve(const StepTensor& tensor, int64_t groups, Solver* solvers, ColumnSums sums) {
     const Thresholds<A> thresholds = tensor.thresholds().template as<A>();
     const bool searches = tensor.h->searches();
@@ -116,6 +123,7 @@ class TileRunner {
 
  private:
   int64_t offset(int64_t r) const { return L_.offset(tile_.k1, r, 0) + tile_.c0; }
+  // The tile's first element in row r, in each array.
   T* w(int64_t r) const { return static_cast<T*>(tensor_.w) + offset(r); }
   T* state(int s, int64_t r) const {
     return tensor_.states[s] ? static_cast<T*>(tensor_.states[s]) + offset(r) : nullptr;
@@ -137,7 +145,7 @@ class TileRunner {
     for (int64_t r = tile_.r0; r < tile_.r1; r += block_rows_) f(r, std::min(r + block_rows_, tile_.r1));
   }
 
-  // Each group's contiguous part of one row of the tile: f(group, begin, end).
+  // Calls f(group, begin, end) for each group's contiguous part of a row, in columns of the tile.
   template <typename F>
   void for_each_segment(F f) const {
     for (int64_t g = 0; g < groups_; ++g)
@@ -147,7 +155,7 @@ class TileRunner {
 
   Rows rows(int64_t r0, int64_t r1) const { return {r1 - r0, tile_.columns(), L_.row_length(), z_stride()}; }
 
-  // Each group's sums at its t; the first time z is made.
+  // Takes each group's sums at its t. The first time it makes z.
   void sum(const Solver* solvers, bool first) {
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
       if (sum != nullptr) std::fill_n(sum, groups_ * fold_, 0.0);
@@ -163,6 +171,7 @@ class TileRunner {
     fold_sums();
   }
 
+  // Shrinks z and writes w. Where z did not stay, it is made again from w, which no pass has changed yet.
   void apply(const Solver* solvers) {
     spread(solvers);
     if (z_stays_)
@@ -174,6 +183,7 @@ class TileRunner {
       });
   }
 
+  // Makes z of some rows, and the new states unless a later pass will make them again (`keep_states`).
   void update_rows(int64_t r0, int64_t r1, bool keep_states) {
     if (z_in_w_ && tensor_.phase == Phase::prox_alone) return;
     Places<T> at{w(r0), grad(r0), {}, {}, keep_states ? L_.row_length() : 0};
@@ -184,6 +194,7 @@ class TileRunner {
     ops_.update(update_, freezes_elements(tensor_), rows(r0, r1), at, z(r0));
   }
 
+  // Finds which groups have a weight that is not zero, before z takes the place of w.
   void find_alive(int64_t r0, int64_t r1) {
     if (!freeze_groups_) return;
     for (int64_t r = r0; r < r1; ++r) {
@@ -209,7 +220,7 @@ class TileRunner {
       });
   }
 
-  // Where a group has some columns, their sums become the group's.
+  // Where a group has several stat columns, adds their sums up to the group's.
   void fold_sums() {
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
       for (int64_t g = 0; sum != nullptr && fold_ > 1 && g < groups_; ++g)
@@ -221,7 +232,7 @@ class TileRunner {
            std::any_of(alive_ + g * fold_, alive_ + (g + 1) * fold_, [](A x) { return x != 0; });
   }
 
-  // (s, t) of each group to its columns, and which groups are frozen.
+  // Copies each group's (s, t) and whether it is alive to its stat columns.
   void spread(const Solver* solvers) {
     any_dead_ = false;
     for (int64_t g = 0; g < groups_; ++g) {
@@ -262,17 +273,17 @@ class TileRunner {
   const bool by_columns_;
   const int64_t group0_, groups_, fold_;
   const Thresholds<A> thresholds_;
-  const int states_;  // of the rule
+  const int states_;  // that the rule keeps
   const Update<A> update_;
   const bool freeze_groups_;
   const int64_t block_rows_;
-  const bool z_in_w_;   // else in scratch,
-  const bool z_stays_;  // from the first pass to the last; else a block of rows at a time, made anew in each
+  const bool z_in_w_;   // whether z lies in w's memory, or else in scratch
+  const bool z_stays_;  // whether z stays from the first pass to the last, or else is made again in each
   A* z_ = nullptr;
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // by stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;
-  T* unused_states_ = nullptr;
+  T* unused_states_ = nullptr;  // a row for new states that are not kept
   bool any_dead_ = false;
   const RowOps<T>& ops_ = row_ops<T>();
 };

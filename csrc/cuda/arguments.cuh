@@ -1,14 +1,16 @@
-// What a kernel is given: the only argument of each.
+// What a kernel is given: one StepTable, by value, in each launch. launch.cu fills it in. What stays the same
+// from step to step, the geometry, lies in device memory instead.
 #pragma once
 #include "cuda/rule.cuh"
 
 namespace cges::cuda {
 
-constexpr int kMostArguments = 32764;  // bytes; CUDA >= 12.1, sm_70 on
-// A launch with the most takes some 3 us longer than with fewer, which hold the 161 tensors of ResNet-50.
+constexpr int kMostArguments = 32764;  // bytes that CUDA >= 12.1 takes, from sm_70 on
+// A launch with this many bytes takes some 3 us longer than one with the few for kFewTensors, which hold the
+// 161 tensors of ResNet-50. So there are two sizes of StepTable.
 constexpr int kFewTensors = 176;
 
-// What travels with each step: of a launch,
+// The part of the arguments that concerns the whole launch.
 struct StepHead {
   const Strip* strips;
   const Tile* tiles;
@@ -17,16 +19,17 @@ struct StepHead {
   int32_t* counters;
   int32_t tile_count, tiles_in_parts, slots, z_passes;  // see Work
   int32_t tickets, stages, panels;
-  void* corrected;  // Own of each tensor, if it is not known on the host
+  void* corrected;  // each tensor's Own, as correct_steps leaves it; null if the host knows all
   LossScale loss_scale;
 
-  // Whether nothing is to change at all; the same for all blocks.
+  // Whether the step must change nothing. All blocks find the same.
   __device__ bool overflowed() const {
     return loss_scale.found_inf != nullptr && *loss_scale.found_inf != 0.0f;
   }
 };
 
-// and of its tensors: a kernel's only argument. What stays from step to step lies in device memory.
+// All of the arguments: the head, and the addresses and hyperparameters of the tensors. `few` is the small
+// size.
 template <typename A, typename UpdateRule, bool few>
 struct StepTable : StepHead {
   using Rule = UpdateRule;
@@ -42,18 +45,18 @@ struct StepTable : StepHead {
 
   TensorAddresses<kStates> tensors[kTensors];
   Own owns[kOwn];
-  uint16_t packed[kTensors];  // index of its param group * 32 + counts_here * 16 + plain * 8 + phase + 1
+  uint16_t packed[kTensors];  // index of the param group * 32 + counts_here * 16 + plain * 8 + phase + 1
   Group param_groups[kParamGroups];
 
   void set(int tensor, int param_group, bool counts_here, bool plain, Phase phase) {
     packed[tensor] = uint16_t(param_group * 32 + counts_here * 16 + plain * 8 + int(phase) + 1);
   }
-  // Whether the tensor has a gradient.
+  // Whether the tensor is not skipped.
   __device__ bool steps(int tensor) const { return packed[tensor] % 8 != 0; }
   __device__ Phase phase(int tensor) const { return Phase(int(packed[tensor] % 8) - 1); }
-  // Whether the step of the tensor is one that rules and kernels call plain.
+  // Whether the step of the tensor is plain, see Known in rule.cuh.
   __device__ bool plain(int tensor) const { return packed[tensor] / 8 % 2 != 0; }
-  // Whether its count of steps lies on the device.
+  // Whether the tensor's count of steps lies on the device.
   __device__ bool counts_here(int tensor) const { return packed[tensor] / 16 % 2 != 0; }
   __device__ const Group& of(int tensor) const { return param_groups[packed[tensor] / 32]; }
   __device__ Own own(int tensor) const {

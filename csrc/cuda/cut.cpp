@@ -1,4 +1,6 @@
-// How tensors are cut into the CUDA executor's work items.
+// Cuts tensors into the work items of the CUDA executor. A tensor takes the first path of rows, tiles, shared
+// panels and chunks that can hold its groups; docs/design/cuda-executor.md describes these. CudaExecutor
+// (plan/cuda_executor.cpp) calls cut() once.
 #include <algorithm>
 #include <numeric>
 
@@ -7,12 +9,15 @@
 namespace cges::cuda {
 namespace {
 
-constexpr int64_t kWaitRoom = 5;      // a tile that waits for others leaves one in so many passes of z free
-constexpr int64_t kSmallTile = 8192;  // not cut any smaller, so that all multiprocessors have one
-// Bytes of each row that a tile holds: at 256 the memory delivers all it can, at 128 nine tenths of that,
-// at 64 half.
+// A part of a shared panel leaves one in so many passes of the room for z free, so that its block can take in
+// rows of the next tile while it waits for the other parts.
+constexpr int64_t kWaitRoom = 5;
+constexpr int64_t kSmallTile = 8192;  // elements; smaller tiles are not cut further, see too_few()
+// Bytes of each row that a tile holds. At 256 the memory delivers all it can, at 128 nine tenths of that, at
+// 64 half.
 constexpr int64_t kTileRowBytes = 256, kNarrowRowBytes = 128, kLeastRowBytes = 64;
-// Accesses of a tensor by one thread of a strip, where not more are needed: of 16 bytes, and of one element.
+// How many accesses of 16 bytes, or of one element, a thread of a strip makes to a tensor, unless its group
+// needs more.
 constexpr int64_t kPacks = 2, kSingles = 8;
 
 int64_t ceil_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 * ceil_power_of_two(ceil_div(n, 2)); }
@@ -27,6 +32,8 @@ class Cutter {
         vector_(16 / size),
         elements_of_thread_(size == 8 ? kElementsOfThread<8> : kElementsOfThread<4>) {}
 
+  // Cuts a tensor. Rows and elements without groups only go on lists: finish() settles how many threads a
+  // strip has, and whether elements go with the rows or with the tiles.
   void add(int32_t tensor, const TensorShape& shape) {
     tensor_ = tensor;
     const Layout L = shape.layout.rows_last();
@@ -43,7 +50,7 @@ class Cutter {
 
   Work finish() {
     const bool rows_run = !rows_.empty() || work_.tiles.empty();
-    // Small blocks go and come more evenly, so they have all threads only where a group needs them.
+    // Small blocks come and go more evenly. They have all kThreads only where a group needs as many.
     work_.strip_threads = kThreads / 2;
     for (const Rows& x : rows_)
       if (lanes_of(x.size) > work_.strip_threads) work_.strip_threads = kThreads;
@@ -55,7 +62,7 @@ class Cutter {
       else
         add_elements(x.groups);
     }
-    // The largest first: what is left over at the end is then small.
+    // The largest tiles come first, so that what is left to do at the end is small.
     std::stable_sort(work_.tiles.begin(), work_.tiles.end(),
                      [](const Tile& a, const Tile& b) { return elements_of(a) > elements_of(b); });
     work_.tiles_in_parts = int32_t(parts_.size());
@@ -68,7 +75,8 @@ class Cutter {
  private:
   static int64_t elements_of(const Tile& x) { return int64_t{x.rows} * x.columns * (x.across / x.lanes); }
 
-  // n contiguous elements, at most one group, as rows of all threads of a block for tiles.
+  // A tile of n contiguous elements, which are one group, a part of one, or without groups. Its rows are as
+  // long as all threads of a block reach.
   Tile tile_of_run(Tile::Kind kind, int64_t begin, int64_t n) const {
     const int64_t columns = std::min(n, kTileThreads * vector_), rows = ceil_div(n, columns);
     Tile made = tile(begin, columns, rows, columns, columns, 1);
@@ -99,16 +107,18 @@ class Cutter {
   }
   static int64_t passes_of(const Tile& x) { return std::max<int64_t>(x.passes, kLeastPasses); }
   int64_t pass_bytes() const { return kTileThreads * vector_ * int64_t(sizeof(A)); }
-  // For how many passes of z there is room beside a ring of so many slots.
+  // For how many passes the shared memory has room for z, beside a ring of so many slots.
   int64_t room(int slots) const {
     return (device_.tile_bytes - TileMemory<A>(slots, states_).z) / pass_bytes();
   }
 
-  // Whether a block's threads reach across, and each has at most one group to solve.
+  // Whether a block's threads reach across all columns, and there is at most one group to solve for each of
+  // them.
   bool spans(int64_t columns, int64_t run, int64_t matrices) const {
     return ceil_div(columns, vector_) * matrices <= kTileThreads && columns / run * matrices <= kTileThreads;
   }
-  // Whether a block can take it: whether z fits, and threads count the bytes to their next rows in 32 bits.
+  // Whether a block can take such a tile: z must fit, and the bytes from a thread's row to its next one must
+  // fit 32 bits.
   bool tile_fits(int64_t rows, int64_t pitch, int64_t columns, int64_t run, int64_t matrices) const {
     if (!spans(columns, run, matrices)) return false;
     const int64_t down = kTileThreads / (ceil_div(columns, vector_) * matrices);
@@ -116,8 +126,9 @@ class Cutter {
   }
   bool run_fits(int64_t n) const { return ceil_div(n, kTileThreads * vector_) <= room(kLeastSlots); }
 
-  // What is cut leaves room for the shortest ring. A longer one, and more room for z so that parts need not
-  // wait for each other at once, are matters of speed, not of bits.
+  // Divides the shared memory of step_tiles. Every tile leaves room for the shortest ring. A longer ring, and
+  // more room for z so that parts need not wait for each other at once, make the step faster and change no
+  // bits.
   void share_memory() {
     int64_t passes = 0, wish = 0;
     for (const Tile& x : work_.tiles) {
@@ -129,6 +140,7 @@ class Cutter {
     work_.shared_tiles = TileMemory<A>(work_.slots, states_).z + work_.z_passes * pass_bytes();
   }
 
+  // Elements without groups as tiles.
   void add_elements(int64_t n) {
     const int64_t row = kTileThreads * vector_;
     int64_t each = row;
@@ -143,7 +155,7 @@ class Cutter {
     int64_t groups, size;
   };
 
-  // Elements side by side in a thread's hands: 16 bytes if no group ends within them.
+  // Neighbouring elements that a thread has: 16 bytes if no group ends within them, else one.
   int64_t width_of(int64_t size) const { return size % vector_ == 0 ? vector_ : 1; }
 
   // Threads that share a group.
@@ -160,7 +172,8 @@ class Cutter {
         {begin, tensor_, kind, int32_t(size), int32_t(groups), int32_t(lanes), int32_t(width)});
   }
 
-  // n elements on their own; those beyond the last whole access, one by one.
+  // Strips of n elements that need no common sums. Those beyond the last whole access are accessed one by
+  // one.
   void add_strips(Strip::Kind kind, int64_t n) {
     const int64_t lanes = work_.strip_threads, most = lanes * kPacks * vector_;
     const bool one_by_one = kind == Strip::Kind::ones || (n % vector_ != 0 && n < most);
@@ -183,7 +196,7 @@ class Cutter {
                  width_of(rows.size));
   }
 
-  // Those that no block's registers hold.
+  // Contiguous groups that are too long for the registers of a block.
   void add_long_rows(int64_t groups, int64_t n) {
     const int64_t columns = kTileThreads * vector_, rows = ceil_div(n, columns);
     if (run_fits(n)) {
@@ -197,7 +210,7 @@ class Cutter {
     }
   }
 
-  // At each k1 a matrix of R1 rows and K2*R2 columns.
+  // Groups that lie across the R1 rows of a matrix, which has K2*R2 columns at each k1.
   void add_matrices(const Layout& L) {
     if (const int64_t columns = tile_columns(L); columns > 0)
       add_tiles(L, columns);
@@ -205,10 +218,10 @@ class Cutter {
       chunks_.add_panels(tensor_, L);
   }
 
-  // Rows of each part of a panel that several blocks hold together (the last part may have less), a
-  // multiple of the `down` that have threads at once; 0 where too few blocks run at once for all parts.
+  // How many rows each part of a shared panel has (the last one may have fewer): a multiple of `down`, the
+  // rows that have threads at once. 0 if not enough blocks run at once to hold all parts.
   int64_t rows_of_part(int64_t rows, int64_t down, int64_t panels, int64_t columns) const {
-    // Some room stays, so that the next tile can begin before all of this one's panel is there.
+    // Some room stays free, see kWaitRoom.
     const int64_t passes = std::max<int64_t>(room(kLeastSlots) * (kWaitRoom - 1) / kWaitRoom, 1);
     int64_t parts = ceil_div(rows, passes * down), each = 0;
     do {
@@ -218,10 +231,11 @@ class Cutter {
     return device_.cooperative && ceil_div(rows, each) <= device_.multiprocessors ? each : 0;
   }
 
-  // Panels whose parts wait for each other, band by band: some panels side by side, then their next parts.
-  // A band has no more tiles than blocks run at once, one a multiprocessor at least, and these take tiles
-  // in their order. So no block has two tiles of a band, and once all earlier bands are done each tile of
-  // it is some block's next.
+  // Adds shared panels, whose parts wait for each other. Tiles are numbered band by band. A band is some
+  // panels side by side: first the first parts of all of them, then their second parts, and so on. No block
+  // waits for ever: a band has no more tiles than blocks run at once, which is at least one on each
+  // multiprocessor, and blocks take tiles in the order of their numbers. So no block has two tiles of a band,
+  // and once all earlier bands are done, each tile of the band is the next one of some block.
   template <typename MakeTile>
   void add_parts(int64_t panels, int64_t parts, int64_t groups, MakeTile make) {
     const int64_t band = std::max<int64_t>(device_.multiprocessors / parts, 1);
@@ -239,7 +253,8 @@ class Cutter {
     work_.scratch_bytes += panels * sums_bytes<A>(groups, parts);
   }
 
-  // The narrower a panel, the taller its parts, and the fewer.
+  // Cuts matrices into shared panels, if these can be held. The narrower a panel, the taller and fewer are
+  // its parts.
   bool add_shared_panels(const Layout& L) {
     const int64_t pitch = L.row_length();
     for (const int64_t step : {std::lcm(L.R2, vector_), L.R2})
@@ -259,7 +274,7 @@ class Cutter {
     return false;
   }
 
-  // Tiles of so many columns; where that is all of them, of as many matrices as make a good one.
+  // Tiles of all rows and so many columns. If these are all columns, a tile may have several matrices.
   void add_tiles(const Layout& L, int64_t columns) {
     const int64_t pitch = L.row_length(), each = columns == pitch ? tile_matrices(L) : 1;
     for (int64_t k1 = 0; k1 < L.K1; k1 += each)
@@ -268,23 +283,25 @@ class Cutter {
                                    std::min(each, L.K1 - k1)));
   }
 
-  // Whether so many tiles of so many elements should rather be more and smaller: where not every other
-  // multiprocessor has one.
+  // Whether so many tiles of so many elements should be cut smaller, because fewer than half of the
+  // multiprocessors would have one.
   bool too_few(int64_t tiles, int64_t elements) const {
     return tiles < device_.multiprocessors / 2 && elements > kSmallTile;
   }
 
-  // Columns of a tile that holds all rows: whole groups, and if possible whole accesses of 16 bytes; 0
-  // where none fits.
+  // Columns of a tile that holds all rows: those of whole groups, and if possible in whole accesses of 16
+  // bytes. 0 if no tile fits.
   int64_t tile_columns(const Layout& L) const {
     const int64_t pitch = L.row_length();
     for (const int64_t step : {std::lcm(L.R2, vector_), L.R2}) {
-      // Narrow accesses are worth it where there are no others.
+      // Narrow accesses are only worth it if rows do not begin at multiples of 16 bytes anyway, or if panels
+      // cannot be shared.
       if (step % vector_ != 0 && pitch % vector_ == 0 && device_.cooperative) break;
       const auto of_bytes = [&](int64_t bytes) { return std::min(round_up(bytes / size_, step), pitch); };
       const auto fits = [&](int64_t columns) { return tile_fits(L.R1, pitch, columns, L.R2, 1); };
       int64_t bytes = kTileRowBytes;
-      // Where no panel can be shared, what does not fit would cross the memory twice.
+      // If panels cannot be shared, what does not fit a tile crosses the memory twice. Then narrower tiles
+      // are better.
       const int64_t least = device_.cooperative ? kNarrowRowBytes : kLeastRowBytes;
       while (bytes > least && !fits(of_bytes(bytes))) bytes /= 2;
       if (!fits(of_bytes(bytes))) continue;
@@ -298,7 +315,7 @@ class Cutter {
     return 0;
   }
 
-  // Matrices side by side in a tile.
+  // How many whole matrices a tile holds.
   int64_t tile_matrices(const Layout& L) const {
     const int64_t elements = L.R1 * L.row_length();
     int64_t matrices = std::clamp<int64_t>(kSlab / elements, 1, L.K1);
@@ -310,9 +327,9 @@ class Cutter {
 
   const Device device_;
   const int64_t size_;
-  const int states_;  // of the rule
+  const int states_;  // that the rule keeps
   const int64_t vector_, elements_of_thread_;
-  std::vector<Rows> rows_, elements_;  // the latter without groups, which count as one element each
+  std::vector<Rows> rows_, elements_;  // elements_ have no groups, so each element counts as one
   int32_t tensor_ = 0;
   std::vector<Tile> parts_;
   Work work_;

@@ -1,4 +1,5 @@
-// How what no blocks hold together is cut into chunks, for tickets.
+// Cuts groups that not even several blocks together can hold into chunks, for step_chunks. cut.cpp uses it
+// for what fits no other path.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -17,13 +18,13 @@ class ChunkCutter {
   ChunkCutter(const Device& device, int64_t size, int states, Work& work)
       : device_(device), size_(size), vector_(16 / size), states_(states), work_(work) {}
 
-  // A group of n contiguous elements.
+  // Adds a group of n contiguous elements.
   void add_run(int32_t tensor, int64_t begin, int64_t n) {
     tensor_ = tensor;
     push_panel(chunks_of_run(begin, n));
   }
 
-  // Panels of chunks.
+  // Adds the groups of a matrix at each k1, as panels of some columns.
   void add_panels(int32_t tensor, const Layout& L) {
     tensor_ = tensor;
     const int64_t columns = panel_columns(L), pitch = L.row_length();
@@ -32,7 +33,9 @@ class ChunkCutter {
         push_panel(chunks_of_panel(L, L.offset(k1, 0, 0) + c, std::min(columns, pitch - c)));
   }
 
-  // A window holds whole panels, as many as the L2 keeps: half of it, for what has just left is still there.
+  // Puts chunks into windows, which go through all stages before the next window does. A window has whole
+  // panels, as many as fit half of the L2: a stage then finds there what the one before has read. The other
+  // half still holds what has just been left.
   void add_windows() {
     auto& chunks = work_.chunks;
     const int64_t keeps = device_.l2_bytes / 2 / ((2 + states_) * size_);
@@ -55,9 +58,9 @@ class ChunkCutter {
 
  private:
   static constexpr int64_t kSectorBytes = 32;
-  static constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;  // of panels in chunks
+  static constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;
 
-  // n contiguous elements as rows of all of a block's threads.
+  // n contiguous elements as a chunk, whose rows are as long as all threads of a block reach.
   Item span(int64_t begin, int64_t n) const {
     const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
     return item(begin, columns, rows, columns, n - (rows - 1) * columns, columns);
@@ -92,12 +95,13 @@ class ChunkCutter {
            shared_bytes(rows, columns, groups) <= device_.shared_bytes;
   }
 
-  // Elements of a span of at most `wish` that fits a block: whole rows of all threads.
+  // The most elements of a span that fits a block, up to `wish`, in whole rows of all threads.
   int64_t span_size(int64_t wish) const {
     const int64_t most = (device_.shared_bytes - SharedLayout<A>(1).z) / int64_t(sizeof(A));
     return std::max(std::min(wish, most) / row_of_threads(), int64_t{1}) * row_of_threads();
   }
 
+  // Adds a panel of these chunks, with its part of the scratch.
   void push_panel(std::vector<Item> chunks) {
     for (Item& x : chunks) {
       x.panel = work_.panels;
@@ -112,14 +116,15 @@ class ChunkCutter {
     ++work_.panels;
   }
 
-  // Wide enough for the memory, narrow enough that the L2 keeps a panel between two sweeps.
+  // Columns of a panel: wide enough for the memory to be fast, narrow enough that the L2 keeps the panel
+  // between two sweeps. A group that is wider than a block is a panel of its own.
   int64_t panel_columns(const Layout& L) const {
     if (L.R2 > kThreads) return L.R2;
     int64_t columns = std::min<int64_t>(kPanelColumns, kThreads);
     while (columns > kMinPanelColumns && (3 * size_ * L.R1 * columns > device_.l2_bytes / 2 ||
                                           !panel_fits(1, columns, ceil_div(columns, L.R2))))
       columns /= 2;
-    // whole groups, in whole sectors of the memory or in accesses of 16 bytes
+    // Whole groups, and if possible whole sectors of the memory, or else whole accesses of 16 bytes.
     for (const int64_t step : {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)})
       if (step <= columns) return columns / step * step;
     return std::max(columns / L.R2, int64_t{1}) * L.R2;
@@ -132,7 +137,8 @@ class ChunkCutter {
     return chunks;
   }
 
-  // A panel of several groups, or of one that is wider than a block: then each row in spans of its own.
+  // The chunks of a panel of `width` columns. If it is one group that is wider than a block, each row is cut
+  // into spans.
   std::vector<Item> chunks_of_panel(const Layout& L, int64_t begin, int64_t width) const {
     std::vector<Item> chunks;
     const int64_t pitch = L.row_length(), most = std::min(width, width == L.R2 ? row_of_threads() : width);
@@ -148,7 +154,7 @@ class ChunkCutter {
 
   const Device& device_;
   const int64_t size_, vector_;
-  const int states_;  // of the rule
+  const int states_;  // that the rule keeps
   Work& work_;
   int32_t tensor_ = 0;
 };

@@ -1,7 +1,8 @@
-// The CUDA executor as its callers see it, in plain C++: no torch and no CUDA header in here.
+// The CUDA executor as its caller, plan/cuda_executor.cpp, sees it, and the work items that host and kernels
+// share. This is plain C++ without torch or CUDA headers; docs/design/cuda-executor.md explains the kernels.
 //
-//   cut():   tensors -> work items, once per plan; they stay in device memory
-//   launch(): one step of all of them; pointers and coefficients travel as the kernel's arguments
+//   cut():    turns tensors into work items, once per plan; these are then kept in device memory
+//   launch(): runs one step of all of them; addresses and coefficients travel as the kernels' arguments
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -11,73 +12,78 @@
 #ifndef CGES_THREADS
 #define CGES_THREADS 256
 #endif
-#ifndef CGES_ROW_ELEMENTS  // another one for tests that count instructions
+#ifndef CGES_ROW_ELEMENTS  // tests that count instructions set another number
 #define CGES_ROW_ELEMENTS 16
 #endif
 
 namespace cges::cuda {
 
-constexpr int kThreads = CGES_THREADS;  // of a block
+constexpr int kThreads = CGES_THREADS;  // of a thread block
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-// That a thread of the kernels for rows holds in registers, of a type of so many bytes.
+// Elements that a thread of step_rows holds in registers, for a type of so many bytes.
 template <int bytes>
 constexpr int kElementsOfThread = bytes == 8 ? CGES_ROW_ELEMENTS / 2 : CGES_ROW_ELEMENTS;
 
-// A block's work in the kernels for rows: contiguous groups, one after the other; or elements on their own,
-// each a group (ones) or in none (elements), as if they were one group.
+// A block's work in step_rows: some groups that lie one after the other, each contiguous. Or a run of
+// elements that need no common sums, since each is a group of its own (ones) or none has a group (elements);
+// such a run is written down as one group.
 struct alignas(16) Strip {
   enum class Kind : int32_t { elements, ones, groups };
 
-  int64_t begin;  // the first element
+  int64_t begin;  // index of its first element in the tensor
   int32_t tensor;
   Kind kind;
-  int32_t size, groups;  // elements of a group, and how many of them
-  int32_t lanes;         // threads side by side that share a group
-  int32_t width;         // elements side by side that a thread has: 16 bytes, or one
+  int32_t size, groups;  // elements of a group, number of groups
+  int32_t lanes;         // neighbouring threads that share a group
+  int32_t width;         // neighbouring elements that a thread has: 16 bytes, or one element
 };
 
-constexpr int kTileThreads = 2 * kThreads;  // of a block of the kernel for tiles
-// A ring of slots, each for what all threads read of one row: 16 bytes of a weight, its gradient and each
-// state. All but one of them are under way: two where there is shared memory enough.
+constexpr int kTileThreads = 2 * kThreads;  // of a block of step_tiles
+// step_tiles reads through a ring of slots in shared memory. A slot takes what all threads read of one row
+// each: 16 bytes of the weights, the gradients and each state. All slots but one are being filled at any
+// time. There are three if shared memory suffices, else two.
 constexpr int kMostSlots = 3, kLeastSlots = 2;
 CGES_FN constexpr int ring_arrays(int states) { return 2 + states; }
 CGES_FN constexpr int64_t slot_bytes(int states) { return ring_arrays(states) * kTileThreads * int64_t{16}; }
 
-// What such a block has on its chip at a time: whole groups, or elements without groups. Matrices of rows x
-// columns elements, one after the other in memory; or, of one matrix, some of its columns. The block's
-// threads lie `across` its columns, each with 16 bytes of them, and `down` its rows; then they pass on to
-// the next rows. Of groups that no block holds, a tile has some rows: it is one of the parts of a panel,
-// which wait for each other's sums.
+// What a block of step_tiles holds on the chip at a time: whole groups, or elements without groups. A tile is
+// one or several matrices of rows x columns elements that lie one after the other in memory, or some columns
+// of one matrix. The block's threads lie `across` the columns, with 16 bytes each, and `down` the rows. After
+// these rows they pass on to the next ones. If no block can hold a group whole, a panel of such groups is cut
+// into tiles of some rows each, its parts. These are on the chip at the same time, and wait for each other's
+// sums.
 struct alignas(16) Tile {
   enum class Kind : uint16_t { elements, groups };
   static constexpr uint32_t kOne = 1u << 20;
 
-  int64_t begin;  // the first element
+  int64_t begin;  // index of its first element in the tensor
   int64_t pitch;  // elements from one row to the next
   int32_t rows;
   uint16_t tensor;
   Kind kind;
-  uint16_t columns, last_columns;  // of the last row, which may be shorter
+  uint16_t columns, last_columns;  // the last row may be shorter than the others
   uint16_t run;                    // adjacent columns of one group
-  uint16_t groups_each, groups;    // of one matrix, of all
-  uint16_t lanes, across, down;    // threads side by side in one matrix, in all; rows at once
-  uint16_t passes;                 // until all rows have had their turn; 0: there is no tile
-  uint16_t parts, part;            // of its panel, 1 if it is all of it; which of them this is
-  uint32_t across_inverse;         // kOne / across, upwards
-  int32_t panel;                   // whose counters its parts share, and
-  int64_t sums;                    // where in the scratch theirs lie
+  uint16_t groups_each, groups;    // of one matrix, and of all
+  uint16_t lanes, across, down;    // threads side by side in one matrix, in all matrices; rows at once
+  uint16_t passes;                 // until all rows have had their turn; 0 means that there is no tile
+  uint16_t parts, part;            // how many parts its panel has (1: it is whole), and which one this is
+  uint32_t across_inverse;         // kOne / across, rounded up
+  int32_t panel;                   // index of the panel, for the counters that its parts share
+  int64_t sums;                    // where in the scratch the sums of the panel's parts lie
 
-  // Which of the `down` rows has thread t. The quotient is exact for fewer than 1,024 threads.
+  // Which of the `down` rows thread t has: t / across, as a multiplication. It is exact for t < 1,024.
   CGES_FN int row_of(int t) const { return int(uint32_t(t) * across_inverse / kOne); }
 };
 static_assert(sizeof(Tile) == 64 && kTileThreads <= 1024);
-// Passes that a block makes at least, so that the ring never spans three tiles.
+// A block makes at least so many passes over a tile. The ring is at most so many rows ahead, so it never
+// reaches across a tile into a third one.
 constexpr int kLeastPasses = kMostSlots - 1;
-// Of a queue of tiles: the one before, the present one and the next, and two that are on their way.
+// Places for tiles in a block's queue. Five are in use: the tile before, the present one, the next, and two
+// that are still being copied.
 constexpr int kQueue = 8;
 
-// A block's shared memory in that kernel, in bytes from its beginning: the queue of tiles, each group's (s,
-// t) and whether it is alive, the ring, z.
+// Where things lie in the shared memory of a block of step_tiles, in bytes from its beginning: the queue of
+// tiles, each group's (s, t), whether each group is alive, the ring, z.
 template <typename A>
 struct TileMemory {
   int64_t found = kQueue * int64_t(sizeof(Tile)),
@@ -86,21 +92,19 @@ struct TileMemory {
   CGES_FN TileMemory(int slots, int states) : z(ring + slots * slot_bytes(states)) {}
 };
 
-// A block's work in the kernel for chunks: rows x columns elements of one tensor, the columns contiguous,
-// which are a part of a panel's groups.
+// A chunk, a block's work in step_chunks: rows x columns elements of one tensor, contiguous along the
+// columns. It is a part of a panel: some neighbouring groups that not even several blocks together can hold.
 struct Item {
-  int64_t begin;  // the first element
+  int64_t begin;  // index of its first element in the tensor
   int64_t pitch;  // elements from one row to the next
   int32_t tensor;
   int32_t rows, columns;
-  int32_t last_columns;  // columns of the last row, which may be shorter
-  int32_t run;           // adjacent columns of one group
-  int32_t lanes;         // threads side by side in a row
-  // Of a chunk: its panel, its place among the panel's chunks, where in the scratch the panel's part begins,
-  // and the window of chunks that it belongs to.
-  int32_t panel, chunk, chunks;
-  int64_t scratch;
-  int32_t window_begin, window_size;
+  int32_t last_columns;               // of the last row, which may be shorter
+  int32_t run;                        // adjacent columns of one group
+  int32_t lanes;                      // threads side by side in a row
+  int32_t panel, chunk, chunks;       // its panel, its place among the panel's chunks, and their number
+  int64_t scratch;                    // where the panel's part of the scratch begins, in bytes
+  int32_t window_begin, window_size;  // the chunks that go through the stages together with it
 
   CGES_FN int32_t groups() const { return columns / run; }
 };
@@ -109,7 +113,7 @@ struct Item {
 template <typename A>
 struct Sums {
   GroupStats<A> stats;
-  A alive;  // of weights that are not 0, counted where zeros are frozen group by group
+  A alive;  // not 0 if the group has a weight that is not 0; used where zeros are frozen by groups
 
   CGES_FN void operator+=(const Sums& x) {
     stats.count += x.stats.count;
@@ -119,15 +123,16 @@ struct Sums {
   }
 };
 
-// What a panel keeps of a group from one sweep to the next.
+// What a panel of chunks keeps of a group from one sweep to the next.
 template <typename A>
 struct GroupState {
   ShrinkageSolver<A> solver;
   int32_t alive;
 };
 
-// A panel's part of the scratch, if it is in chunks: GroupState [groups], then Sums [chunks, groups]; if
-// tiles share it: Sums [2, parts, groups], by turns from sweep to sweep.
+// A panel's part of the scratch. For a panel of chunks it has GroupState [groups], then Sums [chunks,
+// groups]. For one that tiles share it has Sums [2, parts, groups], of which sweeps use the two halves by
+// turns.
 CGES_FN int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <typename A>
 CGES_FN int64_t state_bytes(int64_t groups) {
@@ -138,42 +143,45 @@ CGES_FN int64_t sums_bytes(int64_t groups, int64_t parts) {
   return 2 * parts * groups * int64_t(sizeof(Sums<A>));
 }
 
-// A block's shared memory in that kernel, in bytes from its beginning.
+// Where things lie in the shared memory of a block of step_chunks, in bytes from its beginning.
 template <typename A>
 struct SharedLayout {
   int64_t entries, exchange, solvers, alive, z;
 
   CGES_FN explicit SharedLayout(int64_t groups)
-      : entries(16),  // the first word is what one thread tells all
+      : entries(16),  // the first word is for what one thread tells the others
         exchange(entries + kThreads * int64_t(sizeof(Sums<A>))),
         solvers(exchange + 2 * groups * int64_t(sizeof(Sums<A>))),
         alive(solvers + groups * int64_t(sizeof(ShrinkageSolver<A>))),
         z(round_up(alive + groups * 4, 16)) {}
 };
 
+// What has to be known of a GPU.
 struct Device {
   int index = 0;
   int64_t multiprocessors = 1;
-  int64_t shared_bytes = 0;  // that a block may have so that two fit a multiprocessor
-  int64_t tile_bytes = 0;    // that a block alone may have
+  int64_t shared_bytes = 0;  // shared memory that a block may have if two share a multiprocessor
+  int64_t tile_bytes = 0;    // shared memory that a block may have if it is alone on a multiprocessor
   int64_t l2_bytes = 0;
-  bool cooperative = false;  // whether all blocks of a launch can be had at once
+  bool cooperative = false;  // whether a launch can demand that all its blocks run at once
 };
 
-// Counters, in device memory: the next ticket, how many have ended, and two per panel, of tiles or of chunks.
+// Counters in device memory: the next ticket, how many tickets have ended, and two for each panel (see
+// SharedPanel in tile_sums.cuh and Panel in items.cuh).
 constexpr int kCounters = 2, kPanelCounters = 2;
 
+// The work items of some tensors of one dtype and device, and what their launches need.
 struct Work {
-  std::vector<Strip> strips;   // one block each,
-  int32_t strip_threads = 0;   // of so many threads
-  bool ones = false;           // whether there are strips of them
-  std::vector<Tile> tiles;     // shared out to blocks that all run at once
-  int32_t tiles_in_parts = 0;  // of these, which come first
-  int32_t tile_blocks = 0;     // prepare() finds out how many
-  int32_t slots = 0;           // of the ring
-  int32_t z_passes = 0;        // for which there is room
-  std::vector<Item> chunks;    // of panels, in windows of whole ones
-  // bytes of shared memory
+  std::vector<Strip> strips;   // each has a block of its own
+  int32_t strip_threads = 0;   // of such a block
+  bool ones = false;           // whether some strips are of kind `ones`
+  std::vector<Tile> tiles;     // dealt out to blocks that all run at once
+  int32_t tiles_in_parts = 0;  // how many of these are parts of shared panels; they come first
+  int32_t tile_blocks = 0;     // set by prepare()
+  int32_t slots = 0;           // of the ring of step_tiles
+  int32_t z_passes = 0;        // for how many passes the shared memory of step_tiles holds z
+  std::vector<Item> chunks;    // of whole panels, ordered by windows
+  // Bytes of shared memory of step_tiles and step_chunks.
   int64_t shared_tiles = 0, shared_chunks = 0;
   int64_t scratch_bytes = 0;
   int32_t panels = 0;
@@ -185,37 +193,39 @@ struct Capacity {
 };
 Capacity capacity(Rule rule, DType dtype);
 
-// How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours; but elements
-// without groups, whose bits no cut can change, ride in whichever kernel runs anyway.
+// How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours. Only elements
+// without groups, whose bits no cut can change, go with whichever kernel runs anyway.
 Work cut(const std::vector<TensorShape>& tensors, Rule rule, DType dtype, const Device& device);
 
-// One step of as many tensors of one dtype and device as a launch can carry.
+// One step of tensors of one dtype and device, no more than one launch can carry.
 struct Step {
   const Work& work;
-  const Strip* strips;  // work's, in device memory
+  const Strip* strips;  // copies of work's strips, tiles and chunks in device memory
   const Tile* tiles;
   const Item* chunks;
   void* scratch;
-  int32_t* counters;  // zeros before the first step; every step leaves zeros
-  void* corrected;    // kCorrectedBytes for each tensor; what a step finds there does not matter
+  int32_t* counters;  // zeros before the first step, and every step leaves zeros
+  void* corrected;    // kCorrectedBytes for each tensor, in any state
   const std::vector<TensorInStep>& tensors;
-  const std::vector<int32_t>& param_groups;  // of each tensor, one of `hyperparameters`
+  const std::vector<int32_t>& param_groups;  // for each tensor, its index into `hyperparameters`
   const std::vector<Hyperparameters>& hyperparameters;
   LossScale loss_scale;
 };
 
-// What follows throws std::runtime_error where the driver or the device cannot.
+// The functions below throw std::runtime_error where the driver or the device does not suffice.
 Device describe_device(int index, Rule rule);
-void check_device(int index);  // that this build runs on it
-// Loads its kernels, before anything is written.
+void check_device(int index);  // throws unless this build runs on it
+// Loads all kernels for the rule and dtype, before any step writes anything, and sets work.tile_blocks.
 void prepare(Work& work, Rule rule, DType dtype, const Device& device);
-// `launched` tells whether an earlier part of this step has been launched, for the error, and becomes true.
+// `launched` says whether an earlier part of this step has been launched, for the error message. It becomes
+// true.
 void launch(const Step& step, Rule rule, DType dtype, const Device& device, void* stream, bool& launched);
 
-// Of memory on the device, for each tensor whose numbers the host does not know.
+// Bytes of device memory for the numbers of one tensor that the host does not know (Own in rule.cuh).
 constexpr int64_t kCorrectedBytes = 16;
 
-// For tests: at most so much shared memory and so many multiprocessors, so that small groups count as large.
+// For tests: allows at most so much shared memory and so many multiprocessors, so that small groups count as
+// large.
 void limit_device(int64_t shared_bytes, int64_t multiprocessors);
 
 }  // namespace cges::cuda

@@ -1,5 +1,6 @@
-// The groups of a slab whose z is in shared memory: sums, solve, apply; contiguous ones, and those of a
-// panel.
+// Sums, solve and apply for the groups of a slab whose z lies in shared memory: one contiguous group, or
+// those of a panel. step_chunks uses all of it through items.cuh; the other kernels use add_from_lane and
+// kEpsilon.
 #pragma once
 #include <limits>
 
@@ -12,7 +13,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename A>
 constexpr A kEpsilon = std::numeric_limits<A>::epsilon();
 
-// What the lane `apart` has is added; of the counts too, or of the norms alone.
+// Adds to `sums` those of the lane `apart` (by xor). Counts and `alive` are added only if `counts`. All lanes
+// of the warp must call it.
 template <bool counts = true, typename A>
 __device__ __forceinline__ void add_from_lane(Sums<A>& sums, int apart) {
   Sums<A> other{};
@@ -25,14 +27,15 @@ __device__ __forceinline__ void add_from_lane(Sums<A>& sums, int apart) {
   sums += other;
 }
 
+// Advances one group's search by its sums.
 template <typename A, typename Rule>
 __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>& sums,
                                       const ParamGroup<A, Rule>& h) {
-  if (sums.alive == A(0)) solver.done = true;  // frozen: nothing reads what it would find
+  if (sums.alive == A(0)) solver.done = true;  // the group is frozen, so its (s, t) are not used
   if (!solver.done) solver.solve_shrinkage(sums.stats, h.thresholds, h.exact, kEpsilon<A>);
 }
 
-// A block's arrays in shared memory.
+// The arrays of a block of step_chunks in shared memory, as SharedLayout places them.
 template <typename A>
 struct SharedArrays {
   int* word;
@@ -52,7 +55,8 @@ struct SharedArrays {
   }
 };
 
-// What one thread knows, told to its whole block.
+// Calls f in the first thread and returns its result in all threads of the block. The first barrier keeps the
+// word until all threads have read what was told before, and what they have written is visible to f.
 template <typename F>
 __device__ __forceinline__ int tell_all(int* word, F f) {
   __syncthreads();
@@ -61,8 +65,10 @@ __device__ __forceinline__ int tell_all(int* word, F f) {
   return *word;
 }
 
-// entries[p * columns + c]: what rows p, p + parts, ... of column c add up to, always in the same order;
-// returns parts. of_column(c) is what adds row r of column c: (r, sums).
+// Adds up the rows of each column and leaves partial sums in entries[p * columns + c]; returns how many parts
+// p there are. Which rows a part has depends only on rows and columns, and they are added in a fixed order.
+// of_column(c) returns a function (r, sums) that adds row r of column c. The threads stand in rows of
+// `lanes`, a power of two, so that those of a warp that have the same column add up their sums by shuffles.
 template <typename A, typename OfColumn>
 __device__ __forceinline__ int sum_columns(int rows, int columns, Sums<A>* entries, OfColumn of_column) {
   int lanes = 1;
@@ -80,12 +86,12 @@ __device__ __forceinline__ int sum_columns(int rows, int columns, Sums<A>* entri
   return kThreads / width;
 }
 
-// The sums of each group of a slab whose z is in shared memory, in exchange[g].
+// Leaves the sums of each group of the slab in out[g].
 template <typename T, int kStates>
 __device__ __forceinline__ void sum_groups(const Slab<T, kStates>& slab, int run, int groups,
                                            const SharedArrays<Compute<T>>& shared, Sums<Compute<T>>* out) {
   using A = Compute<T>;
-  const bool one = groups == 1;  // then z is one long column
+  const bool one = groups == 1;  // then all of z is taken as one long column; the padding adds nothing
   const int columns = one ? 1 : slab.columns, pitch = one ? 1 : slab.z_pitch();
   const int parts = sum_columns(one ? slab.z_elements() : slab.rows, columns, shared.entries, [&](int c) {
     const A t = shared.solvers[one ? 0 : c / run].at.t;
@@ -102,7 +108,8 @@ __device__ __forceinline__ void sum_groups(const Slab<T, kStates>& slab, int run
   }
 }
 
-// Searches from t = c, and groups that count as alive unless zeros are frozen group by group.
+// Starts each group's search at t = c. Groups count as alive unless zeros are frozen by groups; then
+// mark_alive marks those that are.
 template <typename A, typename Rule>
 __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int groups,
                                              const ParamGroup<A, Rule>& h) {
@@ -113,6 +120,7 @@ __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int 
   __syncthreads();
 }
 
+// Marks the groups of those of this thread's columns whose bit in `alive` is set.
 template <typename T, int kStates>
 __device__ __forceinline__ void mark_alive(const Slab<T, kStates>& slab, int run, unsigned alive,
                                            int* groups) {
@@ -120,7 +128,7 @@ __device__ __forceinline__ void mark_alive(const Slab<T, kStates>& slab, int run
     if (alive >> v & 1) atomicOr(&groups[(slab.column + v) / run], 1);
 }
 
-// w = s * soft(z, t) with each group's own s and t.
+// w = s * soft(z, t) with each group's own s and t; zeros for w and the states of a group that is not alive.
 template <typename T, typename Rule>
 __device__ __forceinline__ void apply_slab(const Slab<T, Rule::kStates>& slab, int run, int groups,
                                            const ParamGroup<Compute<T>, Rule>& h,
@@ -136,7 +144,7 @@ __device__ __forceinline__ void apply_slab(const Slab<T, Rule::kStates>& slab, i
     if (shared.alive[g] == 0) dead |= 1u << v;
   }
   const bool shrinks = h.thresholds.any();
-  if (shrinks && dead == 0)  // the usual, without a question per element
+  if (shrinks && dead == 0)  // the usual case, without branches for each element
     return store_slab(slab, shared.z, [&](A z, int v) { return apply_shrinkage<T>(z, at[v]); });
   store_slab(slab, shared.z,
              [&](A z, int v) { return dead >> v & 1 ? T(0.0f) : shrunk<T>(z, at[v], shrinks); });

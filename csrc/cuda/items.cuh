@@ -1,14 +1,16 @@
-// How a block with a ticket goes about a chunk of a panel.
+// What a block of step_chunks does with one stage of a chunk, and how the chunks of a panel exchange their
+// sums. A block that waits for a panel waits only for blocks with earlier tickets, which are running (see
+// kernels.cuh).
 #pragma once
 #include "cuda/arguments.cuh"
 #include "cuda/groups.cuh"
 
 namespace cges::cuda {
 
-// A panel of chunks: what its blocks tell each other through device memory.
+// What the blocks of a panel tell each other through device memory.
 template <typename A>
 struct Panel {
-  int *arrived, *swept;   // chunks of this sweep that have left their sums; sweeps that are done
+  int *arrived, *swept;   // chunks that have left their sums in this sweep; sweeps that are done
   GroupState<A>* states;  // [groups]
   Sums<A>* partials;      // [chunks, groups]
 
@@ -19,8 +21,8 @@ struct Panel {
         partials(reinterpret_cast<Sums<A>*>(table.scratch + item.scratch + state_bytes<A>(item.groups()))) {}
 };
 
-// A chunk's sums go to its partials; the last of the panel's chunks to arrive adds them all up and moves each
-// group's search on by one sweep.
+// Leaves a chunk's sums in the panel's partials. The last of the panel's chunks to arrive adds all of them
+// up, in an order that does not depend on who it is, and advances each group's search by one step.
 template <typename T, typename Rule>
 __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& item,
                                             const ParamGroup<Compute<T>, Rule>& h,
@@ -31,7 +33,9 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
   const int groups = item.groups();
   sum_groups(slab, item.run, groups, shared, panel.partials + int64_t(item.chunk) * groups);
   const bool last = tell_all(shared.word, [&] {
-    // this block's sums are there before it counts as arrived, and the others' before they are read
+    // tell_all's barrier comes after all threads have written their sums. So the first fence makes the
+    // block's sums visible before it counts as arrived, and the second keeps reads of the others' sums behind
+    // their arrival.
     __threadfence();
     const bool found = atomicAdd(panel.arrived, 1) == item.chunks - 1;
     __threadfence();
@@ -53,6 +57,8 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
     done &= solver.done;
   }
   done = __syncthreads_and(done);
+  // After the barrier, the fence makes the states of all threads visible, and `arrived` zero again, before
+  // `swept` lets the next stage begin. A search that is done counts as swept through all stages.
   if (threadIdx.x == 0) {
     atomicExch(panel.arrived, 0);
     __threadfence();
@@ -60,7 +66,8 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
   }
 }
 
-// Whether this chunk has anything to do at this stage; if so, its groups' searches go on from where they are.
+// Returns whether this chunk has anything to do at this stage. If so, it first waits for the stage before,
+// and takes over its groups' searches and whether they are alive.
 template <typename A, typename Rule>
 __device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item,
                                              const ParamGroup<A, Rule>& h, int stage,
@@ -69,7 +76,7 @@ __device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& 
   if (stage == 0) return true;
   const Panel<A> panel(table, item);
   const int seen = tell_all(shared.word, [&] { return wait_for(panel.swept, stage); });
-  if (stage < table.stages && seen > stage) return false;  // the search has ended
+  if (stage < table.stages && seen > stage) return false;  // all searches have ended before this stage
   for (int g = threadIdx.x; g < item.groups(); g += kThreads) {
     shared.solvers[g] = panel.states[g].solver;
     shared.alive[g] = panel.states[g].alive;
@@ -77,13 +84,13 @@ __device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& 
   return true;
 }
 
-// A chunk's stage: 0 to table.stages - 1 are sweeps, then its groups' s and t are known, and the last
-// applies.
+// Runs one stage of a chunk. Stages 0 to table.stages - 1 are sweeps, each of which makes z again. Then (s,
+// t) of the groups are known, and the last stage applies.
 template <typename T, typename Table>
 __device__ __forceinline__ void run_chunk(const Table& table, const Item& item, int stage,
                                           unsigned char* memory) {
   using A = Compute<T>;
-  // a copy: indexed constants are slow to reach
+  // A copy, since kernel arguments that are indexed at run time are slow to reach.
   const auto h = table.of(item.tensor).resolved(table.loss_scale.grad_scale);
   const int groups = item.groups(), run = item.run;
   const SharedArrays<A> shared(memory, groups);
@@ -104,7 +111,7 @@ __device__ __forceinline__ int take_ticket(int* counters, int* word) {
   return tell_all(word, [&] { return atomicAdd(counters, 1); });
 }
 
-// The last to end leaves all counters at zero.
+// Counts a ticket as ended. The last one sets all counters back to zero.
 __device__ __forceinline__ void end_ticket(const StepHead& table, int* word) {
   const bool last = tell_all(word, [&] { return atomicAdd(table.counters + 1, 1) == table.tickets - 1; });
   if (!last) return;

@@ -1,10 +1,12 @@
-// The CUDA executor's kernels:
-//   step_rows      contiguous groups and elements without groups, in registers
-//   step_tiles     groups in shared memory, of a block or of several; elements without groups if there are no rows
-//   step_chunks    parts of groups that nothing holds, by tickets
-//   correct_steps  before them, where the device counts a tensor's steps, or knows lr
-// From here: arguments.cuh; rows.cuh; tiles.cuh, ring.cuh (what they read), tile_sums.cuh; items.cuh (a chunk),
-// groups.cuh (its sums, solve, apply), slab.cuh; rule.cuh (the update rules), memory.cuh (accesses).
+// The CUDA executor's kernels, which launch.cu launches:
+//   step_rows      contiguous groups, and elements without groups; z waits in registers
+//   step_tiles     groups that one block or several together hold; z waits in shared memory. Elements without
+//                  groups go there if there are no rows
+//   step_chunks    parts of groups that no blocks can hold, which are taken by tickets; z is made again
+//   correct_steps  runs before the others where the device alone knows a tensor's count of steps, or lr
+// Their parts: arguments.cuh (what a kernel is given); rows.cuh; tiles.cuh with ring.cuh (reading) and
+// tile_sums.cuh; items.cuh (a chunk) with slab.cuh (its elements) and groups.cuh (its sums, solve, apply);
+// rule.cuh (update rules); memory.cuh (accesses to device and shared memory).
 #pragma once
 #include "cuda/items.cuh"
 #include "cuda/rows.cuh"
@@ -13,8 +15,9 @@
 namespace cges::cuda {
 namespace {
 
-// Blocks of kThreads that a multiprocessor is to hold, which bounds a thread's registers: 128 at two, 80 at
-// three, 64 at four.
+// How many blocks of kThreads a multiprocessor is to hold at once. This bounds the registers of a thread: 128
+// with two blocks, 80 with three, 64 with four. In step_rows, plain steps of 16-bit types need the fewest,
+// doubles and steps of several states the most.
 constexpr int kBlocks = 2;
 template <typename T, typename Rule, bool plain>
 constexpr int kRowBlocks = sizeof(T) == 8 || (!plain && Rule::kStates > 1) ? 2
@@ -45,17 +48,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   CGES_SHARED(memory);
   if (table.overflowed()) return;
   int* const word = reinterpret_cast<int*>(memory);
-  // They go window by window; in a window, stage by stage.
+  // Tickets go through the chunks window by window, and within a window stage by stage. So a chunk's earlier
+  // stages, and those of its panel, have earlier tickets; blocks that hold them are running. A window of n
+  // chunks has n * tickets_each tickets, so ticket / tickets_each is some chunk of the ticket's window.
   const int ticket = take_ticket(table.counters, word), tickets_each = table.stages + 1;
-  const Item& any = table.chunks[ticket / tickets_each];  // of the window
+  const Item& any = table.chunks[ticket / tickets_each];
   const int rest = ticket - any.window_begin * tickets_each;
   const Item mine = table.chunks[any.window_begin + rest % any.window_size];
   if (table.steps(mine.tensor)) run_chunk<T>(table, mine, rest / any.window_size, memory);
   end_ticket(table, word);
 }
 
-// What the host does not know of tensors' own numbers, before the other kernels: one thread a tensor. It counts
-// the steps whose counts lie here; an overflow is none.
+// Runs before the other kernels, with one thread for each tensor. It forms those of a tensor's own numbers
+// that the host does not know, and counts the step where the count lies on the device. A step that overflows
+// is not counted.
 template <typename T, typename Rule, bool few>
 __global__ void correct_steps(const __grid_constant__ StepTableOf<T, Rule, few> table, int tensors) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);

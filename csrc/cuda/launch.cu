@@ -1,5 +1,7 @@
-// The CUDA executor's host side: what a device allows, the arguments of a step, its launches. A step of every
-// parameter of a model is up to three kernels per dtype; docs/design/cuda-executor.md says which, and why.
+// The host side of the CUDA executor's kernels: what a device allows, the arguments of a step, and its
+// launches. A step of a model's parameters is up to three kernels for each dtype, and a small one before them
+// where the device has to count steps; docs/design/cuda-executor.md says which, and why.
+// plan/cuda_executor.cpp calls it.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -9,7 +11,7 @@
 namespace cges::cuda {
 namespace {
 
-int64_t shared_limit = INT64_MAX, multiprocessors_limit = INT64_MAX;
+int64_t shared_limit = INT64_MAX, multiprocessors_limit = INT64_MAX;  // see limit_device
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -36,12 +38,13 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// The configuration of one launch.
 struct Launch {
-  Launch(const Launch&) = delete;  // config points at cooperative
+  Launch(const Launch&) = delete;  // `config` points at `cooperative`
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute cooperative{};
 
-  // `together`: no block starts unless all can run at once.
+  // `together` makes the launch cooperative: it fails unless all blocks can run at once.
   Launch(int64_t blocks, int threads, int64_t shared, bool together, void* stream) {
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
@@ -68,6 +71,7 @@ void with_rule(Rule rule, F f) {
   rule == Rule::sgd ? f.template operator()<Sgd>() : f.template operator()<Adamw>();
 }
 
+// Where some of the numbers lie on the device, the thresholds stay bare coefficients; see ParamGroup.
 template <typename A, typename UpdateRule>
 ParamGroup<A, UpdateRule> to_param_group(const Hyperparameters& h) {
   const Coefficients<double>& bare = h.coefficients;
@@ -76,19 +80,19 @@ ParamGroup<A, UpdateRule> to_param_group(const Hyperparameters& h) {
   return {typename UpdateRule::template Group<A>(h), thresholds.as<A>(), h.exact, h.freeze, h.device};
 }
 
-// Whether a step whose phase is running is of the kind that has a path of its own: nothing is asked for
-// that only few ask for, and every number is known on the host.
+// Whether a step, if its phase is running, is plain: the kind that nearly all users run, and that has a path
+// of its own. It uses no rare option, and the host knows every number.
 bool is_plain(const Hyperparameters& h, const LossScale& loss_scale) {
   return !h.nesterov && h.freeze == Freeze::none && !h.searches() && !h.device.any() &&
          loss_scale.grad_scale == nullptr;
 }
 
-// Whether some of a tensor's own numbers are known on the device alone.
+// Whether the device alone knows some of a tensor's own numbers, so that correct_steps must run.
 bool needs_correction(const Hyperparameters& h, const TensorInStep& tensor) {
   return tensor.count_on_device != nullptr || (tensor.count > 0 && h.device.lr != nullptr);
 }
 
-// Returns whether all of the step is plain.
+// Fills in the arguments of the kernels. Returns whether the steps of all tensors are plain.
 template <typename A, typename UpdateRule, bool few>
 bool fill(StepTable<A, UpdateRule, few>& table, const Step& step) {
   using Table = StepTable<A, UpdateRule, few>;
@@ -171,7 +175,7 @@ Device describe_device(int index, Rule rule) {
   device.multiprocessors =
       std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount, index), multiprocessors_limit);
   device.shared_bytes = std::min({half, most, shared_limit});
-  // Where small groups are to count as large, the limit is z's: what is around it there must be.
+  // A limit from limit_device is a limit on z: what else lies in shared memory is needed in any case.
   const int64_t around = TileMemory<double>(kLeastSlots, states_of(rule).n).z;
   device.tile_bytes = shared_limit < most - around ? around + shared_limit : most;
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);
@@ -182,7 +186,8 @@ Device describe_device(int index, Rule rule) {
 void prepare(Work& work, Rule rule, DType dtype, const Device& device) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   const auto prepare_kernels = [&]<typename T, typename UpdateRule, bool few>() {
-    // This loads a kernel as well, which must not be left to a step that is captured in a graph.
+    // Asking for a kernel's attributes also loads it, which must not happen first in a step that a graph
+    // captures.
     const auto load = [](auto kernel, int64_t shared) {
       cudaFuncAttributes found{};
       check(cudaFuncGetAttributes(&found, kernel),
@@ -203,7 +208,7 @@ void prepare(Work& work, Rule rule, DType dtype, const Device& device) {
         throw std::runtime_error(
             "cuda executor: expected room for a block of " + std::to_string(kTileThreads) + " threads and " +
             std::to_string(work.shared_tiles) + " bytes of shared memory on a multiprocessor, found none");
-      // What waits for each other is cut so that one block a multiprocessor is enough, see cut.cpp.
+      // Parts that wait for each other are cut so that one block on each multiprocessor is enough (cut.cpp).
       work.tile_blocks = int32_t(std::min<int64_t>(resident * device.multiprocessors, work.tiles.size()));
     }
   };
@@ -233,7 +238,7 @@ void launch(const Step& step, Rule rule, DType dtype, const Device& device, void
     launched = true;
   };
   const auto run_all = [&]<typename T, typename UpdateRule, bool few>() {
-    static thread_local StepTableOf<T, UpdateRule, few> table;  // up to 32 KB: not on the stack
+    static thread_local StepTableOf<T, UpdateRule, few> table;  // up to 32 KB, too much for the stack
     const bool plain = fill(table, step);
     if constexpr (!StepTableOf<T, UpdateRule, few>::Own::kNone)
       if (table.corrected != nullptr) {

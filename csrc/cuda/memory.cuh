@@ -1,5 +1,5 @@
-// Device memory as the kernels see it: 16 bytes an access wherever they may, all of it through these
-// functions. Shared memory, and waiting for other blocks.
+// The kernels' accesses to device and shared memory, of 16 bytes wherever addresses allow it, and waiting for
+// other blocks. All other .cuh files use it.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,15 +12,15 @@
 
 namespace cges::cuda {
 
-// Neighbouring elements; by default 16 bytes, what one access moves.
+// Neighbouring elements; by default as many as one access of 16 bytes moves.
 template <typename T, int n = 16 / sizeof(T)>
 struct Pack {
   static constexpr int kSize = n;
   T x[n];
 };
 
-// Whoever reads a tensor once and never again says so (`once`): its lines then leave the caches first, and
-// what others hold there stays. The rest passes by the L1, where nothing is found twice, and stays in the L2.
+// `once` is for data that a step does not access again: its cache lines are evicted first, and others stay.
+// All other data bypasses the L1, which would never be hit, and stays in the L2.
 template <bool once, typename U>
 __device__ __forceinline__ U load(const U* p) {
   if constexpr (once)
@@ -36,8 +36,8 @@ __device__ __forceinline__ void store(U* p, U value) {
     __stcg(p, value);
 }
 
-// A pack, of which `n` elements exist; `wide`: all of them do, and lie where one access of 16 bytes may
-// begin.
+// Loads a pack of which only the first n elements exist; the others become 0. `wide` promises that all exist
+// and that p is a multiple of 16 bytes.
 template <bool once, int kSize, typename T>
 __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p, bool wide, int n = kSize) {
   Pack<T, kSize> pack;
@@ -51,6 +51,7 @@ __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p, bool wide, int n
   return pack;
 }
 
+// Stores likewise; elements that do not exist are not written.
 template <bool once, int kSize, typename T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack, bool wide, int n = kSize) {
   if (kSize > 1 && wide) {
@@ -69,8 +70,9 @@ __device__ __forceinline__ __nv_bfloat162 round_pair(__nv_bfloat16, float a, flo
 }
 __device__ __forceinline__ __half2 round_pair(__half, float a, float b) { return __floats2half2_rn(a, b); }
 
-// Numbers rounded to T, two at a time where there is an instruction for it. `zeros`: every zero becomes +0.0,
-// after the rounding, which makes zeros of its own: for 16 bits by adding 0, exact for all that is not -0.0.
+// Rounds numbers to T, two at a time where there is an instruction for it. With `zeros` every zero becomes
+// +0.0. That is done after the rounding, which can make zeros itself. In 16 bits it is an addition of 0,
+// which changes no other number than -0.0.
 template <bool zeros, typename T, int n>
 __device__ __forceinline__ Pack<T, n> round_pack(const Compute<T> (&x)[n]) {
   Pack<T, n> pack;
@@ -91,7 +93,8 @@ __device__ __forceinline__ Pack<T, n> round_pack(const Compute<T> (&x)[n]) {
   return pack;
 }
 
-// What other blocks read or have written, 16 bytes at a time and past the L1.
+// Loads and stores what other blocks write and read. They bypass the L1, which other blocks' writes do not
+// reach.
 template <typename U>
 __device__ __forceinline__ U load_whole(const U* p) {
   static_assert(sizeof(U) % 16 == 0);
@@ -108,13 +111,14 @@ __device__ __forceinline__ void store_whole(U* p, const U& value) {
   for (size_t i = 0; i < sizeof(U) / 16; ++i) store<false>(reinterpret_cast<uint4*>(p) + i, raw[i]);
 }
 
-#if CGES_EMULATED  // by tests/cuda_emulator, on the host
+// Declares `name` as the block's dynamic shared memory. tests/cuda_emulator runs the kernels on the host.
+#if CGES_EMULATED
 #define CGES_SHARED(name) unsigned char* const name = emulator::shared_memory()
 #else
 #define CGES_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// 16 bytes of shared memory.
+// One access of 16 bytes to shared memory.
 template <typename T>
 __device__ __forceinline__ Pack<T> load_shared(const T* p) {
   Pack<T> pack;
@@ -130,9 +134,11 @@ __device__ __forceinline__ void store_shared(T* p, const Pack<T>& pack) {
 }
 
 constexpr unsigned kSpinNanoseconds = 64;
-constexpr int64_t kSpinBudget = int64_t{1} << 31;  // minutes: what waits longer waits for ever
+constexpr int64_t kSpinBudget = int64_t{1} << 31;  // some minutes; who waits longer waits for ever
 
-// Until *counter >= at_least; what was written before it got there is then visible.
+// Waits until *counter >= at_least and returns the counter. Whoever raises it executes a fence first, and
+// here a fence follows once the value has been seen. So what was written before the counter was raised is
+// visible to this thread, and after a barrier to its whole block.
 __device__ __forceinline__ int wait_for(int* counter, int at_least) {
 #pragma unroll 1
   for (int64_t spins = 0; spins < kSpinBudget; ++spins) {

@@ -1,5 +1,5 @@
-// What the kernel for tiles reads, as one thread sees it: its part of a tile, and the ring through which
-// that part comes to the chip.
+// How one thread of step_tiles reads: which elements of a tile it has (Part), and the ring of shared memory
+// through which they come to the chip (Ring). tiles.cuh uses both.
 #pragma once
 #include <cuda_pipeline_primitives.h>
 
@@ -7,20 +7,21 @@
 
 namespace cges::cuda {
 
-// A thread's part of a tile: 16 bytes of columns in every `down`-th row. Which elements these are depends
-// on the tile alone and not on addresses, and so no bit does.
+// A thread's part of a tile: 16 bytes of columns in every `down`-th row, taken one row after the other. Which
+// elements these are depends on the tile alone and not on addresses, so the bits of the result do not either.
 template <typename T, int kStates>
 struct Part {
   static constexpr int kVector = Pack<T>::kSize;
 
-  T* w;  // its elements in the row whose turn it is
+  T* w;  // its first element in the row whose turn it is; the same for the other arrays
   const T* grad;
   T* states[kStates];
   uint32_t step;  // bytes from one of its rows to the next
-  int rows;       // of its own that are left
-  // In one word, to spare registers: how many columns it has of a row, and of the tile's last one, a byte
-  // each; bits for whether that row is one of its own, whether a step reads gradients, and states; and, in
-  // the last byte, the bytes that one access may move, in all of the tile.
+  int rows;       // how many of its rows are left
+  // Several small numbers in one word, to spare registers. Byte 0: how many columns it has of a row. Byte 1:
+  // how many of the tile's last row. Bit 16: whether that row is one of its own. Bits 17 and 18: whether the
+  // step reads gradients, and states. Byte 3, unit(): how many bytes one access may move, anywhere in the
+  // tile.
   uint32_t form;
 
   __device__ Part(const Tile& tile, const TensorAddresses<kStates>& tensor, Phase phase)
@@ -28,6 +29,8 @@ struct Part {
     for (int s = 0; s < kStates; ++s) states[s] = static_cast<T*>(tensor.states[s]);
     const auto odd = tensor.bits() |
                      uintptr_t(tile.begin | tile.pitch | tile.columns | tile.last_columns) * sizeof(T) | 16;
+    // `odd` has a bit wherever an address, an offset of rows, a length or 16 has one. Its lowest bit is the
+    // largest power of two up to 16 that divides all of them.
     const bool any = tile.passes > 0 && phase != Phase::skipped;
     const uint32_t unit = any ? uint32_t(odd & -odd) : 16;
     const int row = tile.row_of(threadIdx.x), side = threadIdx.x - row * tile.across;
@@ -50,10 +53,12 @@ struct Part {
            reads_state(phase) << 18 | unit << 24;
   }
 
+  // How many of the kVector columns from its first one on exist, of `columns` that are left.
   static __device__ int clamp(int columns) { return max(0, min(columns, kVector)); }
   __device__ uint32_t unit() const { return form >> 24; }
   __device__ bool reads_grad() const { return form >> 17 & 1; }
   __device__ bool reads_states() const { return form >> 18 & 1; }
+  // How many columns it has of the row in turn.
   __device__ int length() const { return (rows == 1 && form >> 16 & 1 ? form >> 8 : form) & 0xff; }
   __device__ void go_on() {
     w = advance(w);
@@ -67,18 +72,18 @@ struct Part {
   }
 };
 
-// Slots of shared memory that are filled in turn by asynchronous copies. Who asks for a row, `ahead` before
-// it is read, has it put where the last one was read, and then reads in the next slot. A thread reads only
-// what it has asked for itself: there is no barrier in the ring.
+// Slots of shared memory that asynchronous copies fill in turn. A thread asks for a row ahead() rows before
+// it reads it. fetch() puts the row into the slot that was read last, and moves on to the next slot, which
+// holds the row to read now. A thread reads only what it has asked for itself, so the ring needs no barrier.
 template <typename T, int kStates>
 struct Ring {
   static constexpr int kArrays = ring_arrays(kStates);
   static constexpr int kArray = kTileThreads * 16, kSlot = kArrays * kArray;
   static_assert(kSlot == slot_bytes(kStates));
 
-  unsigned char* mine;  // the thread's first 16 bytes
+  unsigned char* mine;  // the thread's 16 bytes of the first array in the first slot
   const int32_t& slots;
-  int now = 0;  // where the slot in turn begins
+  int now = 0;  // where the slot in turn begins, in bytes
 
   __device__ Ring(unsigned char* memory, const int32_t& slots)
       : mine(memory + threadIdx.x * 16), slots(slots) {}
@@ -86,7 +91,9 @@ struct Ring {
   __device__ int ahead() const { return slots - 1; }
   __device__ T* place(int array) const { return reinterpret_cast<T*>(mine + now + array * kArray); }
 
-  // Asks for the part's next row. `all`: a step reads gradients and states; `wide`: the unit is 16.
+  // Asks for the part's next row. A part without rows left asks for nothing, but still takes a slot, so that
+  // all threads stay in step with their slots. `all` promises that the step reads gradients and states,
+  // `wide` that the unit is 16.
   template <bool all, bool wide>
   __device__ __forceinline__ void fetch(Part<T, kStates>& part) {
     if (part.rows > 0) {
@@ -109,7 +116,7 @@ struct Ring {
       fetch_units<8>(to, from, part.length());
     else if (part.unit() == 4)
       fetch_units<4>(to, from, part.length());
-    else if constexpr (sizeof(T) == 2)  // no asynchronous copy is so small
+    else if constexpr (sizeof(T) == 2)  // there is no asynchronous copy of 2 bytes
       store_shared(to, load_pack<true, Pack<T>::kSize>(from, false, part.length()));
   }
   template <int unit>
@@ -122,7 +129,8 @@ struct Ring {
     }
   }
 
-  // Until the row in turn has come.
+  // Waits until the row in turn has come: only the copies of the rows after it may still be under way. The
+  // number is a constant of the instruction, hence the branch.
   __device__ void wait() const {
     if (slots == kMostSlots)
       __pipeline_wait_prior(kMostSlots - 1);
@@ -131,7 +139,7 @@ struct Ring {
   }
   __device__ Pack<T> read(int array) const { return load_shared(place(array)); }
 
-  // The slot in turn, once it has been read, as memory of the whole block.
+  // The slot in turn as memory for the whole block, once this thread has read it and before it fetches again.
   __device__ unsigned char* free_slot() const { return mine - threadIdx.x * 16 + now; }
 };
 

@@ -1,27 +1,28 @@
-// Rows: groups that lie contiguous in memory, and elements without groups. A team of neighbouring threads
-// (of a part of a warp, a warp, or up to a block) has a group in its registers from the first load to the
-// last store: every load of it is under way at once, and nothing but sums across warps goes through shared
-// memory.
+// The work of step_rows (kernels.cuh): groups that are contiguous in memory, and elements without groups. A
+// team of neighbouring threads (a part of a warp, a warp, or up to a whole block) holds a group in its
+// registers from the first load to the last store. All its loads are under way at once, and only sums across
+// warps go through shared memory.
 //
-// update -> sums -> solve, in exact mode again and again -> apply; each element crosses the memory once.
+// A group goes through update, sums and solve (in exact mode again and again), and apply. Each element
+// crosses the memory once.
 #pragma once
 #include "cuda/arguments.cuh"
 #include "cuda/groups.cuh"
 
 namespace cges::cuda {
 
-// One thread's share of its team's group: kPacks packs, or one by one what these hold. Which elements these
-// are depends on the strip alone and not on `wide`, so a tensor that begins off a multiple of 16 bytes gets
-// the same bits.
+// One thread's share of its team's group: kPacks packs of 16 bytes or, unless `wide`, the same elements one
+// by one. Which elements these are depends on the strip alone and not on `wide`, so a tensor that does not
+// begin at a multiple of 16 bytes gets the same bits.
 template <typename T, bool wide>
 struct Share {
   static constexpr int kVector = Pack<T>::kSize, kWidth = wide ? kVector : 1;
   static constexpr int kPacks = kElementsOfThread<sizeof(T)> / kWidth;
 
-  int64_t first;  // where the team's group begins, in elements of the tensor
+  int64_t first;  // index of the group's first element in the tensor
   int size;       // of the group
-  int begin;      // this thread's first element, counted from the group's
-  int step;       // from one of its elements to the next,
+  int begin;      // this thread's first element, counted within the group
+  int step;       // from one of its elements to the next
   int jump;       // from one of its packs to the next
 
   __device__ explicit Share(const Strip& strip) : size(strip.size) {
@@ -30,25 +31,27 @@ struct Share {
     begin = lane * strip.width;
     step = strip.width > 1 ? 1 : strip.lanes;
     jump = strip.lanes * kVector;
-    if (team >= strip.groups) size = 0;  // idle
+    if (team >= strip.groups) size = 0;  // this team has no group
   }
 
+  // Where its k-th pack, or its k-th element, lies within the group.
   __device__ int offset(int k) const {
     return wide ? begin + k * jump : begin + k / kVector * jump + k % kVector * step;
   }
   __device__ bool has(int k) const { return offset(k) < size; }
 
-  // Hides these numbers from the compiler, so that offsets are computed anew from here on: kept, they would
-  // take more registers than z.
+  // Hides these numbers from the compiler, so that it computes offsets anew after this. If it kept them, they
+  // would take more registers than z.
   __device__ void forget() { asm volatile("" : "+r"(begin), "+r"(step), "+r"(jump)); }
 };
 
-// The shared memory of a block: for the sums of each warp, and for what is alive.
+// Bytes of shared memory of a block: one Sums for each warp, and another one for whether its group is alive.
 template <typename A>
 constexpr int64_t kRowsShared = 2 * kWarps * sizeof(Sums<A>);
 
-// A team's sums, in each of its threads: those of its lanes, then of its warps, always in the same order.
-// `exchange`: one for each warp of the block; a barrier must lie between two uses.
+// Adds up the sums of a team's threads and returns the total in each of them: first over the lanes of a warp,
+// then over warps, always in the same order. `exchange` has one Sums for each warp of the block; between two
+// uses of it there must be a barrier.
 template <bool plain, typename A>
 __device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exchange) {
   for (int apart = min(lanes, kWarp) / 2; apart > 0; apart /= 2) add_from_lane<!plain>(sums, apart);
@@ -61,7 +64,7 @@ __device__ __forceinline__ Sums<A> add_up(Sums<A> sums, int lanes, Sums<A>* exch
   return sums;
 }
 
-// The (s, t) of a team's group from its z, which is 0 where a thread has less.
+// The (s, t) of a team's group. z is 0 where a thread has no element.
 template <bool plain, typename A, typename Rule, int kPacks, int kWidth>
 __device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth], int lanes,
                                                    const ParamGroup<A, Rule>& h, Sums<A>* exchange) {
@@ -81,7 +84,7 @@ __device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth],
   }
 }
 
-// What a step does with the packs of a strip: the ways in, the update, the ways back.
+// How a thread loads, updates and stores its packs of a strip, for one kind of step.
 template <typename T, typename Rule, bool plain, bool wide>
 struct Packs {
   using A = Compute<T>;
@@ -95,7 +98,7 @@ struct Packs {
 
   const Update update;
   Mine mine;
-  const bool freezes;  // elements that are zero
+  const bool freezes;  // whether an element that is zero stays zero
   T* w;
   const T* grad;
   T* states[kStates];
@@ -121,7 +124,7 @@ struct Packs {
     return x;
   }
 
-  // w becomes z, and the states the new ones; zeros, both, if the group is `dead`.
+  // Replaces w by z and the states by the new ones. Both become 0 if the group is `dead`.
   __device__ void make_z(Read& x, bool dead, A (&z)[kWidth]) const {
     update_pack<T>(update, freezes, dead, z, x.grad, x.states);
   }
@@ -131,7 +134,7 @@ struct Packs {
       store_pack<true>(states[s] + mine.offset(k), x.states[s], wide);
   }
 
-  // w = value(z). `zeros`: all of them +0.0
+  // w = value(z). With `zeros` every zero is stored as +0.0.
   template <bool zeros, typename F>
   __device__ void store_weights(int k, const A (&z)[kWidth], F value) const {
     A out[kWidth];
@@ -141,9 +144,8 @@ struct Packs {
   }
 };
 
-// A strip of groups from its loads to its stores; or of elements, for which there is nothing to solve.
-// `plain`: the phase is running and there is nothing that only few ask for, all known when this is compiled;
-// `wide`: all accesses are of 16 bytes.
+// Steps a strip of groups, or of elements without groups, for which there is nothing to solve. `plain`: see
+// Known. `wide`: all accesses are of 16 bytes.
 template <typename T, typename Rule, bool plain, bool wide>
 __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, plain, wide>& packs,
                                             const ParamGroup<Compute<T>, Rule>& h,
@@ -151,7 +153,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
   using A = Compute<T>;
   using P = Packs<T, Rule, plain, wide>;
   constexpr int kPacks = P::Mine::kPacks;
-  // All loads are under way at once, or as many as the registers allow.
+  // How many packs of gradients and states are loaded at once: all, or as many as the registers allow.
   constexpr int kAtOnce = plain && wide ? kPacks / P::kStates : plain && sizeof(T) > 2 ? 4 : 2;
   static_assert(kPacks % kAtOnce == 0);
   const auto& mine = packs.mine;
@@ -163,8 +165,8 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
     if (!wide && k % 4 == 0) packs.mine.forget();
     if (mine.has(k)) weights[k] = packs.read_weights(k);
   }
-  // w, until update() makes z of it. The plain path widens a pack only when its turn comes: that saves
-  // registers.
+  // Holds w until make_z replaces it. The plain path converts a pack to the compute type only when its turn
+  // comes, which saves registers.
   A z[kPacks][P::kWidth];
   const auto spread = [&](int k) {
 #pragma unroll
@@ -181,7 +183,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
         if (z[k][v] != A(0)) alive.alive = A(1);
     }
     if (grouped && h.freeze == Freeze::group)
-      // in words of its own: no barrier lies between these sums and the first sweep's
+      // It has a part of shared memory of its own, as there is no barrier before the sums of the first sweep.
       dead = add_up<false>(alive, strip.lanes, exchange + kWarps).alive == A(0);
   }
 #pragma unroll
@@ -215,7 +217,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
     for_each([&](int k) { packs.template store_weights<false>(k, z[k], [](A x) { return x; }); });
 }
 
-// A strip of groups of one element each, a few at a time: none waits for another.
+// Steps a strip of groups of one element each, a few elements at a time. None waits for another.
 template <typename T, typename Rule>
 __device__ __forceinline__ void step_ones(const Packs<T, Rule, false, false>& packs,
                                           const ParamGroup<Compute<T>, Rule>& h) {
@@ -258,8 +260,8 @@ __device__ __forceinline__ void step_strip(const Table& table, const Strip& stri
   step_groups(strip, packs, h, exchange);
 }
 
-// A strip by the path that serves it. The choice is made here, once for a block: no loop over elements asks.
-// `plain`: all tensors of the launch are, and the compiler keeps no register for what they do not need.
+// Steps a strip by the path that serves it. The choice is made here, once for a block, and not in loops over
+// elements. `plain`: the steps of all tensors in the launch are plain, and the kernel has no code for others.
 template <bool plain, typename T, typename Table>
 __device__ __forceinline__ void run_strip(const Table& table, const Strip& strip,
                                           Sums<Compute<T>>* exchange) {

@@ -1,23 +1,26 @@
-// The update rules as kernels see them, and what a kernel is told of a param group: all that it knows of the
-// optimizer around it.
+// The update rules as kernels see them, and what a kernel is told of a param group and of a tensor's
+// addresses. arguments.cuh puts these into the kernels' arguments; rows.cuh, tiles.cuh and slab.cuh call
+// update_pack.
 #pragma once
 #include "cuda/executor.h"
 #include "cuda/memory.cuh"
 
 namespace cges::cuda {
 
-// What is known of a step when a kernel is compiled. Plain is what nearly everybody uses: the phase is running,
-// and nothing is asked for that only few ask for.
+// What is known of a step when a kernel is compiled: nothing; that its phase is running; or that it is plain.
+// A plain step is what nearly all users run: its phase is running, it uses no rare option (nesterov,
+// freezing, exact mode with exclusive lasso, a gradient scaler), and the host knows all of its numbers.
+// launch.cu decides (is_plain).
 enum class Known { nothing, running, plain };
 
-// A rule for kernels is a struct of these:
-//   kStates         the states that it keeps
-//   kMostTensors    that the largest arguments hold
-//   kFewArguments   bytes of arguments that hold kFewTensors
-//   Group<A>        a param group's numbers: lr(), take_lr(lr), unscale(grad_scale)
-//   Own<A>          a tensor's own numbers
-//   correct_here(group, own, ...)   Own, where some of what it takes lies on the device
-//   Update<A, known>(group, own, phase)   the update of one element
+// For kernels an update rule is a struct with these members:
+//   kStates         how many states it keeps
+//   kMostTensors    how many tensors the largest arguments hold
+//   kFewArguments   how many bytes of arguments hold kFewTensors
+//   Group<A>        the numbers of a param group: lr(), take_lr(lr), unscale(grad_scale)
+//   Own<A>          a tensor's own numbers; kNone: there are none
+//   correct_here(group, own, ...)        forms Own where some number for it lies on the device
+//   Update<A, known>(group, own, phase)  updates one element
 
 struct Sgd {
   static constexpr int kStates = 1, kMostTensors = 1000, kFewArguments = 5120;
@@ -48,13 +51,12 @@ struct Sgd {
     __device__ Update(const Group<A>& h, const Own<A>&, Phase phase)
         : scalars(h.scalars), phase_(phase), nesterov_(h.nesterov) {}
     template <Known other>
-    __device__ explicit Update(
-        const Update<A, other>& x)  // where it turns out to be plain, or is not known to be
+    __device__ explicit Update(const Update<A, other>& x)  // the same update, of which more or less is known
         : scalars(x.scalars), phase_(x.phase()), nesterov_(x.nesterov_) {}
 
     __device__ Phase phase() const { return known == Known::nothing ? phase_ : Phase::running; }
 
-    // z; the states become the new ones.
+    // Returns z and replaces the states by the new ones.
     __device__ A operator()(A w, A grad, A (&states)[kStates]) const {
       const bool nesterov = known != Known::plain && nesterov_, decay = scalars.weight_decay != A(0);
       return sgd_update(phase(), nesterov, decay, w, grad, states[0], scalars);
@@ -84,8 +86,8 @@ struct Adamw {
     __device__ void unscale(A scale) { scalars.grad_sign /= scale; }
   };
 
-  // By how many steps it has made: its corrected step size and eps, the first of lr = 1 where lr lies on the
-  // device; or, where the count does, its address.
+  // A tensor's step size and eps as its count of steps corrects them. If lr lies on the device, the host
+  // forms the step size for lr = 1. If the count lies there, this holds the address of the count instead.
   template <typename A>
   struct Own {
     static constexpr bool kNone = false;
@@ -107,7 +109,8 @@ struct Adamw {
     }
   };
 
-  // Own once more, of which the count or lr lies here; a step is counted.
+  // Forms the final Own, if the count or lr lies on the device, and counts the step if the count does. The
+  // options are taken back from the scalars, as the arguments hold no others.
   template <typename A>
   static __device__ Own<A> correct_here(const Group<A>& h, Own<A> own, bool counts_here, bool lr_here) {
     if (!counts_here) {
@@ -144,8 +147,8 @@ struct Adamw {
 };
 static_assert(sizeof(Adamw::Own<float>) == sizeof(float*));
 
-// A param group's hyperparameters in the compute type. Where some lie in device memory, the thresholds are
-// bare coefficients until `resolved`.
+// The hyperparameters of a param group in the compute type. If some of them lie in device memory,
+// `thresholds` holds coefficients that are not multiplied by lr yet, until resolved() has read the rest.
 template <typename A, typename Rule>
 struct ParamGroup {
   typename Rule::template Group<A> rule;
@@ -154,7 +157,8 @@ struct ParamGroup {
   Freeze freeze;
   DeviceScalars device;
 
-  // With all that lies in device memory read, and gradients divided by `grad_scale`, if there is one.
+  // The same with all numbers read from device memory, and with gradients divided by *grad_scale if it is not
+  // null.
   __device__ ParamGroup resolved(const float* grad_scale) const {
     ParamGroup h = *this;
     if (grad_scale != nullptr) h.rule.unscale(A(*grad_scale));
@@ -171,14 +175,15 @@ struct ParamGroup {
   __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
 };
 
-// Where a tensor lies in one step; what it lacks lies where w does: an address to count from, never read.
+// The addresses of a tensor in one step. An array that it lacks has w's address, which is never read as such
+// but lets kernels compute offsets without asking.
 template <int kStates>
 struct TensorAddresses {
   void* w;
   const void* grad;
   void* states[kStates];
 
-  // A bit of any of the addresses.
+  // The bitwise or of the addresses: it is a multiple of 16 if all of them are.
   __device__ uintptr_t bits() const {
     uintptr_t all = reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(grad);
     for (void* const state : states) all |= reinterpret_cast<uintptr_t>(state);
@@ -186,13 +191,14 @@ struct TensorAddresses {
   }
 };
 
-// The update of neighbouring elements: w becomes z, and the states the new ones. Both are zeros where `dead`,
-// or where the weight is zero and `freezes` says that it stays so.
+// Updates neighbouring elements: replaces w by z and the states by the new ones. Both become 0 if `dead`, and
+// for a weight that is 0 if `freezes`.
 template <typename T, int n, int kStates, typename Update>
 __device__ __forceinline__ void update_pack(const Update& update, bool freezes, bool dead, Compute<T> (&w)[n],
                                             const Pack<T, n>& grad, Pack<T, n> (&states)[kStates]) {
   using A = Compute<T>;
-  // Rounded together; where there is much to hold, pair by pair, to spare registers.
+  // How many elements are updated before their states are rounded: all or, with several states, a pair, to
+  // spare registers.
   constexpr int kTogether = kStates > 1 && n % 2 == 0 ? 2 : n;
 #pragma unroll
   for (int first = 0; first < n; first += kTogether) {

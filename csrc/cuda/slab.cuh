@@ -1,12 +1,13 @@
-// A slab of one tensor as one thread sees it: 16-byte accesses, the update into shared memory, the way back.
+// The elements of a chunk as one thread of step_chunks sees them: reading and updating them into shared
+// memory, and writing them back. groups.cuh and items.cuh use this.
 #pragma once
 #include "cuda/rule.cuh"
 
 namespace cges::cuda {
 
-// Rows x columns elements of one tensor as one thread of a block sees them: its part is one run of kVector
-// columns, in every `stride`-th row. Whatever the alignment, a thread's part is the same, and so are the
-// bits.
+// A slab is rows x columns elements of one tensor. A thread's part of it is a run of kVector columns in every
+// `stride`-th row. The part does not depend on how the tensor is aligned, so the bits of the result do not
+// either.
 template <typename T, int kStates>
 struct Slab {
   using A = Compute<T>;
@@ -14,14 +15,14 @@ struct Slab {
   template <bool wide>
   static constexpr int kBatch = wide ? 2 : 1;  // rows whose loads are under way together
 
-  T* w;  // all of these at the slab's first element
+  T* w;  // the slab's first element; the same for the other arrays
   const T* grad;
   T* states[kStates];
-  uintptr_t bits;  // of the addresses
+  uintptr_t bits;  // of all these addresses
   Phase phase;
   int64_t pitch;
   int rows, columns, last_columns;
-  int column, row, stride;
+  int column, row, stride;  // the thread's first column and row, and rows from one of its rows to the next
 
   __device__ Slab(const TensorAddresses<kStates>& tensor, Phase phase, const Item& item)
       : w(static_cast<T*>(tensor.w) + item.begin),
@@ -39,7 +40,7 @@ struct Slab {
     if (row >= stride) column = columns;  // left over: idle
   }
 
-  // z lies in shared memory, its rows padded with zeros to whole vectors.
+  // The layout of z in shared memory. Its rows are padded with zeros to whole vectors.
   __device__ int z_pitch() const { return int(round_up(columns, kVector)); }
   __device__ int z_elements() const {
     return rows == 0 ? 0 : (rows - 1) * z_pitch() + int(round_up(last_columns, kVector));
@@ -51,25 +52,27 @@ struct Slab {
   }
   __device__ bool aligned() const { return bits % 16 == 0 && (rows <= 1 || pitch % kVector == 0); }
 
-  // f<wide>(first, end): this thread's rows of first, first + stride, ... < end, at most kBatch of them.
-  // Wide: all of them by accesses of 16 bytes.
+  // Calls f<wide>(first, end) for batches of this thread's rows: first, first + stride, ... < end, at most
+  // kBatch<wide> of them. In wide batches all accesses are of 16 bytes. Rows come in order; the last row,
+  // which may be shorter, may be the only one that is not wide.
   template <typename F>
   __device__ __forceinline__ void for_each_batch(F f) const {
     if (column >= columns) return;
-    const int mine = column < last_columns ? rows : rows - 1;
+    const int mine = column < last_columns ? rows : rows - 1;  // the end of the rows in which it has columns
     int wide_rows = 0;
     if (aligned() && columns - column >= kVector)
       wide_rows = last_columns - column >= kVector ? rows : rows - 1;
     int r = row;
     for (; r < wide_rows; r += kBatch<true> * stride) f.template operator()<true>(r, wide_rows);
     if (wide_rows >= mine) return;
+    // After wide rows only the last row is left. Batches may have gone beyond it, so r is found anew.
     if (wide_rows > 0) r = (mine - 1 - row) % stride == 0 ? mine - 1 : mine;
     for (; r < mine; r += kBatch<false> * stride) f.template operator()<false>(r, mine);
   }
 };
 
-// z of a slab into shared memory, the new states into their places if they are `kept`. Bit v of the result:
-// column + v has a weight that is not 0.
+// Leaves z of a slab in shared memory and, if they are `kept`, stores the new states. Bit v of the result
+// says whether this thread's column v has a weight that is not 0.
 template <typename T, int kStates, typename Update>
 __device__ __forceinline__ unsigned update_rows(const Slab<T, kStates>& slab, const Update& update,
                                                 bool freezes_elements, bool kept, Compute<T>* z) {
@@ -119,6 +122,7 @@ __device__ __forceinline__ unsigned update_rows(const Slab<T, kStates>& slab, co
   return alive;
 }
 
+// The same, with the usual phase known to the compiler.
 template <typename T, typename Rule, typename Own>
 __device__ __forceinline__ unsigned update_slab(const Slab<T, Rule::kStates>& slab,
                                                 const ParamGroup<Compute<T>, Rule>& h, const Own& own,
@@ -133,7 +137,7 @@ __device__ __forceinline__ unsigned update_slab(const Slab<T, Rule::kStates>& sl
   return update_rows(slab, update, freezes, kept, z);
 }
 
-// w = value(z, v) for the element in this thread's column v.
+// Stores w = value(z, v) for each of this thread's elements, v being its column among the thread's.
 template <typename T, int kStates, typename F>
 __device__ __forceinline__ void store_slab(const Slab<T, kStates>& slab, const Compute<T>* z, F value) {
   using A = Compute<T>;
@@ -157,7 +161,7 @@ __device__ __forceinline__ void store_slab(const Slab<T, kStates>& slab, const C
   });
 }
 
-// The states' zeros in the columns of the bits of `dead`.
+// Stores zeros to the states in those of this thread's columns whose bit in `dead` is set.
 template <typename T, int kStates>
 __device__ __forceinline__ void clear_states(const Slab<T, kStates>& slab, unsigned dead) {
   if (dead == 0 || !writes_state(slab.phase)) return;
@@ -167,7 +171,7 @@ __device__ __forceinline__ void clear_states(const Slab<T, kStates>& slab, unsig
         if (dead >> v & 1) store<false>(state + slab.offset(r) + v, T(0.0f));
 }
 
-// As it is stored: shrunk, or z itself, bit for bit, where no threshold is.
+// w as it is stored: shrunk or, if there is no threshold, z itself bit for bit.
 template <typename T>
 __device__ __forceinline__ T shrunk(Compute<T> z, const Shrinkage<Compute<T>>& at, bool shrinks) {
   return shrinks ? apply_shrinkage<T>(z, at) : T(z);

@@ -1,24 +1,31 @@
-// What the groups of a tile add up to: over a block's threads, and over the blocks that share a panel.
+// Sums of the groups of a tile: over the threads of a block, and over the blocks that share a panel.
+// tiles.cuh calls both in solve_tile.
 #pragma once
 #include "cuda/arguments.cuh"
 #include "cuda/groups.cuh"
 
 namespace cges::cuda {
 
-// What each group of a tile adds up to, told to the first of the threads that share it: `sharers` threads
-// side by side. `stats`: this thread's, of its columns. `slot`: memory of the block where each thread may
-// write what it could copy there itself. Always in the same order; a barrier must follow before the slot is
-// used again.
+// Adds up each group of a tile, in a fixed order. `stats` are the thread's own sums, for each of its columns.
+// A group is added up by `sharers` neighbouring threads, which all return its total; in exact mode with
+// counts.
+//
+// The sums meet in `slot`, a slot of the ring. The ring has no barrier, so other threads may still be reading
+// from this slot. Therefore a thread first writes only to those 16 bytes of each array that its own copies
+// fill, and reads those of others after a barrier. Another barrier must follow before the slot is used again.
 template <bool counts, typename A, int kVector>
 __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[kVector], const Tile& tile,
                                                   int sharers, A* slot) {
-  constexpr int kEach = 16 / sizeof(A);  // numbers of a thread in one of the slot's arrays
+  // A thread has room for kEach numbers in each array of the slot. One sum of all its columns takes kArrays
+  // arrays, so kTogether sums fit at once, counting on the three arrays that a slot has with one state.
+  constexpr int kEach = 16 / sizeof(A);
   constexpr int kArrays = kVector / kEach, kTogether = ring_arrays(1) / kArrays, kSums = counts ? 3 : 2;
   const auto entry = [&](int k, int thread, int v) -> A& {
     return slot[((k * kArrays + v / kEach) * kTileThreads + thread) * kEach + v % kEach];
   };
   const int group = threadIdx.x / sharers, run = tile.run;
   const int matrix = tile.groups_each == tile.groups ? 0 : group / tile.groups_each;
+  // The group's first column, where each of the `across` threads counts as kVector columns.
   const int begin = matrix * tile.lanes * kVector + (group - matrix * tile.groups_each) * run;
   A total[kSums] = {};
 #pragma unroll
@@ -45,12 +52,13 @@ __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[k
   return {counts ? total[kSums - 1] : A(0), total[0], total[1]};
 }
 
-// What the parts of a panel tell each other through device memory: sums of each of its groups, by turns in
-// two places, since a block may be one sweep ahead of others and no more.
+// How the parts of a shared panel tell each other their sums, through device memory. Sweeps use two places by
+// turns. That suffices: a part tells sweep k + 2 only after it has heard all parts of sweep k + 1, and each
+// of these has told it only after it had heard sweep k.
 template <typename A>
 struct SharedPanel {
   const Tile& tile;
-  int *arrived, *left;  // parts that have told their sums, over all sweeps; that will not come back
+  int *arrived, *left;  // how many times parts have told their sums, over all sweeps; how many have left
   Sums<A>* sums;        // [2, parts, groups]
 
   __device__ SharedPanel(const StepHead& table, const Tile& tile)
@@ -63,7 +71,8 @@ struct SharedPanel {
     return sums + (int64_t(sweep % 2) * tile.parts + part) * tile.groups + group;
   }
 
-  // This part's, of a group each of the threads that `tells` has.
+  // Tells this part's sums. Each thread with `tells` has those of one group. After the barrier the fence
+  // makes the sums of all threads visible before the part counts as arrived.
   __device__ void tell(int sweep, bool tells, int group, const Sums<A>& mine) const {
     if (tells) store_whole(place(sweep, tile.part, group), mine);
     __syncthreads();
@@ -72,7 +81,8 @@ struct SharedPanel {
     atomicAdd(arrived, 1);
   }
 
-  // All parts', of a group that `sharers` threads side by side have in common, always in the same order.
+  // Waits for all parts and returns what they add up to for a group, in a fixed order, to each of the
+  // `sharers` neighbouring threads that have it in common.
   __device__ Sums<A> hear(int sweep, int sharers, int group) const {
     if (threadIdx.x == 0) wait_for(arrived, tile.parts * (sweep + 1));
     __syncthreads();
@@ -83,8 +93,8 @@ struct SharedPanel {
     return all;
   }
 
-  // The last to leave, when all threads of its block have heard enough, sets the counters back for the next
-  // step.
+  // Called when all threads of the block have heard the last sums. The last part to leave sets the counters
+  // back to zero for the next step.
   __device__ void leave() const {
     if (threadIdx.x != 0 || atomicAdd(left, 1) < tile.parts - 1) return;
     atomicExch(arrived, 0);

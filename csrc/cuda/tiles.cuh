@@ -1,10 +1,11 @@
-// Tiles: whole groups that lie across rows ("feature", "channel"), rows too long for registers, parts of
-// groups that no block holds, and elements without groups. A block goes from tile to tile and never stops
-// reading: copies run ahead of it through a ring, over the ends of tiles and tensors, and a finished tile
-// is written back in the same loop that takes in the next.
+// The work of step_tiles (kernels.cuh). Its tiles are whole groups that lie across rows ("feature",
+// "channel"), contiguous groups too long for registers, parts of groups that no single block can hold, and
+// elements without groups. A block goes from tile to tile and never stops reading: copies run ahead of it
+// through a ring, across the ends of tiles and tensors, and a finished tile is written back in the same loop
+// that takes in the next one.
 //
-//   loop:  w = s * soft(z, t) of the old tile's row;  z of the new one's
-//   then:  the new tile's sums, and those of the other parts -> solve, in exact mode again and again over z
+//   loop over rows:  w = s * soft(z, t) of the old tile's row;  z of the new tile's row
+//   after it:        the new tile's sums, with those of other parts -> solve (in exact mode with sweeps of z)
 //
 // Each element crosses the memory once.
 #pragma once
@@ -13,11 +14,11 @@
 
 namespace cges::cuda {
 
-// The s of a group that was dead before the step and stays so; no other has it.
+// Stands as s for a group that was zero before the step and is frozen. No other group has a negative s.
 template <typename A>
 constexpr A kDead = A(-1);
 
-// A block on its way from tile to tile. `plain`: all tensors of the launch are, see Known.
+// A block's walk from tile to tile. `plain`: the steps of all tensors in the launch are, see Known.
 template <typename T, typename Rule, bool plain, typename Table>
 struct TileWalk {
   using A = Compute<T>;
@@ -26,20 +27,21 @@ struct TileWalk {
   using Update = typename Rule::template Update<A, plain ? Known::plain : Known::nothing>;
   using PlainUpdate = typename Rule::template Update<A, Known::plain>;
   using MyPart = Part<T, kStates>;
-  // With eight columns a thread registers are too few for all: exact mode's first sums are then not counted
-  // in the loop that takes z in, and only plain steps go on with the next tile while a part waits for
-  // others.
+  // A thread that has eight columns (16-bit types) has too few registers for everything. Then exact mode
+  // takes its first sums in a sweep over z and not in the loop that takes z in (kSweepsFirst), and only plain
+  // launches go on with the next tile while a part waits for the others (kGoesOn).
   static constexpr bool kSweepsFirst = kVector > 4, kGoesOn = plain || kVector <= 4;
 
   const Table& table;
-  Tile* const queue;          // the k-th at k % kQueue
-  Shrinkage<A>* const found;  // each group's
-  int* const alive;  // whether any of its weights was not zero, where zeros are frozen group by group
+  Tile* const queue;          // the block's k-th tile lies at k % kQueue
+  Shrinkage<A>* const found;  // the (s, t) of each group
+  int* const alive;  // of each group, whether it has a weight that is not zero, if zeros are frozen by groups
   Ring<T, kStates> ring;
-  // This thread's, 16 bytes and more for each of its rows; a tile's begin where those of the one before
-  // end, round and round.
+  // This thread's part of z, which is a circular buffer of z_passes rows: a tile's rows begin where those of
+  // the tile before end. Below, "row" is the offset of a row in bytes. A row has kVector numbers for each
+  // thread, in pieces of 16 bytes that lie side by side for all threads.
   unsigned char* const z;
-  static constexpr int kRow = kVector * kTileThreads * int(sizeof(A));  // bytes from one to the next
+  static constexpr int kRow = kVector * kTileThreads * int(sizeof(A));
 
   __device__ TileWalk(const Table& table, unsigned char* memory, const TileMemory<A>& at)
       : table(table),
@@ -49,7 +51,7 @@ struct TileWalk {
         ring(memory + at.ring, table.slots),
         z(memory + at.z + threadIdx.x * 16) {}
 
-  // What the launch says of a tile's tensor.
+  // What the arguments say of a tile's tensor.
   __device__ Phase phase(const Tile& tile) const { return plain ? Phase::running : table.phase(tile.tensor); }
   __device__ Group told(const Tile& tile) const {
     const Group& h = table.of(tile.tensor);
@@ -60,9 +62,10 @@ struct TileWalk {
   }
   __device__ Tile& queued(int k) const { return queue[k % kQueue]; }
 
-  // Puts the block's k-th tile in the queue, or none. What is side by side is worked on at the same time.
-  // Where no tile waits for others it goes there and back, so that who had one of the larger of a round has
-  // one of the smaller of the next.
+  // Begins to copy the block's k-th tile into the queue, or zeros (passes = 0) if there is none. Tiles are
+  // dealt out in rounds, so that neighbouring tiles are worked on at the same time. Every other round is
+  // dealt in reverse, so that a block that had one of the larger tiles of a round has one of the smaller ones
+  // of the next. Rounds of tiles that wait for others are never reversed: see add_parts in cut.cpp.
   __device__ void fetch_tile(int k) {
     constexpr int kPieces = sizeof(Tile) / 16;
     if (threadIdx.x >= kPieces) return;
@@ -75,11 +78,11 @@ struct TileWalk {
                             none ? 16 : 0);
   }
 
-  __device__ int back(int row, int rows) const {  // so many rows before
+  __device__ int back(int row, int rows) const {  // the row that is so many rows before
     row -= rows * kRow;
     return row < 0 ? row + table.z_passes * kRow : row;
   }
-  __device__ int rows_left(int row) const { return table.z_passes - row / kRow; }  // until it goes round
+  __device__ int rows_left(int row) const { return table.z_passes - row / kRow; }  // to the buffer's end
   __device__ void wrap(int& row) const { row = row == table.z_passes * kRow ? 0 : row; }
   __device__ void turn(int& row) const { wrap(row += kRow); }
   __device__ A* z_at(int row, int v) const {
@@ -103,17 +106,17 @@ struct TileWalk {
     }
   }
 
-  // What a thread has in hand: the old tile on its way back, the new one on its way in, the row that is
-  // fetched next.
+  // What a thread works on: the old tile, which is written back, the new one, which is taken in, and the part
+  // whose rows are fetched ahead.
   struct Hand {
     MyPart out, in, ahead;
-    // Of the old one: its z's row in turn; each column's (s, t), whether they still wait for other parts'
-    // sums, and whether anything shrinks.
+    // Of the old tile: the row of z in turn; each column's (s, t); whether these still wait for the sums of
+    // other parts; whether anything shrinks.
     int out_row = 0;
     Shrinkage<A> at[kVector] = {};
     bool waits = false, shrinks = true;
-    // Of the new one: its z's row in turn; its update, its l1 threshold, whether zeros stay; its sums, and
-    // bit v of `any` where column v has a weight that is not zero.
+    // Of the new tile: the row of z in turn; its update, its l1 threshold, whether zeros stay; its sums. Bit
+    // v of `any` says whether column v has a weight that is not zero.
     int in_row = 0;
     Update update;
     A c;
@@ -122,7 +125,7 @@ struct TileWalk {
     unsigned any;
   };
 
-  // w = s * soft(z, t) of a row; z itself where nothing shrinks. `simple`: it does.
+  // Stores w = s * soft(z, t) of a row, or z itself if nothing shrinks. `simple` promises that it does.
   template <bool simple, bool wide>
   __device__ __forceinline__ void apply(const Hand& hand) const {
     A x[kVector];
@@ -138,7 +141,8 @@ struct TileWalk {
     store_pack<true>(hand.out.w, w, wide || hand.out.unit() == 16, wide ? kVector : hand.out.length());
   }
 
-  // z of a row, which the ring has brought; the new states, and sums. `simple`: the step of it is plain.
+  // Makes z of a row that the ring has brought, stores the new states and adds to the sums. `simple` promises
+  // that the tensor's step is plain.
   template <bool simple, bool wide>
   __device__ __forceinline__ void take_in(Hand& hand) const {
     using Here = std::conditional_t<simple, PlainUpdate, Update>;
@@ -166,7 +170,9 @@ struct TileWalk {
     store_z(hand.in_row, x);
   }
 
-  // Rows of some passes: the old tile's way back and the new one's way in, while the ring goes on ahead.
+  // Some passes: each writes back a row of the old tile and takes in one of the new tile, and the ring
+  // fetches ahead. A row is written back before one is taken in, because the new row may take the old one's
+  // place in z.
   template <bool simple, bool wide>
   __device__ __forceinline__ void pass_over(Hand& hand, int pass, int end) {
 #pragma unroll 1
@@ -186,26 +192,29 @@ struct TileWalk {
     return tile.passes > 0 ? max(int(tile.passes), kLeastPasses) : 0;
   }
 
-  // All of the two tiles' rows. The choice of a path is made here: no loop over elements asks.
+  // All rows of the two tiles. The choice of a path is made here and not in loops over elements.
   __device__ __forceinline__ void pass_over(Hand& hand, const Tile& old, const Tile& now, const Tile& next) {
     const int passes = passes_of(now), goes_over = passes - ring.ahead();
-    // While the old tile waits for other parts, the new one is taken in as long as there is room for its z.
+    // While the old tile waits for its other parts, the new one is taken in as long as z has room for it.
     const int waits_until = kGoesOn && hand.waits ? min(passes, table.z_passes - passes_of(old)) : 0;
     for (int pass = 0;;) {
       if constexpr (kGoesOn) {
-        if (hand.waits && pass == waits_until) {
+        if (hand.waits && pass == waits_until) {  // no more room, so the old tile must be solved now
           hand.out_row = back(hand.in_row, pass + passes_of(old));
           solve_tile<true>(hand, old, hand.out_row);
           hand.out = part(old);
         }
       }
       if (pass == passes) break;
-      if (pass == goes_over) {  // from here on the ring fetches the next tile's rows
+      if (pass == goes_over) {  // from here on the ring fetches rows of the next tile
         hand.ahead = part(next);
       }
+      // The passes up to `end` are alike: the ring stays with one tile, and no row of z goes round.
       int end = pass < goes_over ? goes_over : passes;
       if (pass < waits_until) end = min(end, waits_until);
       end = min(end, pass + min(rows_left(hand.in_row), rows_left(hand.out_row)));
+      // These speak of all three parts in hand: the one that is written back, the one taken in, the one
+      // fetched.
       const bool simple = hand.shrinks && (plain || (table.plain(now.tensor) && hand.ahead.reads_states()));
       const bool wide = (hand.out.unit() | hand.in.unit() | hand.ahead.unit()) == 16;
       if (simple && wide)
@@ -220,11 +229,12 @@ struct TileWalk {
       wrap(hand.out_row);
       pass = end;
     }
+    // What is left of an old tile that has more rows than the new one.
 #pragma unroll 1
     for (; hand.out.rows > 0; hand.out.go_on(), turn(hand.out_row)) apply<false, false>(hand);
   }
 
-  // f(v, group) for each of this thread's columns.
+  // Calls f(v, group) for each of this thread's columns. A column that does not exist counts as the last one.
   template <typename F>
   __device__ __forceinline__ void for_each_group(const Tile& tile, F f) const {
     const int side = threadIdx.x - tile.row_of(threadIdx.x) * tile.across;
@@ -236,9 +246,11 @@ struct TileWalk {
     }
   }
 
-  // (s, t) of this thread's columns, once all of the tile's z is on the chip, from `begin` on; with at
-  // least one barrier. Of a part, `hand.waits` until this is called again, as it `comes_back`; but in exact
-  // mode it waits here.
+  // Finds (s, t) of this thread's columns, once all of the tile's z lies on the chip, from row `begin` on.
+  // For a part of a panel it tells the part's sums and leaves with hand.waits set; when called again as
+  // `comes_back`, it hears those of all parts. In exact mode, and without kGoesOn, it does both at once. The
+  // first call always has a barrier, which also makes the tiles that fetch_tile has copied visible to all
+  // threads.
   template <bool comes_back>
   __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile, int begin) const {
     const Group h = told(tile);
@@ -254,7 +266,7 @@ struct TileWalk {
       for_each_group(tile, [&](int v, int group) {
         if (hand.any >> v & 1) atomicOr(&alive[group], 1);
       });
-    int sharers = kWarp;  // threads that add up a group
+    int sharers = kWarp;  // threads that add up a group together; a power of two
     while (tile.groups * sharers > kTileThreads) sharers /= 2;
     const int mine = threadIdx.x / sharers;
     const bool solves = threadIdx.x % sharers == 0 && mine < tile.groups;
@@ -293,7 +305,7 @@ struct TileWalk {
     if (freezes) clear_dead(hand, tile, begin);
   }
 
-  // The sums once more, of z and each column's t.
+  // Takes the thread's sums again, from z at each column's t.
   __device__ __forceinline__ void sweep(Hand& hand, int rows, int row) const {
     for (GroupStats<A>& sums : hand.stats) sums = {};
 #pragma unroll(kVector > 4 ? 1 : 2)
@@ -305,7 +317,7 @@ struct TileWalk {
     }
   }
 
-  // Zeros for z and the states of groups that were dead before the step.
+  // Sets z and the states of dead groups to zero: those that were zero before the step and are frozen.
   __device__ __forceinline__ void clear_dead(Hand& hand, const Tile& tile, int row) const {
     unsigned dead = 0;
 #pragma unroll
@@ -329,9 +341,11 @@ struct TileWalk {
     }
   }
 
+  // Walks over all tiles of the block. In turn k its k-th tile is taken in and the one before is written
+  // back, so there is one more turn than there are tiles.
   __device__ void run() {
     alive[threadIdx.x] = 0;
-    if (threadIdx.x == 0) queue[kQueue - 1] = {};  // before the first there is none
+    if (threadIdx.x == 0) queue[kQueue - 1] = {};  // before the first tile there is none
     for (int k = 0; k < 3; ++k) fetch_tile(k);
     __pipeline_commit();
     __pipeline_wait_prior(0);
@@ -345,7 +359,10 @@ struct TileWalk {
     for (int k = 0;; ++k) {
       const Tile &old = queued(k + kQueue - 1), &now = queued(k), &next = queued(k + 1);
       if (old.passes + now.passes == 0) break;
-      fetch_tile(k + 3);  // with the first row of this tile's; it is there when the next tile's rows are
+      // This copy is committed with the first row that this tile's loop fetches, and copies end in order. So
+      // it is there when the next tile's first row is read. The barrier after that tile makes it visible to
+      // all threads, and it is needed by the tile after, as `next`.
+      fetch_tile(k + 3);
       hand.out = part(old);
       if (kGoesOn && hand.waits) hand.out.rows = 0;
       hand.out_row = back(hand.in_row, passes_of(old));

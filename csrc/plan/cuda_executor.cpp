@@ -1,3 +1,5 @@
+// Which tensors share a launch of the CUDA executor, their tables in device memory, and the calls of
+// cuda::launch in each step. make_executor (executor.cpp) makes this executor in builds with CUDA.
 #include "plan/cuda_executor.h"
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -7,14 +9,14 @@
 namespace cges {
 namespace {
 
-// Tensors whose kernels run on the CPU, as the tests build them, have no stream.
+// In the tests' emulated build the kernels run on the CPU, on tensors in its memory. These have no stream.
 c10::Device device_of(const TensorShape& tensor) {
   return tensor.device < 0 ? c10::Device(c10::kCPU)
                            : c10::Device(c10::kCUDA, c10::DeviceIndex(tensor.device));
 }
 
-// What torch knows of CUDA devices. Not by VirtualGuardImpl, which brings an output stream (see common/text.h),
-// nor by at::accelerator, which may be another one.
+// torch's interface to CUDA devices. VirtualGuardImpl would use an output stream (see common/text.h), and
+// at::accelerator may be another kind of device.
 const c10::impl::DeviceGuardImplInterface& cuda_devices() {
   const auto* const devices = c10::impl::device_guard_impl_registry[size_t(c10::DeviceType::CUDA)].load();
   TORCH_CHECK(devices != nullptr, "cuda executor: expected a torch built with CUDA, got one without");
@@ -23,7 +25,8 @@ const c10::impl::DeviceGuardImplInterface& cuda_devices() {
 
 c10::Stream current_stream(c10::Device device) { return cuda_devices().getStream(device); }
 
-// The current device for a while, as c10::DeviceGuard.
+// Makes a device the current one as long as the object lives. c10::DeviceGuard does the same, but contains a
+// VirtualGuardImpl.
 class OnDevice {
  public:
   explicit OnDevice(c10::Device device) {
@@ -41,11 +44,12 @@ class OnDevice {
 template <typename Item>
 at::Tensor upload(const std::vector<Item>& items, c10::Device device) {
   const int64_t bytes = int64_t(items.size() * sizeof(Item));
-  // from_blob does not own the items: the copy must be done before they go
+  // from_blob does not own the items, so they are copied before this returns.
   return at::from_blob(const_cast<Item*>(items.data()), {bytes}, at::kByte).clone().to(device);
 }
 
-// By torch's function of symbolic sizes: that of plain ones brings an output stream, see common/text.h.
+// at::empty, called in its form for symbolic sizes: the one for plain sizes uses an output stream
+// (common/text.h).
 at::Tensor empty(int64_t n, c10::ScalarType dtype, c10::Device device) {
   const c10::SymInt size(n);
   return at::empty_symint(size, at::TensorOptions().device(device).dtype(dtype));
@@ -65,7 +69,8 @@ CudaExecutor::CudaExecutor(Rule rule, std::vector<TensorShape> tensors) : rule_(
   }
 }
 
-// The tensors of a device and dtype in their order, with new tables wherever one launch's arguments are full.
+// Tensors of one device and dtype share tables, in their order. New tables begin wherever the arguments of
+// one launch are full. A tensor without elements is in none.
 void CudaExecutor::share_out(const std::vector<TensorShape>& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const TensorShape& tensor = tensors[i];
@@ -107,7 +112,9 @@ void CudaExecutor::put_on_device(DeviceTables& tables) const {
   if (!tables.device.is_cpu()) tables.stream = current_stream(tables.device).id();
 }
 
-// The current stream; memory that was allocated on another one must outlive what is launched on this.
+// The current stream of the tables' device. If the tables' memory was allocated or last used on another one,
+// torch's allocator is told of this stream, so that it does not reuse the memory while kernels there still
+// run.
 void* CudaExecutor::stream_of(DeviceTables& tables) {
   if (tables.device.is_cpu()) return nullptr;
   const c10::Stream stream = current_stream(tables.device);

@@ -1,5 +1,5 @@
-// The CUDA executor over torch's tensors: their tables in device memory, built once, and the launches of a
-// step.
+// The CUDA executor for torch's tensors. Once, it cuts them into work items and puts these in device memory.
+// In each step it launches the kernels through cuda/executor.h, which knows no torch.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,26 +12,27 @@ namespace cges {
 
 class CudaExecutor : public Executor {
  public:
-  // Cuts all tensors, and makes sure that every launch of a step can be made.
+  // Cuts all tensors and loads the kernels. Throws where the device or driver cannot run them.
   CudaExecutor(Rule rule, std::vector<TensorShape> tensors);
 
-  // One launch per device, dtype and path, on the current streams. No host sync and no allocation, so a step can
-  // be captured in a graph.
+  // One launch per device, dtype and path, on the current streams. It neither waits for the device nor
+  // allocates memory, so that a step can be captured in a graph.
   bool step(const std::vector<TensorInStep>& tensors, const std::vector<Hyperparameters>& hyperparameters,
             const ScalerTensors& scaler) override;
 
  private:
-  // Tensors of one device and dtype that fit the arguments of one launch, and their tables on the device.
+  // Tensors of one device and dtype whose addresses and hyperparameters fit the arguments of one launch, and
+  // their tables in device memory.
   struct DeviceTables {
     c10::Device device;
     DType dtype;
     cuda::Device description;
     cuda::Work work{};
-    std::vector<size_t> tensors{};        // indices into all
-    std::vector<int32_t> places{};        // of each tensor, the place of its param group in `param_groups`
-    std::vector<int64_t> param_groups{};  // indices into all
+    std::vector<size_t> tensors{};  // indices into the tensors of the step
+    std::vector<int32_t> places{};  // for each of `tensors`, the place of its param group in `param_groups`
+    std::vector<int64_t> param_groups{};  // indices into the hyperparameters of the step
     at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{}, corrected{};
-    c10::StreamId stream = 0;  // that their memory is known to be used on
+    c10::StreamId stream = 0;  // the stream on which the allocator last heard that their memory is used
   };
 
   void share_out(const std::vector<TensorShape>& tensors);

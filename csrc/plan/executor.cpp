@@ -1,3 +1,4 @@
+// The CPU executor for torch's tensors, and the choice of an executor by its name.
 #include "plan/executor.h"
 
 #include <torch/csrc/utils/pybind.h>
@@ -8,6 +9,7 @@
 namespace cges {
 namespace {
 
+// Hands a step's tensors to cpu::step. Between steps it remembers which groups may be passed over.
 class CpuExecutor : public Executor {
  public:
   explicit CpuExecutor(std::vector<TensorShape> shapes) : shapes_(std::move(shapes)), held_(shapes_.size()) {}
@@ -33,12 +35,13 @@ class CpuExecutor : public Executor {
   }
 
  private:
-  // Of one tensor, from step to step.
+  // Which groups of one tensor the last step held at zero, if skip_dead asks for that.
   struct Held {
     cpu::HeldGroups groups{};
-    Phase phase = Phase::skipped;  // of the step that found them: another may keep other states
+    Phase phase = Phase::skipped;  // of the step that held them; in another phase other states are kept
 
-    // What the next step of it is to pass by; null where it passes by nothing.
+    // The groups that the coming step may pass over, and where it writes down those that it holds at zero.
+    // Null where all groups must be stepped.
     cpu::HeldGroups* before(const cpu::StepTensor& tensor) {
       if (!tensor.h->skip_dead || tensor.h->freeze != Freeze::group || !cpu::can_pass_by(tensor)) {
         groups.clear();

@@ -1,4 +1,5 @@
-// What torch.amp.GradScaler hands to an optimizer that unscales by itself.
+// What torch.amp.GradScaler hands to an optimizer that divides by the loss scale itself. bindings.cpp makes
+// it of the optimizer's grad_scale and found_inf, and the executors read it.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -7,10 +8,11 @@
 
 namespace cges {
 
-// LossScale's numbers as tensors of one float, undefined where there are none.
+// The numbers of a LossScale (common/step.h) as tensors of one element, undefined where there are none.
 struct ScalerTensors {
   at::Tensor grad_scale, found_inf;
 
+  // The same as floats on `device`.
   ScalerTensors on(c10::Device device) const {
     const auto moved = [&](const at::Tensor& x) {
       if (!x.defined()) return x;
@@ -21,13 +23,13 @@ struct ScalerTensors {
     return {moved(grad_scale), moved(found_inf)};
   }
 
-  // Valid as long as these tensors, once they are where they are needed.
+  // Addresses in the tensors that on() returns; valid as long as these live.
   LossScale addresses() const {
     return {grad_scale.defined() ? grad_scale.const_data_ptr<float>() : nullptr,
             found_inf.defined() ? found_inf.const_data_ptr<float>() : nullptr};
   }
 
-  // Whether nothing is to change; the host waits for the answer.
+  // Whether the step must change nothing. The host waits for the device to say so.
   bool overflowed() const { return found_inf.defined() && found_inf.item<double>() != 0; }
 };
 

@@ -1,3 +1,5 @@
+// The bodies of StepPlan, see step_plan.h: comparing the parameters with the plan, gathering gradients and
+// states with their checks, running the executor, and keeping the states.
 #include "plan/step_plan.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -26,8 +28,9 @@ DType to_dtype(c10::ScalarType dtype) {
   }
 }
 
-// Equal where it matters: the stride of a dim of size 1 (or of an empty tensor) moves nothing. A lazily
-// negated view holds other numbers than its memory does.
+// Whether the elements of x lie in memory as in a dense tensor of these sizes and strides. The stride of a
+// dim of size 1 does not matter, nor does any stride of an empty tensor. A lazily negated view does not
+// count, because its memory holds the negated numbers.
 bool same_memory_order(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
   if (x.is_neg()) return false;
   for (size_t d = 0; d < sizes.size(); ++d)
@@ -35,8 +38,9 @@ bool same_memory_order(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayR
   return true;
 }
 
-// Uninitialised memory in the parameter's memory order, whatever its class. By torch's function of symbolic
-// sizes: that of plain ones brings an output stream, see common/text.h.
+// Uninitialised memory in the parameter's memory order, as a plain tensor even where the parameter is of a
+// subclass. Torch's function for plain sizes would use an output stream (common/text.h), so this takes the
+// one for symbolic sizes.
 at::Tensor new_like(const at::Tensor& param, at::TensorOptions options) {
   return at::empty_strided_symint(c10::fromIntArrayRefUnchecked(param.sizes()),
                                   c10::fromIntArrayRefUnchecked(param.strides()), options);
@@ -46,7 +50,8 @@ at::Tensor in_memory_order_of(const at::Tensor& param, const at::Tensor& x) {
   return new_like(param, x.options()).copy_(x.detach());
 }
 
-// Where something is wrong, Python finds it again and says so: one text for all executors.
+// A function of core/checks.py. Where a check here fails, Python checks once more and raises the error, so
+// that all executors have the same messages.
 py::object python_check(const char* name) {
   return py::module_::import("cges_kernels.core.checks").attr(name);
 }
@@ -57,7 +62,7 @@ py::object interned(const char* name) {
 
 bool on_host(const at::Tensor& step) { return step.is_cpu(); }
 
-// The number in a count of steps that lies on the host.
+// A parameter's count of steps is a tensor of one element. These two are for counts that lie on the host.
 double read_step(const at::Tensor& step) {
   return step.scalar_type() == at::kFloat ? double(*step.const_data_ptr<float>())
                                           : *step.const_data_ptr<double>();
@@ -69,7 +74,7 @@ void write_step(const at::Tensor& step, double count) {
     *step.mutable_data_ptr<double>() = count;
 }
 
-// As `launch` takes them: rows of gathering.Row.
+// The table that `launch` takes (see StepPlan::run): rows with the fields of Row in backends/gathering.py.
 at::Tensor table_of(const std::vector<TensorInStep>& tensors) {
   std::vector<std::array<int64_t, 7>> rows;
   const auto address = [](const void* p) { return reinterpret_cast<int64_t>(p); };
@@ -150,7 +155,8 @@ bool StepPlan::matches(const std::vector<py::list>& params) const {
   });
 }
 
-// Finds each parameter's dict again when `state` has changed; comparing all of it costs nanoseconds an entry.
+// When `state` has changed since the last step, finds each parameter's dict in it again. Comparing all
+// entries costs nanoseconds for each.
 void StepPlan::follow_state(const py::dict& state) {
   size_t n = 0;
   bool same = size_t(PyDict_Size(state.ptr())) == state_entries_.size();
@@ -166,7 +172,8 @@ void StepPlan::follow_state(const py::dict& state) {
     slot.entry = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), slot.object.ptr()));
 }
 
-// What `state` holds for this parameter by that name, undefined where there is none yet; `last`: what it was.
+// The tensor that `state` holds for this parameter under `key`; undefined where there is none yet. `last` is
+// what the last step left there: if it is still the same Python object, it need not be unpacked again.
 at::Tensor StepPlan::find(const Slot& slot, const py::object& key, const Kept& last) const {
   PyObject* const found = slot.entry ? PyDict_GetItem(slot.entry.ptr(), key.ptr()) : nullptr;
   if (found == nullptr || found == Py_None) return {};
@@ -175,20 +182,21 @@ at::Tensor StepPlan::find(const Slot& slot, const py::object& key, const Kept& l
   return THPVariable_Unpack(found);
 }
 
-// Checks a gradient or state and returns its address; where its memory order is not the parameter's, it
-// becomes a copy.
+// Checks a gradient or state and returns its address. If its memory order is not the parameter's, x is
+// replaced by a copy that has that order.
 void* StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) const {
   const at::Tensor& param = slot.param;
   if (x.layout() != at::kStrided || x.scalar_type() != param.scalar_type() || x.device() != param.device() ||
       x.sizes() != param.sizes())
     refuse(slot, what, py::cast(x));
   void* const at = x.data_ptr();
-  if (at == nullptr && x.numel() != 0) refuse(slot, what, py::cast(x));  // it wraps other tensors
+  if (at == nullptr && x.numel() != 0) refuse(slot, what, py::cast(x));  // a wrapper of other tensors
   if (same_memory_order(x, slot.sizes, slot.strides)) return at;
   x = in_memory_order_of(param, x);
   return x.data_ptr();
 }
 
+// The check in Python raises. The TORCH_CHECK after it is for a tensor that the check lets pass.
 [[noreturn]] void StepPlan::refuse(const Slot& slot, const char* what, py::handle x) const {
   python_check("check_companion")(what, name(slot), slot.object, x, slot.object.attr("dtype"));
   TORCH_CHECK(false, text(name(slot), ": expected a ", what, " that holds memory, got none").c_str());
@@ -201,6 +209,7 @@ void* StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) const 
                          .c_str());
 }
 
+// A count of steps has one element: on the host of float or double, beside the parameter of float.
 void StepPlan::check_step(const Slot& slot, const at::Tensor& step) const {
   const bool here = step.defined() && step.numel() == 1 && step.layout() == at::kStrided;
   const auto type = here ? step.scalar_type() : at::kByte;
@@ -209,7 +218,8 @@ void StepPlan::check_step(const Slot& slot, const at::Tensor& step) const {
     refuse_states(slot);
 }
 
-// A state that shares memory with another, or with a parameter, would be written twice at once.
+// Checks that no state shares memory with another or with a parameter: the step would write to it from two
+// places at once.
 void StepPlan::check_distinct(const std::vector<Inputs>& inputs) const {
   py::list names, tensors;
   for (const Slot& slot : slots_) {
@@ -230,7 +240,7 @@ void StepPlan::check_distinct(const std::vector<Inputs>& inputs) const {
   python_check("check_distinct")(names, tensors);
 }
 
-// Makes x the parameter's state of that name, in its dict as well.
+// Makes x the parameter's state under `key`, here and in the optimizer's dict.
 void StepPlan::keep(Slot& slot, const py::object& key, const at::Tensor& x, Kept& last) const {
   if (x.is_same(last.tensor)) return;
   last.tensor = x;
@@ -252,11 +262,12 @@ void StepPlan::keep_states(Slot& slot, const Inputs& inputs, const py::dict& sta
   }
 }
 
-// What torch.optim creates at a parameter's first gradient.
+// Allocates the states that torch.optim creates at a parameter's first gradient. The executor writes to them
+// without reading them, so only the count of steps is set to zero.
 void StepPlan::begin_states(const Slot& slot, Inputs& inputs) const {
   for (int s = 0; s < kept_.n; ++s) inputs.states[s] = new_like(slot.param, slot.param.options());
   if (!kept_.counts) return;
-  // With the parameter where the options say so, and then in float32, as kernels read it.
+  // If the options say so, the count lies beside the parameter, and then in float32, as kernels read it.
   const bool with_param = hyperparameters_[slot.shape.param_group].step_on_device;
   const bool is_float = with_param || c10::get_default_dtype_as_scalartype() != at::kDouble;
   const auto type = is_float ? at::kFloat : at::kDouble;
@@ -264,7 +275,8 @@ void StepPlan::begin_states(const Slot& slot, Inputs& inputs) const {
   inputs.step = at::zeros_symint({}, at::TensorOptions().dtype(type).device(device));
 }
 
-// A parameter's states, checked or begun; whether some are newcomers, which no earlier step of this plan has seen.
+// Finds a parameter's states and checks them, or allocates them if there are none, and settles its phase.
+// Returns whether some are newcomers: states that were loaded or replaced since this plan's last step.
 bool StepPlan::gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at) const {
   int there = 0;
   for (int s = 0; s < kept_.n; ++s) {
@@ -297,10 +309,10 @@ bool StepPlan::gather_states(const Slot& slot, Inputs& inputs, TensorInStep& at)
   return newcomers;
 }
 
-// Counts what torch writes to it.
+// torch's version counter, which rises with everything that torch writes to the tensor.
 int64_t StepPlan::version_of(const at::Tensor& x) { return x.is_inference() ? kUnknown : x._version(); }
 
-// Whether the parameter and its states are the last step's, and torch has written nothing to them since.
+// Whether the parameter and its states are those of the last step, and torch has not written to them since.
 bool StepPlan::is_as_left(const Slot& slot, const Inputs& inputs, const TensorInStep& at) const {
   bool same = slot.version != kUnknown && version_of(slot.param) == slot.version;
   for (int s = 0; same && writes_state(at.phase) && s < kept_.n; ++s) {
@@ -339,13 +351,14 @@ bool StepPlan::gather(const std::vector<py::list>& params, const py::dict& state
 
 void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
   TORCH_CHECK(gathered_, "StepPlan.run: expected a gather that succeeded before it, got none");
-  const Gathered all = *std::exchange(gathered_, std::nullopt);  // let go at the end, thrown or not
-  // Kernels see no tensor without elements, so the host counts its steps wherever the count lies.
+  const Gathered all = *std::exchange(gathered_, std::nullopt);  // so it is released even if this throws
+  // Kernels never see a tensor without elements, so the host counts its steps even where the count lies on
+  // the device.
   const auto counted_by_host = [&](size_t i) {
     return all.tensors[i].count > 0 ||
            (all.tensors[i].count_on_device != nullptr && slots_[i].param.numel() == 0);
   };
-  bool host_must_know = false;
+  bool host_must_know = false;  // whether to find out now if the step overflowed
   for (size_t i = 0; i < slots_.size(); ++i)
     host_must_know |= all.tensors[i].phase == Phase::first || counted_by_host(i);
   if (host_must_know && scaler.overflowed()) return;

@@ -1,6 +1,8 @@
-// StepPlan: the parameters of an optimizer's fused param groups, held so that a step costs Python two calls:
-// gather, which may fail and writes nothing, and run. Between the two, an optimizer of several executors
-// gathers the others. backends/gathering.py does the same in Python, for installs without this.
+// StepPlan holds the parameters of an optimizer's fused param groups in C++, so that a step costs Python only
+// two calls: gather, which checks everything and may fail but writes nothing, and run. Between the two, an
+// optimizer with several executors gathers for the others. The planner in Python (backends/planner.py) makes
+// and calls it through bindings.cpp. backends/gathering.py does the same in Python for installs without this
+// extension.
 //
 // Nothing is trusted from one step to the next. Each step compares the param groups' own lists, the
 // optimizer's state, every data pointer, shape and stride with what the plan was built from, and reads .grad
@@ -22,60 +24,64 @@ namespace cges {
 
 namespace py = pybind11;
 
-// (K1, R1, K2, R2, has_groups), as core/groups.py works it out.
+// (K1, R1, K2, R2, has_groups), as core/groups.py determines them.
 using LayoutTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
 TensorShape shape_of(const at::Tensor& x, const LayoutTuple& layout, int64_t param_group);
 
 class StepPlan {
  public:
-  // params[i] is param group i's own "params" list, or empty where another executor serves the group;
-  // layouts[i][j] belongs to params[i][j]. `executor` is "cpu", "cuda", or "" where `run` is told what to
-  // launch.
+  // params[i] is the "params" list of param group i itself, or an empty list where another executor serves
+  // the group. layouts[i][j] belongs to params[i][j]. `executor` is "cpu", "cuda", or "" if each run is told
+  // what to launch.
   StepPlan(const std::vector<py::list>& params, const std::vector<std::vector<LayoutTuple>>& layouts,
            const std::string& rule, const std::string& executor);
 
   void set_hyperparameters(int64_t group, const Hyperparameters& h) { hyperparameters_.at(group) = h; }
 
-  // Checks every gradient and all that `state` holds of the rule's, copies what has another memory order than
-  // its parameter, and allocates the states that have not begun. False where the plan no longer matches `params`
-  // and must be built again. Nothing is written; what is gathered is held until `run`.
+  // Checks every gradient and the rule's states in `state`, the optimizer's. Copies those whose memory order
+  // is not their parameter's, and allocates missing states. Returns false if the plan no longer matches
+  // `params` and must be built again. No parameter and no state is written; what is gathered is held until
+  // run().
   bool gather(const std::vector<py::list>& params, const py::dict& state);
 
-  // The step that was gathered, once: the executor's or, where `launch` is not None, launch(table), which sees to
-  // the gradient scaler itself. `table` is an int64 tensor on the CPU with a row per parameter, of Row's fields in
-  // backends/gathering.py. Then new states go into `state`, as torch.optim keeps them, steps are counted and
-  // versions move on; if it throws, none of it. Where states are new, or counted by the host, found_inf is looked
-  // at here: a step that overflowed leaves no state, and does not count.
+  // Runs the step that was gathered, once. It is the executor's or, if `launch` is not None, launch(table),
+  // which takes the gradient scaler into account itself. `table` is an int64 tensor on the CPU with one row
+  // per parameter, whose columns are the fields of Row in backends/gathering.py. Afterwards new states go
+  // into the optimizer's state as torch.optim keeps them, steps are counted and version counters rise; none
+  // of this happens if the step throws. Where states are new or the host counts steps, the host reads
+  // found_inf, because a step that overflowed must leave no state and does not count.
   void run(const py::object& launch, const ScalerTensors& scaler);
 
  private:
-  static constexpr int64_t kUnknown = -1;  // version: before the first step, and in inference mode
+  // The version of a tensor before the first step, and of inference tensors, which have none.
+  static constexpr int64_t kUnknown = -1;
 
-  // One of a parameter's states as `entry` holds it, as a Python object and as a tensor; null until there is one.
+  // One of a parameter's states as the last step left it in `entry`, as a Python object and as a tensor; both
+  // are null before there is one.
   struct Kept {
     py::object object;
     at::Tensor tensor;
-    int64_t version = kUnknown;  // of the tensor after the last step,
-    void* data = nullptr;        // and where it lay
+    int64_t version = kUnknown;
+    void* data = nullptr;
   };
 
-  // One parameter: its shape, its place when the plan was made, and what the last step found of it.
+  // One parameter: what it was when the plan was made, and what the last step left of it and its states.
   struct Slot {
-    py::object object;  // the parameter as Python holds it
+    py::object object;  // the parameter as a Python object
     at::Tensor param;
     TensorShape shape;
-    int64_t index;  // param_groups[shape.param_group]["params"][index]
+    int64_t index;  // it is param_groups[shape.param_group]["params"][index]
     void* data;
     c10::ScalarType dtype;
     at::DimVector sizes, strides;
-    py::object entry{};  // state[param], a dict; null until there is one
+    py::object entry{};  // the dict state[param], null before there is one
     std::array<Kept, kMostStates> states{};
     Kept step{};
-    int64_t version = kUnknown;  // of the parameter after the last step
+    int64_t version = kUnknown;  // of the parameter, after the last step
   };
 
-  // What a step takes of a parameter, held until it is done.
+  // The tensors that one step uses of a parameter. They are held until it is done, since some may be copies.
   struct Inputs {
     at::Tensor grad, step;
     std::array<at::Tensor, kMostStates> states;
@@ -103,15 +109,15 @@ class StepPlan {
   std::string name(const Slot& slot) const;
 
   const Rule rule_;
-  const RuleStates& kept_;  // of the rule
+  const RuleStates& kept_;  // what the rule keeps
   std::vector<py::object> state_keys_;
   py::object step_key_;
   std::vector<Slot> slots_;
   std::vector<int64_t> group_sizes_;
   std::vector<Hyperparameters> hyperparameters_;
-  std::vector<std::pair<py::object, py::object>> state_entries_;  // what `state` held when last followed
+  std::vector<std::pair<py::object, py::object>> state_entries_;  // of `state`, at the last follow_state
   std::optional<Gathered> gathered_;
-  std::unique_ptr<Executor> executor_;  // null where `run` is told what to launch
+  std::unique_ptr<Executor> executor_;  // null if each run is told what to launch
 };
 
 }  // namespace cges
