@@ -146,12 +146,11 @@ CGES_FN int64_t sums_bytes(int64_t groups, int64_t parts) {
 // Where things lie in the shared memory of a block of step_chunks, in bytes from its beginning.
 template <typename A>
 struct SharedLayout {
-  int64_t entries, exchange, solvers, alive, z;
+  int64_t entries, solvers, alive, z;
 
   CGES_FN explicit SharedLayout(int64_t groups)
       : entries(16),  // the first word is for what one thread tells the others
-        exchange(entries + kThreads * int64_t(sizeof(Sums<A>))),
-        solvers(exchange + 2 * groups * int64_t(sizeof(Sums<A>))),
+        solvers(entries + kThreads * int64_t(sizeof(Sums<A>))),
         alive(solvers + groups * int64_t(sizeof(ShrinkageSolver<A>))),
         z(round_up(alive + groups * 4, 16)) {}
 };

@@ -39,7 +39,7 @@ __device__ __forceinline__ void solve(ShrinkageSolver<A>& solver, const Sums<A>&
 template <typename A>
 struct SharedArrays {
   int* word;
-  Sums<A>*entries, *exchange;
+  Sums<A>* entries;
   ShrinkageSolver<A>* solvers;
   int* alive;
   A* z;
@@ -48,7 +48,6 @@ struct SharedArrays {
     const SharedLayout<A> at(groups);
     word = reinterpret_cast<int*>(memory);
     entries = reinterpret_cast<Sums<A>*>(memory + at.entries);
-    exchange = reinterpret_cast<Sums<A>*>(memory + at.exchange);
     solvers = reinterpret_cast<ShrinkageSolver<A>*>(memory + at.solvers);
     alive = reinterpret_cast<int*>(memory + at.alive);
     z = reinterpret_cast<A*>(memory + at.z);
