@@ -25,7 +25,7 @@ class Row(NamedTuple):
     """What a step finds of a tensor: addresses (0: there is none), its phase, and its count of steps.
 
     The count includes this step. One that lies with the tensor is read there by kernels: a float32, without
-    this step, at ``steps_address``.
+    this step, at `steps_address`.
     """
 
     w: int
@@ -42,7 +42,7 @@ def _place(p: Tensor) -> tuple[Any, ...]:
 
 
 def in_memory_order_of(p: Tensor, x: Tensor) -> Tensor:
-    """``x``, or a copy where its elements lie otherwise than p's; dims of size 1 move nothing."""
+    """`x`, or a copy where its elements lie otherwise than p's; dims of size 1 move nothing."""
     strides = zip(p.shape, x.stride(), p.stride())
     if not x.is_neg() and (x.numel() == 0 or all(a == b for n, a, b in strides if n > 1)):
         return x

@@ -3,7 +3,7 @@
 Outside of torch.compile nothing comes this way. An operator keeps no plan, so it checks its inputs anew at
 each call, and it has lists in place of an optimizer:
 
-    step_   `groups`: of each parameter its param group. Of each param group: what ``numbers_of`` makes in
+    step_   `groups`: of each parameter its param group. Of each param group: what `numbers_of` makes in
             `numbers`, SCALARS in `sources` (what is a tensor, None otherwise) and OPTIONS, as text, in
             `options`.
             `states` are those of parameters for which the rule keeps some, one parameter's after another's,
@@ -139,7 +139,7 @@ def numbers_of(rule: Rule, group: Mapping[str, Any]) -> list[float]:
 
 
 def _named(rule: Rule, numbers: Sequence[float]) -> dict[str, Any]:
-    """What ``numbers_of`` was made of."""
+    """What `numbers_of` was made of."""
     left = iter(numbers)
     named: dict[str, Any] = {key: next(left) for key in SCALARS}
     for key, default in rule.options.items():

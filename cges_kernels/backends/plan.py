@@ -14,7 +14,7 @@ Spec = tuple[GroupSpec, Sequence[int] | None]  # group_by and view
 
 
 class Plan(Protocol):
-    """Parameters held from step to step; ``params[i]`` is [] where another plan serves param group i.
+    """Parameters held from step to step; `params[i]` is [] where another plan serves param group i.
 
     A step takes two calls, so that whatever may fail does so before anything is written.
     """
@@ -26,9 +26,9 @@ class Plan(Protocol):
         ...
 
     def run(self, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None:
-        """Step what was gathered, once; gradients are divided by ``grad_scale``.
+        """Step what was gathered, once; gradients are divided by `grad_scale`.
 
-        Where ``found_inf`` is not 0 nothing changes, state included. Returns what that came to be where ranks
+        Where `found_inf` is not 0 nothing changes, state included. Returns what that came to be where ranks
         had to agree on it.
         """
         ...

@@ -73,7 +73,7 @@ def backend_of(backend: str, rule: Rule, group: dict[str, Any]) -> str:
 class Planner:
     """The plans of one optimizer. It reads the optimizer's param groups, and writes nothing to them.
 
-    ``make_sharded_plan`` makes the plan of param groups with DTensors; it is not called where there are none.
+    `make_sharded_plan` makes the plan of param groups with DTensors; it is not called where there are none.
     """
 
     def __init__(self, backend: str, rule: Rule, make_sharded_plan: MakeShardedPlan) -> None:
@@ -95,7 +95,7 @@ class Planner:
         self._devices: list[torch.device | None] = []
 
     def check(self, param_groups: ParamGroups, first: int = 0) -> None:
-        """Whatever step() would refuse of param groups from ``first`` on, before there are gradients."""
+        """Whatever step() would refuse of param groups from `first` on, before there are gradients."""
         for index, group in list(enumerate(param_groups))[first:]:
             check_param_group(self.rule, group)
             self._layouts(param_groups, index)

@@ -32,7 +32,7 @@ def reference_step(
     states: Sequence[Tensor | None],
     count: float | Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """(new w, new states ...) by reference.py; ``count``: of p's steps, with this one, if the rule counts."""
+    """(new w, new states ...) by reference.py; `count`: of p's steps, with this one, if the rule counts."""
     counted = {} if count is None else {STEP: count}
     update = partial(h.rule.update, lr=h.lr, **h.rule.told(h.chosen), **counted)
     return reference.proximal_step(
@@ -49,7 +49,7 @@ def reference_step(
 
 
 class ReferencePlan:
-    """Steps by reference.py; ``specs[i][j]`` says how params[i][j] is grouped."""
+    """Steps by reference.py; `specs[i][j]` says how params[i][j] is grouped."""
 
     def __init__(self, rule: Rule, params: Sequence[list[Tensor]], specs: Sequence[Sequence[Spec]]) -> None:
         self._rule = rule

@@ -73,7 +73,7 @@ def _why_not_device(index: int) -> str | None:
 
 
 def why_not(backend: str, w: Tensor | None = None) -> str | None:
-    """Why ``backend`` cannot serve ``w`` (or, without w, anything at all) and what to do; None if it can."""
+    """Why `backend` cannot serve `w` (or, without w, anything at all) and what to do; None if it can."""
     served: tuple[str, ...]
     if backend == "reference":
         return None
@@ -114,9 +114,9 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False) -> str:
-    """The executor for ``tensors``: the one asked for, or for "auto" the fastest that serves all of them.
+    """The executor for `tensors`: the one asked for, or for "auto" the fastest that serves all of them.
 
-    ``fused`` demands one other than the reference. RuntimeError where the wish cannot be met.
+    `fused` demands one other than the reference. RuntimeError where the wish cannot be met.
     """
     check_backend(backend)
     candidates: tuple[str, ...] = (backend,)
@@ -144,9 +144,9 @@ def make_plan(
     layouts: Sequence[Sequence[GroupedLayout]],
     specs: Sequence[Sequence[Spec]],
 ) -> Plan:
-    """The plan that steps the parameters of ``executor``.
+    """The plan that steps the parameters of `executor`.
 
-    ``params[i]`` is [] where another one serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
+    `params[i]` is [] where another one serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
     """
     if executor == "reference":
         return ReferencePlan(rule, params, specs)

@@ -50,7 +50,7 @@ def step_once(
 ) -> None:
     """One step in one pass by a fused executor; whoever calls has checked everything.
 
-    ``param_groups[i]`` is the place in ``hyperparameters`` of what tensor i takes.
+    `param_groups[i]` is the place in `hyperparameters` of what tensor i takes.
 
     Raises:
         RuntimeError: Triton's executor in the capture of a CUDA graph, where its tables cannot be made.

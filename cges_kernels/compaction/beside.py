@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
 
 class Beside:
-    """The channels of each tensor in a forward pass; parameters are those of ``model``."""
+    """The channels of each tensor in a forward pass; parameters are those of `model`."""
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Beside:
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ids(self, x: Tensor) -> Tensor:
-        """Whose channel each element of ``x`` is: the dims of ``x``, of size 1 where it does not vary."""
+        """Whose channel each element of `x` is: the dims of `x`, of size 1 where it does not vary."""
         if x.layout != torch.strided:
             return torch.full([1] * x.dim(), NOBODY)
         if (written := self.written.get(x.untyped_storage()._cdata)) is not None:
@@ -69,7 +69,7 @@ class Beside:
         return narrowed(self.channels.loose[name].as_strided(x.shape, x.stride(), first))
 
     def note(self, x: Any, ids: Tensor) -> None:
-        """``x`` holds these channels. Along two dims they could not be cut out of it."""
+        """`x` holds these channels. Along two dims they could not be cut out of it."""
         if not isinstance(x, Tensor) or x.dim() != ids.dim():
             return
         ids = narrowed(ids)
@@ -86,7 +86,7 @@ class Beside:
         return f"{self.stack[-1] or self.model} ({operation})" if self.stack else f"the model ({operation})"
 
     def take(self, operation: Any, *tensors: Tensor) -> None:
-        """An operation takes all channels of ``tensors`` together."""
+        """An operation takes all channels of `tensors` together."""
         where = self.where(operation if isinstance(operation, str) else ops.name(operation))
         for x in tensors:
             if self.is_owners(x):
@@ -99,7 +99,7 @@ class Beside:
         return self.owners.name(x) is not None and x not in self._ids
 
     def line(self, func: Any, x: Tensor, dim: int) -> Tensor:
-        """The channels of ``x`` along ``dim``, the only one along which they may vary: [x.shape[dim]]."""
+        """The channels of `x` along `dim`, the only one along which they may vary: [x.shape[dim]]."""
         ids = self.ids(x)
         dim %= x.dim()
         if any(d != dim for d in varying(ids)):

@@ -123,7 +123,7 @@ class Channels:
             self.held.append(Held(ids, reason, read))
 
     def join(self, a: Tensor, b: Tensor, reason: str = "they meet what cannot be cut") -> None:
-        """``a`` and ``b`` (which broadcast) meet element by element; with nobody's they are held."""
+        """`a` and `b` (which broadcast) meet element by element; with nobody's they are held."""
         pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs >= NOBODY).all(0)]
         if pairs.numel():
@@ -198,7 +198,7 @@ class Owners:
 
 
 def narrowed(ids: Tensor) -> Tensor:
-    """``ids`` with size 1 along every dim along which they do not vary."""
+    """`ids` with size 1 along every dim along which they do not vary."""
     for dim in range(ids.dim()):
         one = ids.narrow(dim, 0, 1)
         if ids.shape[dim] > 1 and (ids.stride(dim) == 0 or bool((ids == one).all())):
@@ -211,5 +211,5 @@ def varying(ids: Tensor) -> list[int]:
 
 
 def aligned(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
-    """``sizes`` with ones in front, as they broadcast."""
+    """`sizes` with ones in front, as they broadcast."""
     return (*[1] * (dims - len(sizes)), *sizes)

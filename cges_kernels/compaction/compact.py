@@ -24,7 +24,7 @@ from .unknown import Branches, inputs_of_weights
 
 @dataclass(frozen=True)
 class Compaction:
-    """What :func:`compact` made of a model; ``str()`` is a summary. Pairs are (before, after)."""
+    """What :func:`compact` made of a model; `str()` is a summary. Pairs are (before, after)."""
 
     model: nn.Module = field(repr=False)
     layers: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # weight shapes, of those that changed
@@ -72,25 +72,25 @@ def compact(
     *,
     keep: Collection[str] = (),
 ) -> Compaction:
-    """A smaller dense model that computes, in eval mode, what ``model`` computes.
+    """A smaller dense model that computes, in eval mode, what `model` computes.
 
     Removed are filters, channels and units that no weight reads, and all that only they read in turn, through
     residual sums, concatenation, chunks, flattening, batch norm, depthwise convolutions, embeddings and
     recurrent layers: every operation of a forward pass is followed. A dead filter is not yet unread: its bias
     or batch-norm shift is a constant for the layers behind it. Such constants go into those layers' biases
     first (a layer without one gets one) and the filter goes. What cannot go without changing the outputs
-    stays, and ``kept`` says why: outputs of the model, a constant other than 0 that meets zero padding (it
+    stays, and `kept` says why: outputs of the model, a constant other than 0 that meets zero padding (it
     would be wrong at the borders), channels that a layer norm, group norm, attention or grouped convolution
     takes together, channels that a layer may read which the example never calls. A Linear or convolution that
-    reads few of its inputs where others need them all picks those by itself (``layer.read_inputs``). At least
+    reads few of its inputs where others need them all picks those by itself (`layer.read_inputs`). At least
     one channel of each layer stays.
 
     Constants are those for inputs of the example's size: behind zero padding and pooling, another size may
     give others. Whatever a tensor holds that is passed counts as unknown: numbers, token ids and masks alike;
     numbers and flags that are no tensors stay as they are. Where an input decides which way the forward pass
-    goes, nothing is removed. The result is checked on the example and on other inputs (``varied`` says in
+    goes, nothing is removed. The result is checked on the example and on other inputs (`varied` says in
     what they differ), in float64 where the model allows; a change that shows in the outputs is not made, and
-    ``kept`` says so. Of an example's batch two are looked at, in eval and in training mode; outputs are
+    `kept` says so. Of an example's batch two are looked at, in eval and in training mode; outputs are
     compared in eval mode.
 
     Args:

@@ -44,7 +44,7 @@ def has_hooks(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` while none of its hooks runs but those that pick inputs."""
+    """`model` while none of its hooks runs but those that pick inputs."""
     taken = []
     try:
         for module in model.modules():
@@ -72,7 +72,7 @@ def working_copies(model: nn.Module, given: Given) -> tuple[tuple[nn.Module, Giv
 
 
 def restore_kind(small: nn.Module, model: nn.Module) -> None:
-    """Give ``small`` the dtypes, requires_grad and training modes of ``model``."""
+    """Give `small` the dtypes, requires_grad and training modes of `model`."""
     as_was = dict(model.named_modules(remove_duplicate=False))
     for name, module in small.named_modules(remove_duplicate=False):
         old = as_was[name]
@@ -89,7 +89,7 @@ def restore_kind(small: nn.Module, model: nn.Module) -> None:
 
 
 def restore_hooks(small: nn.Module, model: nn.Module) -> None:
-    """Give ``small`` copies of the hooks of ``model``; those that do not copy are shared."""
+    """Give `small` copies of the hooks of `model`; those that do not copy are shared."""
     as_was = dict(model.named_modules())
     copies: dict[int, Any] = {id(as_was[name]): module for name, module in small.named_modules()}
     for name, module in small.named_modules():

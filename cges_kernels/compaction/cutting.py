@@ -15,14 +15,14 @@ from .picking import laid_out_like
 
 @dataclass
 class Removal:
-    """The channels that leave with those of ``layer``."""
+    """The channels that leave with those of `layer`."""
 
     layer: str
     ids: Tensor
 
 
 class Reading:
-    """Who reads what in ``model``, whose parameters may have changed since ``channels`` were followed.
+    """Who reads what in `model`, whose parameters may have changed since `channels` were followed.
 
     Attributes:
         read: per channel, whether a weight or an operation reads it; [count].
@@ -51,20 +51,20 @@ class Reading:
         return (taps.to(torch.float32) @ taps.new_ones(taps.shape[-1], dtype=torch.float32)).cpu()
 
     def reading(self, weight: Weight, dim: int, by: Tensor | None = None) -> Tensor:
-        """Which lines along ``dim`` have an entry that is not 0, among those that the lines ``by`` make."""
+        """Which lines along `dim` have an entry that is not 0, among those that the lines `by` make."""
         entries = self.nonzero[weight.name].movedim(dim, 0)
         lines = entries.new_ones(entries.shape[1]) if by is None else by.to(entries.dtype)
         return (entries @ lines) > 0  # a product is faster than any()
 
     def _held(self) -> Tensor:
-        """Why a group stays, by the first of it: the place among ``reasons``, -1 where nothing holds it."""
+        """Why a group stays, by the first of it: the place among `reasons`, -1 where nothing holds it."""
         why = torch.full((self.channels.count,), -1)
         for place, held in reversed(list(enumerate(self.channels.held))):  # the first word counts
             why[self.group[held.ids]] = place
         return why
 
     def lines(self, weight: Weight, dim: int) -> Tensor:
-        """The groups of the lines of a weight along ``dim``."""
+        """The groups of the lines of a weight along `dim`."""
         return self.group[weight.ids[dim].expand(self.nonzero[weight.name].shape[dim])]
 
     def _read(self) -> Tensor:
@@ -178,7 +178,7 @@ class Reading:
 
 
 def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
-    """Remove, in place, the channels that are ``gone`` ([count]) from every parameter and buffer."""
+    """Remove, in place, the channels that are `gone` ([count]) from every parameter and buffer."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     before = [(module, sizes(module)) for module in model.modules()]
     for name, weight in channels.weights.items():

@@ -75,7 +75,7 @@ class Follower(Beside, EachOperation):
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, keep: Collection[str]) -> Iterator[None]:
-        """Knows which module works, and holds the outputs of those in ``keep``."""
+        """Knows which module works, and holds the outputs of those in `keep`."""
 
         def before(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any) -> None:
@@ -120,7 +120,7 @@ class Followed:
 
 
 def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
-    """The channels of ``model``, which is in eval mode.
+    """The channels of `model`, which is in eval mode.
 
     It is followed in eval mode and, where it runs so, in training mode too, in which other heads may read and
     other values be given. Whatever could still meet a parameter that takes part in neither is held.

@@ -40,7 +40,7 @@ def bias_of(name: str) -> str:
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
-    """What ``module`` calls the sizes of its parameters: {attribute: size}, by their shapes now."""
+    """What `module` calls the sizes of its parameters: {attribute: size}, by their shapes now."""
     weight = module._parameters.get("weight")
     if weight is None and not isinstance(
         module, (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.RNNCellBase)

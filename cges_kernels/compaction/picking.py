@@ -21,7 +21,7 @@ class Picking(Protocol):
 
 
 def picking(layer: nn.Module) -> Picking:
-    """``layer`` itself: type checkers take every attribute of a module for a tensor or a module."""
+    """`layer` itself: type checkers take every attribute of a module for a tensor or a module."""
     return cast(Picking, layer)
 
 
@@ -31,7 +31,7 @@ def pick(self, input: tuple[Tensor]) -> Tensor:
 
 
 def select_inputs(layer: Weighted, read: Tensor, of: int) -> None:
-    """Make ``layer`` read the input channels ``read`` (indices) of the ``of`` that it is given."""
+    """Make `layer` read the input channels `read` (indices) of the `of` that it is given."""
     layer.register_buffer("read_inputs", read)
     added = picking(layer)
     added.given_inputs, added.inputs_dim = of, channel_dim(layer)
@@ -39,7 +39,7 @@ def select_inputs(layer: Weighted, read: Tensor, of: int) -> None:
 
 
 def set_columns(layer: Weighted, weights: Tensor) -> None:
-    """Give ``layer`` the weight of which ``weights`` are the columns."""
+    """Give `layer` the weight of which `weights` are the columns."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     layer.weight.data = laid_out_like(layer.weight, weights.movedim(0, dim))
     for name, size in sizes(layer).items():
@@ -47,7 +47,7 @@ def set_columns(layer: Weighted, weights: Tensor) -> None:
 
 
 def laid_out_like(x: Tensor, cut: Tensor) -> Tensor:
-    """``cut`` in memory as ``x`` is: channels last, or contiguous."""
+    """`cut` in memory as `x` is: channels last, or contiguous."""
     for format in (torch.channels_last, torch.channels_last_3d):
         if x.dim() == (4 if format == torch.channels_last else 5) and not x.is_contiguous():
             if x.is_contiguous(memory_format=format):
@@ -58,8 +58,8 @@ def laid_out_like(x: Tensor, cut: Tensor) -> Tensor:
 def pick_inputs(model: nn.Module, among: set[str]) -> list[str]:
     """Cut, in place, the weights that read nothing of an input channel which could not be removed.
 
-    The layer then picks the channels that it reads (``layer.read_inputs``, a buffer of indices) before it
-    computes. Done in the layers ``among`` these where that saves more than the copy costs.
+    The layer then picks the channels that it reads (`layer.read_inputs`, a buffer of indices) before it
+    computes. Done in the layers `among` these where that saves more than the copy costs.
 
     Returns:
         The layers.

@@ -22,7 +22,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _common_size(tensors: list[Tensor], dim: int) -> int | None:
-    """The size of all of them along ``dim``, if they have one."""
+    """The size of all of them along `dim`, if they have one."""
     sizes = {x.shape[dim] if x.dim() > dim else None for x in tensors}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -54,7 +54,7 @@ class Probes:
     Args:
         model: in eval mode; it is run on each of them.
         given: the example.
-        expected: what ``model`` makes of it, if that is known.
+        expected: what `model` makes of it, if that is known.
         trained: what it makes of it in training mode, if it runs so.
 
     Attributes:
@@ -85,7 +85,7 @@ class Probes:
             self.varied.append("length")
 
     def differs(self, model: nn.Module) -> Difference | None:
-        """What is wrong with the outputs of ``model`` where the first one's are expected; None if nothing.
+        """What is wrong with the outputs of `model` where the first one's are expected; None if nothing.
 
         In training mode it is the shapes alone: a batch norm makes other constants there, and of a batch of
         two it makes much of little.
@@ -142,7 +142,7 @@ class Probes:
         return f"{'truth values' if tensors[i].dtype == torch.bool else 'integers'} of tensor {i}"
 
     def _others(self, x: Tensor) -> Iterator[Tensor]:
-        """Other values than those of ``x``."""
+        """Other values than those of `x`."""
         for other in self._draw(x):
             if not torch.equal(other, x):
                 yield other
@@ -192,7 +192,7 @@ def _doubled(tensors: list[Tensor], others: list[Tensor], dim: int) -> list[Tens
 
 
 def failed_in(model: nn.Module, error: Exception) -> str | None:
-    """The innermost module of ``model`` that was at work when the error came."""
+    """The innermost module of `model` that was at work when the error came."""
     names = {module: name for name, module in model.named_modules()}
     found, trace = None, error.__traceback__
     while trace is not None:

@@ -16,7 +16,7 @@ ALSO_FIXED = "what reads them also reads what cannot be cut"
 
 
 def _whole(f: Beside, w: Tensor) -> str | None:
-    """Whose name ``w`` is, where it is a parameter as it stands."""
+    """Whose name `w` is, where it is a parameter as it stands."""
     name = f.owners.name(w)
     if name is None or name in f.owners.shared or w is not f.owners.tensors[name]:
         return None
@@ -79,7 +79,7 @@ def multiplied(f: Beside, call: Call) -> None:
 def _read(
     f: Beside, func: Any, part: tuple[str, list[tuple[int, int]]], x: Tensor, dim: int, count: int
 ) -> Tensor:
-    """A weight, or a part of it, reads ``x`` along ``dim``; the channels that it makes."""
+    """A weight, or a part of it, reads `x` along `dim`; the channels that it makes."""
     name, ((read, first), (make, start)) = part
     line = f.line(func, x, dim)
     ids = f.channels.use(name, f.owners.tensors[name], reads=read, makes=make).ids
@@ -88,7 +88,7 @@ def _read(
 
 
 def _contracted(f: Beside, func: Any, a: Tensor, b: Tensor) -> Tensor:
-    """A product of two activations: the channels of the rows of ``a`` or of the columns of ``b``."""
+    """A product of two activations: the channels of the rows of `a` or of the columns of `b`."""
     passed = []
     for x, dim in ((a, a.dim() - 2), (b, b.dim() - 1)):
         ids = f.ids(x)

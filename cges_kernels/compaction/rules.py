@@ -64,7 +64,7 @@ def pointwise(f: Beside, call: Call) -> None:
 
 
 def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = None) -> None:
-    """Join what meets elementwise, broadcast, and note it for ``out``."""
+    """Join what meets elementwise, broadcast, and note it for `out`."""
     dims = max((x.dim() for x in given), default=0)
     if written is not None and bool((f.ids(written) == ANYBODY).all()):
         _give_lines(f, written, [f.ids(x) for x in given if x is not written])
@@ -92,7 +92,7 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
 
 
 def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
-    """Tell the lines of what ``x`` is a part of apart, along the dim in which what is written varies."""
+    """Tell the lines of what `x` is a part of apart, along the dim in which what is written varies."""
     whole = x if x._base is None else x._base
     if x.numel() == 1 or whole.dim() != x.dim() or not is_dense(whole):
         return

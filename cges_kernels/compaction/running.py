@@ -83,7 +83,7 @@ def cuda_devices(model: nn.Module, given: Given) -> list[torch.device]:
 
 @torch.no_grad()
 def outputs(model: nn.Module, given: Given) -> list[Any]:
-    """The leaves of what ``model`` gives in eval mode, with the same random numbers each time.
+    """The leaves of what `model` gives in eval mode, with the same random numbers each time.
 
     Where no number is among them, the last that one of its modules gave stand in front: decisions alone hide
     what they are made by.

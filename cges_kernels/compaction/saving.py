@@ -16,10 +16,10 @@ from .picking import picking, select_inputs
 
 
 def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write ``model``, as :func:`compact` made it or trained further since, to ``path``.
+    """Write `model`, as :func:`compact` made it or trained further since, to `path`.
 
-    The file is {"sizes": {module name: {attribute: int}}, "state_dict": ...}; ``torch.load`` reads it with
-    ``weights_only=True``. It replaces an earlier one only once it is whole.
+    The file is {"sizes": {module name: {attribute: int}}, "state_dict": ...}; `torch.load` reads it with
+    `weights_only=True`. It replaces an earlier one only once it is whole.
     """
     found = {}
     for name, module in model.named_modules():
@@ -31,13 +31,13 @@ def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location: Any = None) -> nn.Module:
-    """The model that :func:`save_compacted` wrote, built from ``model``, the network as it was before.
+    """The model that :func:`save_compacted` wrote, built from `model`, the network as it was before.
 
     Args:
         model: of the class and arguments that the compacted model was made from; its weights do not matter
             and it is left as it is.
         path: the file.
-        map_location: as for ``torch.load``.
+        map_location: as for `torch.load`.
 
     Raises:
         ValueError: the file is not of this kind, or is of another network; the file and the names are told.
@@ -69,7 +69,7 @@ def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location:
 
 
 def _fit(module: nn.Module, key: str, value: Tensor) -> None:
-    """Make room in ``module`` for a value of another shape than it has."""
+    """Make room in `module` for a value of another shape than it has."""
     if key == "read_inputs":
         assert isinstance(module, WEIGHTED)
         select_inputs(module, torch.empty_like(value), picking(module).given_inputs)

@@ -23,7 +23,7 @@ GIVEN_UP = f"{ATTEMPTS - 1} attempts to remove others showed in the outputs"
 
 
 class Shrinking:
-    """Attempts at a smaller copy of ``base``, each without what showed in the outputs of the one before."""
+    """Attempts at a smaller copy of `base`, each without what showed in the outputs of the one before."""
 
     def __init__(
         self, base: nn.Module, channels: Channels, constants: Mapping[str, Tensor], probes: Probes
@@ -102,7 +102,7 @@ class Shrinking:
         return type(self.base.get_submodule(around)), name
 
     def _by_numbers(self, layer: str | None, reading: Reading) -> Tensor:
-        """What leaves in all modules like the innermost around ``layer`` that lays channels out by numbers.
+        """What leaves in all modules like the innermost around `layer` that lays channels out by numbers.
 
         Where one of them has a size written into its code, so have its like.
         """

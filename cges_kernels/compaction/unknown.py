@@ -183,10 +183,10 @@ class _Unknowns(EachOperation):
 
 
 def inputs_of_weights(model: nn.Module, given: Given) -> dict[str, Tensor]:
-    """The constants that each weight of ``model``, by its parameter's name, reads: [channels].
+    """The constants that each weight of `model`, by its parameter's name, reads: [channels].
 
     NaN where a channel depends on the model's input or has not one value at all positions, and everywhere
-    where a weight is used more than once. ``model`` is in eval mode; of tensors in ``given`` only the shapes
+    where a weight is used more than once. `model` is in eval mode; of tensors in `given` only the shapes
     matter, other values are taken as they are.
 
     Raises:

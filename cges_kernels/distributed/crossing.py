@@ -35,7 +35,7 @@ class CrossingTensor:
 
     Args:
         local: this rank's part of the weights, of any size, 0 too.
-        view: the local shape that ``reduced`` refers to, or None.
+        view: the local shape that `reduced` refers to, or None.
         reduced: the dims that groups run over.
         axes: the pack's process groups that groups cross.
         copies: those over which the tensor is replicated.
@@ -86,7 +86,7 @@ class CrossingTensor:
         return 2 + self.searches + (self._search is None and self._freeze == "group")
 
     def no_sums(self) -> Tensor:
-        """What travels in place of ``sums`` from a rank whose groups are all finished."""
+        """What travels in place of `sums` from a rank whose groups are all finished."""
         return torch.zeros(self._num_rows * prod(self._shape), dtype=self.dtype, device=self.local.device)
 
     def sums(self) -> Tensor:
@@ -100,7 +100,7 @@ class CrossingTensor:
         return torch.stack(rows).flatten()
 
     def receive(self, totals: Tensor) -> None:
-        """Take the sums over all ranks, packed as ``sums`` packs them."""
+        """Take the sums over all ranks, packed as `sums` packs them."""
         rows = list(totals.to(self.local.device, self.dtype).view(self._num_rows, *self._shape))
         if self._search is None and self._freeze == "group":
             self._dead = rows.pop() == 0
@@ -141,7 +141,7 @@ class CrossingTensor:
 
 
 def agree_on_groups(pack: Pack, tensors: Sequence[CrossingTensor], found_inf: Tensor | None = None) -> Tensor:
-    """All sums of one pack, agreed on; nothing is written. Returns ``found_inf`` (0-d), agreed on too.
+    """All sums of one pack, agreed on; nothing is written. Returns `found_inf` (0-d), agreed on too.
 
     Every rank of the pack must call it with the same tensors in the same order. It takes one all_reduce per
     process group (a second where one tensor is replicated and another summed over it; see _all_reduce), and
@@ -177,7 +177,7 @@ def _all_reduce(
     parts: Sequence[Tensor],
     flags: Tensor,
 ) -> list[Tensor]:
-    """Each tensor's part summed over the axes that it crosses, and the flags over all ``axes``.
+    """Each tensor's part summed over the axes that it crosses, and the flags over all `axes`.
 
     Replicas are no sum, but another process group may have added in another order: they take the first one's,
     so that they stay equal to the bit. To this end the others add nothing to it, after all that the tensor

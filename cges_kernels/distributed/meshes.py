@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class Digit(NamedTuple):
-    """How the process groups of a mesh dim part a list of ranks: ``size`` of them each, ``stride`` apart."""
+    """How the process groups of a mesh dim part a list of ranks: `size` of them each, `stride` apart."""
 
     stride: int
     size: int
@@ -41,7 +41,7 @@ class Pack:
         return ranks == self.ranks and all(new.fits(digit) for new in digits for digit in self._digits)
 
     def axis(self, digit: Digit, mesh: DeviceMesh, m: int) -> int:
-        """Which of ``groups`` dim ``m`` of the mesh is; it joins them where it is none yet."""
+        """Which of `groups` dim `m` of the mesh is; it joins them where it is none yet."""
         if digit not in self._digits:
             self._digits.append(digit)
             self.groups.append(mesh.get_group(m))

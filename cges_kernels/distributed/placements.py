@@ -35,7 +35,7 @@ def placed_alike(p: DTensor, x: DTensor) -> bool:
 
 
 def is_companion(x: Any, p: DTensor, local: Tensor) -> TypeGuard[DTensor]:
-    """Whether ``x`` passes every check of a gradient or buffer of ``p``, whose local part is ``local``.
+    """Whether `x` passes every check of a gradient or buffer of `p`, whose local part is `local`.
 
     False says nothing: then checked_inputs and local_companion decide, and have the words.
     """
@@ -52,7 +52,7 @@ def is_companion(x: Any, p: DTensor, local: Tensor) -> TypeGuard[DTensor]:
 
 
 def local_companion(what: str, name: str, p: Tensor, x: Tensor) -> Tensor:
-    """The local part of a gradient or buffer ``x`` of ``p``.
+    """The local part of a gradient or buffer `x` of `p`.
 
     Raises:
         RuntimeError: it is distributed otherwise than p; an optimizer is not to redistribute it unasked.
@@ -75,7 +75,7 @@ def local_companion(what: str, name: str, p: Tensor, x: Tensor) -> Tensor:
 
 
 def sharded_dims(name: str, p: DTensor) -> list[int]:
-    """The dims of ``p`` that are sharded, ascending.
+    """The dims of `p` that are sharded, ascending.
 
     Raises:
         ValueError: another placement, or a mesh that this rank is not in.
@@ -89,7 +89,7 @@ def sharded_dims(name: str, p: DTensor) -> list[int]:
 
 
 def _pieces(p: DTensor, d: int) -> int:
-    """Into how many equal pieces sharding cuts dim ``d``, if it divides; a rank may hold several apart."""
+    """Into how many equal pieces sharding cuts dim `d`, if it divides; a rank may hold several apart."""
     pieces = ranks = 1
     for m, placement in enumerate(p.placements):
         if getattr(placement, "dim", None) == d:
@@ -102,7 +102,7 @@ def _pieces(p: DTensor, d: int) -> int:
 def local_view(
     name: str, p: DTensor, local: Tensor, view: Sequence[int]
 ) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Which part of ``p.view(view)`` this rank holds: its shape, and the dim that each sharded dim became.
+    """Which part of `p.view(view)` this rank holds: its shape, and the dim that each sharded dim became.
 
     A sharded dim of p must begin where a dim of the view begins, and a shard must hold whole slices of that.
     So it does where the view keeps the dim, merges it with what follows, or splits it into a first part that
@@ -133,7 +133,7 @@ def local_view(
 
 
 def crossed_mesh_dims(p: DTensor, became: dict[int, int], reduced: Sequence[int]) -> tuple[int, ...]:
-    """The dims of the mesh along which ranks share groups; ``became`` as of local_view."""
+    """The dims of the mesh along which ranks share groups; `became` as of local_view."""
     return tuple(
         m
         for m, placement in enumerate(p.placements)

@@ -92,7 +92,7 @@ class _Slot:
         self.inputs = Inputs(grad, tuple(local), step)
 
     def entry(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The inner plan's state of the local part; ``names`` are those of the rule's states."""
+        """The inner plan's state of the local part; `names` are those of the rule's states."""
         if self.inputs is None or not self.inputs.states:
             return {}
         entry = {} if self.inputs.step is None else {STEP: self.inputs.step}
@@ -102,7 +102,7 @@ class _Slot:
         self.inputs = self.local.grad = None
 
     def like_param(self, local: Tensor) -> Tensor:
-        """``local`` as a tensor of the parameter's kind."""
+        """`local` as a tensor of the parameter's kind."""
         if not isinstance(self.param, DTensor):
             return local
         return DTensor(local, self.param._spec, requires_grad=False)  # from_local moves what is offloaded
@@ -200,12 +200,12 @@ class ShardedPlan:
 
     @torch.no_grad()
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None:
-        """Step what was gathered; gradients are divided by ``grad_scale`` (0-d).
+        """Step what was gathered; gradients are divided by `grad_scale` (0-d).
 
-        Where ``found_inf`` (0-d) is not 0 nothing changes, state included. It should be the same on all
+        Where `found_inf` (0-d) is not 0 nothing changes, state included. It should be the same on all
         ranks, as torch.amp.GradScaler makes it for DTensors; where groups cross, one rank's is every rank's,
         and the host reads it; meshes that are no slices of one agree in turn, so that the last may know
-        more than the first. Returns what ``found_inf`` was agreed to be (None where it is), for plans that
+        more than the first. Returns what `found_inf` was agreed to be (None where it is), for plans that
         step other parameters of the same optimizer.
         """
         if self._gathered is None:

@@ -13,7 +13,7 @@ from ..core.reference import form_thresholds
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; ``str()`` aligns the columns, the first ``left`` of them to the left."""
+    """Rows of text under a header; `str()` aligns the columns, the first `left` of them to the left."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]

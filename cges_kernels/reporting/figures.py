@@ -33,11 +33,11 @@ def plot_weights(
 
     Args:
         weights: a model, or {title: matrix [out, in]}; one of more dims is shown as [out, the rest].
-        names: of a model's parameters (as in ``model.named_parameters()``); None is its last layer.
+        names: of a model's parameters (as in `model.named_parameters()`); None is its last layer.
         xlabel, ylabel: what the columns and rows are.
 
     Returns:
-        A matplotlib figure: ``figure.savefig("weights.png")``.
+        A matplotlib figure: `figure.savefig("weights.png")`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -92,7 +92,7 @@ def plot_filters(filters: Weights, names: Collection[str] | None = None) -> Figu
 def _matrices(
     weights: Weights, names: Collection[str] | None, least: int, default: int
 ) -> dict[str, np.ndarray]:
-    """{title: weights}, each of at least ``least`` dims; of a model the layer at ``default`` if no names."""
+    """{title: weights}, each of at least `least` dims; of a model the layer at `default` if no names."""
     if isinstance(weights, nn.Module):
         params = dict(weights.named_parameters())
         if names is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes ``path``'s place when the block ends without an error."""
+    """A path beside `path` to write to; it takes `path`'s place when the block ends without an error."""
     target = Path(path)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
         unfinished = Path(folder) / target.name
@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file by ``text`` (UTF-8), whole or not at all."""
+    """Replace the file by `text` (UTF-8), whole or not at all."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 

@@ -23,11 +23,11 @@ class SparsityHistory:
 
     Args:
         path: the CSV file, or None.
-        tensorboard: a ``torch.utils.tensorboard.SummaryWriter``, a folder to open one in, or None.
+        tensorboard: a `torch.utils.tensorboard.SummaryWriter`, a folder to open one in, or None.
 
     Raises:
         ImportError: a folder is given and tensorboard is not installed.
-        ValueError: the file at ``path`` is not such a table; it is left as it is.
+        ValueError: the file at `path` is not such a table; it is left as it is.
 
     Example:
         >>> history = SparsityHistory("sparsity.csv", tensorboard="runs/first")
@@ -46,7 +46,7 @@ class SparsityHistory:
         )
 
     def add(self, step: int, report: SparsityReport, **values: float) -> None:
-        """Take in the state after ``step`` steps or epochs; ``values``, such as a loss, go with the total."""
+        """Take in the state after `step` steps or epochs; `values`, such as a loss, go with the total."""
         kept = [row for row in self.rows if row["step"] < step]
         for layer in (*report.layers, report.total):
             cells = {key: x for key, x in layer.to_dict().items() if not isinstance(x, (dict, tuple))}

@@ -47,7 +47,7 @@ class LayerReport:
         return 100 * self.nonzero / max(self.weights, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and ``percent_nonzero``; no FLOPs where they are unknown."""
+        """The fields and `percent_nonzero`; no FLOPs where they are unknown."""
         fields = {**asdict(self), "percent_nonzero": self.percent_nonzero}
         fields["by_spec"] = {
             key: {"dead": dead, "groups": groups} for key, (dead, groups) in self.by_spec.items()
@@ -70,7 +70,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The layers in order; ``str()`` is a table, ``to_dict()`` plain numbers that JSON takes."""
+    """The layers in order; `str()` is a table, `to_dict()` plain numbers that JSON takes."""
 
     group_by: GroupSpec
     layers: tuple[LayerReport, ...]
@@ -78,7 +78,7 @@ class SparsityReport:
 
     @property
     def total(self) -> LayerReport:
-        """The sum of the layers; ``other_flops`` is part of each of the three FLOPs."""
+        """The sum of the layers; `other_flops` is part of each of the three FLOPs."""
         columns = [key for key in LayerReport.__dataclass_fields__ if key not in ("name", "shape", "by_spec")]
         counts: dict[str, Any] = {
             key: sum(getattr(r, key) for r in self.layers) for key in columns if "flops" not in key
@@ -121,13 +121,13 @@ def sparsity_report(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> SparsityReport:
-    """How sparse each layer of ``model`` is, and what it costs.
+    """How sparse each layer of `model` is, and what it costs.
 
     The layers are those of :func:`cges_kernels.sparsity_param_groups`, and frozen ones too. What is said of
     a layer is read from its own weight alone: a unit that is dead in one layer is not taken out of the next,
     whose input it may or may not be.
 
-    ``flops_compacted`` is flops times the fraction of the weight left when dead outputs and dead inputs are
+    `flops_compacted` is flops times the fraction of the weight left when dead outputs and dead inputs are
     cut out, block by block in a grouped convolution. Under "feature" an input is one kernel tap of one
     channel (a column of the convolution's matrix), under any other spec a whole channel. An operation with
     two listed weights counts for the first.
@@ -140,7 +140,7 @@ def sparsity_report(
         kwargs: more of the model's arguments by name.
 
     Raises:
-        ValueError: no layer to report, a lazy parameter, or a layer that ``group_by`` does not fit.
+        ValueError: no layer to report, a lazy parameter, or a layer that `group_by` does not fit.
     """
     layers = regularised_weights(model, frozen=True)
     measured: list[dict[str, Any]] = [_count(layer, group_by) for layer in layers]
@@ -227,7 +227,7 @@ class _FlopsByWeight(EachOperation):
 def measure_flops(
     model: nn.Module, given: Given, weights: Sequence[Tensor] = (), run: Callable[..., Any] = call
 ) -> list[int]:
-    """Dense FLOPs of one forward pass, which ``run`` makes: one number per weight, then all others."""
+    """Dense FLOPs of one forward pass, which `run` makes: one number per weight, then all others."""
     devices = {x.device for x in (*weights, *leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
     with (
         in_mode(model, train=False),

@@ -57,6 +57,6 @@ def tile_offsets(
 
 @triton.jit
 def pointer(tensor, column: tl.constexpr, base, STORED: tl.constexpr, VEC: tl.constexpr):
-    """The element ``base`` of w, gradient or buffer, by their column of `tensors`."""
+    """The element `base` of w, gradient or buffer, by their column of `tensors`."""
     p = tl.load(tensor + column).to(tl.pointer_type(STORED)) + base
     return tl.multiple_of(p, 16 if VEC > 1 else 1)

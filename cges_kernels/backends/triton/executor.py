@@ -118,7 +118,7 @@ class DeviceTables:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One step: ``rows`` of `tensors`, where ``counts`` lie on the device, and what kernels take."""
+        """One step: `rows` of `tensors`, where `counts` lie on the device, and what kernels take."""
         self._take(rows)
         self._take_counts(counts)
         tables = self.cut_tables
@@ -221,7 +221,7 @@ class TritonExecutor:
         param_groups: Sequence[int],
         num_param_groups: int,
     ):
-        """``param_groups[i]`` is the index of tensor i's hyperparameters, of ``num_param_groups``."""
+        """`param_groups[i]` is the index of tensor i's hyperparameters, of `num_param_groups`."""
         self.rule, self.param_groups = rule, np.array(param_groups, dtype=np.int64)
         self.hyperparameters = [Hyperparameters.make(rule)] * num_param_groups
         places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -249,7 +249,7 @@ class TritonExecutor:
     def launch(
         self, table: Tensor, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> None:
-        """One step; ``table`` has a gathering.Row of each tensor."""
+        """One step; `table` has a gathering.Row of each tensor."""
         counts = table.numpy()[:, Row._fields.index("steps_address")]
         rows = self._rows_of(table.numpy())
         exact = any(h.exact for h in self.hyperparameters)

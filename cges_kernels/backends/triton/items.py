@@ -62,7 +62,7 @@ def whole_items(tilings: Sequence[Tiling]) -> WholeItems:
 def split_items(
     tilings: Sequence[Tiling], layouts: Sequence[Layout], dtype: torch.dtype, window_bytes: int
 ) -> SplitItems:
-    """Those of long groups. A window holds whole panels, as many as ``window_bytes`` do, and idle items."""
+    """Those of long groups. A window holds whole panels, as many as `window_bytes` do, and idle items."""
     variants = sorted({tiling.variant for tiling in tilings if not tiling.whole})
     panels: list[np.ndarray] = []  # each one [chunks, SPLIT_ITEM_COLUMNS]
     scratch = 0
@@ -94,7 +94,7 @@ def split_items(
 
 
 def _windows(panels: list[np.ndarray], most: int) -> tuple[list[list[np.ndarray]], int]:
-    """The panels of each window, and the windows' length: ``most`` items, or more where a panel has more."""
+    """The panels of each window, and the windows' length: `most` items, or more where a panel has more."""
     length = max([most, *map(len, panels)])
     windows: list[list[np.ndarray]] = []
     room = 0

@@ -102,7 +102,7 @@ def group_scale(l2, a):
 def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: tl.constexpr):
     """One sweep of each group's search for (s, t), given its stats at the present t; t starts at c.
 
-    ``search`` is (s, t, low, high, done). Groups that are done keep their numbers.
+    `search` is (s, t, low, high, done). Groups that are done keep their numbers.
     """
     s, t, low, high, done = search
     count, l1, l2_squared = stats
@@ -172,7 +172,7 @@ def update_tile(
 
 @triton.jit
 def keep_zeros(dead, z, states, RULE: tl.constexpr):
-    """(z, states) with zeros where ``dead``."""
+    """(z, states) with zeros where `dead`."""
     STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
     kept = ()
     for s in tl.static_range(STATES):

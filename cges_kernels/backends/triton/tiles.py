@@ -15,9 +15,9 @@ VECTOR_BYTES = 16
 
 
 class Tile(NamedTuple):
-    """A register tile for groups up to ``longest``: parts of ``red`` entries of each of ``keep`` groups.
+    """A register tile for groups up to `longest`: parts of `red` entries of each of `keep` groups.
 
-    ``longest`` 0 means chunks of one part, for groups of any length.
+    `longest` 0 means chunks of one part, for groups of any length.
     """
 
     longest: int
@@ -76,7 +76,7 @@ def working_layout(layout: Layout) -> Layout:
 def launch_options(
     variants: Sequence[Variant], dtype: torch.dtype, exact: bool, nvidia: bool
 ) -> dict[str, Any]:
-    """How a kernel is compiled for ``variants``.
+    """How a kernel is compiled for `variants`.
 
     Up to 128 registers two programs share an SM; z of four parts, or 64-bit divisions, take more. ptxas is
     told its limit: left to itself it may stop at 64 or 128 and spill the rest.
@@ -95,7 +95,7 @@ def halved(tile: Tile) -> Tile:
 
 
 def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
-    """The tile for groups of ``size``, half as large where elements take two registers or single accesses."""
+    """The tile for groups of `size`, half as large where elements take two registers or single accesses."""
     tiles = TILES[kind]
     if dtype == torch.float64:
         tiles = tuple(map(halved, tiles))
@@ -105,7 +105,7 @@ def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
 
 
 def cut(layout: Layout, grouped: bool, dtype: torch.dtype, aligned: bool) -> Tiling:
-    """The tile for a tensor's groups; ``aligned``: its memory begins on multiples of 16 bytes."""
+    """The tile for a tensor's groups; `aligned`: its memory begins on multiples of 16 bytes."""
     K1, R1, K2, R2 = layout
     if not grouped:
         kind = ELEMENTWISE.value

@@ -60,7 +60,7 @@ def hyper_row(hyper, shape):
 
 @triton.jit
 def load_number(row, column: tl.constexpr, source: tl.constexpr):
-    """A number of the row, or the float at the row's address ``source``, if there is one."""
+    """A number of the row, or the float at the row's address `source`, if there is one."""
     value = tl.load(row + column)
     address = tl.load((row + HYPER_NUMBERS).to(tl.pointer_type(tl.int64)) + source)
     there = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
@@ -132,7 +132,7 @@ def adamw_update(w, grad, exp_avg, exp_avg_sq, phase, adamw):
 def count_steps(tensors, shapes, hyper, counts, found_inf, n, BLOCK: tl.constexpr):
     """Counts the steps of tensors whose counts lie on the device, and writes what other kernels need of them.
 
-    ``counts``: of each tensor the address of a float32 (0: the host counts). An overflow is no step.
+    `counts`: of each tensor the address of a float32 (0: the host counts). An overflow is no step.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tensor, address = tensors + i * TENSOR_COLUMNS, tl.load(counts + i, i < n, other=0)
@@ -160,7 +160,7 @@ def come_so_far(one_minus_beta, count):
 
 @triton.jit
 def load_scalars(tensor, row, grad_scale, RULE: tl.constexpr):
-    """What ``update`` is told."""
+    """What `update` is told."""
     if RULE == ADAMW_RULE:
         scalars = load_adamw(tensor, row, grad_scale)
     else:
