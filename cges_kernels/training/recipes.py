@@ -1,10 +1,7 @@
 """From a model to param groups: which weights are regularised, how strongly, and by which groups.
 
-Combined group and exclusive sparsity (Yoon and Hwang, "Combined Group and Exclusive Sparsity for Deep Neural
-Networks", ICML 2017; Yoon's UNIST thesis, Eq. 5) shares one strength lambda between the two penalties, layer
-by layer: alpha_l = lambda*(1 - mu_l), beta_l = lambda*mu_l.
-
-A layer l is one regularised weight tensor, counted from 0 in module registration order (the order of
+CGES shares one strength lambda between group and exclusive lasso, layer by layer (thesis Eq. 5). A layer l is
+one regularised weight tensor, counted from 0 in module registration order (the order of
 `model.named_parameters()`). An LSTM is therefore two layers per direction and depth.
 """
 
@@ -71,8 +68,7 @@ class LayerWeight(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """A kind of layer: the pattern of its weights' names, and what their first two dims mean (LayerWeight).
-    """
+    """Of a layer: the pattern of its weights' names, and what their first two dims mean (LayerWeight)."""
 
     pattern: str
     blocks: int = 1
@@ -103,8 +99,8 @@ def _weights_of(module: nn.Module) -> dict[nn.Parameter, tuple[int, bool]]:
 def computed_weights(model: nn.Module) -> list[str]:
     """Names of layers' weights that are not parameters but computed from others before each forward pass.
 
-    So they are under torch.nn.utils.parametrize (weight_norm, spectral_norm, ...), the older
-    torch.nn.utils.weight_norm and spectral_norm, and torch.nn.utils.prune.
+    torch.nn.utils.parametrize (weight_norm, spectral_norm, ...), the older torch.nn.utils.weight_norm and
+    spectral_norm, and torch.nn.utils.prune make them.
     """
     names = []
     for prefix, module in model.named_modules():
@@ -192,10 +188,6 @@ def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
 
     Raises:
         ValueError: fewer than one layer, or m outside [0, 1].
-
-    Examples:
-        >>> exclusivity_schedule(3, m=0.0)
-        [0.0, 0.5, 1.0]
     """
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
         raise ValueError(f"num_layers: expected an int >= 1, got {num_layers!r}")
@@ -222,9 +214,7 @@ def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
 def _scale_factors(
     weights: Sequence[LayerWeight], group_by: GroupSpec, scale: Scale | None
 ) -> list[tuple[float, float]]:
-    """`(alpha factor, beta factor)` of each layer. It works out the layout of each layer in any case, because
-    that raises the error where a spec does not fit.
-    """
+    """`(alpha factor, beta factor)` of each layer; a ValueError where a spec does not fit a layer."""
     sizes = [weight.layout(group_by).group_size for weight in weights]  # raises where a spec has no layout
     if scale is None:
         return [(1.0, 1.0)] * len(weights)
@@ -257,30 +247,27 @@ def sparsity_param_groups(
 ) -> list[dict[str, Any]]:
     """Param groups for the optimizers: the penalties on the layer weights, none on anything else.
 
-    Regularised are the weights of Linear, Conv\*, ConvTranspose\*, RNN, LSTM and GRU (input, hidden and
+    Regularised are the weights of Linear, `Conv*`, `ConvTranspose*`, RNN, LSTM and GRU (input, hidden and
     projection), MultiheadAttention's input projections and Hugging Face's Conv1D. Not regularised are biases,
     norms, embeddings (and a Linear tied to one), bare parameters, and weights whose requires_grad is False. A
     weight used by several modules is one layer. The last group returned holds all that is not regularised,
     with every penalty 0 and `freeze_zeros=None`. Each parameter of the model is in exactly one group, with
     its name.
 
-    A coefficient, or weight decay, that is 0 for every layer is left out of the groups, so that the
-    optimizer's own argument holds. `ProxSGD(groups, weight_decay=5e-4)` then decays everything, as in
-    torch.optim.SGD, and `ProxSGD(groups, l1=1e-5)` reaches the layer weights only.
+    A coefficient, or weight decay, that is 0 for every layer is left out, so that the optimizer's own
+    argument holds. `ProxSGD(groups, weight_decay=5e-4)` then decays everything, as in torch.optim.SGD, and
+    `ProxSGD(groups, l1=1e-5)` reaches the layer weights only.
 
     Frozen weights that are unfrozen later (Lightning's BaseFinetuning) stay without a penalty in the last
-    group. Build the groups from the part that trains, and when the rest is unfrozen give the optimizer the
-    groups of that part: `for group in sparsity_param_groups(model.backbone, ...):
-    optimizer.add_param_group(group)`.
+    group. Build the groups from the part that trains, and when the rest is unfrozen give the optimizer that
+    part's: `for group in sparsity_param_groups(model.backbone, ...): optimizer.add_param_group(group)`.
 
     Args:
-        model: the model, with initialised parameters. Build the groups before it is wrapped
-            (DistributedDataParallel, torch.compile), so that names are those of its layers.
-        group_lasso: alpha, the coefficient of each group's l2 norm (thesis Eq. 3): a number, or one per
-            layer. Like the other two it does not contain lr.
-        exclusive_lasso: beta, the coefficient of half of each group's squared l1 norm (thesis Eq. 4): a
-            number, or one per layer.
-        l1: gamma, the coefficient of the l1 norm (thesis Eq. 2): a number, or one per layer.
+        model: the model, before any wrapper such as DistributedDataParallel.
+        group_lasso: alpha, the coefficient of group lasso (thesis Eq. 3), not multiplied by lr: a number, or
+            one per layer.
+        exclusive_lasso: beta, likewise, of exclusive lasso (Eq. 4).
+        l1: gamma, likewise, of l1 (Eq. 2).
         weight_decay: a number, or one per layer. Like the penalties it goes to the layer weights, and the
             other parameters get 0.
         group_by: "feature" (default), "filter", "channel" or "tensor", meant for `[out, in, *kernel]` and
@@ -289,10 +276,10 @@ def sparsity_param_groups(
             matrices they are: the rows of all gates, or of q, k and v, are outputs. In a depthwise
             convolution a "feature" is a single weight, on which group lasso acts as l1 and exclusive lasso as
             weight decay; "filter" and "channel" remove whole filters.
-        scale: None (default) leaves the coefficients as they are. "size" multiplies alpha by sqrt(n) and
-            divides beta by n, where n is the layer's group size. A dict {layer name: (alpha factor, beta
-            factor)} multiplies by hand-tuned factors, 1 where a layer is missing. Layer names are those of
-            `model.named_parameters()`. l1 and weight decay are not scaled.
+        scale: "size" multiplies alpha by sqrt(n) and divides beta by n, where n is the layer's group size. A
+            dict {layer name: (alpha factor, beta factor)} multiplies by hand-tuned factors, 1 where a layer
+            is missing. Layer names are those of `model.named_parameters()`. l1 and weight decay are not
+            scaled.
         include: chooses the regularised parameters instead of the rule above: a callable `(name, parameter)
             -> bool`, or a collection of parameter names. Frozen ones are left out even so.
         names: False gives parameters without names, for optimizers that take no named ones, such as
@@ -304,15 +291,11 @@ def sparsity_param_groups(
     Raises:
         ValueError: a wrong number of values, a negative one, unknown names, a lazy parameter, no layer at
             all, or a layer on which `group_by` has no layout.
-        TypeError: a coefficient, `include` or `names` of the wrong type.
+        TypeError: an argument of the wrong type.
 
     Warns:
-        UserWarning: weights that get no penalty because they are not parameters (parametrizations, pruning
+        UserWarning: weights without a penalty because they are no parameters (parametrizations, pruning
             masks).
-
-    Examples:
-        >>> groups = sparsity_param_groups(model, group_lasso=1e-3, scale="size", group_by="filter")
-        >>> optimizer = ProxSGD(groups, lr=0.1, momentum=0.9)
     """
     if not isinstance(names, bool):
         raise TypeError(f"names: expected a bool, got {names!r}")
@@ -342,26 +325,26 @@ def sparsity_param_groups(
 
 
 def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any) -> list[dict[str, Any]]:
-    """Param groups of combined group and exclusive sparsity, CGES (thesis Eq. 5).
+    """Param groups of combined group and exclusive sparsity, CGES (thesis Eq. 5; Yoon and Hwang 2017).
 
         alpha_l = lam*(1 - mu_l),  beta_l = lam*mu_l
 
-    for layer l, where alpha is the coefficient of group lasso, beta that of exclusive lasso, and mu is
-    [`exclusivity_schedule(L, m)`][cges_kernels.exclusivity_schedule] over the L regularised layers.
+    are the coefficients of group and exclusive lasso in layer l, of L regularised ones, where mu is
+    [`exclusivity_schedule(L, m)`][cges_kernels.exclusivity_schedule].
 
     Args:
         model: as for [`sparsity_param_groups`][cges_kernels.sparsity_param_groups].
-        lam: lambda, the strength that both penalties share. It does not contain lr.
-        m: mu of the first layer, in [0, 1]; 0 by default: group lasso alone in the first layer and exclusive
-            lasso alone in the last.
-        **same: the other arguments of [`sparsity_param_groups`][cges_kernels.sparsity_param_groups].
+        lam: lambda, the strength that both penalties share, not multiplied by lr.
+        m: mu of the first layer, in [0, 1]. With 0, the default, the first of several layers has group lasso
+            alone, the last exclusive lasso alone.
+        **same: the other arguments of `sparsity_param_groups`.
 
     Returns:
-        A list of param groups, as from [`sparsity_param_groups`][cges_kernels.sparsity_param_groups].
+        A list of param groups, as from `sparsity_param_groups`.
 
     Raises:
         ValueError: m outside [0, 1], a negative `lam`, or what `sparsity_param_groups` refuses.
-        TypeError: `lam` that is not a number, or another argument of the wrong type.
+        TypeError: an argument of the wrong type.
 
     Examples:
         >>> optimizer = ProxSGD(cges_param_groups(model, lam=1e-2, scale="size"), lr=0.1, momentum=0.9)

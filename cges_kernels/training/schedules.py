@@ -77,7 +77,7 @@ class CoefficientScheduler(LRScheduler):
 
     @property
     def last_epoch(self) -> int:
-        """The index of the last step taken; 0 after construction."""
+        """The index of the last step taken."""
         return self._last_epoch
 
     @last_epoch.setter
