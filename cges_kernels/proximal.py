@@ -201,8 +201,7 @@ class ProximalOptimizer(Optimizer):
         return capturing
 
     def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:
-        """The step as torch.compile traces it: collect all tensors, call one operator, keep the new states.
-        """
+        """The step as torch.compile traces it: collect tensors, call one operator, keep the new states."""
         loss = None if closure is None else closure()
         with torch.no_grad():
             collected = []
