@@ -181,7 +181,7 @@ class ProximalOptimizer(Optimizer):
             if capturing:
                 self._planner.keep_for_graph()
         except BaseException:
-            self._planner.forget()  # so that no plan holds on to the gradients that it has gathered
+            self._planner.forget()  # and with it the gradients that plans have gathered
             raise
         return loss
 

@@ -72,8 +72,7 @@ class Beside:
         return narrowed(self.channels.loose[name].as_strided(x.shape, x.stride(), first))
 
     def note(self, x: Any, ids: Tensor) -> None:
-        """Note that `x` holds these channels. If they vary along two dims, `x` cannot be cut: they are held.
-        """
+        """Note that `x` holds these channels; those that vary along two dims cannot be cut and are held."""
         if not isinstance(x, Tensor) or x.dim() != ids.dim():
             return
         ids = narrowed(ids)

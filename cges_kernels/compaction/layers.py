@@ -43,8 +43,7 @@ def bias_of(name: str) -> str:
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
-    """{attribute: size} of the attributes that hold the sizes of `module`'s parameters, by their shapes now.
-    """
+    """{attribute: size} of the attributes that hold the sizes of `module`'s parameters, by their shapes."""
     weight = module._parameters.get("weight")
     if weight is None and not isinstance(
         module, (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.RNNCellBase)
