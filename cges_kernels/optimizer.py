@@ -166,10 +166,9 @@ class ProxAdamW(ProximalOptimizer):
     (Yun et al., Adaptive proximal gradient methods for structured neural networks, NeurIPS 2021); groups
     would then have no closed form.
 
-    The fixed point does not minimise `f + Omega`, where f is the loss, and neither does that of a prox in
-    Adam's metric. Adam's steps are about lr per element, whatever the size of the gradient, so a weight dies
-    where its threshold outweighs what steps of about lr put back. Coefficients are on that scale:
-    docs/adamw.md says how to choose them.
+    The fixed point does not minimise `f + Omega`, where f is the loss. Adam's steps are about lr per element,
+    whatever the size of the gradient, so a weight dies where its threshold outweighs what steps of about lr
+    put back. Coefficients are on that scale: docs/adamw.md says how to choose them.
 
     The moments have the parameters' dtype, as in torch.optim. In bfloat16 `exp_avg_sq` stands still at beta2
     = 0.999, and a threshold below half an ulp of a weight does not change that weight. So keep parameters in

@@ -62,9 +62,8 @@ class Channels:
 
     def __init__(self) -> None:
         self.count = 1
-        self.weights: dict[
-            str, Weight
-        ] = {}  # by parameter, in the order in which the forward pass reads them
+        # By parameter, in the order in which the forward pass reads them.
+        self.weights: dict[str, Weight] = {}
         # Parameters and buffers that no operation multiplies with: a channel per element, in memory order.
         self.loose: dict[str, Tensor] = {}
         self.widths: dict[str, Tensor] = {}  # by norm without parameters, the channels of its input
@@ -73,7 +72,7 @@ class Channels:
         self.called: set[str] = set()  # layers whose weight is used only when they are called themselves
         self.held: list[Held] = []
         self._starts: list[int] = []  # the first channel of each memory of loose ones
-        self._ends: list[int] = []
+        self._ends: list[int] = []  # and the channel after its last
         self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.long)]
 
     def new(self, count: int) -> Tensor:

@@ -98,9 +98,8 @@ def solve_shrinkage(
 ) -> tuple[Tensor, Tensor]:
     """The two numbers `(s, t)` per group, shaped like `z` with `dims` of size 1.
 
-    sequential (thesis, Eq. 7, then Eq. 8): s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c).
-
-    exact (the true proximal operator): t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
+        sequential (thesis, Eq. 7, then Eq. 8)  s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c)
+        exact (the true proximal operator)      t = c + b * s(t) * ||soft(z, t)||_1, solved for t
     """
     if all(z.shape[d] == 1 for d in dims):
         return shrink_one(z, thresholds, prox_mode)
@@ -132,9 +131,9 @@ def shrink_one(z: Tensor, thresholds: Thresholds, prox_mode: str) -> tuple[Tenso
 def shrink_sorted(z: Tensor, dims: tuple[int, ...], thresholds: Thresholds) -> tuple[Tensor, Tensor]:
     """`(s, t)` of exact mode without group lasso, by sorting each group.
 
-    There t = c + b*sum(max(|z| - t, 0)) is linear in t between neighbouring |z|. If exactly the k largest
-    entries counted, and h_k is their sum of |z| - c, the root would be c + b*h_k/(1 + b*k). The largest of
-    these values and c is t.
+    There t = c + b*sum(max(|z| - t, 0)) is linear in t between neighbouring |z|. If only the k largest
+    entries counted, whose |z| - c sum to h_k, the root would be c + b*h_k/(1 + b*k). The largest of these and
+    c is t.
     """
     _, b, c = thresholds
     kept = [d for d in range(z.dim()) if d not in dims]
@@ -182,8 +181,7 @@ class Search(NamedTuple):
 def start_search(stats: GroupStats, thresholds: Thresholds) -> Search:
     """The search at t = c, the threshold of which `stats` are the sums.
 
-    The root lies between c and the sequential t. It may be the sequential t itself, to rounding, so the
-    bracket ends a little above that.
+    The root lies between c and the sequential t, or is that t to rounding, so the bracket ends just above it.
     """
     s, high = sequential_shrinkage(stats, thresholds)
     high = high * (1 + 4 * torch.finfo(high.dtype).eps)

@@ -57,6 +57,7 @@ class Rule:
 
 
 def _check_sgd(group: Mapping[str, Any]) -> None:
+    """Raise an error for bad options of SGD, in torch.optim's words."""
     for name in ("momentum", "dampening", "weight_decay"):
         check_number(name, group[name])
     check_not_negative("momentum value", scalar("momentum", group["momentum"]))
@@ -71,6 +72,7 @@ def _check_sgd(group: Mapping[str, Any]) -> None:
 
 
 def _check_adamw(group: Mapping[str, Any]) -> None:
+    """Raise an error for bad options of AdamW, in torch.optim's words."""
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: expected two numbers, got {betas!r}")

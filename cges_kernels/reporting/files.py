@@ -1,6 +1,6 @@
 """Writing files so that they are complete or unchanged: a half-written file never replaces a good one.
 
-Used for histories (history.py), for compacted models (compaction/saving.py) and by the demo.
+Histories (history.py) and compacted models (compaction/saving.py) are written this way.
 """
 
 from __future__ import annotations

@@ -266,8 +266,9 @@ def sparsity_param_groups(
         model: the model, before any wrapper such as DistributedDataParallel.
         group_lasso: alpha, the coefficient of group lasso (thesis Eq. 3), not multiplied by lr: a number, or
             one per layer.
-        exclusive_lasso: beta, likewise, of exclusive lasso (Eq. 4).
-        l1: gamma, likewise, of l1 (Eq. 2).
+        exclusive_lasso: beta, the coefficient of exclusive lasso (Eq. 4), not multiplied by lr: a number, or
+            one per layer.
+        l1: gamma, the coefficient of l1 (Eq. 2), not multiplied by lr: a number, or one per layer.
         weight_decay: a number, or one per layer. Like the penalties it goes to the layer weights, and the
             other parameters get 0.
         group_by: "feature" (default), "filter", "channel" or "tensor", meant for `[out, in, *kernel]` and

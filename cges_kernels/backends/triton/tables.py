@@ -66,7 +66,7 @@ HYPER_A, HYPER_B, HYPER_C, HYPER_EXACT, HYPER_FREEZE, HYPER_ON_DEVICE = map(Cons
 HYPER_NUMBERS = Constant(14)
 # Addresses of float32 numbers to be read in place of lr and coefficients (0: none), in the order of SCALARS.
 ADDRESS_LR, ADDRESS_GROUP_LASSO, ADDRESS_EXCLUSIVE_LASSO, ADDRESS_L1, ADDRESSES = map(Constant, range(5))
-HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # each is as large as two float32
+HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # an address is as large as two float32
 # The values of RULE, which kernels are compiled for.
 SGD_RULE, ADAMW_RULE = map(Constant, range(2))
 RULE_NUMBERS = {SGD.name: SGD_RULE, ADAMW.name: ADAMW_RULE}
