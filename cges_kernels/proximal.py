@@ -92,7 +92,7 @@ class ProximalOptimizer(Optimizer):
             RuntimeError: a state that does not fit its parameter, such as a buffer of another shape, or
                 another optimizer's state. Nothing is loaded then.
         """
-        hook = self.register_load_state_dict_pre_hook(by_name)  # runs after user hooks, which may change names
+        hook = self.register_load_state_dict_pre_hook(by_name)  # runs after hooks that change names
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:

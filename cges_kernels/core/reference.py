@@ -98,8 +98,8 @@ def solve_shrinkage(
 ) -> tuple[Tensor, Tensor]:
     """The two numbers `(s, t)` per group, shaped like `z` with `dims` of size 1.
 
-        sequential (thesis, Eq. 7, then Eq. 8)  s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c)
-        exact (the true proximal operator)      t = c + b * s(t) * ||soft(z, t)||_1, solved for t
+    sequential (thesis, Eq. 7, then Eq. 8): s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c).
+    exact (the true proximal operator): t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
     """
     if all(z.shape[d] == 1 for d in dims):
         return shrink_one(z, thresholds, prox_mode)
