@@ -1,7 +1,7 @@
 """What a fused step gathers of an optimizer's parameters: addresses, after checks, and each tensor's phase.
 
-csrc/plan/step_plan.h does the same in C++; the Triton executor uses this StepPlan in installs without the
-extension. Other plans use the functions.
+csrc/plan/step_plan.h does the same in C++. The Triton executor uses this StepPlan in installs without the
+extension; other plans and operators.py use the functions.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def param_names(param_groups: ParamGroups, index: int) -> list[str]:
 
 
 def _identity(p: Tensor) -> tuple[Any, ...]:
-    """What an executor's choice and a layout depend on in a parameter."""
+    """The properties of a parameter on which its layout and the choice of an executor depend."""
     place = p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
     return id(p), has_other_gradient(p), *place
 

@@ -106,9 +106,8 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
 def available_backends() -> tuple[str, ...]:
     """The executors that can run here.
 
-    "reference" is always among them. "cpu" and "cuda" are there where the C++ extension was built with them,
-    "cuda" also needs an NVIDIA GPU, and "triton" needs triton 3.6 or newer with a GPU, or
-    `TRITON_INTERPRET=1`.
+    "reference" can run everywhere. "cpu" and "cuda" need the C++ extension, built with them, and "cuda" an
+    NVIDIA GPU as well. "triton" needs triton 3.6 or newer, and a GPU or `TRITON_INTERPRET=1`.
 
     Returns:
         Names out of "reference", "cpu", "triton" and "cuda", as the argument `backend` takes them.

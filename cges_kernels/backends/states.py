@@ -1,4 +1,4 @@
-"""New states of a parameter, as the first step and the plans make them."""
+"""Makes the states of a parameter with which a rule begins."""
 
 from __future__ import annotations
 

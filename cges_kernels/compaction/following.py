@@ -179,9 +179,9 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
 
 
 def _hold_what_may_be_read(channels: Channels, unused: Mapping[str, Tensor], lines: Iterable[Tensor]) -> None:
-    """Hold lines of channels that have a size which a parameter without a part in the pass may read.
+    """Hold lines of channels whose number fits a parameter that took no part in the passes.
 
-    Of such a parameter only the number of channels that it would read is known.
+    Only the number of channels that such a parameter would read is known.
     """
     for line in lines:
         for name, x in sorted(unused.items()):

@@ -101,7 +101,7 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
 
 
 def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
-    """Give each line of the tensor that `x` is a part of a channel of its own, before `x` is written to.
+    """Before `x` is written to, give every line of the tensor that it is a part of a channel.
 
     The lines are those along the dim in which the channels of the written values vary.
     """

@@ -61,7 +61,7 @@ class _Lists(TorchFunctionMode):
 
 
 class _Unknowns(EachOperation):
-    """Keeps the marker away from what zeros keep it from, and notes which values each weight reads."""
+    """A forward pass on a marker for unknown values, which exact zeros stop; notes what each weight reads."""
 
     def __init__(self, model: nn.Module, marker: float) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ def sharded_dims(name: str, p: DTensor) -> list[int]:
 
 
 def _pieces(p: DTensor, d: int) -> int:
-    """Into how many equal pieces sharding cuts dim `d`, if they are equal; a rank may hold several apart."""
+    """Into how many equal pieces sharding cuts dim `d`, if it divides; a rank may hold several apart."""
     pieces = ranks = 1
     for m, placement in enumerate(p.placements):
         if getattr(placement, "dim", None) == d:
