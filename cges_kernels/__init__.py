@@ -1,4 +1,9 @@
-"""Structured-sparse training at close to the cost of the plain optimizer: proximal SGD and AdamW, fused."""
+"""Structured-sparse training at close to the cost of the plain optimizer.
+
+`ProxSGD` and `ProxAdamW` do the update of torch.optim.SGD or torch.optim.AdamW and the proximal step of the
+combined group and exclusive sparsity regulariser in one fused pass. The other functions choose what is
+regularised, report what became zero, and make the sparse network smaller. `__all__` is the public interface.
+"""
 
 from importlib import metadata as _metadata
 
@@ -17,7 +22,7 @@ from .training.schedules import CoefficientWarmup, CubicRamp
 from .training.target_density import TargetDensity
 
 try:
-    __version__ = _metadata.version("cges_kernels")  # pyproject.toml's
+    __version__ = _metadata.version("cges_kernels")  # the version is kept in pyproject.toml alone
 except _metadata.PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 

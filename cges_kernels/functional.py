@@ -1,4 +1,8 @@
-"""Functions on tensors: the proximal map, in place over a list or of one tensor, and the penalty itself."""
+"""Functions on tensors: `prox`, `prox_` and `penalty`, for those who keep their own optimizer or loss.
+
+Here arguments are checked and an executor is chosen; the mathematics is in core/reference.py and in the
+executors.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +33,32 @@ def prox_(
     prox_mode: str = "sequential",
     backend: str = "auto",
 ) -> None:
-    """Replace each tensor by its proximal map, all in one pass: for those who keep their own optimizer.
+    """Replace each tensor by its proximal map, in place and all in one pass.
 
-    The coefficients already contain the step size (pass lr*coefficient). Tensors may have any shapes,
-    but must be dense and distinct; named specs apply group_lasso and exclusive_lasso to tensors of two
-    or more dims only. See :func:`prox` for the formula.
+    This is for those who keep their own optimizer: call it after `optimizer.step()`. The formula is that of
+    [`prox`][cges_kernels.prox].
+
+    Args:
+        tensors: the tensors to change, of any shapes; or one tensor. They must be dense (without gaps or
+            overlaps in memory) and share no memory with each other.
+        group_lasso: the coefficient of each group's l2 norm. Like the other two it already contains the step
+            size, so pass `lr * coefficient`.
+        exclusive_lasso: the coefficient of half of each group's squared l1 norm, step size included.
+        l1: the coefficient of the l1 norm, step size included.
+        group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims; see
+            [`ProxSGD`][cges_kernels.ProxSGD]. Named specs apply `group_lasso` and `exclusive_lasso` to
+            tensors of two or more dims only; `l1` applies to all.
+        view: a shape. Where given, `group_by` refers to `w.view(view)` of each tensor.
+        prox_mode: "sequential" (default) or "exact"; see [`prox`][cges_kernels.prox].
+        backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
 
     Raises:
-        ValueError, TypeError: bad coefficients, spec, mode or tensors; nothing is written.
-        RuntimeError: a backend that cannot serve.
+        ValueError: a bad coefficient, spec or mode, or tensors that cannot be served. Nothing is written.
+        TypeError: an argument of the wrong type. Nothing is written.
+        RuntimeError: a backend that cannot serve these tensors, or a tensor that requires grad while
+            gradients are enabled. Nothing is written.
 
-    Example:
+    Examples:
         >>> optimizer.step()
         >>> with torch.no_grad():
         ...     prox_([layer.weight for layer in layers], group_lasso=lr * 1e-3)
@@ -50,7 +69,7 @@ def prox_(
     check_penalty({**penalty_options, "prox_mode": prox_mode})
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     hyperparameters = Hyperparameters.of_prox(group_lasso, exclusive_lasso, l1, prox_mode)
-    # the operator ends in prox_in_place as well, when it runs
+    # When the operator runs, it calls prox_in_place as well.
     in_place = operators.prox_ if torch.compiler.is_compiling() else prox_in_place
     in_place(tensors, hyperparameters, group_by, view, backend)
 
@@ -66,23 +85,49 @@ def prox(
     prox_mode: str = "sequential",
     backend: str = "auto",
 ) -> Tensor:
-    """The proximal map of the combined regulariser at ``w``, a new tensor of the same shape and dtype.
+    """The proximal map of the combined regulariser at `w`.
 
-    ``prox_mode="exact"`` gives argmin_x ||x - w||^2 / 2 + Omega(x) with
+    With `prox_mode="exact"` it is `argmin_x ||x - w||^2 / 2 + Omega(x)`, with
 
         Omega(x) = sum_g  group_lasso*||x_g||_2 + (exclusive_lasso/2)*||x_g||_1^2 + l1*||x_g||_1
 
-    and "sequential" applies the l1, the group and the exclusive thresholds one after another (Yoon and
-    Hwang 2017, Eq. 7 then 8), which shrinks more. The coefficients already contain the step size. Where a
-    derivative of ``w`` or a coefficient is asked for, or PyTorch traces, the reference serves, which is
-    differentiable.
+    over the groups g that `group_by` makes. These three terms are group lasso, exclusive lasso and l1 (Eq. 3,
+    4 and 2 of Yoon's UNIST thesis). With "sequential" the l1, the group and the exclusive thresholds are
+    applied one after another (Eq. 7, then Eq. 8; Yoon and Hwang 2017), which shrinks more.
 
-    Norms of float32 and 16-bit tensors are sums of float32 squares. These hold for entries from 1e-19 to
-    1e18 (groups of n: to 1.8e19/sqrt(n)). Larger ones have an infinite norm, so group lasso leaves them as
-    they are; a group of smaller ones loses digits, and below 3e-23 it has norm 0 and dies. Where even the sum
-    of |w| overflows, exact mode gives NaN. float64 tensors hold from 1e-154 to 1e154.
+    Where a derivative of `w` or of a coefficient is asked for, or PyTorch traces, the reference executor
+    serves; it is differentiable.
 
-    Raises: as :func:`prox_`.
+    Norms of float32 and 16-bit tensors are sums of squares in float32. They hold for entries from 1e-19 to
+    1e18 in magnitude (in a group of n entries, up to 1.8e19/sqrt(n)). Larger entries have an infinite norm,
+    so group lasso leaves their group as it is. A group of smaller entries loses digits, and below 3e-23 its
+    norm is 0 and it dies. Where even the sum of magnitudes overflows, exact mode gives NaN. float64 tensors
+    hold from 1e-154 to 1e154.
+
+    Args:
+        w: a dense floating-point tensor of any shape. It is not changed.
+        group_lasso: the coefficient of each group's l2 norm. Like the other two it already contains the step
+            size, so pass `lr * coefficient`. It may be a tensor of one element.
+        exclusive_lasso: the coefficient of half of each group's squared l1 norm, step size included.
+        l1: the coefficient of the l1 norm, step size included.
+        group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims; see
+            [`ProxSGD`][cges_kernels.ProxSGD]. Named specs apply `group_lasso` and `exclusive_lasso` to
+            tensors of two or more dims only; `l1` applies to all.
+        view: a shape. Where given, `group_by` refers to `w.view(view)`.
+        prox_mode: "sequential" (default) or "exact".
+        backend: "auto" (default), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A new tensor of the shape and dtype of `w`.
+
+    Raises:
+        ValueError: a bad coefficient, spec or mode, or a tensor that cannot be served.
+        TypeError: an argument of the wrong type.
+        RuntimeError: a backend that cannot serve the tensor.
+
+    Examples:
+        >>> prox(torch.tensor([3.0, -1.0, 0.5]), l1=1.0)
+        tensor([2., 0., 0.])
     """
     check_tensor("w", w)
     options: dict[str, Any] = dict(
@@ -109,12 +154,33 @@ def penalty(
     group_by: GroupSpec = "feature",
     view: Sequence[int] | None = None,
 ) -> Tensor:
-    """Omega(w): a 0-d tensor, differentiable; the formula stands at :func:`prox`.
+    """The value of the combined regulariser at `w`, to be added to a loss or logged.
 
-    Named specs apply the group terms to tensors of two or more dims only. Zero groups have gradient 0.
+        Omega(w) = sum_g  group_lasso*||w_g||_2 + (exclusive_lasso/2)*||w_g||_1^2 + l1*||w_g||_1
+
+    over the groups g that `group_by` makes (group lasso, exclusive lasso and l1: Eq. 3, 4 and 2 of Yoon's
+    UNIST thesis). It is differentiable; a group that is zero has gradient 0.
+
+    Args:
+        w: a dense floating-point tensor of any shape.
+        group_lasso: the coefficient of each group's l2 norm. Unlike those of [`prox`][cges_kernels.prox], the
+            coefficients here are not multiplied by a step size. It may be a tensor of one element.
+        exclusive_lasso: the coefficient of half of each group's squared l1 norm.
+        l1: the coefficient of the l1 norm.
+        group_by: "feature" (default), "filter", "channel", "tensor" or a tuple of the reduced dims; see
+            [`ProxSGD`][cges_kernels.ProxSGD]. Named specs apply `group_lasso` and `exclusive_lasso` to
+            tensors of two or more dims only; `l1` applies to all.
+        view: a shape. Where given, `group_by` refers to `w.view(view)`.
+
+    Returns:
+        A tensor without dims, in float32 for 16-bit tensors and in the dtype of `w` otherwise.
 
     Raises:
-        ValueError, TypeError: bad coefficients, spec or tensor.
+        ValueError: a bad coefficient or spec, or a tensor that cannot be served.
+        TypeError: an argument of the wrong type.
+
+    Examples:
+        >>> loss = loss_fn(model(x), y) + penalty(model.fc.weight, group_lasso=1e-3)
     """
     options: dict[str, Any] = dict(
         group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view

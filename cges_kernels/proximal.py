@@ -1,4 +1,8 @@
-"""What the optimizers share: torch.optim's interface around a planner. No mathematics here."""
+"""What ProxSGD and ProxAdamW share: the interface of torch.optim around a planner.
+
+`ProximalOptimizer` keeps param groups and state as torch.optim does, and leaves each step to its `Planner`
+(backends/planner.py). There is no mathematics here.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from .core.hyperparameters import COEFFICIENTS
 from .core.names import by_name
 from .core.rules import STEP, Rule
 
-# torch's own; before 2.13 it knew CUDA alone
+# torch.optim's own check; before torch 2.13 it has another name, and is for CUDA alone.
 _capture_health_check: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
     or Optimizer._cuda_graph_capture_health_check
@@ -30,15 +34,16 @@ PENALTY_OPTIONS = (*COEFFICIENTS, "group_by", "view")
 
 
 def _make_sharded_plan(*args: Any) -> Plan:
-    from .distributed.sharded import ShardedPlan  # only here: torch.distributed takes its time
+    from .distributed.sharded import ShardedPlan  # not at the top: torch.distributed is slow to import
 
     return ShardedPlan(*args)
 
 
 class ProximalOptimizer(Optimizer):
-    """An optimizer of torch.optim followed by the proximal map: its ``rule``, and what surrounds any rule.
+    """The base of both optimizers: an update of torch.optim followed by the proximal map.
 
-    A class of its own has a rule and an __init__ that names its arguments; see :class:`ProxSGD`.
+    A subclass sets `rule`, its update rule, and has an `__init__` that names its arguments; see
+    [`ProxSGD`][cges_kernels.ProxSGD].
     """
 
     rule: ClassVar[Rule]
@@ -51,7 +56,17 @@ class ProximalOptimizer(Optimizer):
         self._follow_fused()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.add_param_group; the group is checked before it is taken."""
+        """Add a param group, as torch.optim.Optimizer.add_param_group does.
+
+        Args:
+            param_group: a dict with the key "params" and any of the constructor's keyword arguments but
+                `backend`.
+
+        Raises:
+            ValueError: a value that cannot be served; the optimizer then stays as it was.
+            TypeError: a value of the wrong type; the optimizer then stays as it was.
+            RuntimeError: parameters that the backend cannot serve; the optimizer then stays as it was.
+        """
         super().add_param_group(param_group)
         try:
             self._planner.check(self.param_groups, first=len(self.param_groups) - 1)
@@ -61,15 +76,23 @@ class ProximalOptimizer(Optimizer):
         self._planner.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim's; keys that it lacks keep their present values.
+        """Load a state_dict of this class, or of its counterpart in torch.optim.
 
-        Where both sides have names of parameters, state goes by these, in whatever order they were saved.
+        Keys of the param groups that `state_dict` lacks keep their present values, so a file of
+        torch.optim.SGD leaves the coefficients as they are. Where both sides have names of parameters, state
+        goes by these names, in whatever order they were saved.
+
+        Args:
+            state_dict: what `state_dict()` has returned. It must have as many param groups as this optimizer.
 
         Raises:
-            ValueError, TypeError, RuntimeError: what does not fit these parameters, or what step() would
-                refuse (a spec, a coefficient, lr, a buffer's shape); nothing is loaded.
+            ValueError: a state_dict that does not fit these parameters, or a value that `step` would refuse
+                (a spec, a coefficient, lr). Nothing is loaded then.
+            TypeError: a value of the wrong type. Nothing is loaded then.
+            RuntimeError: a state that does not fit its parameter, such as a buffer of another shape, or
+                another optimizer's state. Nothing is loaded then.
         """
-        hook = self.register_load_state_dict_pre_hook(by_name)  # after hooks that may change names
+        hook = self.register_load_state_dict_pre_hook(by_name)  # runs after hooks that change names
         try:
             super().load_state_dict(state_dict)
         except ValueError as error:
@@ -84,7 +107,7 @@ class ProximalOptimizer(Optimizer):
         return {**super().__getstate__(), "_backend": self._planner.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For unpickling and load_state_dict, whose errors come from here: before anything has changed."""
+        """Take in a state for unpickling and load_state_dict: check all of it before anything changes."""
         kept, before = self.__dict__.get("_planner"), self.__dict__.get("param_groups", [])
         defaults = state.get("defaults") or self.defaults
         for i, group in enumerate(state["param_groups"]):
@@ -93,7 +116,7 @@ class ProximalOptimizer(Optimizer):
             for name, p in zip(param_names(state["param_groups"], i), group["params"]):
                 entry = state["state"].get(p, {})
                 if STEP in entry and self.rule.counts and not isinstance(entry[STEP], Tensor):
-                    entry[STEP] = new_step(p, group) + float(entry[STEP])  # of an old torch
+                    entry[STEP] = new_step(p, group) + float(entry[STEP])  # old torch saved a number
                 check_states(name, p, entry, self.rule)
         if kept is not None:
             kept.check(state["param_groups"])
@@ -105,24 +128,43 @@ class ProximalOptimizer(Optimizer):
         self._follow_fused()
 
     def _follow_fused(self) -> None:
-        """As in torch.optim.SGD, fused=True alone says that step() unscales gradients by itself."""
+        """Let GradScaler leave unscaling to step() where fused=True is given to the constructor.
+
+        As in torch.optim.SGD, a param group's own fused=True does not.
+        """
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
     def refresh(self) -> None:
-        """Look at all weights and states anew in the next step, whatever ``skip_dead`` has learnt of them.
+        """Look at all weights and states anew in the next step, whatever `skip_dead` has learnt of them.
 
-        For those who write these in a way that moves no version of theirs: through ``.data``, NumPy, a
-        storage, or a flat buffer that ``p.data`` was made a view of; by a collective of torch.distributed, in
-        another process, or in a kernel of their own.
+        Call it after writing to weights or states in a way that does not move their version (`p._version`):
+
+        - through `.data`, NumPy or a storage;
+        - through a flat buffer that `p.data` was made a view of;
+        - by a collective of torch.distributed, in another process, or in a kernel of your own.
         """
         self._planner.forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one step; ``closure`` re-evaluates the model and returns the loss, as in torch.optim.
+        """Perform one step, as the optimizers of torch.optim do.
 
-        torch.amp.GradScaler may leave the attributes ``grad_scale`` and ``found_inf`` (fused=True): gradients
-        are divided by the one, and where the other is not 0 nothing changes, state included.
+        torch.amp.GradScaler may leave the attributes `grad_scale` and `found_inf` (with `fused=True`).
+        Gradients are then divided by `grad_scale`; where `found_inf` is not 0 nothing changes, state
+        included.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; None (default) for no such call.
+
+        Returns:
+            What `closure` has returned, or None without one.
+
+        Raises:
+            ValueError: a hyperparameter that cannot be served, changed since the last step. Nothing is
+                written then.
+            TypeError: a hyperparameter, gradient or state of the wrong type. Nothing is written then.
+            RuntimeError: a gradient or state that does not fit its parameter, a backend that cannot serve, or
+                a capture in a CUDA graph whose replays would not be steps. Nothing is written then.
         """
         return self._compiled_step(closure) if torch.compiler.is_compiling() else self._step(closure)
 
@@ -144,10 +186,13 @@ class ProximalOptimizer(Optimizer):
         return loss
 
     def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """`(grad_scale, found_inf)` as torch.amp.GradScaler has left them; None where it has not."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _check_capture(self) -> bool:
-        """Whether a graph is being captured; then a replay must do what the captured step does."""
+        """Whether a CUDA graph is being captured; an error where its replays would not do what this step
+        does.
+        """
         capturing = is_capturing()
         if capturing or self.defaults["capturable"]:
             _capture_health_check(self)
@@ -156,7 +201,7 @@ class ProximalOptimizer(Optimizer):
         return capturing
 
     def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:
-        """What torch.compile traces: collect everything, one operator, keep new states."""
+        """The step as torch.compile traces it: collect tensors, call one operator, keep the new states."""
         loss = None if closure is None else closure()
         with torch.no_grad():
             collected = []
@@ -180,7 +225,10 @@ class ProximalOptimizer(Optimizer):
         states: list[Tensor | None],
         steps: list[Tensor | None],
     ) -> None:
-        """Collect what torch.compile is to step of a param group; by torch.optim's name, which it knows."""
+        """Append to the lists what torch.compile is to step of a param group.
+
+        The method has the name that torch.optim's optimizers use, because torch.compile looks for it.
+        """
         if group["differentiable"] or any(map(is_sharded, group["params"])):
             raise RuntimeError(
                 "torch.compile: expected plain tensors and differentiable=False in a step, got others"
@@ -198,7 +246,15 @@ class ProximalOptimizer(Optimizer):
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        """Omega summed over this optimizer's parameters: a 0-d tensor, to log the objective."""
+        """The regulariser summed over this optimizer's parameters, to log the objective.
+
+        Each parameter counts with the coefficients and the spec of its param group; see
+        [`penalty`][cges_kernels.penalty] for the formula. The coefficients are not multiplied by lr.
+
+        Returns:
+            A tensor without dims, without a gradient. For DTensors it is the value over all ranks, so every
+                rank must call it.
+        """
         terms = [
             reference.omega(p, **{key: group[key] for key in PENALTY_OPTIONS})
             for group in self.param_groups

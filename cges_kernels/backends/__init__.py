@@ -1,1 +1,1 @@
-"""The executors: which can serve what, and how an optimizer's parameters are stepped by them."""
+"""The executors: which of them serves a tensor, and the plans by which they step parameters."""

@@ -1,4 +1,7 @@
-"""The C++ extension as Python sees it: csrc/bindings.cpp in types, and the module where it was built."""
+"""The C++ extension as Python sees it: the types of csrc/bindings.cpp, and the module where it was built.
+
+The registry and the calls without a plan (unplanned.py) find it in BUILT.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .gathering import Row
 
 
 class StepPlan(Protocol):
-    """The parameters of param groups, held for a step in two calls; csrc/plan/step_plan.h says how."""
+    """The parameters of param groups, held for steps of two calls; csrc/plan/step_plan.h says how."""
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None: ...
 
@@ -29,7 +32,7 @@ class StepPlan(Protocol):
 
 
 class Executor(Protocol):
-    """Steps tensors of shapes that it knows for good; csrc/plan/executor.h."""
+    """Steps tensors whose shapes were given at its construction; csrc/plan/executor.h."""
 
     def step(
         self,
@@ -41,10 +44,10 @@ class Executor(Protocol):
 
 
 class Extension(Protocol):
-    """The module, as far as this package uses it; the rest of it is there for tests."""
+    """The module, as far as this package uses it; the tests use more of it."""
 
-    cuda: bool  # whether the CUDA executor is in it
-    emulated: bool  # whether that runs its kernels on the CPU, as the tests build it
+    cuda: bool  # whether the CUDA executor was built
+    emulated: bool  # whether it runs its kernels on the CPU, as in the tests' build
 
     def StepPlan(
         self,
@@ -67,6 +70,7 @@ class Extension(Protocol):
 
 
 def _load() -> dict[str, Extension]:
+    """The executors that the extension was built with, by name; {} where there is no extension."""
     try:
         built: Extension = import_module("._C", __package__)
     except ImportError:  # installed without a C++ compiler
@@ -74,5 +78,5 @@ def _load() -> dict[str, Extension]:
     return {"cpu": built, "cuda": built} if built.cuda else {"cpu": built}
 
 
-# The C++ executors that are built, by name. The tests put a module here whose CUDA kernels run on the CPU.
+# The C++ executors that were built, by name. The tests put in a module whose CUDA kernels run on the CPU.
 BUILT = _load()

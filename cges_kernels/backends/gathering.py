@@ -1,6 +1,7 @@
 """What a fused step gathers of an optimizer's parameters: addresses, after checks, and each tensor's phase.
 
-csrc/plan/step_plan.h does the same in C++; this is for installs without it.
+csrc/plan/step_plan.h does the same in C++. The Triton executor uses this StepPlan in installs without the
+extension; other plans and operators.py use the functions.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .states import new_like, new_step
 
 
 class Row(NamedTuple):
-    """What a step finds of a tensor: addresses (0: there is none), its phase, and its count of steps.
+    """What an executor is told of a tensor in a step: addresses (0: none), its phase, and its count of steps.
 
-    The count includes this step. One that lies with the tensor is read there by kernels: a float32, without
-    this step, at ``steps_address``.
+    `steps` includes this step. A count on the tensor's device is not known here. It is a float32 that does
+    not include this step yet, and kernels read it at `steps_address`.
     """
 
     w: int
@@ -38,11 +39,15 @@ class Row(NamedTuple):
 
 
 def _place(p: Tensor) -> tuple[Any, ...]:
+    """What a plan was built for; another value means that the parameter moved or changed."""
     return p.data_ptr(), p.dtype, p.shape, p.stride()
 
 
 def in_memory_order_of(p: Tensor, x: Tensor) -> Tensor:
-    """``x``, or a copy where its elements lie otherwise than p's; dims of size 1 move nothing."""
+    """`x`, or a copy where its elements lie in another order than p's.
+
+    The strides of dims of size 1 do not count.
+    """
     strides = zip(p.shape, x.stride(), p.stride())
     if not x.is_neg() and (x.numel() == 0 or all(a == b for n, a, b in strides if n > 1)):
         return x
@@ -52,7 +57,7 @@ def in_memory_order_of(p: Tensor, x: Tensor) -> Tensor:
 def row_of(
     p: Tensor, grad: Tensor | None, states: Sequence[Tensor], phase: Phase, step: Tensor | None
 ) -> Row:
-    """The row of a tensor whose gradient and states lie as it does."""
+    """The row of a tensor whose gradient and states have its memory order."""
     grad_at, state_0, state_1 = (
         0 if x is None else x.data_ptr() for x in (grad, *states, *[None] * (2 - len(states)))
     )
@@ -79,13 +84,18 @@ class _Slot:
 
 
 class _Gathered(NamedTuple):
+    """What `gather` hands to `run`: the optimizer's state, a Row per parameter, and their tensors.
+
+    The tensors are kept so that the addresses in the rows stay valid.
+    """
+
     state: dict[Tensor, Any]
     rows: list[Row]
     kept: list[tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]]  # gradient, states, step
 
 
 class StepPlan:
-    """The parameters of param groups, held for a step in two calls: gather, which may fail, and run."""
+    """The parameters of param groups, held for steps of two calls: gather, which may fail, and run."""
 
     def __init__(
         self,
@@ -113,11 +123,11 @@ class StepPlan:
                 self._slots.append(_Slot(f"param_groups[{g}]['params'][{i}]", p, g, _place(p)))
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        """Of a param group's hyperparameters only those that say which states there are matter here."""
+        """Take the rule's options, which say what states there are; nothing else matters here."""
         self._options[group] = hyperparameters.chosen
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
-        """Check and collect what a step reads, write nothing; False where the plan must be built again."""
+        """Check and collect what a step reads, writing nothing; False where the plan must be built again."""
         self._gathered = None
         if [len(group) for group in params] != self._sizes:
             return False
@@ -132,7 +142,7 @@ class StepPlan:
             )
             gathered.kept.append((grad, states, step))
             gathered.rows.append(row_of(slot.param, grad, states, phase, step))
-        if newcomers:  # a state that shares memory with another, or a parameter, is written twice at once
+        if newcomers:  # a new state may share memory with another, or with a parameter: writes would race
             names = (*self._rule.states, STEP)
             found = [
                 (f"the {name} of {slot.name}", x)
@@ -146,7 +156,7 @@ class StepPlan:
     def _inputs(
         self, slot: _Slot, state: dict[Tensor, Any]
     ) -> tuple[Phase, Tensor | None, tuple[Tensor, ...], Tensor | None]:
-        """The phase, and gradient and states in the parameter's memory order."""
+        """The phase, gradient, states and count of a parameter, all in the parameter's memory order."""
         p, options = slot.param, self._options[slot.group]
         if p.grad is None:
             return Phase.SKIPPED, None, (), None
@@ -164,11 +174,12 @@ class StepPlan:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """launch(table), a Row per parameter; then keep new states, and count."""
+        """Call launch(table), with a Row per parameter; then keep new states, and count steps."""
         if self._gathered is None:
             raise RuntimeError("StepPlan.run: expected a gather that succeeded before it, got none")
         (state, rows, kept), self._gathered = self._gathered, None
-        # Whoever is to know whether this step counts must wait for the answer.
+        # The host must know whether the step overflows where it begins states or counts steps itself.
+        # Elsewhere it does not wait for the device.
         new = any(row.phase == Phase.FIRST or row.steps > 0 for row in rows) or any(
             slot.param.numel() == 0 for slot in self._slots if self._rule.counts
         )

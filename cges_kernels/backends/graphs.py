@@ -1,4 +1,4 @@
-"""CUDA graphs, as far as executors must know of them."""
+"""What executors and the planner must know of CUDA graphs."""
 
 from __future__ import annotations
 

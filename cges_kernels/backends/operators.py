@@ -1,14 +1,12 @@
 """The step and the proximal map as operators of torch.library: what torch.compile sees of this package.
 
-Outside of torch.compile nothing comes this way. An operator keeps no plan, so it checks its inputs anew at
-each call, and it has lists in place of an optimizer:
+An operator keeps no plan, so it checks its inputs anew at each call, and is given lists for an optimizer:
 
-    step_   `groups`: of each parameter its param group. Of each param group: what ``numbers_of`` makes in
-            `numbers`, SCALARS in `sources` (what is a tensor, None otherwise) and OPTIONS, as text, in
-            `options`.
-            `states` are those of parameters for which the rule keeps some, one parameter's after another's,
-            `steps` their counts, where the rule has them; `first`: not begun yet.
-    prox_   functional.prox_
+    step_   `groups`: each parameter's param group. For each param group: `numbers` as `numbers_of` makes
+            them, SCALARS in `sources` (the tensors, else None), and OPTIONS as text in `options`. `states`:
+            of parameters for which the rule keeps some, parameter by parameter; `steps`: their counts, where
+            the rule counts; `first`: not begun yet.
+    prox_   the arguments of functional.prox_
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from .unplanned import prox_in_place, step_once
 
 GROUP_OPTIONS = ("group_by", "view", "prox_mode", "freeze_zeros")
 OPTIONS = ("backend", "fused", *GROUP_OPTIONS)
-# A graph must not be captured around a call that keeps no plan: inductor then leaves it outside of its own.
+# A graph must not be captured around a call that keeps no plan: with this tag inductor leaves it outside.
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
 torch.library.define(
@@ -56,20 +54,20 @@ torch.library.define(
 
 
 class Collected(NamedTuple):
-    """What a compiled step finds of one param group: parameters with a gradient, and what goes with them."""
+    """What a compiled step finds in one param group: parameters with a gradient, and what goes with them."""
 
     options: Mapping[str, Any]  # the param group
     backend: str
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[Tensor | None]  # one's by Rule.states_with after another's; None before the first step
+    states: list[Tensor | None]  # those of Rule.states_with, parameter by parameter; None if not begun
     steps: list[Tensor | None]
 
 
 def step(
     rule: Rule, collected: Sequence[Collected], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """An optimizer's step as torch.compile traces it, one operator; returns parameters with new states."""
+    """An optimizer's step as torch.compile traces it: one operator. Returns parameters with new states."""
     params: list[Tensor] = []
     grads: list[Tensor] = []
     states: list[Tensor] = []
@@ -130,16 +128,16 @@ def step(
 
 
 def numbers_of(rule: Rule, group: Mapping[str, Any]) -> list[float]:
-    """SCALARS (0 for tensors) and the rule's options, as many for each of its param groups."""
+    """SCALARS (0 for tensors) and the rule's options, as floats; equally many for all its param groups."""
     numbers = [0.0 if isinstance(group[key], Tensor) else float(group[key]) for key in SCALARS]
     for key, default in rule.options.items():
-        if key != "fused":  # among OPTIONS
+        if key != "fused":  # which is among OPTIONS
             numbers += [float(x) for x in (group[key] if isinstance(default, tuple) else (group[key],))]
     return numbers
 
 
 def _named(rule: Rule, numbers: Sequence[float]) -> dict[str, Any]:
-    """What ``numbers_of`` was made of."""
+    """The hyperparameters by name that `numbers_of` has made numbers of."""
     left = iter(numbers)
     named: dict[str, Any] = {key: next(left) for key in SCALARS}
     for key, default in rule.options.items():
@@ -167,15 +165,16 @@ def prox_(
 def _layout(
     shape: torch.Size, stride: tuple[int, ...], group_by: GroupSpec, view: Sequence[int] | None
 ) -> GroupedLayout:
+    """The layout of a tensor with this shape and stride under a spec."""
     return grouped_layout(torch.empty_strided(shape, stride, device="meta"), group_by, view)
 
 
 @lru_cache(256)
 def _checked(rule: str, numbers: tuple[float, ...], options: tuple[str, ...]) -> Mapping[str, Any]:
-    """A param group without its tensors."""
+    """A param group's hyperparameters by name, after checks; SCALARS that are tensors are 0 in it."""
     group = {**_named(RULES[rule], numbers), **dict(zip(OPTIONS, map(from_text, options)))}
     group["fused"] = bool(group["fused"])
-    group["skip_dead"] = False  # nothing is kept from call to call
+    group["skip_dead"] = False  # what is dead would have to be kept from call to call
     check_param_group(RULES[rule], {"foreach": None, "differentiable": False, **group})
     return MappingProxyType(group)
 
@@ -195,7 +194,7 @@ class Member(NamedTuple):
 
 
 def on_host_counted(member: Member) -> bool:
-    """Whether the host counts a parameter's steps: kernels see none without elements."""
+    """Whether the host counts a parameter's steps: kernels do not see parameters without elements."""
     return member.step is not None and (not on_device(member.step) or member.param.numel() == 0)
 
 
@@ -217,6 +216,7 @@ def _step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
+    """The operator `step_`: check all arguments, choose executors, and step."""
     the_rule, of_group = RULES[rule], len(OPTIONS)
     chunks = zip(
         _chunks(numbers, len(numbers) * of_group // len(options) if options else 1),
@@ -246,7 +246,7 @@ def _step(
         served.setdefault(executor, []).append((group, of_members))
     host_counts = [on_host_counted(x) for x in itertools.chain(*members)]
     if any(host_counts) and found_inf is not None and found_inf.item() != 0:
-        return  # whoever counts steps must know
+        return  # the host counts steps here, so it must know of an overflow
     for executor, of_executor in served.items():
         if executor == "reference":
             _reference_step(the_rule, of_executor, grad_scale, found_inf)
@@ -261,7 +261,7 @@ def _reference_step(rule: Rule, served: Served, grad_scale: Tensor | None, found
     for group, members in served:
         h = Reader(rule).read(group)
         for p, grad, states, step, first in members:
-            # torch.compile says capturable=True of every optimizer
+            # `capturable` does not tell, because torch.compile sets it to True for every optimizer.
             count = None if step is None else step + 1 if on_device(step) else step.item() + 1
             begun = [None] * len(states) if first else states
             spec = group["group_by"], group["view"]
@@ -319,6 +319,7 @@ def _prox(
     prox_mode: str,
     backend: str,
 ) -> None:
+    """The operator `prox_`: check all arguments, and call prox_in_place."""
     h, spec = Hyperparameters.of_prox(group_lasso, exclusive_lasso, l1, prox_mode), from_text(group_by)
     check_penalty({**h._asdict(), "group_by": spec, "view": view})
     with torch.no_grad():

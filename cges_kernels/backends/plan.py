@@ -1,4 +1,8 @@
-"""The interface of plans: what steps the parameters of an optimizer's param groups, by one executor each."""
+"""The interface of plans: a plan steps those of an optimizer's parameters that one executor serves.
+
+The planner (planner.py) drives plans. They are ReferencePlan (reference_plan.py), the extension's StepPlan,
+TritonPlan (triton/executor.py) and ShardedPlan (distributed/sharded.py).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ Spec = tuple[GroupSpec, Sequence[int] | None]  # group_by and view
 
 
 class Plan(Protocol):
-    """Parameters held from step to step; ``params[i]`` is [] where another plan serves param group i.
+    """Parameters held from step to step; `params[i]` is [] where another plan serves param group i.
 
-    A step takes two calls, so that whatever may fail does so before anything is written.
+    A step takes two calls, gather and run, so that whatever may fail does so before anything is written.
     """
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None: ...
@@ -26,9 +30,9 @@ class Plan(Protocol):
         ...
 
     def run(self, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None:
-        """Step what was gathered, once; gradients are divided by ``grad_scale``.
+        """Step what was gathered, once; gradients are divided by `grad_scale`.
 
-        Where ``found_inf`` is not 0 nothing changes, state included. Returns what that came to be where ranks
-        had to agree on it.
+        Where `found_inf` is not 0 nothing changes, state included. Returns the `found_inf` that ranks have
+        agreed on, where they had to, else None.
         """
         ...

@@ -1,7 +1,8 @@
-"""Who steps which param group of an optimizer: its plans, kept from step to step, and when to build others.
+"""Chooses which plan steps which param group of an optimizer, keeps plans between steps, and renews them.
 
-Everything a plan depends on is compared at each step: a plan compares its parameters itself, the planner what
-decides on executors and layouts, and the hyperparameters.
+Everything that a plan depends on is compared at each step. The plan itself compares its parameters; the
+planner compares the hyperparameters and whatever decides on executors and layouts. `ProximalOptimizer`
+(proximal.py) owns one Planner.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 EXECUTOR_OPTIONS = ("foreach", "differentiable", "fused", "group_by", "view")
-IN_KERNELS = ("cuda", "triton")  # executors whose kernels read SCALARS where these lie
-SHARDED = "sharded"  # the plan that serves param groups with DTensors, by executors on what is local
+IN_KERNELS = ("cuda", "triton")  # executors whose kernels can read SCALARS on the device
+SHARDED = "sharded"  # names the plan of param groups with DTensors, which steps the local parts
 
 ParamGroups = list[dict[str, Any]]
-# (rule, params, specs, their names, executors of their param groups) -> a plan; see distributed.sharded
+# Takes the rule, params, specs, names of params and executors of param groups; see distributed/sharded.py.
 MakeShardedPlan = Callable[
     [Rule, list[list[Tensor]], list[list[Spec]], list[list[str]], list[str]],
     Plan,
@@ -40,27 +41,29 @@ MakeShardedPlan = Callable[
 
 
 def param_names(param_groups: ParamGroups, index: int) -> list[str]:
+    """What errors call the parameters of a param group."""
     return [f"param_groups[{index}]['params'][{i}]" for i in range(len(param_groups[index]["params"]))]
 
 
 def _identity(p: Tensor) -> tuple[Any, ...]:
+    """The properties of a parameter on which its layout and the choice of an executor depend."""
     place = p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
     return id(p), has_other_gradient(p), *place
 
 
 def is_sharded(p: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; those who have one have imported it."""
+    """Whether `p` is a DTensor, without the slow import: none can exist before somebody has imported them."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(p, distributed.DTensor)
 
 
 def _local(p: Tensor) -> Tensor:
-    """What executors get to see of a parameter."""
+    """The part of a parameter that executors see."""
     return p.to_local() if is_sharded(p) else p
 
 
 def backend_of(backend: str, rule: Rule, group: dict[str, Any]) -> str:
-    """The backend to ask for, given the optimizer's and what torch.optim's options say of one param group."""
+    """The backend to ask for in a param group, given the optimizer's and what torch.optim's options say."""
     wishes = [f"{key}=True" for key in ("foreach", "differentiable", *rule.reference_only) if group[key]]
     wishes += ["fused=False"] if group["fused"] is False else []
     if not wishes:
@@ -73,7 +76,7 @@ def backend_of(backend: str, rule: Rule, group: dict[str, Any]) -> str:
 class Planner:
     """The plans of one optimizer. It reads the optimizer's param groups, and writes nothing to them.
 
-    ``make_sharded_plan`` makes the plan of param groups with DTensors; it is not called where there are none.
+    `make_sharded_plan` makes the plan of param groups with DTensors. It is not called where there are none.
     """
 
     def __init__(self, backend: str, rule: Rule, make_sharded_plan: MakeShardedPlan) -> None:
@@ -82,20 +85,21 @@ class Planner:
         self._executor_options_of = itemgetter(*EXECUTOR_OPTIONS, *rule.reference_only)
         self._make_sharded_plan = make_sharded_plan
         self.warned = False
-        self._in_graphs: list[dict[str, Plan]] = []  # plans whose tables captured graphs come back to
+        self._in_graphs: list[dict[str, Plan]] = []  # plans whose tables the replays of captured graphs read
         self.forget()
 
     def forget(self) -> None:
+        """Drop all plans, so that the next step builds them anew."""
         self.plans: dict[str, Plan] = {}  # by executor
         self.executors: list[str] = []  # of each param group
         self._key: Any = None
         self._group_sizes: list[int] = []
         self._values: list[Any] = []
-        self._numbers: list[Any] = []  # the types of the values where no tensor is among them
+        self._numbers: list[Any] = []  # for each param group, the types of its values if none is a tensor
         self._devices: list[torch.device | None] = []
 
     def check(self, param_groups: ParamGroups, first: int = 0) -> None:
-        """Whatever step() would refuse of param groups from ``first`` on, before there are gradients."""
+        """Raise what step() would raise of param groups from index `first` on, before there are gradients."""
         for index, group in list(enumerate(param_groups))[first:]:
             check_param_group(self.rule, group)
             self._layouts(param_groups, index)
@@ -104,7 +108,7 @@ class Planner:
             self._executor(param_groups, index)
 
     def gather(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
-        """Whatever may fail, before anything is written."""
+        """Bring plans up to date and let them collect what the step reads; a step's errors arise here."""
         for again in (True, False):
             self._prepare(param_groups)
             try:
@@ -117,19 +121,20 @@ class Planner:
         raise RuntimeError("expected parameters that stay in place during a step, got some that moved twice")
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Step what was gathered; the sharded first, as the ranks then agree on found_inf."""
+        """Step what was gathered. The sharded plan goes first, because its ranks then agree on found_inf."""
         for executor in sorted(self.plans, key=lambda e: e != SHARDED):
             agreed = self.plans[executor].run(grad_scale=grad_scale, found_inf=found_inf)
             found_inf = agreed if executor == SHARDED else found_inf
 
     def keep_for_graph(self) -> None:
-        """What has just been captured must outlive the present plans."""
+        """Keep the present plans alive for the graph that has just been captured."""
         self._in_graphs.append(dict(self.plans))
 
     def check_capture(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
-        """RuntimeError where a captured step would not do the same at each replay, or needs the host.
+        """Raise a RuntimeError where a captured step would not do the same at each replay, or needs the host.
 
-        A graph cannot hold a first step (which starts momentum afresh), nor leave a parameter for later.
+        A graph cannot hold a first step, which would begin momentum afresh at each replay, and it cannot
+        leave a parameter without a gradient for later.
         """
         if self._key is None or self._keys(param_groups) != self._key:
             raise RuntimeError("expected a step of the same parameters and options before the capture of one")
@@ -169,18 +174,19 @@ class Planner:
                     )
 
     def _layouts(self, param_groups: ParamGroups, index: int) -> list[GroupedLayout]:
-        """Check a group's parameters and work out their layouts."""
+        """The layouts of a param group's parameters, after checks."""
         group = param_groups[index]
         return named_layouts(
             param_names(param_groups, index), group["params"], group["group_by"], group["view"]
         )
 
     def _check_distinct(self, param_groups: ParamGroups) -> None:
+        """Raise an error where two parameters of the optimizer are the same or share memory."""
         names = [name for index in range(len(param_groups)) for name in param_names(param_groups, index)]
         check_distinct(names, [p for group in param_groups for p in group["params"]])
 
     def _executor(self, param_groups: ParamGroups, index: int) -> str:
-        """What steps a param group's parameters, or of DTensors what is local of them."""
+        """The executor that steps a param group's parameters, or the local parts of DTensors."""
         group = param_groups[index]
         if group["differentiable"] and any(map(is_sharded, group["params"])):
             raise RuntimeError(
@@ -201,16 +207,16 @@ class Planner:
         return choose_backend("reference", local)
 
     def _has_other_gradients(self, param_groups: ParamGroups) -> bool:
-        """Whether some parameters' gradients have come to be of another dtype since executors were chosen."""
+        """Whether some gradients now have another dtype than their parameter, which fused plans refuse."""
         groups = (group for group, e in zip(param_groups, self.executors) if e != "reference")
         return any(has_other_gradient(p) for group in groups for p in group["params"])
 
     def _keys(self, param_groups: ParamGroups) -> list[tuple[Any, ...]]:
-        """What a group's executor and layouts depend on; a plan itself compares its parameters."""
+        """For each param group, what its executor and layouts depend on; fused plans compare parameters."""
         keys = []
         for index, group in enumerate(param_groups):
             key = self._executor_options_of(group)
-            if list in map(type, key):  # which may change in place
+            if list in map(type, key):  # a list may change in place, so a copy is kept
                 key = tuple(tuple(x) if isinstance(x, list) else x for x in key)
             if index >= len(self.executors) or self.executors[index] == "reference":
                 key = (*key, *(_identity(p) for p in group["params"]))
@@ -228,6 +234,7 @@ class Planner:
                 self._values[index] = values
 
     def _build(self, param_groups: ParamGroups) -> None:
+        """Choose executors and build all plans anew, after checks of everything."""
         self.forget()
         for group in param_groups:
             check_param_group(self.rule, group)
@@ -256,11 +263,11 @@ class Planner:
         self._key = self._keys(param_groups)
 
     def _differentiates(self, index: int, group: dict[str, Any]) -> bool:
-        """Whether tensors among the hyperparameters are part of a graph of autograd, in each step anew."""
+        """Whether autograd follows tensors among the hyperparameters, so that each step takes them anew."""
         return bool(group["differentiable"]) and self.executors[index] == "reference"
 
     def _hyperparameters(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
-        """A param group's, in the order of the reader's keys."""
+        """The values of a param group's hyperparameters, in the order of the reader's keys."""
         values: tuple[Any, ...] = self._reader.values_of(group)
         types = tuple(map(type, values))
         if self._differentiates(index, group):
@@ -271,7 +278,7 @@ class Planner:
         if not lasting or any(issubclass(x, Tensor) for x in types):
             return self._reader.numbers_of(group, self._devices[index])
         if self._numbers[index] is not None:
-            # what is of another type may be equal, and yet be nothing to go on with
+            # A value of another type, such as True for 1, may compare equal and still be refused.
             check_param_group(self.rule, group)
         self._numbers[index] = types
         return values
@@ -289,7 +296,7 @@ class Planner:
         self.plans[self.executors[index]].set_hyperparameters(index, hyperparameters)
 
     def _warn_of_strength(self, index: int, b: float) -> None:
-        """Once, where a param group in sequential mode zeroes far more than it is asked for."""
+        """Warn, once, where a param group in sequential mode zeroes far more than it is asked to."""
         strength = b * self._group_sizes[index]
         if strength >= 1:
             self.warned = True
@@ -301,12 +308,13 @@ class Planner:
             )
 
     def _served(self, param_groups: ParamGroups, executor: str) -> list[list[Tensor]]:
+        """The parameters that `executor` serves, by param group; [] for the param groups of others."""
         return [
             list(group["params"]) if e == executor else [] for group, e in zip(param_groups, self.executors)
         ]
 
 
 def kernel_device(executor: str, params: list[Tensor]) -> torch.device | None:
-    """The device whose memory kernels can read a param group's tensors lr and coefficients from, if any."""
+    """The device on which kernels can read lr and coefficients of a param group from tensors, if any."""
     devices = {p.device for p in params}
     return devices.pop() if executor in IN_KERNELS and len(devices) == 1 else None

@@ -1,4 +1,7 @@
-"""The plan of the reference executor."""
+"""The plan of the reference executor: an optimizer's parameters, stepped one by one by core/reference.py.
+
+operators.py uses its functions for compiled steps on the reference.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from .states import new_step
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
-    """A gradient over a gradient scaler's number, by the host."""
+    """A gradient divided by a gradient scaler's number, which the host reads."""
     return grad if grad_scale is None else grad / grad_scale.item()
 
 
@@ -32,7 +35,10 @@ def reference_step(
     states: Sequence[Tensor | None],
     count: float | Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """(new w, new states ...) by reference.py; ``count``: of p's steps, with this one, if the rule counts."""
+    """`(new w, new states ...)` of one step by core/reference.py.
+
+    `count` is the number of p's steps, this one included, for a rule that counts them.
+    """
     counted = {} if count is None else {STEP: count}
     update = partial(h.rule.update, lr=h.lr, **h.rule.told(h.chosen), **counted)
     return reference.proximal_step(
@@ -49,7 +55,7 @@ def reference_step(
 
 
 class ReferencePlan:
-    """Steps by reference.py; ``specs[i][j]`` says how params[i][j] is grouped."""
+    """Steps by core/reference.py; `specs[i][j]` is the spec of params[i][j]."""
 
     def __init__(self, rule: Rule, params: Sequence[list[Tensor]], specs: Sequence[Sequence[Spec]]) -> None:
         self._rule = rule
@@ -94,7 +100,7 @@ class ReferencePlan:
                 step = new_step(p, h.chosen) if step is None else step
             count = None if step is None else _count(h, step)
             grad = unscaled(grad, grad_scale)
-            follows = torch.is_grad_enabled()  # differentiable: what autograd follows stays as it is
+            follows = torch.is_grad_enabled()  # differentiable=True: do not write to what autograd follows
             new, *new_states = reference_step(h, spec, p.clone() if follows else p, grad, states, count)
             p.copy_(new)
             names = self._rule.states_with(h.chosen)
@@ -108,7 +114,7 @@ class ReferencePlan:
 
 
 def _count(h: Hyperparameters, step: Tensor) -> float | Tensor:
-    """The step's number; a tensor where torch.optim's formula takes one."""
+    """The number of the step that is being made; a tensor where torch.optim's formula takes one."""
     if h.chosen["capturable"] or h.chosen["differentiable"]:
         return step + 1
     return float(step.item() + 1)

@@ -1,4 +1,4 @@
-"""The executors: which of them can serve a tensor, and the plan that steps parameters by one."""
+"""The executors: whether one can serve a tensor, which one is chosen, and the plan that steps by it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ TRITON_NEEDED = (3, 6)
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors; settled once they are imported."""
+    """Whether Triton's kernels run in its interpreter, on CPU tensors.
+
+    Once the kernels are imported it cannot change any more, whatever the environment says.
+    """
     kernels = sys.modules.get(f"{__package__}.triton.kernels")
     if kernels is not None:
         return bool(kernels.INTERPRETED)
@@ -34,12 +37,13 @@ def triton_interpreted() -> bool:
 
 
 def _why_no_triton() -> str | None:
+    """Why Triton cannot run here, and what to do; None if it can."""
     needed = "triton >= " + ".".join(map(str, TRITON_NEEDED))
     if util.find_spec("triton") is None:
         return f"{needed} is needed and not installed; pip install triton"
     try:
         version = metadata.version("triton")
-    except metadata.PackageNotFoundError:  # a build of another name, such as ROCm's
+    except metadata.PackageNotFoundError:  # a build under another name, such as ROCm's
         import triton
 
         version = triton.__version__
@@ -53,6 +57,7 @@ def _why_no_triton() -> str | None:
 
 
 def _why_no_cuda() -> str | None:
+    """Why the CUDA executor cannot run here, and what to do; None if it can."""
     if "cuda" not in BUILT:
         return "the extension was built without it; install nvcc (CUDA >= 12.8) and reinstall cges_kernels"
     if BUILT["cuda"].emulated or (torch.cuda.is_available() and torch.version.hip is None):
@@ -62,7 +67,7 @@ def _why_no_cuda() -> str | None:
 
 @lru_cache
 def _why_not_device(index: int) -> str | None:
-    """Why the CUDA executor cannot run on this GPU: a driver too old, or no kernel built for it."""
+    """Why the CUDA executor cannot run on this GPU, such as an old driver; None if it can."""
     built = BUILT["cuda"]
     try:
         with nullcontext() if built.emulated else torch.cuda.device(index):
@@ -73,7 +78,7 @@ def _why_not_device(index: int) -> str | None:
 
 
 def why_not(backend: str, w: Tensor | None = None) -> str | None:
-    """Why ``backend`` cannot serve ``w`` (or, without w, anything at all) and what to do; None if it can."""
+    """Why `backend` cannot serve `w` (or, without w, anything at all) and what to do; None if it can."""
     served: tuple[str, ...]
     if backend == "reference":
         return None
@@ -99,12 +104,23 @@ def why_not(backend: str, w: Tensor | None = None) -> str | None:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The executors that can run here, of "reference", "cpu", "triton", "cuda"."""
+    """The executors that can run here.
+
+    "reference" can run everywhere. "cpu" and "cuda" need the C++ extension, built with them, and "cuda" an
+    NVIDIA GPU as well. "triton" needs triton 3.6 or newer, and a GPU or `TRITON_INTERPRET=1`.
+
+    Returns:
+        Names out of "reference", "cpu", "triton" and "cuda", as the argument `backend` takes them.
+
+    Examples:
+        >>> available_backends()
+        ('reference', 'cpu')
+    """
     return tuple(backend for backend in BACKENDS if why_not(backend) is None)
 
 
 def check_backend(backend: str) -> None:
-    """ValueError for an unknown name, RuntimeError for an executor that is not there."""
+    """Raise a ValueError for an unknown name, and a RuntimeError for an executor that cannot run here."""
     if backend == "auto":
         return
     if backend not in BACKENDS:
@@ -114,13 +130,17 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(backend: str, tensors: Sequence[Tensor], fused: bool = False) -> str:
-    """The executor for ``tensors``: the one asked for, or for "auto" the fastest that serves all of them.
+    """The executor for `tensors`: the one asked for, or for "auto" the fastest that serves all of them.
 
-    ``fused`` demands one other than the reference. RuntimeError where the wish cannot be met.
+    `fused` demands one other than the reference.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: no executor that was asked for serves all of the tensors.
     """
     check_backend(backend)
     candidates: tuple[str, ...] = (backend,)
-    if backend == "auto":  # an interpreter is never the fastest
+    if backend == "auto":  # on CPU tensors Triton could only interpret, which is never the fastest
         on_cpu = all(w.device.type == "cpu" for w in tensors)
         candidates = ("cpu",) if on_cpu else ("cuda", "triton")
     reasons = []
@@ -144,14 +164,14 @@ def make_plan(
     layouts: Sequence[Sequence[GroupedLayout]],
     specs: Sequence[Sequence[Spec]],
 ) -> Plan:
-    """The plan that steps the parameters of ``executor``.
+    """The plan that steps parameters by `executor`.
 
-    ``params[i]`` is [] where another one serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
+    `params[i]` is [] where another plan serves group i; layouts[i][j] and specs[i][j] are params[i][j]'s.
     """
     if executor == "reference":
         return ReferencePlan(rule, params, specs)
     if executor in ("cpu", "cuda"):
         return BUILT[executor].StepPlan(params, layouts, rule.name, executor)
-    from .triton.executor import TritonPlan  # only here: importing triton takes its time
+    from .triton.executor import TritonPlan  # not at the top: triton is slow to import
 
     return TritonPlan(rule, params, layouts)

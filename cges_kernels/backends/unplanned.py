@@ -1,7 +1,7 @@
 """Steps for callers who keep no plan: functional calls, and the operators of torch.library.
 
-An executor knows its tensors' shapes for good, and has tables of them in device memory. The last few are kept
-for the next list of tensors alike.
+An executor is made for tensors of fixed shapes, and has tables of them in device memory. The last few
+executors are kept for the next call with tensors of the same kinds.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .graphs import is_capturing
 from .registry import choose_backend
 
 MOST_KEPT = 8
-_kept: OrderedDict[Hashable, Executor] = OrderedDict()  # the last used last
-_in_graphs: dict[Hashable, Executor] = {}  # those whose tables captured graphs come back to: never dropped
-_outlived: list[Executor] = []  # and that forget() has put aside
+_kept: OrderedDict[Hashable, Executor] = OrderedDict()  # the one used last comes last
+_in_graphs: dict[Hashable, Executor] = {}  # replays of captured graphs read their tables: never dropped
+_outlived: list[Executor] = []  # such executors that forget() has put aside
 
 
 def forget() -> None:
-    """Drop what is kept: for those who change how executors cut tensors."""
+    """Drop the executors that are kept, for callers that change how executors cut tensors."""
     _kept.clear()
     _outlived.extend(_in_graphs.values())
     _in_graphs.clear()
@@ -48,9 +48,9 @@ def step_once(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One step in one pass by a fused executor; whoever calls has checked everything.
+    """One step in one pass by a fused executor. The caller has checked all arguments.
 
-    ``param_groups[i]`` is the place in ``hyperparameters`` of what tensor i takes.
+    Tensor i takes the hyperparameters at the index `param_groups[i]`.
 
     Raises:
         RuntimeError: Triton's executor in the capture of a CUDA graph, where its tables cannot be made.
@@ -75,7 +75,7 @@ def step_once(
             len(hyperparameters),
             streams,
         ),
-        torch.is_inference_mode_enabled(),  # tables made in it are of no use outside
+        torch.is_inference_mode_enabled(),  # tables made in inference mode cannot be written to outside it
     )
     found = _in_graphs.get(key) or _kept.pop(key, None)
     found = found or _make(executor, rule, tensors, layouts, param_groups, len(hyperparameters))
@@ -83,7 +83,7 @@ def step_once(
     if capturing or key in _in_graphs:
         _in_graphs[key] = found
         return
-    _kept[key] = found  # only now: what is in use, or has failed, serves no other call
+    _kept[key] = found  # only now, so that no executor in use, or that has failed, serves another call
     if len(_kept) > MOST_KEPT:
         _kept.popitem(last=False)
 
@@ -96,15 +96,16 @@ def _make(
     param_groups: Sequence[int],
     num_param_groups: int,
 ) -> Executor:
+    """A new executor for such tensors."""
     if executor in ("cpu", "cuda"):
         return BUILT[executor].Executor(executor, tensors, layouts, param_groups, rule.name)
-    from .triton.executor import TritonExecutor  # only here: importing triton takes its time
+    from .triton.executor import TritonExecutor  # not at the top: triton is slow to import
 
     return TritonExecutor(rule, tensors, layouts, param_groups, num_param_groups)
 
 
 def stream_of(device: torch.device) -> Hashable:
-    """What orders the launches on a device: two steps at once would share one executor's scratch."""
+    """The stream that orders launches on a device: on two streams, steps must not share scratch memory."""
     return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
 
 
@@ -115,7 +116,7 @@ def prox_in_place(
     view: Sequence[int] | None,
     backend: str,
 ) -> None:
-    """functional.prox_ of coefficients that have been checked, as numbers; lr is 1."""
+    """functional.prox_ after the checks of its coefficients, which are numbers here; lr is 1."""
     names = [f"tensors[{i}]" for i in range(len(tensors))]
     layouts = named_layouts(names, tensors, group_by, view)
     for name, w in zip(names, tensors):

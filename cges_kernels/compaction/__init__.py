@@ -1,1 +1,1 @@
-"""From a sparse model to a small one."""
+"""compact(): from a network with dead weights to a smaller dense one that computes the same."""

@@ -1,4 +1,7 @@
-"""The tensors of integers that stand beside those of a forward pass: whose channel each element is."""
+"""For each tensor of a forward pass, a tensor of integers beside it that says whose channel each element is.
+
+`Beside` keeps them and the notes that rules (rules.py, products.py) make; following.py runs the pass.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from .channels import NOBODY, Channels, Owners, narrowed, varying
 
 
 class Call(NamedTuple):
-    """An operation, what it was given and what it gave."""
+    """An operation with its arguments and its result."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
-    before: Tensor | None  # the channels of what it moves in place
+    before: Tensor | None  # the channels of the first argument before it was turned in place
 
     @property
     def outs(self) -> list[Any]:
@@ -29,26 +32,26 @@ class Call(NamedTuple):
 
 
 class Beside:
-    """The channels of each tensor in a forward pass; parameters are those of ``model``."""
+    """The channels of each tensor in a forward pass of `model`."""
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         super().__init__()
         self.channels, self.owners = channels, Owners(model)
         self.model = type(model).__name__
         self.used: set[str] = set()  # parameters and buffers that operations took
-        self.opaque: dict[str, str] = {}  # weights that nobody here understands, and what took them
-        self.sizes: dict[bytes, Tensor] = {}  # channels that lay side by side
-        self.stack: list[str] = []  # of modules at work
-        self.calls: Counter[str] = Counter()
-        self.given: Any = WeakTensorKeyDictionary()  # what the model is passed, and all that comes of it
-        self.computed: Any = WeakTensorKeyDictionary()  # what comes of parameters alone
+        self.opaque: dict[str, str] = {}  # weights taken by operations without a rule, and by which
+        self.sizes: dict[bytes, Tensor] = {}  # every line of channels that some tensor had along a dim
+        self.stack: list[str] = []  # the names of the modules at work, innermost last
+        self.calls: Counter[str] = Counter()  # how often each module was called
+        self.given: Any = WeakTensorKeyDictionary()  # the model's arguments and all that depends on them
+        self.computed: Any = WeakTensorKeyDictionary()  # tensors that are computed from parameters alone
         self._ids: Any = WeakTensorKeyDictionary()
-        # What was anybody's and is written in parts, by its memory, which is held so that no other takes its
-        # place; and the channels of its elements.
+        # Tensors made without channels (ANYBODY) and then written in parts: by their memory, the tensor, kept
+        # so that no other takes the memory, and the channels of its elements.
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ids(self, x: Tensor) -> Tensor:
-        """Whose channel each element of ``x`` is: the dims of ``x``, of size 1 where it does not vary."""
+        """The channel of each element of `x`, with the dims of `x`, of size 1 where channels do not vary."""
         if x.layout != torch.strided:
             return torch.full([1] * x.dim(), NOBODY)
         if (written := self.written.get(x.untyped_storage()._cdata)) is not None:
@@ -69,7 +72,7 @@ class Beside:
         return narrowed(self.channels.loose[name].as_strided(x.shape, x.stride(), first))
 
     def note(self, x: Any, ids: Tensor) -> None:
-        """``x`` holds these channels. Along two dims they could not be cut out of it."""
+        """Note that `x` holds these channels; those that vary along two dims cannot be cut and are held."""
         if not isinstance(x, Tensor) or x.dim() != ids.dim():
             return
         ids = narrowed(ids)
@@ -83,10 +86,11 @@ class Beside:
         self._ids[x] = ids
 
     def where(self, operation: str) -> str:
+        """The module at work and the operation, for reasons."""
         return f"{self.stack[-1] or self.model} ({operation})" if self.stack else f"the model ({operation})"
 
     def take(self, operation: Any, *tensors: Tensor) -> None:
-        """An operation takes all channels of ``tensors`` together."""
+        """Hold all channels of `tensors`, because an operation takes them together."""
         where = self.where(operation if isinstance(operation, str) else ops.name(operation))
         for x in tensors:
             if self.is_owners(x):
@@ -95,11 +99,14 @@ class Beside:
                 self.channels.hold(self.ids(x), f"{where} takes them together", read=True)
 
     def is_owners(self, x: Tensor) -> bool:
-        """Whether it is a parameter or buffer, or a view of one."""
+        """Whether `x` is a parameter or buffer, or a view of one, to which no channels were noted."""
         return self.owners.name(x) is not None and x not in self._ids
 
     def line(self, func: Any, x: Tensor, dim: int) -> Tensor:
-        """The channels of ``x`` along ``dim``, the only one along which they may vary: [x.shape[dim]]."""
+        """The channels of `x` along `dim`, the only one along which they may vary: [x.shape[dim]].
+
+        Where they vary along others, single elements are joined along those, and other channels are held.
+        """
         ids = self.ids(x)
         dim %= x.dim()
         if any(d != dim for d in varying(ids)):
@@ -112,7 +119,7 @@ class Beside:
         return ids.flatten().expand(x.shape[dim])
 
     def take_all(self, call: Call, known_as: str = "") -> None:
-        """An operation that nobody here understands."""
+        """Hold everything that an operation without a rule takes; its results have no channels."""
         self.take(known_as or call.func, *ops.tensors(call.args, call.kwargs))
         for y in ops.tensors(call.outs, {}):
             self.note(y, torch.full([1] * y.dim(), NOBODY))

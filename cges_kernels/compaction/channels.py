@@ -1,7 +1,7 @@
 """Which channels of a network can only leave it together, and what holds them.
 
-A channel is a number. Whoever follows a forward pass hands numbers out to what layers make, joins those that
-an operation brings together, and holds those that must stay.
+A channel is a number. Following a forward pass (following.py) hands out numbers for what layers make, joins
+those that an operation brings together, and holds those that must stay. cutting.py reads the result.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-NOBODY = 0  # the channel of what cannot be cut, as the model's input
-ANYBODY = -1  # of values that are all alike, made in the size of what they meet
+NOBODY = 0  # the channel of what cannot be cut, such as the model's input
+ANYBODY = -1  # the channel of values that are all alike, and could be made in any size
 
 
 @dataclass
 class Weight:
     """A matrix or kernel that an operation multiplies with, and the channels of its first two dims."""
 
-    name: str  # of the parameter
-    ids: dict[int, Tensor] = field(default_factory=dict)  # dim: one channel per line
-    makes: set[int] = field(default_factory=set)  # dims whose lines make a channel each
-    reads: set[int] = field(default_factory=set)  # dims whose lines read one
-    uses: int = 0  # how often an operation took it, in eval mode
+    name: str  # the parameter's
+    ids: dict[int, Tensor] = field(default_factory=dict)  # by dim, the channel of each line
+    makes: set[int] = field(default_factory=set)  # dims whose lines make one channel each
+    reads: set[int] = field(default_factory=set)  # dims whose lines read one channel each
+    uses: int = 0  # how often operations took it in one pass, of the mode with more uses
 
     @property
     def layer(self) -> str:
+        """The name of the module that holds the parameter."""
         return self.name.rpartition(".")[0]
 
     @property
     def label(self) -> str:
-        """What to call it beside its layer's name."""
+        """What the weight is called beside its layer's name, with a colon; "" for "weight"."""
         own = self.name.rpartition(".")[2]
         return "" if own == "weight" else f"{own}: "
 
 
 @dataclass
 class Held:
-    """Channels that stay."""
+    """Channels that stay, and why."""
 
     ids: Tensor
     reason: str
@@ -53,7 +54,7 @@ class Placed:
     module: str
     text: str
     ids: Tensor
-    chooses: bool  # some of them, rather than all in another shape
+    chooses: bool  # whether some of them are chosen, rather than all given another shape
 
 
 class Channels:
@@ -61,36 +62,39 @@ class Channels:
 
     def __init__(self) -> None:
         self.count = 1
-        self.weights: dict[
-            str, Weight
-        ] = {}  # by parameter, in the order in which the forward pass reads them
-        # Of a parameter or buffer that no operation multiplies with: one per element, in memory's order.
+        # By parameter, in the order in which the forward pass reads them.
+        self.weights: dict[str, Weight] = {}
+        # Parameters and buffers that no operation multiplies with: a channel per element, in memory order.
         self.loose: dict[str, Tensor] = {}
-        self.widths: dict[str, Tensor] = {}  # of norms without parameters, by module: what they are given
-        # By module: channels that it lays out by numbers, which its code may compute or have written into it.
+        self.widths: dict[str, Tensor] = {}  # by norm without parameters, the channels of its input
+        # Channels that modules lay out by numbers, which their code may compute or have written into it.
         self.by_numbers: list[Placed] = []
-        self.called: set[str] = set()  # layers whose weight takes part by their being called alone
+        self.called: set[str] = set()  # layers whose weight is used only when they are called themselves
         self.held: list[Held] = []
-        self._starts: list[int] = []  # of loose ones
-        self._ends: list[int] = []
+        self._starts: list[int] = []  # the first channel of each memory of loose ones
+        self._ends: list[int] = []  # and the channel after its last
         self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.long)]
 
     def new(self, count: int) -> Tensor:
-        """So many channels. A single one is nobody's: at least one is always left."""
+        """So many new channels. A single one is NOBODY's, because at least one is always left."""
         if count == 1:
             return torch.tensor([NOBODY])
         self.count += count
         return torch.arange(self.count - count, self.count)
 
     def new_loose(self, count: int) -> Tensor:
-        """Channels of single elements of some memory, which what they meet puts in order."""
+        """Channels of the single elements of some memory.
+
+        Which of them leave together, and so along which dim they are cut, follows from what they are joined
+        with.
+        """
         self._starts.append(self.count)
         ids = self.new(count)
         self._ends.append(self.count)
         return ids
 
     def _memories(self, ids: Tensor) -> Tensor:
-        """Of which memory, in the order of new_loose, each channel is a single element; -1 for none."""
+        """For each channel, the memory that it is an element of, in the order of new_loose; -1 if of none."""
         if not self._starts:
             return torch.full_like(ids, -1)
         which = torch.searchsorted(torch.tensor(self._starts), ids.contiguous(), right=True) - 1
@@ -107,7 +111,7 @@ class Channels:
         return [names[start] for start in starts if start in names]
 
     def use(self, name: str, param: Tensor, reads: int | None = None, makes: int | None = None) -> Weight:
-        """A parameter that an operation multiplies with, reading and making channels along its dims."""
+        """Note that an operation multiplies with a parameter, and reads and makes channels along its dims."""
         weight = self.weights.setdefault(name, Weight(name))
         weight.uses += 1
         for dim, dims in ((reads, weight.reads), (makes, weight.makes)):
@@ -118,12 +122,13 @@ class Channels:
         return weight
 
     def hold(self, ids: Tensor, reason: str, read: bool = False) -> None:
+        """Keep these channels; `read` says whether their values are read, or only their number matters."""
         ids = ids[ids > NOBODY].unique()
         if len(ids):
             self.held.append(Held(ids, reason, read))
 
     def join(self, a: Tensor, b: Tensor, reason: str = "they meet what cannot be cut") -> None:
-        """``a`` and ``b`` (which broadcast) meet element by element; with nobody's they are held."""
+        """`a` and `b` (which broadcast) meet element by element; channels that meet NOBODY's are held."""
         pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs >= NOBODY).all(0)]
         if pairs.numel():
@@ -132,14 +137,14 @@ class Channels:
             self._pairs.append(pairs[:, ~met])
 
     def touched(self) -> Tensor:
-        """Per channel, whether it was joined or held: [count]."""
+        """For each channel, whether it was joined or held: [count]."""
         touched = torch.zeros(self.count, dtype=torch.bool)
         for ids in (*self._pairs, *(held.ids for held in self.held)):
             touched[ids] = True
         return touched
 
     def groups(self) -> Tensor:
-        """For each channel the first of those that it can only leave with, by :meth:`join`: [count]."""
+        """For each channel the first of those that it can only leave with, as joined: [count]."""
         a, b = torch.cat(self._pairs, 1)
         first = torch.arange(self.count)
         while True:
@@ -152,13 +157,13 @@ class Channels:
 
 
 class Owners:
-    """Whose memory a tensor is: by name, the parameters and the buffers that are saved with a model."""
+    """Whose memory a tensor is, by the name of a parameter or of a buffer that is saved with the model."""
 
     def __init__(self, model: nn.Module) -> None:
         saved = model.state_dict(keep_vars=True)
         self.names: dict[int, str] = {}
         self.tensors: dict[str, Tensor] = {}
-        self.shared: set[str] = set()  # whose memory is a part of another's
+        self.shared: set[str] = set()  # names whose memory another tensor of the model uses as well
         for name, x in saved.items():
             if not isinstance(x, Tensor) or not x.numel():
                 continue
@@ -173,10 +178,16 @@ class Owners:
         return x.untyped_storage().data_ptr()
 
     def name(self, x: Tensor) -> str | None:
+        """The name of the parameter or buffer whose memory `x` uses; None if there is none."""
         return self.names.get(self._memory(x)) if x.layout == torch.strided else None
 
     def part(self, x: Tensor) -> tuple[str, list[tuple[int, int]]] | None:
-        """Of a matrix, or one repeated: whose it is, and per dim the owner's dim and the first line of it."""
+        """Where a matrix, or one that is repeated, lies in the parameter that owns it.
+
+        Returns:
+            The owner's name, and for each dim the owner's dim and the first line of it; None if it is no such
+                part.
+        """
         if (name := self.name(x)) is None or name in self.shared:
             return None
         while x.dim() > 2 and x.stride(0) == 0:
@@ -198,7 +209,7 @@ class Owners:
 
 
 def narrowed(ids: Tensor) -> Tensor:
-    """``ids`` with size 1 along every dim along which they do not vary."""
+    """`ids` with size 1 along every dim along which they do not vary."""
     for dim in range(ids.dim()):
         one = ids.narrow(dim, 0, 1)
         if ids.shape[dim] > 1 and (ids.stride(dim) == 0 or bool((ids == one).all())):
@@ -207,9 +218,10 @@ def narrowed(ids: Tensor) -> Tensor:
 
 
 def varying(ids: Tensor) -> list[int]:
+    """The dims along which `ids` vary."""
     return [dim for dim, size in enumerate(ids.shape) if size > 1]
 
 
 def aligned(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
-    """``sizes`` with ones in front, as they broadcast."""
+    """`sizes` with ones in front, as they broadcast."""
     return (*[1] * (dims - len(sizes)), *sizes)

@@ -1,4 +1,8 @@
-"""From a network with dead weights to a smaller dense one that computes the same."""
+"""`compact`: from a network with dead weights to a smaller dense one that computes the same.
+
+This is the order of the work: follow channels (following.py), find constants (unknown.py), remove what nobody
+reads and compare outputs (shrinking.py). docs/design/compaction.md explains it.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +28,30 @@ from .unknown import Branches, inputs_of_weights
 
 @dataclass(frozen=True)
 class Compaction:
-    """What :func:`compact` made of a model; ``str()`` is a summary. Pairs are (before, after)."""
+    """The result of [`compact`][cges_kernels.compact]; `str()` is a summary. Pairs are (before, after).
+
+    Attributes:
+        model: the small model.
+        layers: the shapes of the weights that changed, by parameter name.
+        parameters: the number of parameters.
+        flops: dense FLOPs of one forward pass on the example, counted as in `sparsity_report`.
+        latency_ms: the median time of such a pass in milliseconds.
+        max_difference: the largest difference between the outputs on the example.
+        kept: by layer, what is dead and had to stay, and why.
+        varied: in what the inputs on which outputs were compared differed from the example.
+    """
 
     model: nn.Module = field(repr=False)
-    layers: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # weight shapes, of those that changed
+    layers: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     parameters: tuple[int, int]
-    flops: tuple[float, float]  # of one forward pass on the example; sparsity_report's, dense
-    latency_ms: tuple[float, float]  # of the same, median
-    max_difference: float  # between the outputs on the example
-    kept: dict[str, str]  # by layer: what is dead and had to stay, and why
-    varied: tuple[str, ...]  # in what the inputs differed on which outputs were compared
+    flops: tuple[float, float]
+    latency_ms: tuple[float, float]
+    max_difference: float
+    kept: dict[str, str]
+    varied: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, as plain numbers and text."""
+        """Everything but the model, as plain numbers and text that JSON takes."""
         pairs = ("parameters", "flops", "latency_ms")
         return {
             **{key: dict(zip(("before", "after"), getattr(self, key))) for key in pairs},
@@ -72,42 +87,55 @@ def compact(
     *,
     keep: Collection[str] = (),
 ) -> Compaction:
-    """A smaller dense model that computes, in eval mode, what ``model`` computes.
+    """A smaller dense model that computes, in eval mode, what `model` computes.
 
-    Removed are filters, channels and units that no weight reads, and all that only they read in turn, through
-    residual sums, concatenation, chunks, flattening, batch norm, depthwise convolutions, embeddings and
-    recurrent layers: every operation of a forward pass is followed. A dead filter is not yet unread: its bias
-    or batch-norm shift is a constant for the layers behind it. Such constants go into those layers' biases
-    first (a layer without one gets one) and the filter goes. What cannot go without changing the outputs
-    stays, and ``kept`` says why: outputs of the model, a constant other than 0 that meets zero padding (it
-    would be wrong at the borders), channels that a layer norm, group norm, attention or grouped convolution
-    takes together, channels that a layer may read which the example never calls. A Linear or convolution that
-    reads few of its inputs where others need them all picks those by itself (``layer.read_inputs``). At least
-    one channel of each layer stays.
+    It removes filters, channels and units that no weight reads, and all that only they read in turn. Every
+    operation of a forward pass is followed: residual sums, concatenation, chunks, flattening, batch norm,
+    depthwise convolutions, embeddings, recurrent layers.
+
+    A dead filter may still be read: its bias or batch-norm shift is a constant for the layers behind it. Such
+    constants go into the biases of those layers first (a layer without a bias gets one), and then the filter
+    goes. What cannot go without changing the outputs stays, and `kept` says why:
+
+    - outputs of the model;
+    - a constant other than 0 that meets zero padding, since it would be wrong at the borders;
+    - channels that a layer norm, group norm, attention or grouped convolution takes together;
+    - channels that a layer may read which the example never calls.
+
+    A Linear or convolution that reads few of its inputs where other layers need them all picks its inputs by
+    itself (`layer.read_inputs`). At least one channel of each layer stays.
 
     Constants are those for inputs of the example's size: behind zero padding and pooling, another size may
-    give others. Whatever a tensor holds that is passed counts as unknown: numbers, token ids and masks alike;
-    numbers and flags that are no tensors stay as they are. Where an input decides which way the forward pass
-    goes, nothing is removed. The result is checked on the example and on other inputs (``varied`` says in
-    what they differ), in float64 where the model allows; a change that shows in the outputs is not made, and
-    ``kept`` says so. Of an example's batch two are looked at, in eval and in training mode; outputs are
-    compared in eval mode.
+    give others. The values of all tensors that are passed count as unknown, be they numbers, token ids or
+    masks. Numbers and flags that are not tensors are taken as they are. Where an input decides which way the
+    forward pass goes, nothing is removed.
+
+    The result is checked on the example and on other inputs (`varied` says in what they differ), in float64
+    where the model allows it. A change that shows in the outputs is not made, and `kept` says so. The model
+    is looked at with an example batch of at most two, in eval and in training mode; outputs are compared in
+    eval mode.
 
     Args:
-        model: left as it is. Of a compiled or data-parallel model the module inside is taken. Hooks are not
-            run, so what they change is not seen; the result has them.
-        example_input: its argument, a tuple of its arguments, or a dict of them by name, of the size that is
-            used later.
-        kwargs: more of them by name.
+        model: the model, which is left as it is. Of a compiled or data-parallel model the module inside is
+            taken. Hooks are not run, so what they change is not seen; the result has copies of them.
+        example_input: the model's argument, a tuple of its arguments, or a dict of them by name, of the size
+            that is used later.
+        kwargs: more of the model's arguments by name.
         keep: names of modules whose number of outputs must stay.
 
+    Returns:
+        A summary with the small model in its attribute `model`.
+
     Raises:
-        ValueError: the forward pass fails on the example, or a module is scripted or computes its weight from
-            others; the module is named. Or the model takes no other integers or truth values than the
-            example's.
+        ValueError: the forward pass fails on the example; a module is scripted or computes its weight from
+            others; or the model takes no other integers or truth values than the example's. The error names
+            the module or the argument.
         RuntimeError: the outputs differ after all by more than rounding.
 
-    Example:
+    Warns:
+        UserWarning: the model has hooks, which are not run.
+
+    Examples:
         >>> result = compact(model, torch.zeros(1, 3, 32, 32))
         >>> print(result)  # shapes, parameters, FLOPs, latency, what stayed and why
         >>> save_compacted(result.model, "small.pt")
@@ -127,13 +155,13 @@ def compact(
         except ValueError:
             if not hooks:
                 raise
-            result = _compaction(model, given, keep)  # with its hooks, without which it may not run
+            result = _compaction(model, given, keep)  # once more with hooks: the model may need them to run
     restore_hooks(result.model, model)
     return result
 
 
 def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compaction:
-    """What compact() returns, of a model whose hooks run if it has any."""
+    """What compact() returns. The hooks of `model` run if it has any."""
     expected, flops_before = _expected(model, given)
     *short, whole = shortened(given)
     for example in (*short, whole):
@@ -146,8 +174,8 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
                     f"compact: expected equal outputs, got a largest difference of {difference:.3g}"
                 )
             break
-        except Exception:  # the first dim was none of a batch, perhaps
-            if example is whole:
+        except Exception:
+            if example is whole:  # else the first dim, which was cut, may be no batch: try without the cut
                 raise
     before, after = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, small))
     return Compaction(
@@ -167,7 +195,7 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
 
 
 def _expected(model: nn.Module, given: Given) -> tuple[list[Any], int]:
-    """What the model makes of the example, and its FLOPs, or a ValueError that names the failing module."""
+    """The model's outputs on the example and its FLOPs, or a ValueError that names the failing module."""
     try:
         return outputs_and_flops(model, given)
     except Exception as error:
@@ -184,19 +212,19 @@ def _num_weights(model: nn.Module) -> int:
 def _compacted(
     model: nn.Module, given: Given, keep: Collection[str]
 ) -> tuple[nn.Module, dict[str, str], list[str]]:
-    """The small model, what stayed, and in what probes differed."""
+    """The small model, what stayed in it, and in what the probes differed from the example."""
     exact, plain = working_copies(model, given)
     try:
         base, given = exact
         seen = follow(base, given, keep)
-    except Exception:  # a dtype is written into the model
+    except Exception:  # a dtype may be written into the model's code
         base, given = plain
         seen = follow(base, given, keep)
     probes = Probes(base, given, seen.outputs, seen.trained)
     constants, unfound = _constants(base, given, seen.channels)
     small, stayed = Shrinking(base, seen.channels, constants, probes).run()
     restore_kind(small, model)
-    if not any(stayed):  # then nothing is missed either
+    if not any(stayed):  # nothing dead stayed, so constants that were not found cost nothing
         unfound = {}
     kept: dict[str, str] = {}
     for found in (unfound, *stayed, _not_followed(base, seen.opaque)):
@@ -208,9 +236,10 @@ def _compacted(
 def _constants(
     model: nn.Module, given: Given, channels: Channels
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What each weight reads that no input changes, or why that is not known.
+    """What each weight reads that no input changes, and {model: why that is not known}.
 
-    Where an input decides what is computed, all channels are held: others may be read then.
+    At least one of the two is empty. Where an input decides what is computed, all channels are held, because
+    others may be read then.
     """
     fixed = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
     other = {type(x).__name__ for x in leaves(given) if not isinstance(x, fixed)}
@@ -228,14 +257,13 @@ def _constants(
 
 
 def _not_followed(model: nn.Module, opaque: Mapping[str, str]) -> dict[str, str]:
-    """{layer: the zeros that stay in its weights, which operations take that are not followed}"""
+    """{layer: how many dead rows and columns stay in weights that are read by operations without a rule}"""
     found: dict[str, str] = {}
     params = {name: p.detach() for name, p in model.named_parameters()}
     for name, where in opaque.items():
         weight = params.get(name)
-        if (
-            weight is None or weight.dim() < 2 or not weight.any()
-        ):  # a table that starts with zeros is no result
+        # A weight that is all zero is taken for a table that begins with zeros, not for a result of training.
+        if weight is None or weight.dim() < 2 or not weight.any():
             continue
         zero = [int((weight.transpose(0, dim) == 0).flatten(1).all(1).sum()) for dim in (0, 1)]
         if any(zero):

@@ -1,4 +1,7 @@
-"""Copies of a model to work on: without what wraps it or hooks into it, in float64 where that runs."""
+"""Copies of a model to work on, without wrappers and hooks and in float64 where that runs.
+
+compact() uses them, and gives dtypes, modes and hooks back to the small model at the end.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether any hook would run in a forward pass but those that pick inputs."""
+    """Whether a forward pass would run any hook other than those by which layers pick their inputs."""
     return any(
         hook is not pick
         for module in model.modules()
@@ -44,7 +47,7 @@ def has_hooks(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` while none of its hooks runs but those that pick inputs."""
+    """Remove all hooks of `model` within the block, other than those by which layers pick their inputs."""
     taken = []
     try:
         for module in model.modules():
@@ -61,7 +64,10 @@ def without_hooks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def working_copies(model: nn.Module, given: Given) -> tuple[tuple[nn.Module, Given], tuple[nn.Module, Given]]:
-    """Copies in eval mode and arguments for them: in float64, and as they are."""
+    """Two copies in eval mode, each with its arguments: one in float64, one as the model is.
+
+    Layers that pick their inputs read all of them again in the copies.
+    """
     try:
         base = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:
@@ -72,7 +78,7 @@ def working_copies(model: nn.Module, given: Given) -> tuple[tuple[nn.Module, Giv
 
 
 def restore_kind(small: nn.Module, model: nn.Module) -> None:
-    """Give ``small`` the dtypes, requires_grad and training modes of ``model``."""
+    """Give `small` the dtypes, requires_grad and training modes of `model`."""
     as_was = dict(model.named_modules(remove_duplicate=False))
     for name, module in small.named_modules(remove_duplicate=False):
         old = as_was[name]
@@ -89,7 +95,7 @@ def restore_kind(small: nn.Module, model: nn.Module) -> None:
 
 
 def restore_hooks(small: nn.Module, model: nn.Module) -> None:
-    """Give ``small`` copies of the hooks of ``model``; those that do not copy are shared."""
+    """Give `small` copies of the hooks of `model`; hooks that cannot be copied are shared."""
     as_was = dict(model.named_modules())
     copies: dict[int, Any] = {id(as_was[name]): module for name, module in small.named_modules()}
     for name, module in small.named_modules():

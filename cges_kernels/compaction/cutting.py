@@ -1,4 +1,7 @@
-"""Which channels nobody reads, and how they are cut out of every tensor that holds them."""
+"""Which channels nobody reads, and how they are cut out of every tensor that holds them.
+
+`Reading` answers the first, from the channels that following.py has found; `cut` does the second.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ from .picking import laid_out_like
 
 @dataclass
 class Removal:
-    """The channels that leave with those of ``layer``."""
+    """Channels that leave together; `layer` is the layer that makes them first."""
 
     layer: str
     ids: Tensor
 
 
 class Reading:
-    """Who reads what in ``model``, whose parameters may have changed since ``channels`` were followed.
+    """Who reads which channels in `model`, whose parameters may have changed since channels were followed.
 
     Attributes:
-        read: per channel, whether a weight or an operation reads it; [count].
-        gone: per channel, whether it is to leave; [count].
+        read: for each channel, whether a weight or an operation reads it; [count].
+        gone: for each channel, whether it is to leave; [count].
     """
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
@@ -46,31 +49,31 @@ class Reading:
 
     @staticmethod
     def _nonzero(x: Tensor) -> Tensor:
-        """How many entries of a weight are not 0, summed over its kernel: [dim 0, dim 1], float32."""
+        """How many entries of a weight are not 0, summed over its kernel: [dim 0, dim 1], on the CPU."""
         taps = (x.detach() != 0).to(torch.float32).flatten(2) if x.dim() > 2 else (x.detach() != 0)[..., None]
         return (taps.to(torch.float32) @ taps.new_ones(taps.shape[-1], dtype=torch.float32)).cpu()
 
     def reading(self, weight: Weight, dim: int, by: Tensor | None = None) -> Tensor:
-        """Which lines along ``dim`` have an entry that is not 0, among those that the lines ``by`` make."""
+        """Which lines along `dim` have a nonzero entry among the lines of the other dim that `by` selects."""
         entries = self.nonzero[weight.name].movedim(dim, 0)
         lines = entries.new_ones(entries.shape[1]) if by is None else by.to(entries.dtype)
         return (entries @ lines) > 0  # a product is faster than any()
 
     def _held(self) -> Tensor:
-        """Why a group stays, by the first of it: the place among ``reasons``, -1 where nothing holds it."""
+        """For each group's first channel, the index of the reason why it stays; -1 where nothing holds it."""
         why = torch.full((self.channels.count,), -1)
-        for place, held in reversed(list(enumerate(self.channels.held))):  # the first word counts
+        for place, held in reversed(list(enumerate(self.channels.held))):  # the first reason wins
             why[self.group[held.ids]] = place
         return why
 
     def lines(self, weight: Weight, dim: int) -> Tensor:
-        """The groups of the lines of a weight along ``dim``."""
+        """The groups of the channels along `dim` of a weight."""
         return self.group[weight.ids[dim].expand(self.nonzero[weight.name].shape[dim])]
 
     def _read(self) -> Tensor:
-        """From the outputs back: what is read by weights whose outputs are read."""
+        """Which channels are read, found from the outputs back: by weights whose own outputs are read."""
         alive = torch.zeros(self.channels.count, dtype=torch.bool)
-        alive[self._why >= 0] = True  # what stays keeps its values
+        alive[self._why >= 0] = True  # channels that stay must keep their values
         alive[NOBODY] = True
         weights = list(self.channels.weights.values())[::-1]
         while True:
@@ -83,7 +86,7 @@ class Reading:
                 return alive[self.group]
 
     def by_weights(self) -> Tensor:
-        """Per channel, whether a weight reads it or an operation takes it, whatever holds it."""
+        """For each channel, whether a weight reads it or an operation takes it, held or not."""
         read = torch.zeros(self.channels.count, dtype=torch.bool)
         for held in self.channels.held:
             if held.read:
@@ -94,7 +97,7 @@ class Reading:
         return read[self.group]
 
     def _removable(self) -> Tensor:
-        """What nobody reads and nothing holds, so that at least one is left in each tensor."""
+        """Channels that nobody reads and nothing holds, leaving at least one in each tensor."""
         made = torch.zeros(self.channels.count, dtype=torch.bool)
         for weight in self.channels.weights.values():
             for dim in weight.makes:
@@ -109,7 +112,7 @@ class Reading:
                 self.reasons.append(reason)
 
     def _spared(self, gone: Tensor) -> dict[int, str]:
-        """Groups that must stay after all, and why."""
+        """Groups that must stay although nobody reads them, and why."""
         spared: dict[int, str] = {}
         for weight in self.channels.weights.values():
             for dim in weight.ids:
@@ -123,10 +126,8 @@ class Reading:
                 spared |= dict.fromkeys(ragged, f"they are scattered in {name}")
         return spared
 
-    # What leaves
-
     def removals(self) -> list[Removal]:
-        """What leaves, by the layer that makes it first."""
+        """What leaves, grouped by the layer that makes it first."""
         left = self.gone.clone()
         found = []
         for weight in self.channels.weights.values():
@@ -138,13 +139,11 @@ class Reading:
         return found
 
     def gone_before(self, layer: str | None) -> Tensor:
-        """What leaves the inputs of a layer."""
+        """The channels that leave the inputs of a layer."""
         weights = (weight for weight in self.channels.weights.values() if weight.layer == layer)
         lines = [self.lines(weight, dim) for weight in weights for dim in weight.reads]
         groups = torch.cat([*lines, torch.zeros(0, dtype=torch.long)])
         return torch.isin(self.group, groups[self.gone[groups]]).nonzero().flatten()
-
-    # What stays
 
     def stayed(self) -> dict[str, str]:
         """{layer: how many of its outputs are dead or unread and stay, and why}"""
@@ -155,7 +154,7 @@ class Reading:
                 lines = self.lines(weight, dim)
                 dead = ~self.reading(weight, dim)
                 idle = (dead | ~read[lines]) & ~self.gone[lines] & (lines != NOBODY)
-                if dim == 0 and weight.layer in self._padding:  # a token's row, which is made of zeros
+                if dim == 0 and weight.layer in self._padding:  # the padding token's row is zero by design
                     idle[self._padding[weight.layer]] = False
                 counts = Counter(self.reasons[i] for i in self._why[lines[idle]].tolist() if i >= 0)
                 if by := Counter(readers[first] for first in lines[idle & (self._why[lines] < 0)].tolist()):
@@ -167,7 +166,7 @@ class Reading:
         return {layer: "; ".join(texts) for layer, texts in found.items()}
 
     def _readers(self) -> dict[int, str]:
-        """{group: the first layer that reads it with other weights than zeros}"""
+        """{group: the first layer that reads it with a weight other than 0}"""
         readers: dict[int, str] = {}
         for weight in self.channels.weights.values():
             for dim in weight.reads:
@@ -178,16 +177,15 @@ class Reading:
 
 
 def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
-    """Remove, in place, the channels that are ``gone`` ([count]) from every parameter and buffer."""
+    """Remove, in place, the channels that are `gone` ([count]) from every parameter and buffer."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     before = [(module, sizes(module)) for module in model.modules()]
     for name, weight in channels.weights.items():
         for dim, ids in weight.ids.items():
             _keep(named[name], dim, ~gone[ids])
         bias = bias_of(name)
-        if (
-            bias != name and bias in named and bias not in channels.loose and len(weight.makes) == 1
-        ):  # a fold gave it one
+        # A bias that no operation used when channels were followed: a fold has given it to the layer.
+        if bias != name and bias in named and bias not in channels.loose and len(weight.makes) == 1:
             _keep(named[bias], 0, ~gone[weight.ids[min(weight.makes)]])
     touched = channels.touched()
     for name, ids in channels.loose.items():
@@ -202,12 +200,13 @@ def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
 
 
 def _cut_of(x: Tensor, ids: Tensor, gone: Tensor, touched: Tensor) -> list[tuple[int, Tensor]] | None:
-    """Along which dim a parameter is cut whose elements have channels of their own, and which lines leave.
+    """How to cut a parameter whose elements have channels of their own: along which dim, and which lines.
 
-    Elements that the forward pass did not touch, as those of a table for longer inputs, go with the others.
+    Elements that the forward pass did not touch, such as those of a table for longer inputs, leave with the
+    others of their line.
 
     Returns:
-        One dim and [size] at most, or None where no lines are all of what leaves.
+        At most one pair of a dim and a mask [size], or None where no set of lines is exactly what leaves.
     """
     leaves, stays = (y[ids].as_strided(x.shape, x.stride()) for y in (gone, touched & ~gone))
     if not leaves.any():
@@ -220,6 +219,7 @@ def _cut_of(x: Tensor, ids: Tensor, gone: Tensor, touched: Tensor) -> list[tuple
 
 
 def _keep(x: Tensor, dim: int, keep: Tensor) -> None:
+    """Keep these lines of `x` along `dim`, in place."""
     if not bool(keep.all()):
         index = keep.nonzero().flatten().to(x.device)
         x.data = laid_out_like(x, x.detach().index_select(dim, index))

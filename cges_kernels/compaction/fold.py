@@ -1,7 +1,8 @@
-"""Constants go into the biases of what reads them.
+"""Folds: constants that go into the biases of the layers that read them.
 
 A filter whose every weight is zero still gives its bias, and a batch norm its shift: a constant that later
 layers read. Where such a constant reaches a layer, what the layer makes of it goes into the layer's bias.
+shrinking.py chooses which folds are made.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from .layers import WEIGHTED, bias_of
 
 @dataclass
 class Fold:
-    """What a layer makes of its constant inputs."""
+    """A layer's constant inputs, and the bias that takes what the layer makes of them."""
 
     layer: str
-    weight: str  # the parameter
-    dim: int  # of it, along which it reads
-    inputs: Tensor  # which of them, [in]
-    values: Tensor  # [in]
-    bias: str  # the parameter that takes it
+    weight: str  # the name of the parameter that reads them
+    dim: int  # the dim along which it reads
+    inputs: Tensor  # which inputs are folded: [in], bool
+    values: Tensor  # the constants: [in]
+    bias: str  # the name of the bias
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """In place: nothing of the weight reads the constants any more."""
+        """Fold in place: the weight no longer reads the constants."""
         columns = model.get_parameter(self.weight).data.movedim(self.dim, 0)  # [in, out, *kernel]
         taps = columns[self.inputs]
         columns[self.inputs] = 0
@@ -45,11 +46,11 @@ class Fold:
 
 
 def _pads_with_zeros(layer: nn.Module) -> bool:
-    """Whether a constant channel may give something else at the borders than inside."""
+    """Whether a constant channel may give another result at the borders than inside."""
     if not isinstance(layer, nn.modules.conv._ConvNd):
         return False
     if layer.transposed:
-        return True  # fewer taps reach the borders
+        return True  # fewer taps of a transposed convolution reach the borders
     return layer.padding_mode == "zeros" and (
         layer.padding == "same" or (layer.padding != "valid" and any(layer.padding))
     )
@@ -59,14 +60,14 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 def find_folds(
     model: nn.Module, weights: Mapping[str, Weight], constants: Mapping[str, Tensor], fixed: Mapping[str, str]
 ) -> tuple[list[Fold], dict[str, str]]:
-    """What can go into biases, so that the outputs in eval mode stay.
+    """Which constants can go into biases, so that the outputs in eval mode stay the same.
 
     A constant other than 0 stays where it meets zero padding or where there is no bias to take it.
 
     Args:
         model: in eval mode.
         weights: what each weight does, by the parameter's name.
-        constants: what each of them reads, NaN for what is none: [in].
+        constants: what each of them reads, NaN for what is not constant: [in].
         fixed: {layer name: why its weight must not change}.
 
     Returns:

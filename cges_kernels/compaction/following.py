@@ -1,9 +1,10 @@
 """Follows the channels of a network through one forward pass, operation by operation.
 
-Beside each tensor stands one of integers: whose channel each element is, with size 1 along the dims along
-which that does not vary. Operations that move elements move those integers the same way; elementwise ones
-join what meets; reductions, pooling and norms pass channels that they do not take together; products with a
-weight read the channels of one dim and make those of the other. Whatever else takes a channel holds it.
+Beside each tensor stands one of integers that says whose channel each element is, with size 1 along the dims
+along which that does not vary. Operations that move elements move those integers the same way. Elementwise
+operations join what meets. Reductions, pooling and norms pass channels that they do not take together.
+Products with a weight read the channels of one dim and make those of the other. Any other operation that
+takes a channel holds it. `follow` does this for compact().
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ from .channels import Channels, varying
 from .running import following, fresh, run
 
 NORMS = nn.modules.batchnorm._NormBase
-LARGE = 2**18  # elements, of which each would be a channel
+LARGE = 2**18  # a tensor of more elements is not followed element by element
 AT_OUTPUTS = "they are outputs of the model"
 
-
-# What each kind of operation makes of channels. Those that draw numbers change none.
+# The rule for each kind of operation. Those that draw random numbers change no channels.
 RULES: dict[str, Callable[[Any, Call], None]] = {
     **{
         rule.__name__: rule
@@ -46,7 +46,7 @@ RULES: dict[str, Callable[[Any, Call], None]] = {
 
 
 class Follower(Beside, EachOperation):
-    """Notes what each operation makes of the channels beside what it takes."""
+    """The dispatch mode that applies a rule to each operation of a forward pass."""
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = ops.kind(func)
@@ -60,22 +60,22 @@ class Follower(Beside, EachOperation):
         self.used.update(filter(None, names))
         views = [self.owners.name(x) for x in ops.tensors((out,), {})]
         if names and names[0] is not None and names[0] in views and not ops.writes(func):
-            return out  # a view of a parameter, known by its memory
+            return out  # a view of a parameter needs no note: it is known by its memory
         if tensors and all(self.is_owners(x) or x in self.computed for x in tensors):
             for y in ops.tensors((out,), {}):
                 self.computed[y] = True
             if kind != "drawn" and max(x.numel() for x in tensors) > LARGE:
-                kind = "opaque"  # a weight that is computed from others, not a table that channels meet
+                kind = "opaque"  # so large, it is a weight computed from others, no table that channels meet
         made = Call(func, args, kwargs, out, before)
         try:
             RULES[kind](self, made)
-        except Exception as error:  # a form of the operation that its rule does not foresee
+        except Exception as error:  # the rule does not know this form of the operation
             self.take_all(made, f"{ops.name(func)}: {type(error).__name__}: {error}")
         return out
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, keep: Collection[str]) -> Iterator[None]:
-        """Knows which module works, and holds the outputs of those in ``keep``."""
+        """Follow operations within the block, module by module, and hold the outputs of those in `keep`."""
 
         def before(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any) -> None:
@@ -111,19 +111,20 @@ class Follower(Beside, EachOperation):
 
 @dataclass
 class Followed:
-    """What following a network brought."""
+    """The result of following a network."""
 
     channels: Channels
-    opaque: dict[str, str]  # weights that take channels in a way unknown here, and where
-    outputs: list[Any]  # in eval mode
-    trained: list[Any] | None  # in training mode, None where it fails
+    opaque: dict[str, str]  # weights taken by operations without a rule, and where
+    outputs: list[Any]  # of the model in eval mode
+    trained: list[Any] | None  # of the model in training mode, None where it fails
 
 
 def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
-    """The channels of ``model``, which is in eval mode.
+    """The channels of `model`, which is in eval mode.
 
     It is followed in eval mode and, where it runs so, in training mode too, in which other heads may read and
-    other values be given. Whatever could still meet a parameter that takes part in neither is held.
+    other values may be returned. Channels that could still meet a parameter which takes part in neither are
+    held.
 
     Raises:
         Exception: whatever the forward pass in eval mode raises.
@@ -158,7 +159,7 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
         unused -= second.used
         sizes = {**sizes, **second.sizes}
         trained = out
-    for name, weight in channels.weights.items():  # of the mode in which it is used more often
+    for name, weight in channels.weights.items():  # `uses` is that of the mode with more of them
         weight.uses = max(uses.get(name, 0), weight.uses - uses.get(name, 0))
     for placed in channels.by_numbers:
         if placed.chooses and placed.text not in compared:
@@ -178,10 +179,13 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
 
 
 def _hold_what_may_be_read(channels: Channels, unused: Mapping[str, Tensor], lines: Iterable[Tensor]) -> None:
-    """Of parameters that took no part it is known how many channels they read, if they ever do."""
+    """Hold lines of channels whose number fits a parameter that took no part in the passes.
+
+    Only the number of channels that such a parameter would read is known.
+    """
     for line in lines:
         for name, x in sorted(unused.items()):
-            read = x.shape[1] if x.dim() > 1 else 0  # flattened, perhaps, and so a multiple
+            read = x.shape[1] if x.dim() > 1 else 0  # a multiple, where channels are flattened before it
             if len(line) in x.shape or (read and read % len(line) == 0):
                 layer = name.rpartition(".")[0] or name
                 channels.hold(line, f"{layer} takes no part in the forward pass, but may read them")
@@ -189,7 +193,7 @@ def _hold_what_may_be_read(channels: Channels, unused: Mapping[str, Tensor], lin
 
 
 def _hold_recurrent(channels: Channels, model: nn.Module) -> None:
-    """Layers and directions of an LSTM have one hidden_size, a projection another."""
+    """Hold hidden units where layers, directions or a projection of one module share a hidden_size."""
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and (
             module.num_layers > 1 or module.bidirectional or module.proj_size

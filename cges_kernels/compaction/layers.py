@@ -1,4 +1,7 @@
-"""Linear and convolutions, how they are given channels, and what layers call the sizes of their weights."""
+"""Which layers are Linear or convolutions, and what modules call the sizes of their weights.
+
+This is the only table of layers in compaction/; everything else follows operations.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +26,29 @@ def is_floating(x: Any) -> bool:
 
 
 def channel_dim(layer: Weighted) -> int:
-    """The dim of the input, counted from the end, along which a Linear or a convolution is given channels."""
+    """The dim of the layer's input, counted from the end, that holds the channels."""
     return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
 
 
 def columns(layer: Weighted) -> Tensor:
-    """The weight as [in / blocks, out, *kernel], a detached view: what each input channel is read with."""
+    """The weight as [in / blocks, out, *kernel], a detached view: what reads each input channel."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     return layer.weight.detach().movedim(dim, 0)
 
 
 def bias_of(name: str) -> str:
-    """What the bias that goes with a weight is called, by the weight's name."""
+    """The name of the bias that goes with a weight, from the weight's name."""
     layer, dot, own = name.rpartition(".")
     return layer + dot + own.replace("weight", "bias")
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
-    """What ``module`` calls the sizes of its parameters: {attribute: size}, by their shapes now."""
+    """{attribute: size} of the attributes that hold the sizes of `module`'s parameters, by their shapes."""
     weight = module._parameters.get("weight")
     if weight is None and not isinstance(
         module, (nn.modules.batchnorm._NormBase, nn.RNNBase, nn.RNNCellBase)
     ):
-        return {}  # it is computed from others
+        return {}  # its weight is computed from other parameters
     shape = [] if weight is None else list(weight.shape)
     match module:
         case nn.Linear():

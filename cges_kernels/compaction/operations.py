@@ -1,4 +1,8 @@
-"""Kinds of operations, by what they do to channels. What is of no kind here is opaque."""
+"""Kinds of operations by what they do to channels, and questions about an operation's arguments.
+
+`kind` names the rule (rules.py, products.py) that following.py takes. An operation of no kind here is
+"opaque".
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ MOVED = {
     *("squeeze", "unsqueeze", "index_select", "index", "gather", "flip", "roll", "repeat", "unfold"),
     *("diagonal", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tril", "triu"),
 }
-# Those of them whose numbers may be written into the code.
+# Moved ones whose arguments are numbers that may be written into a model's code.
 BY_NUMBERS = {
     *("view", "_unsafe_view", "reshape", "slice", "split", "split_with_sizes", "unsafe_split"),
     *("unsafe_split_with_sizes", "select", "index", "index_select"),
 }
-# Elementwise ones that torch does not tag as pointwise.
+# Elementwise operations that torch does not tag as pointwise.
 POINTWISE = {
     *("_to_copy", "masked_fill", "where", "copy_", "clone", "alias", "detach", "lift_fresh", "contiguous"),
     *("hardswish", "hardswish_", "_prelu_kernel", "rrelu_with_noise", "log_sigmoid_forward", "masked_fill_"),
@@ -81,12 +85,13 @@ SPATIAL = re.compile(r"_?(\w*_pool|upsample_\w+|reflection_pad|replication_pad|_
 
 
 def name(func: Any) -> str:
+    """The operation's name without its overload."""
     return func.overloadpacket.__name__
 
 
 @cache
 def kind(func: Any) -> str:
-    """One of shaped, drawn, moved, pointwise, joined, padded, spatial, reduced, opaque, and of layers'."""
+    """The operation's kind, which is the name of its rule; "drawn" or "opaque" for those without one."""
     called = name(func)
     for names, found in (
         *((MOVED, "moved"), (SHAPED, "shaped"), (DRAWN, "drawn"), (REDUCED, "reduced")),
@@ -102,6 +107,7 @@ def kind(func: Any) -> str:
 
 
 def spatial_dims(func: Any) -> int:
+    """How many of the last dims a spatial operation acts on."""
     found = SPATIAL.match(name(func))
     assert found is not None
     return int(found[2])
@@ -109,18 +115,19 @@ def spatial_dims(func: Any) -> int:
 
 @cache
 def writes(func: Any) -> bool:
-    """Whether it changes one of its arguments."""
+    """Whether the operation changes one of its arguments."""
     return any(x.alias_info is not None and x.alias_info.is_write for x in func._schema.arguments)
 
 
 def on_ids(func: Any) -> Callable[..., Any]:
-    """The same operation for the integers beside a tensor, whose memory may lie otherwise."""
+    """The operation as it is done to the integers beside a tensor, whose memory order may be another."""
     if name(func) in ("view", "_unsafe_view", "_reshape_alias"):
         return lambda ids, sizes, *rest: ids.reshape(sizes)
     return func
 
 
 def tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """All tensors among the arguments."""
     return [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
 
 

@@ -1,4 +1,7 @@
-"""Layers that pick the inputs which they read, where others need them all."""
+"""Layers that pick the inputs which they read, where other layers need all of them.
+
+compact() makes them where an unread input channel cannot be removed; saving.py writes and restores them.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,19 @@ from torch import Tensor, nn
 
 from .layers import PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, columns, sizes
 
-GATHER_PAYS = 64  # multiply-adds saved per element copied, from where on it was measured to be faster
+GATHER_PAYS = 64  # above so many multiply-adds saved per element copied, picking was measured to be faster
 
 
 class Picking(Protocol):
-    """What select_inputs adds to a layer."""
+    """The attributes that select_inputs adds to a layer."""
 
-    read_inputs: Tensor  # indices of the channels that it reads
-    given_inputs: int  # of how many
-    inputs_dim: int  # along which dim of its input
+    read_inputs: Tensor  # indices of the channels that the layer reads
+    given_inputs: int  # the number of channels that it is given
+    inputs_dim: int  # the dim of its input that holds them
 
 
 def picking(layer: nn.Module) -> Picking:
-    """``layer`` itself: type checkers take every attribute of a module for a tensor or a module."""
+    """`layer` itself, for type checkers, which take every attribute of a module for a tensor or a module."""
     return cast(Picking, layer)
 
 
@@ -31,7 +34,7 @@ def pick(self, input: tuple[Tensor]) -> Tensor:
 
 
 def select_inputs(layer: Weighted, read: Tensor, of: int) -> None:
-    """Make ``layer`` read the input channels ``read`` (indices) of the ``of`` that it is given."""
+    """Make `layer` read the input channels `read` (indices) of the `of` channels that it is given."""
     layer.register_buffer("read_inputs", read)
     added = picking(layer)
     added.given_inputs, added.inputs_dim = of, channel_dim(layer)
@@ -39,7 +42,7 @@ def select_inputs(layer: Weighted, read: Tensor, of: int) -> None:
 
 
 def set_columns(layer: Weighted, weights: Tensor) -> None:
-    """Give ``layer`` the weight of which ``weights`` are the columns."""
+    """Give `layer` the weight of which `weights` are the columns, and set its sizes."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     layer.weight.data = laid_out_like(layer.weight, weights.movedim(0, dim))
     for name, size in sizes(layer).items():
@@ -47,7 +50,7 @@ def set_columns(layer: Weighted, weights: Tensor) -> None:
 
 
 def laid_out_like(x: Tensor, cut: Tensor) -> Tensor:
-    """``cut`` in memory as ``x`` is: channels last, or contiguous."""
+    """`cut` in the memory order of `x`: channels last, or contiguous."""
     for format in (torch.channels_last, torch.channels_last_3d):
         if x.dim() == (4 if format == torch.channels_last else 5) and not x.is_contiguous():
             if x.is_contiguous(memory_format=format):
@@ -56,13 +59,13 @@ def laid_out_like(x: Tensor, cut: Tensor) -> Tensor:
 
 
 def pick_inputs(model: nn.Module, among: set[str]) -> list[str]:
-    """Cut, in place, the weights that read nothing of an input channel which could not be removed.
+    """Cut, in place, the columns of weights that are zero for an input channel which could not be removed.
 
-    The layer then picks the channels that it reads (``layer.read_inputs``, a buffer of indices) before it
-    computes. Done in the layers ``among`` these where that saves more than the copy costs.
+    The layer then picks the channels that it reads (`layer.read_inputs`, a buffer of indices) before it
+    computes. This is done for the layers in `among` where it saves more than the copy costs.
 
     Returns:
-        The layers.
+        The names of these layers.
     """
     picked = []
     for name, layer in model.named_modules():
@@ -82,7 +85,7 @@ def pick_inputs(model: nn.Module, among: set[str]) -> list[str]:
 
 
 def restore_inputs(model: nn.Module) -> None:
-    """Undo :func:`select_inputs` everywhere, in place: zeros for the inputs that were not read."""
+    """Undo select_inputs everywhere, in place; inputs that were not read get zero weights."""
     for layer in model.modules():
         if isinstance(layer, WEIGHTED) and hasattr(layer, "read_inputs"):
             weights, added = columns(layer), picking(layer)

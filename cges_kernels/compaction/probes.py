@@ -1,4 +1,7 @@
-"""Other inputs than the example's, for checks: what a caller may pass is unknown, whatever its dtype."""
+"""Inputs other than the example's, on which a small model is compared with the original.
+
+What a caller may pass later is unknown, whatever its dtype, so values, batch and length are varied.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ..reporting.report import in_mode
 from .layers import is_floating
 from .running import compare, outputs, run
 
-BATCH = 2  # that an example is cut to
+BATCH = 2  # the batch that an example is cut to
 
 
 def _is_inexact(x: Any) -> bool:
@@ -22,13 +25,16 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _common_size(tensors: list[Tensor], dim: int) -> int | None:
-    """The size of all of them along ``dim``, if they have one."""
+    """The size of all tensors along `dim`, if they have one in common."""
     sizes = {x.shape[dim] if x.dim() > dim else None for x in tensors}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def shortened(given: Given) -> list[Given]:
-    """Examples to try: with a batch (the first dim, if all tensors have one size there) of two, and whole."""
+    """The examples to try: cut to a batch of two, and whole.
+
+    The batch is the first dim, if all tensors have one size there. An example that is not cut comes once.
+    """
     if (_common_size(tensors_in(given), 0) or 0) <= BATCH:
         return [given]
     return [mapped(lambda x: x[:BATCH], given), given]
@@ -45,20 +51,21 @@ class Difference:
 class Probes:
     """Arguments on which two models are compared: the example, and others as far as the model takes them.
 
-    Beside the example another one makes a batch of twice the size (the batch is the first dim, where all
-    tensors have one size there). Its floating and complex tensors are normal numbers of the example's mean
-    and spread. Integers are drawn from between the example's, from 0 to 255 (uint8) or to the last entry of
-    the model's smallest embedding; truth values are inverted, all true and all false. Then the length (the
+    One other set of arguments has a batch of twice the size (the batch is the first dim, where all tensors
+    have one size there). Its floating-point and complex tensors are normal numbers of the example's mean and
+    spread. Integers are drawn between those of the example, from 0 to 255 (uint8) or up to the last entry of
+    the model's smallest embedding. Truth values are inverted, all true, and all false. Then the length (the
     second dim) is doubled. Other arguments stay.
 
     Args:
-        model: in eval mode; it is run on each of them.
+        model: in eval mode; it is run on each set of arguments.
         given: the example.
-        expected: what ``model`` makes of it, if that is known.
-        trained: what it makes of it in training mode, if it runs so.
+        expected: the outputs of `model` on it, if they are known.
+        trained: its outputs in training mode, if it runs so.
 
     Attributes:
-        given: the arguments, the example first.
+        given: the sets of arguments, the example first.
+        expected: the outputs of `model` on each.
         varied: what differs between them, in words.
 
     Raises:
@@ -85,10 +92,10 @@ class Probes:
             self.varied.append("length")
 
     def differs(self, model: nn.Module) -> Difference | None:
-        """What is wrong with the outputs of ``model`` where the first one's are expected; None if nothing.
+        """How the outputs of `model` differ from those expected; None if they do not.
 
-        In training mode it is the shapes alone: a batch norm makes other constants there, and of a batch of
-        two it makes much of little.
+        In training mode only shapes are compared. A batch norm makes other constants there, and on a batch of
+        two it enlarges small differences.
         """
         looks = [(outputs, *pair) for pair in zip(self.given, self.expected)]
         if self._trained is not None:
@@ -109,7 +116,7 @@ class Probes:
         return None
 
     def _vary_values(self, model: nn.Module, tensors: list[Tensor]) -> None:
-        """Other values and a larger batch at once, or one after the other where the model takes no such."""
+        """Vary all values and the batch at once, or one after the other where the model refuses that."""
         exact = [i for i, x in enumerate(tensors) if not _is_inexact(x) and x.numel()]
         masks = [i for i in exact if tensors[i].dtype == torch.bool]
         others = [next(self._others(x), x) if x.numel() else x for x in tensors]
@@ -142,12 +149,13 @@ class Probes:
         return f"{'truth values' if tensors[i].dtype == torch.bool else 'integers'} of tensor {i}"
 
     def _others(self, x: Tensor) -> Iterator[Tensor]:
-        """Other values than those of ``x``."""
+        """Other values than those of `x`, of its shape and dtype."""
         for other in self._draw(x):
             if not torch.equal(other, x):
                 yield other
 
     def _draw(self, x: Tensor) -> Iterator[Tensor]:
+        """Values of the shape and dtype of `x`, which may be those of `x` by chance."""
         if _is_inexact(x):
             dtype = torch.complex128 if x.is_complex() else torch.float64
             noise = torch.randn(x.shape, generator=self._generator, dtype=dtype).to(x)
@@ -158,7 +166,7 @@ class Probes:
             low, high = int(x.min()), int(x.max())
             bound = 255 if x.dtype == torch.uint8 else (self._entries or 2) - 1
             for ends in ((min(low, 0), max(high, bound)), (low, high)):
-                for _ in range(3):  # few values are easily drawn as they are
+                for _ in range(3):  # a small tensor is easily drawn as it was, so try again
                     drawn = torch.randint(ends[0], ends[1] + 1, x.shape, generator=self._generator).to(x)
                     if not torch.equal(drawn, x):
                         break
@@ -166,7 +174,7 @@ class Probes:
             yield from (x + 1, x - 1)
 
     def _try(self, model: nn.Module, tensors: list[Tensor]) -> str | None:
-        """Adds these arguments if the model takes them; else says why not."""
+        """Add these arguments if the model takes them, and return None; otherwise return the error."""
         others = iter(tensors)
         given = mapped(lambda _: next(others), self.given[0])
         try:
@@ -192,7 +200,7 @@ def _doubled(tensors: list[Tensor], others: list[Tensor], dim: int) -> list[Tens
 
 
 def failed_in(model: nn.Module, error: Exception) -> str | None:
-    """The innermost module of ``model`` that was at work when the error came."""
+    """The name of the innermost module of `model` that was running when the error was raised."""
     names = {module: name for name, module in model.named_modules()}
     found, trace = None, error.__traceback__
     while trace is not None:

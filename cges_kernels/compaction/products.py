@@ -1,4 +1,7 @@
-"""Products with a weight: they read the channels of one dim and make those of the other."""
+"""Rules for products with a weight: they read the channels of one dim and make those of the other.
+
+following.py calls them, as it does those of rules.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ ALSO_FIXED = "what reads them also reads what cannot be cut"
 
 
 def _whole(f: Beside, w: Tensor) -> str | None:
-    """Whose name ``w`` is, where it is a parameter as it stands."""
+    """The name of the parameter that `w` is, where it is one as a whole and shares no memory with another."""
     name = f.owners.name(w)
     if name is None or name in f.owners.shared or w is not f.owners.tensors[name]:
         return None
@@ -24,6 +27,7 @@ def _whole(f: Beside, w: Tensor) -> str | None:
 
 
 def embedded(f: Beside, call: Call) -> None:
+    """An embedding: each column of the table makes a channel."""
     args, out = call.args, call.out
     if (name := _whole(f, args[0])) is None:
         return f.take_all(call)
@@ -32,6 +36,7 @@ def embedded(f: Beside, call: Call) -> None:
 
 
 def convolved(f: Beside, call: Call) -> None:
+    """A convolution. With groups other than depthwise ones, what it reads and makes is held."""
     func, args, out = call.func, call.args, call.out
     x, w, bias = args[:3]
     transposed, groups = bool(args[6]), args[8]
@@ -79,7 +84,7 @@ def multiplied(f: Beside, call: Call) -> None:
 def _read(
     f: Beside, func: Any, part: tuple[str, list[tuple[int, int]]], x: Tensor, dim: int, count: int
 ) -> Tensor:
-    """A weight, or a part of it, reads ``x`` along ``dim``; the channels that it makes."""
+    """Let a weight, or a part of it, read `x` along `dim`; returns the channels that it makes."""
     name, ((read, first), (make, start)) = part
     line = f.line(func, x, dim)
     ids = f.channels.use(name, f.owners.tensors[name], reads=read, makes=make).ids
@@ -88,11 +93,11 @@ def _read(
 
 
 def _contracted(f: Beside, func: Any, a: Tensor, b: Tensor) -> Tensor:
-    """A product of two activations: the channels of the rows of ``a`` or of the columns of ``b``."""
+    """The channels of a product of two activations: those of the rows of `a` or of the columns of `b`."""
     passed = []
     for x, dim in ((a, a.dim() - 2), (b, b.dim() - 1)):
         ids = f.ids(x)
-        if varying(ids) != [dim]:  # what is all of one channel passes along no dim either
+        if varying(ids) != [dim]:  # channels that do not vary at all pass along no dim either
             f.take(func, x)
         else:
             passed.append((x, ids))

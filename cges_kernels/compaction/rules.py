@@ -1,4 +1,8 @@
-"""What each kind of operation makes of the channels of what it takes, but for products (products.py)."""
+"""Rules: what each kind of operation (operations.py) does to channels. Products are in products.py.
+
+Each takes the notes of the forward pass (`f`) and a call, and notes the channels of the results. following.py
+calls the rule whose name is the operation's kind.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +19,28 @@ from .channels import ANYBODY, NOBODY, Placed, aligned, varying
 
 
 def _lead(ids: list[Tensor]) -> Tensor:
-    """What the others are joined to: it varies along the fewest dims and is nobody's in the fewest places."""
+    """The ids that others are joined to: varying along the fewest dims, then with the fewest NOBODYs."""
     return min(ids, key=lambda x: (len(varying(x)), int((x <= NOBODY).sum())))
 
 
 def shaped(f: Beside, call: Call) -> None:
-    """Values that depend on a size alone: they are made in the size of what they are like, or of any."""
+    """Values that depend on a size alone. They have the channels of the tensor they are like, or ANYBODY."""
     func, args, out = call.func, call.args, call.out
     like = args[0] if args and isinstance(args[0], Tensor) and "_like" in ops.name(func) else None
     f.note(out, torch.full([1] * out.dim(), ANYBODY) if like is None else f.ids(like))
 
 
 def moved(f: Beside, call: Call) -> None:
+    """Views, slices, gathers and the like: the same operation moves the integers."""
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     x = args[0]
     ids = f.ids(x)
     indices = ops.tensors(args[1:], kwargs)
     chosen = any(i in f.given for i in indices) and ops.indexed_dims(func, args, kwargs) & set(varying(ids))
-    if chosen or any(bool((f.ids(i) > NOBODY).any()) for i in indices):  # other inputs choose others
+    if chosen or any(bool((f.ids(i) > NOBODY).any()) for i in indices):  # other inputs choose other elements
         f.take(func, x, *indices)
         ids = torch.full([1] * x.dim(), NOBODY)
-    if not varying(ids):  # also where an element is repeated: then any number of it will do
+    if not varying(ids):  # an element that is repeated has ANYBODY: any number of it will do
         value = int(ids.flatten()[0]) if ids.numel() else NOBODY
         repeated = value == NOBODY and ops.name(func) == "expand" and out.numel() > x.numel()
         for y in call.outs:
@@ -43,7 +48,7 @@ def moved(f: Beside, call: Call) -> None:
         return
     if ops.name(func) in ops.BY_NUMBERS:
         module, mine = f.stack[-1] if f.stack else "", ids.unique()
-        what = "memory" if f.channels.are_loose(mine) else mine.tolist()  # which is other memory each time
+        what = "memory" if f.channels.are_loose(mine) else mine.tolist()  # loose ids differ from pass to pass
         text = f"{module} {ops.name(func)} {args[1:]} {kwargs} {what}"
         chooses = "view" not in ops.name(func) and ops.name(func) != "reshape"
         f.channels.by_numbers.append(Placed(module, text, mine, chooses))
@@ -54,17 +59,21 @@ def moved(f: Beside, call: Call) -> None:
 
 
 def turned(f: Beside, call: Call) -> None:
-    """Dims moved in place, after which the integers have other dims than before."""
+    """Dims moved in place. The integers are those from before the call, moved the same way."""
     f.note(call.out, getattr(torch.ops.aten, ops.name(call.func)[:-1])(call.before, *call.args[1:]))
 
 
 def pointwise(f: Beside, call: Call) -> None:
+    """Elementwise operations: what meets is joined."""
     func, args, kwargs, *_ = call
     meet(f, func, ops.tensors(args, kwargs), call.outs[0], written=args[0] if ops.writes(func) else None)
 
 
 def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = None) -> None:
-    """Join what meets elementwise, broadcast, and note it for ``out``."""
+    """Join the channels that meet elementwise, with broadcasting, and note them for `out`.
+
+    `written` is the argument that the operation writes to, if it writes to one.
+    """
     dims = max((x.dim() for x in given), default=0)
     if written is not None and bool((f.ids(written) == ANYBODY).all()):
         _give_lines(f, written, [f.ids(x) for x in given if x is not written])
@@ -92,7 +101,10 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
 
 
 def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
-    """Tell the lines of what ``x`` is a part of apart, along the dim in which what is written varies."""
+    """Before `x` is written to, give every line of the tensor that it is a part of a channel.
+
+    The lines are those along the dim in which the channels of the written values vary.
+    """
     whole = x if x._base is None else x._base
     if x.numel() == 1 or whole.dim() != x.dim() or not is_dense(whole):
         return
@@ -106,7 +118,7 @@ def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
 
 
 def joined(f: Beside, call: Call) -> None:
-    """cat and stack. Along another dim than the joined one, what is joined must stay alike."""
+    """cat and stack. Along dims other than the joined one, the pieces' channels are joined."""
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     dim = ops.bound(func, args, kwargs).get("dim", 0) % out.dim()
     pieces = [x for x in args[0] if x.dim() == args[0][-1].dim() and x.numel()]
@@ -128,17 +140,18 @@ def joined(f: Beside, call: Call) -> None:
 
 
 def padded(f: Beside, call: Call) -> None:
+    """Padding with a constant: what is added along a dim of channels is NOBODY's."""
     args, out = call.args, call.out
     ids = f.ids(args[0])
     sides = list(args[1])
     for i in range(len(sides) // 2):
         if ids.shape[-1 - i] == 1:
-            sides[2 * i : 2 * i + 2] = 0, 0  # of no other channel than what is inside
+            sides[2 * i : 2 * i + 2] = 0, 0  # along this dim the padding belongs to the channel inside
     f.note(out, torch.constant_pad_nd(ids, sides, NOBODY))
 
 
 def spatial(f: Beside, call: Call) -> None:
-    """Pooling, interpolation and padding by what is there: over the last dims alone."""
+    """Pooling, interpolation and padding by reflection or replication, which act on the last dims alone."""
     func, args = call.func, call.args
     ids = f.ids(args[0])
     if any(dim >= ids.dim() - ops.spatial_dims(func) for dim in varying(ids)):
@@ -148,6 +161,7 @@ def spatial(f: Beside, call: Call) -> None:
 
 
 def reduced(f: Beside, call: Call) -> None:
+    """Sums, softmax, sorting and the like: channels pass unless the operation takes them together."""
     func, args, kwargs = call.func, call.args, call.kwargs
     x = args[0]
     ids = f.ids(x)
@@ -160,6 +174,7 @@ def reduced(f: Beside, call: Call) -> None:
 
 
 def layer_normed(f: Beside, call: Call) -> None:
+    """Layer norm: channels pass unless it normalises over them."""
     args, out = call.args, call.out
     ids = f.ids(args[0])
     if any(dim >= ids.dim() - len(args[1]) for dim in varying(ids)):
@@ -168,6 +183,7 @@ def layer_normed(f: Beside, call: Call) -> None:
 
 
 def batch_normed(f: Beside, call: Call) -> None:
+    """Batch norm: its parameters and statistics are joined to the channels of its input."""
     func, args = call.func, call.args
     x, *others = args
     if f.channels.are_loose(f.ids(x)):  # a parameter: it is a weight that is computed
@@ -180,7 +196,7 @@ def batch_normed(f: Beside, call: Call) -> None:
 
 
 def halved(f: Beside, call: Call) -> None:
-    """glu: the one half times a function of the other."""
+    """glu: one half times a function of the other, so that the halves' channels are joined."""
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     dim = ops.bound(func, args, kwargs).get("dim", -1) % args[0].dim()
     ids = f.ids(args[0])

@@ -1,4 +1,7 @@
-"""What a model gives: forward passes, whether two give the same, and how long they take."""
+"""Forward passes of models under comparison: outputs, whether two lists of them agree, FLOPs and latency.
+
+Used by all of compaction/ that runs a model.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from .layers import WEIGHTED, is_floating
 
 # By how much outputs may differ, relative to the largest of them.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
-SLACK = 5  # times as much where a whole network runs in its own dtype
-FAR_OUT = 1e3  # times the median
-TIMES = 3  # that latency is measured, after a pass to warm up
+SLACK = 5  # a network that runs in its own dtype may differ by so many times the tolerance
+FAR_OUT = 1e3  # values of more than so many times the median are no measure of the outputs' size
+TIMES = 3  # how often latency is measured
 
 
 def check_modules(model: nn.Module, keep: Collection[str]) -> None:
-    """Raise a ValueError that names what cannot be compacted."""
+    """Raise a ValueError that names the module which cannot be compacted, or the unknown name in `keep`."""
     modules = dict(model.named_modules())
     if isinstance(keep, str) or (unknown := sorted(set(keep) - set(modules))):
         got = keep if isinstance(keep, str) else unknown
@@ -44,14 +47,17 @@ def check_modules(model: nn.Module, keep: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def following() -> Iterator[None]:
-    """Forward passes operation by operation: nothing compiled, fused or recorded for gradients."""
+    """Run forward passes operation by operation: nothing is compiled, fused or recorded for gradients."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), unfused_operations():
         yield
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """A forward pass may change attributes, buffers, lists and tables of a largest norm, but not for good."""
+    """Undo, at the end of the block, what forward passes change in a model.
+
+    They may change attributes, buffers, lists, and the tables of embeddings with a largest norm.
+    """
     was = [(module, {key: _shallow(x) for key, x in vars(module).items()}) for module in model.modules()]
     tables = (module.weight for module in model.modules() if getattr(module, "max_norm", None) is not None)
     values = [(x, x.clone()) for x in (*model.buffers(), *tables) if isinstance(x, Tensor)]
@@ -71,22 +77,22 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _shallow(x: Any) -> tuple[Any, Any]:
-    """A value and, if it is a list, a set or a dict, what is in it."""
+    """A value and, if it is a list, a set or a dict, a copy of its contents."""
     return x, copy.copy(x) if type(x) in (list, set, dict, OrderedDict) else None
 
 
 def cuda_devices(model: nn.Module, given: Given) -> list[torch.device]:
-    """Those that the model or its arguments are on."""
+    """The CUDA devices that the model or its arguments are on."""
     tensors = (x for x in (*model.parameters(), *leaves(given)) if isinstance(x, Tensor))
     return list({x.device for x in tensors if x.is_cuda})
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, given: Given) -> list[Any]:
-    """The leaves of what ``model`` gives in eval mode, with the same random numbers each time.
+    """The leaves of what `model` returns in eval mode, with the same random numbers each time.
 
-    Where no number is among them, the last that one of its modules gave stand in front: decisions alone hide
-    what they are made by.
+    Where no floating-point tensor is among them, the last one that a module returned stands in front, because
+    decisions alone do not show the numbers that they were made by.
     """
     with in_mode(model, train=False):
         return run(model, given)
@@ -94,7 +100,7 @@ def outputs(model: nn.Module, given: Given) -> list[Any]:
 
 @torch.no_grad()
 def run(model: nn.Module, given: Given) -> list[Any]:
-    """What :func:`outputs` gives, in the mode that the model is in."""
+    """What `outputs` returns, in the mode that the model is in."""
     torch.manual_seed(0)
     numbers: list[Tensor] = []
 
@@ -117,7 +123,7 @@ def fresh(given: Given) -> Given:
 
 
 def compare(a: list[Any], b: list[Any], slack: float = 1) -> tuple[float, bool]:
-    """The largest difference of two lists of outputs, and whether it is rounding."""
+    """The largest difference between two lists of outputs, and whether it is no more than rounding."""
     largest, within = 0.0, len(a) == len(b)
     for x, y in zip(a, b):
         if isinstance(x, Tensor) and x.layout != torch.strided:
@@ -137,21 +143,21 @@ def compare(a: list[Any], b: list[Any], slack: float = 1) -> tuple[float, bool]:
 
 
 def _typical(x: Tensor) -> float:
-    """The size of the values that are not far out, as those that masks write are."""
+    """The largest magnitude among values that are not far out, as values that masks write are."""
     sizes = x.detach().abs().flatten().double()
     sizes = sizes[sizes.isfinite() & (sizes > 0)]
     return float(sizes[sizes <= FAR_OUT * sizes.median()].max()) if len(sizes) else 0.0
 
 
 def outputs_and_flops(model: nn.Module, given: Given) -> tuple[list[Any], int]:
-    """What :func:`outputs` gives, and what it costs: FLOPs, by torch's counter."""
+    """What `outputs` returns, and the FLOPs of that pass by torch's counter."""
     found: list[Any] = []
     flops = sum(measure_flops(model, given, run=lambda *args: found.extend(outputs(*args))))
     return found, flops
 
 
 def latencies(models: tuple[nn.Module, nn.Module], given: Given) -> tuple[float, float]:
-    """Median milliseconds of a forward pass of each, warm, in eval mode, taking turns."""
+    """The median milliseconds of a forward pass of each model in eval mode, measured in turns."""
     wait: Callable[[], None] = torch.cuda.synchronize if cuda_devices(models[0], given) else lambda: None
     times: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack, torch.no_grad():

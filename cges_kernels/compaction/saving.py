@@ -1,4 +1,7 @@
-"""Compacted models in files: the sizes of their layers beside their weights, as plain data."""
+"""`save_compacted` and `load_compacted`: files that hold a small model's layer sizes beside its weights.
+
+The files hold plain data, so that torch.load reads them with `weights_only=True`.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,21 @@ from .picking import picking, select_inputs
 
 
 def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write ``model``, as :func:`compact` made it or trained further since, to ``path``.
+    """Write a compacted model to a file.
 
-    The file is {"sizes": {module name: {attribute: int}}, "state_dict": ...}; ``torch.load`` reads it with
-    ``weights_only=True``. It replaces an earlier one only once it is whole.
+    The file is `{"sizes": {module name: {attribute: int}}, "state_dict": ...}`; `torch.load` reads it with
+    `weights_only=True`. It replaces an earlier file only once it is complete.
+
+    Args:
+        model: as [`compact`][cges_kernels.compact] made it (`result.model`), or trained further since.
+        path: the file.
+
+    Examples:
+        >>> save_compacted(compact(net, example).model, "small.pt")
     """
     found = {}
     for name, module in model.named_modules():
-        names = (*sizes(module), "given_inputs")  # the latter of layers that pick their inputs
+        names = (*sizes(module), "given_inputs")  # layers that pick their inputs have given_inputs
         if own := {key: vars(module)[key] for key in names if key in vars(module)}:
             found[name] = own
     with replacing(path) as unfinished:
@@ -31,18 +41,22 @@ def save_compacted(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location: Any = None) -> nn.Module:
-    """The model that :func:`save_compacted` wrote, built from ``model``, the network as it was before.
+    """The model that [`save_compacted`][cges_kernels.save_compacted] wrote.
 
     Args:
-        model: of the class and arguments that the compacted model was made from; its weights do not matter
-            and it is left as it is.
+        model: a network of the class and arguments that the compacted model was made from. Its weights do not
+            matter, and it is left as it is.
         path: the file.
-        map_location: as for ``torch.load``.
+        map_location: as for `torch.load`.
+
+    Returns:
+        A copy of `model` with the sizes and weights of the file.
 
     Raises:
-        ValueError: the file is not of this kind, or is of another network; the file and the names are told.
+        ValueError: the file is not of this kind, or is of another network. The error names the file and the
+            modules.
 
-    Example:
+    Examples:
         >>> small = load_compacted(Net(), "small.pt")
     """
     content = torch.load(path, map_location=map_location, weights_only=True)
@@ -69,7 +83,7 @@ def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location:
 
 
 def _fit(module: nn.Module, key: str, value: Tensor) -> None:
-    """Make room in ``module`` for a value of another shape than it has."""
+    """Make room in `module` for a parameter or buffer of another shape than it has."""
     if key == "read_inputs":
         assert isinstance(module, WEIGHTED)
         select_inputs(module, torch.empty_like(value), picking(module).given_inputs)

@@ -1,4 +1,8 @@
-"""From channels that nobody reads to a smaller copy whose outputs were compared."""
+"""Attempts at a smaller copy, until one has the outputs of the original.
+
+`Shrinking` makes all changes at once and compares outputs (probes.py). If they differ, it finds the change
+that shows, refuses it and tries again.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,12 @@ from .picking import pick_inputs
 from .probes import Difference, Probes
 
 Change: TypeAlias = Fold | Removal
-ATTEMPTS = 12  # after which nothing more is removed
+ATTEMPTS = 12  # at the last of which nothing is removed any more
 GIVEN_UP = f"{ATTEMPTS - 1} attempts to remove others showed in the outputs"
 
 
 class Shrinking:
-    """Attempts at a smaller copy of ``base``, each without what showed in the outputs of the one before."""
+    """Attempts at a smaller copy of `base`, each without what showed in the outputs of the one before."""
 
     def __init__(
         self, base: nn.Module, channels: Channels, constants: Mapping[str, Tensor], probes: Probes
@@ -33,7 +37,10 @@ class Shrinking:
         self._unpicked: set[str] = set()  # layers that must not pick their inputs
 
     def run(self) -> tuple[nn.Module, list[dict[str, str]]]:
-        """The smallest copy that gives the same, and what stayed in it: {layer: why}, by kind."""
+        """The smallest copy that gives the same outputs, and two dicts {layer: what stayed in it, and why}.
+
+        The first dict tells of constants that were not folded into biases, the second of channels.
+        """
         for attempt in itertools.count(1):
             if attempt == ATTEMPTS:
                 self.channels.hold(torch.arange(self.channels.count), GIVEN_UP)
@@ -48,13 +55,17 @@ class Shrinking:
             if difference is None:
                 return small, [unfolded, reading.stayed()]
             self._refuse(difference, reading, changes, picked)
-        raise AssertionError  # never: what is refused is not tried again
+        raise AssertionError  # never reached: what is refused is not tried again, so the attempts end
 
     def _pick(self, small: nn.Module) -> list[str]:
+        """Let layers of `small` pick their inputs where that pays; returns their names."""
         return pick_inputs(small, self.channels.called - self._unpicked)
 
     def _those_that_pay(self, folds: Sequence[Fold]) -> list[Fold]:
-        """Folds of what can leave then, or need not be picked: others would change weights for nothing."""
+        """Those folds after which a channel can leave or need not be picked.
+
+        Other folds would change weights for nothing.
+        """
         reading = Reading(self._changed(folds), self.channels)
         picked = self._pick(self._changed([*folds, *reading.removals()]))
         useful = []
@@ -66,7 +77,7 @@ class Shrinking:
         return useful
 
     def _changed(self, changes: Sequence[Change]) -> nn.Module:
-        """A copy with these changes."""
+        """A copy of `base` with these changes."""
         small = copy.deepcopy(self.base)
         gone = torch.zeros(self.channels.count, dtype=torch.bool)
         for change in changes:
@@ -80,7 +91,7 @@ class Shrinking:
     def _refuse(
         self, difference: Difference, reading: Reading, changes: Sequence[Change], picked: Sequence[str]
     ) -> None:
-        """Rule out what made the outputs differ."""
+        """Rule out, for the next attempt, what made the outputs differ."""
         for suspects in (self._by_numbers(difference.layer, reading), reading.gone_before(difference.layer)):
             if len(suspects):
                 return self.channels.hold(suspects, difference.reason)
@@ -91,20 +102,24 @@ class Shrinking:
                     self.channels.hold(like.ids, reason)
         elif change is not None:
             self._fixed[change.layer] = reason
-        elif picked:  # it shows only that inputs are picked
+        elif picked:  # the changes do not show, so it is the picking of inputs that does
             self._unpicked |= set(picked)
         else:
             raise RuntimeError(f"compact: expected outputs that stay, got: {difference.reason}")
 
     def _kind(self, layer: str) -> tuple[type[nn.Module], str]:
-        """Which layers do the same in their networks: by the class that they are in, and their name there."""
+        """The class of the module that holds `layer`, and the layer's name in it.
+
+        Layers with equal kinds do the same in their modules.
+        """
         around, _, name = layer.rpartition(".")
         return type(self.base.get_submodule(around)), name
 
     def _by_numbers(self, layer: str | None, reading: Reading) -> Tensor:
-        """What leaves in all modules like the innermost around ``layer`` that lays channels out by numbers.
+        """Channels that leave from modules which lay channels out by numbers, as the one around `layer` does.
 
-        Where one of them has a size written into its code, so have its like.
+        It is the innermost module around `layer` that does so. All modules of its class are taken, because a
+        size that is written into the code of one is written into that of the others.
         """
         types = {name: type(module) for name, module in self.base.named_modules()}
         laid_out = [(x.module, x.ids[reading.gone[x.ids]]) for x in self.channels.by_numbers]
@@ -116,8 +131,8 @@ class Shrinking:
         return torch.zeros(0, dtype=torch.long)
 
     def _first_to_show(self, changes: Sequence[Change]) -> tuple[Change | None, str]:
-        """The first change that shows in the outputs where it is made after those before it, and how."""
-        right, wrong, reason = 0, len(changes) + 1, ""  # so many of them do not show, so many do
+        """The first change that shows in the outputs when made after those before it, and how it shows."""
+        right, wrong, reason = 0, len(changes) + 1, ""  # the first `right` do not show, the first `wrong` do
         while wrong - right > 1:
             middle = (right + wrong) // 2
             difference = self.probes.differs(self._changed(changes[:middle]))

@@ -1,13 +1,14 @@
-"""Which values inside a network no input can change.
+"""Which values inside a network no input can change; compact() moves such constants into biases.
 
-Found by forward passes on NaN, with exact zeros honoured: an output of a product or a convolution stays a
-number if only zeros meet the NaN, and so does what a batch norm or a factor scales by 0. Whatever is a number
-behind that is a constant, through activations, sums, pooling, concatenation and flattening alike. Some
-functions swallow NaN, so the same must come of +Inf and -Inf.
+They are found by forward passes on NaN in which exact zeros are honoured: an output of a product or a
+convolution stays a number if only zeros meet the NaN, and so does what a batch norm or a factor scales by 0.
+Whatever is a number behind that is a constant, through activations, sums, pooling, concatenation and
+flattening alike. Some functions swallow NaN, so a constant must come out the same for +Inf and -Inf.
 
-Integers and truth values cannot be NaN. Those that a caller passes, and those that come of what is unknown
-(by a comparison, an argmax), are followed from operation to operation: the numbers that one makes with them
-(by an embedding, a mask, a cast) are unknown. Elementwise operations tell elements apart, others do not.
+Integers and truth values cannot be NaN. Those that a caller passes, and those that are computed from unknown
+values (by a comparison, an argmax), are followed from operation to operation. The numbers that are made with
+them (by an embedding, a mask, a cast) are unknown. Elementwise operations tell elements apart; for all others
+the whole result is unknown.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .layers import is_floating
 from .running import following, unchanged
 
 aten = torch.ops.aten
-# What reads a tensor's memory without an operation that a dispatch mode sees.
+# These read a tensor's memory without an operation that a dispatch mode sees.
 READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
 
@@ -41,7 +42,7 @@ class Branches(Exception):
 
 
 class _Lists(TorchFunctionMode):
-    """Refuses to read what is unknown out of torch."""
+    """Raises Branches where unknown values are read out of torch, into a list for example."""
 
     def __init__(self, unknowns: _Unknowns) -> None:
         super().__init__()
@@ -52,26 +53,27 @@ class _Lists(TorchFunctionMode):
     ) -> Any:
         if func in READERS and self._unknowns.any_unknown(args[0]):
             raise Branches
-        if func is torch.nn.functional.one_hot and len(args) > 1:  # which asks for the largest to check it
+        # one_hot reads the largest index to check it, which would count as a branch.
+        if func is torch.nn.functional.one_hot and len(args) > 1:
             numbers = torch.arange(args[1], device=args[0].device)
             return (args[0][..., None] == numbers).long()
         return func(*args, **(kwargs or {}))
 
 
 class _Unknowns(EachOperation):
-    """Keeps a marker to what really reads it, and notes what each weight reads."""
+    """A forward pass on a marker for unknown values, which exact zeros stop; notes what each weight reads."""
 
     def __init__(self, model: nn.Module, marker: float) -> None:
         super().__init__()
-        self.marker = marker  # NaN, Inf or -Inf: in place of what depends on the model's input
+        self.marker = marker  # NaN, Inf or -Inf, which stands for values that depend on the model's input
         self.owners = Owners(model)
-        self.inputs: dict[str, list[Tensor]] = {}  # of each weight, at each of its uses
-        # Unknown integers and truth values, by the memory that they lie in, which is held so that no other
-        # takes it; and which of their elements are unknown.
+        self.inputs: dict[str, list[Tensor]] = {}  # what each weight reads, at each of its uses
+        # Unknown integers and truth values by their memory, and which of their elements are unknown. The
+        # tensor is kept, so that no other takes its memory.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def marked(self, x: Tensor) -> Tensor:
-        """An argument of the model, unknown."""
+        """An argument of the model, made unknown."""
         if is_floating(x):
             return torch.full_like(x, self.marker)
         x = x.clone()
@@ -79,10 +81,11 @@ class _Unknowns(EachOperation):
         return x
 
     def _follow(self, x: Tensor, where: Tensor) -> None:
+        """Note that the elements `where` of an integer tensor are unknown."""
         self._followed[x.untyped_storage()._cdata] = x, where
 
     def unknown(self, x: Tensor) -> Tensor | None:
-        """Which elements of an integer tensor are unknown, None if none is."""
+        """Which elements of an integer tensor are unknown; None if none is."""
         if x.layout != torch.strided:
             return None
         if (followed := self._followed.get(x.untyped_storage()._cdata)) is None:
@@ -95,7 +98,10 @@ class _Unknowns(EachOperation):
         return bool(self.marks(x).any()) if is_floating(x) else self.unknown(x) is not None
 
     def marks(self, x: Tensor) -> Tensor:
-        """Which numbers hold the marker, or came of it: -Inf may be a mask's, where NaN is in its place."""
+        """Which numbers hold the marker or came of it.
+
+        For the marker -Inf these may include a mask's own -Inf; the pass on NaN tells them apart.
+        """
         return x.isnan() if math.isnan(self.marker) else x.isnan() | (x == self.marker)
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,7 +119,7 @@ class _Unknowns(EachOperation):
         return out
 
     def _spread(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """What an operation makes of unknown integers is unknown, and so are integers made of the marker."""
+        """Make unknown what an operation makes of unknown integers, and integers made of the marker."""
         given = ops.tensors(args, kwargs)
         integers = [where for x in given if not is_floating(x) and (where := self.unknown(x)) is not None]
         elementwise = ops.kind(func) == "pointwise"
@@ -125,7 +131,7 @@ class _Unknowns(EachOperation):
             if not sources:
                 continue
             if not isinstance(x, Tensor):
-                if self.marker != -math.inf:  # which masks hold, too
+                if self.marker != -math.inf:  # -Inf may be a mask's, and says nothing
                     raise Branches
                 continue
             where = torch.ones_like(x, dtype=torch.bool)
@@ -137,7 +143,7 @@ class _Unknowns(EachOperation):
                 self._follow(x, where)
 
     def _zeros(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-        """Where an exact zero scales what may be unknown, and what comes of it."""
+        """Where an exact zero scales what may be unknown, and the resulting value; None if nowhere."""
         if ops.name(func) in ("mul", "mul_"):
             factors = [x for x in args[:2] if is_floating(x)]
             if len(factors) == 2 and any(not bool(x.isfinite().all()) for x in factors):
@@ -151,7 +157,7 @@ class _Unknowns(EachOperation):
         return None
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Zeros keep their word: what only they read does not show."""
+        """The result of a product, with the marker only where an unknown meets a weight other than 0."""
         convolved = ops.kind(func) == "convolved"
         first = 0 if convolved or ops.name(func) in ("mm", "bmm") else 1
         a, b = args[first : first + 2]
@@ -170,7 +176,7 @@ class _Unknowns(EachOperation):
         return torch.where(reads > 0, self.marker, out)
 
     def _note(self, a: Tensor, b: Tensor, convolved: bool) -> None:
-        """The one value of each channel that a weight reads, NaN where it has no such value."""
+        """Note the value of each channel that a weight reads, NaN where a channel has more than one value."""
         for weight, x, dim in ((b, a, 1 if convolved else -1), (a, b, -2))[: 1 if convolved else 2]:
             name = self.owners.name(weight)
             if name is None or (not convolved and self.owners.part(weight) is None):
@@ -183,11 +189,11 @@ class _Unknowns(EachOperation):
 
 
 def inputs_of_weights(model: nn.Module, given: Given) -> dict[str, Tensor]:
-    """The constants that each weight of ``model``, by its parameter's name, reads: [channels].
+    """The constants that each weight of `model` reads, by its parameter's name: [channels].
 
-    NaN where a channel depends on the model's input or has not one value at all positions, and everywhere
-    where a weight is used more than once. ``model`` is in eval mode; of tensors in ``given`` only the shapes
-    matter, other values are taken as they are.
+    NaN stands for a channel that depends on the model's input or does not have one value at all positions,
+    and for all channels of a weight that is used more than once. `model` is in eval mode. Of the tensors in
+    `given` only the shapes matter; other arguments are taken as they are.
 
     Raises:
         Branches: the forward pass asks for a value that an input decides.

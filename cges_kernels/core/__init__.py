@@ -1,1 +1,1 @@
-"""The mathematics and what it is told: imports nobody else of this package."""
+"""The mathematics of a step, its types and its checks. Imports no other room of the package."""

@@ -1,4 +1,8 @@
-"""What a model is called with and what it gives: tensors in containers, dataclasses and other objects."""
+"""Calling a model, and the tensors inside what it is given and returns.
+
+Arguments and outputs may be containers, dataclasses or other objects that hold tensors. Used by the report
+(reporting/) and by compact() (compaction/).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,11 @@ Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def arguments_of(example_input: Any, kwargs: Mapping[str, Any] | None = None) -> Given:
-    """A mapping holds keyword arguments, a tuple positional ones; anything else is the one argument."""
+    """The `(args, kwargs)` to call a model with.
+
+    A mapping holds keyword arguments, a tuple holds positional ones, and anything else is the only argument.
+    `kwargs` are further keyword arguments.
+    """
     if isinstance(example_input, Mapping):
         return (), {**example_input, **(kwargs or {})}
     args = example_input if isinstance(example_input, tuple) else (example_input,)
@@ -26,7 +34,7 @@ def call(model: nn.Module, given: Given) -> Any:
 
 
 def _attributes(x: Any) -> dict[str, Any]:
-    """What an object that torch does not know as a container holds, if it may hold tensors."""
+    """The attributes of an object that torch does not know as a container; {} if it holds no tensors."""
     if isinstance(x, (Tensor, nn.Module, type)) or callable(x):
         return {}
     if isinstance(x, (set, frozenset)):
@@ -37,14 +45,14 @@ def _attributes(x: Any) -> dict[str, Any]:
 
 
 def leaves(x: Any) -> list[Any]:
-    """What is in containers and other objects, in their order; an object without tensors is itself one."""
+    """Everything inside containers and other objects, in order; an object without tensors is a leaf."""
 
     def of(x: Any) -> list[Any]:
         found: list[Any] = []
         for leaf in tree_flatten(x)[0]:
             inside = {} if id(leaf) in seen else _attributes(leaf)
             if inside:
-                seen[id(leaf)] = leaf  # held, so that no other object takes its address
+                seen[id(leaf)] = leaf  # keep the object alive, or another could get its id
             parts = of(list(inside.values()))
             found += parts if any(isinstance(y, Tensor) for y in parts) else [leaf]
         return found
@@ -58,7 +66,7 @@ def tensors_in(x: Any) -> list[Tensor]:
 
 
 def mapped(function: Callable[[Tensor], Any], x: Any) -> Any:
-    """``x`` with ``function`` of each tensor in its place, in the order of :func:`leaves`."""
+    """A copy of `x` with `function(tensor)` in place of each tensor, called in the order of `leaves`."""
 
     def of(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

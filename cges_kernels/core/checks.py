@@ -1,4 +1,7 @@
-"""Checks of user input: each error says what was expected and what came."""
+"""Checks of user input: each error says what was expected and what was given.
+
+The optimizers, the planner, the plans and the functional calls use them before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ FLAGS = (
     *("nesterov", "amsgrad", "decoupled_weight_decay", "maximize"),
     *("skip_dead", "differentiable", "capturable"),
 )
-WISHES = ("foreach", "fused")
+WISHES = ("foreach", "fused")  # like FLAGS, but None leaves the choice to the package
 SCALARS = frozenset(hyperparameters.SCALARS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_penalty(options: Mapping[str, Any]) -> None:
-    """The penalty's part of a param group, or of a functional call."""
+    """Check the penalty's keys in a param group, or the arguments of a functional call."""
     for name in COEFFICIENTS:
         check_coefficient(name, options[name])
     check_spec(options["group_by"], options["view"])
@@ -38,7 +41,7 @@ def check_penalty(options: Mapping[str, Any]) -> None:
 
 
 def check_changed(rule: Rule, group: Mapping[str, Any], changed: Collection[str]) -> None:
-    """check_param_group where all but the keys ``changed`` were checked before; cheap for SCALARS."""
+    """check_param_group, given that all keys but `changed` were checked before; cheap for SCALARS."""
     if not SCALARS.issuperset(changed):
         return check_param_group(rule, group)
     for name in changed:
@@ -50,7 +53,7 @@ def check_changed(rule: Rule, group: Mapping[str, Any], changed: Collection[str]
 
 
 def check_flags(group: Mapping[str, Any]) -> None:
-    """TypeError where text stands for a bool: any text would count as True."""
+    """Raise a TypeError where text stands for a bool, because any text would count as True."""
     for names, expected in ((FLAGS, "a bool"), (WISHES, "a bool or None")):
         for name in names:
             if isinstance(group.get(name), (str, bytes)):
@@ -58,7 +61,7 @@ def check_flags(group: Mapping[str, Any]) -> None:
 
 
 def check_param_group(rule: Rule, group: Mapping[str, Any]) -> None:
-    """The hyperparameters of one param group; the wording of bad values is torch.optim's."""
+    """Check the hyperparameters of one param group; errors for bad values are in torch.optim's words."""
     check_number("lr", group["lr"])
     check_flags(group)
     check_not_negative("learning rate", scalar("lr", group["lr"]))
@@ -79,11 +82,11 @@ def check_param_group(rule: Rule, group: Mapping[str, Any]) -> None:
 
 
 def check_tensor(name: str, w: Any) -> None:
-    """A dense real floating-point tensor that holds memory."""
+    """Raise an error unless `w` is a dense, real floating-point tensor that holds memory."""
     if not isinstance(w, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(w).__name__}")
     if torch.compiler.is_compiling():
-        return  # what follows cannot be traced
+        return  # torch.compile cannot trace the checks below
     if is_lazy(w):
         raise ValueError(f"{name}: expected an initialised parameter, got a lazy one; run one batch first")
     if w.layout != torch.strided:
@@ -100,7 +103,10 @@ def check_tensor(name: str, w: Any) -> None:
 
 
 def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """No tensor and no memory twice: two updates of it in one pass would race. The tensors are dense."""
+    """Raise a ValueError where two tensors are the same or share memory: their updates would race.
+
+    The tensors must be dense.
+    """
     seen: dict[int, str] = {}
     for name, w in zip(names, tensors):
         if seen.setdefault(id(w), name) != name:
@@ -118,7 +124,11 @@ def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
 
 
 def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A gradient or buffer: dense, of the parameter's shape and device, and of ``dtype`` where given."""
+    """Check a gradient or state `x` of `param`, and return it.
+
+    It must be dense and have the parameter's shape and device, and `dtype` where that is given. `what` names
+    it in errors.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor as its {what}, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -137,7 +147,10 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
 
 
 class Inputs(NamedTuple):
-    """What a step of a parameter reads beside it: the gradient, and its states; (), None: not begun."""
+    """What a step reads of a parameter besides its weights: the gradient, its states and its count of steps.
+
+    `states` is () and `step` is None where they have not begun.
+    """
 
     grad: Tensor
     states: tuple[Tensor, ...] = ()
@@ -152,9 +165,10 @@ def checked_inputs(
     options: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> Inputs:
-    """A parameter's gradient, which is there, and what ``entry``, its optimizer state, holds of the rule's.
+    """A parameter's gradient and the rule's states in `entry`, its optimizer state, after checks.
 
-    Where the rule keeps no state there is none; with ``dtype`` gradient and states must be of that.
+    The gradient must exist. Where the rule keeps no state with these `options`, none is returned. Where
+    `dtype` is given, gradient and states must have it.
     """
     grad = check_companion("gradient", name, param, param.grad, dtype)
     names = rule.states_with(options)
@@ -165,7 +179,7 @@ def checked_inputs(
 
 
 def check_begun(rule: str, name: str, param: Tensor, entry: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Whatever a fused step would refuse of the states in ``entry``, of which there are some."""
+    """Raise what a fused step would raise of the states in `entry`, where the rule's states have begun."""
     for key in RULES[rule].states:
         _check_state(key, name, param, entry, dtype)
     if RULES[rule].counts:
@@ -173,7 +187,7 @@ def check_begun(rule: str, name: str, param: Tensor, entry: Mapping[str, Any], d
 
 
 def check_states(name: str, param: Tensor, entry: Mapping[str, Any], rule: Rule) -> None:
-    """Whatever ``entry`` holds of the rule's states fits the parameter, and is this rule's at all."""
+    """Check that the states in `entry` fit the parameter, and that they are not another rule's."""
     begun = [key for key in rule.states if entry.get(key) is not None]
     for key in begun:
         _check_state(key, name, param, entry)
@@ -188,7 +202,7 @@ def check_states(name: str, param: Tensor, entry: Mapping[str, Any], rule: Rule)
 
 
 def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    """The count of a parameter's steps: a tensor of one element on the CPU, or where the parameter is."""
+    """The count of a parameter's steps after checks: one element, on the CPU or the parameter's device."""
     step = entry.get(STEP)
     if not isinstance(step, Tensor):
         raise TypeError(f"{name}: expected a tensor as its {STEP}, got {type(step).__name__}")
@@ -207,6 +221,7 @@ def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
 def _check_state(
     key: str, name: str, param: Tensor, entry: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> Tensor:
+    """One state of a parameter after checks; a RuntimeError where it is missing."""
     if entry.get(key) is None:
         raise RuntimeError(f"{name}: expected its {key} beside {', '.join(sorted(entry))}, got none")
     return check_companion(key, name, param, entry[key], dtype)
@@ -215,7 +230,7 @@ def _check_state(
 def named_layouts(
     names: Sequence[str], tensors: Sequence[Tensor], group_by: GroupSpec, view: Sequence[int] | None
 ) -> list[GroupedLayout]:
-    """grouped_layout of each tensor; an error names the tensor."""
+    """The layout of each tensor under a spec; an error names the tensor."""
     layouts = []
     for name, w in zip(names, tensors):
         check_tensor(name, w)

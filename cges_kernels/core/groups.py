@@ -1,16 +1,14 @@
-"""Group specs: which entries of a tensor share a norm, and the one layout every executor works on.
+"""Group specs: which entries of a tensor share a norm, and the one layout that every executor works on.
 
-A spec names the dimensions that are REDUCED. Weights are ``[out, in, *kernel]``:
+A spec names the dimensions that are REDUCED. Weights are `[out, in, *kernel]`:
 
-==============  =======  ==================================================
-spec            reduced  one group is
-==============  =======  ==================================================
-``"feature"``   0        one input (in, kh, kw) across all outputs
-``"filter"``    1..      one output unit or filter
-``"channel"``   0, 2..   one input channel
-``"tensor"``    all      the whole tensor
-``(d0, ...)``   those    whatever the user says (of ``w.view(view)`` if given)
-==============  =======  ==================================================
+| spec | reduced | one group is |
+|---|---|---|
+| "feature" | 0 | one input (in, kh, kw) across all outputs |
+| "filter" | 1.. | one output unit or filter |
+| "channel" | 0, 2.. | one input channel |
+| "tensor" | all | the whole tensor |
+| (d0, ...) | those | whatever the user says (of `w.view(view)` if given) |
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ NAMED_SPECS = ("feature", "filter", "channel", "tensor")
 class Layout(NamedTuple):
     """A dense tensor in memory order as (kept K1, reduced R1, kept K2, reduced R2).
 
-    Element offset = ((k1*R1 + r1)*K2 + k2)*R2 + r2; group = k1*K2 + k2.
+    The offset of an element is `((k1*R1 + r1)*K2 + k2)*R2 + r2`, and its group is `k1*K2 + k2`.
     """
 
     K1: int
@@ -47,7 +45,7 @@ class Layout(NamedTuple):
 
 
 class GroupedLayout(NamedTuple):
-    """A Layout as executors take it, with whether the spec makes groups at all."""
+    """A Layout as executors take it; `has_groups` says whether the spec makes groups of the tensor."""
 
     K1: int
     R1: int
@@ -61,7 +59,7 @@ class GroupedLayout(NamedTuple):
 
 
 def check_spec(group_by: GroupSpec, view: Sequence[int] | None = None) -> None:
-    """Raise ValueError / TypeError unless ``group_by`` and ``view`` are well formed."""
+    """Raise a ValueError or TypeError unless `group_by` and `view` are well formed."""
     if isinstance(group_by, str):
         if group_by not in NAMED_SPECS:
             raise ValueError(f"group_by: expected one of {NAMED_SPECS} or a tuple of dims, got {group_by!r}")
@@ -72,12 +70,15 @@ def check_spec(group_by: GroupSpec, view: Sequence[int] | None = None) -> None:
 
 
 def has_groups(ndim: int, group_by: GroupSpec) -> bool:
-    """Whether the group penalties apply: a named spec would make a bias or a scale ONE group."""
+    """Whether the group penalties apply to a tensor of `ndim` dims.
+
+    A named spec makes no groups of tensors of fewer than two dims: a bias or a scale would be ONE group.
+    """
     return ndim >= 2 or not isinstance(group_by, str)
 
 
 def reduced_dims(ndim: int, group_by: GroupSpec) -> tuple[int, ...]:
-    """The dimensions over which a group runs, ascending, for a tensor of ``ndim`` dimensions."""
+    """The dimensions over which a group runs, ascending, for a tensor of `ndim` dimensions."""
     if group_by == "feature":
         return tuple(range(min(ndim, 1)))
     if group_by == "filter":
@@ -97,7 +98,7 @@ def reduced_dims(ndim: int, group_by: GroupSpec) -> tuple[int, ...]:
 
 
 def is_dense(w: Tensor) -> bool:
-    """Whether ``w`` fills its memory without gaps or overlaps, in any order of its dimensions."""
+    """Whether `w` fills its memory without gaps or overlaps, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(w.shape, w.stride(), strict=True) if n != 1):
         if stride != expected:
@@ -107,7 +108,7 @@ def is_dense(w: Tensor) -> bool:
 
 
 def viewed(w: Tensor, view: Sequence[int] | None) -> Tensor:
-    """``w.view(view)`` with an error that names both shapes; ``w`` itself where view is None."""
+    """`w.view(view)`, with an error that names both shapes; `w` itself where view is None."""
     if view is None:
         return w
     try:
@@ -120,11 +121,14 @@ def viewed(w: Tensor, view: Sequence[int] | None) -> Tensor:
 
 
 def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[int] | None = None) -> Layout:
-    """The (K1, R1, K2, R2) of ``w`` under a spec; ValueError where it has none.
+    """The layout of `w` under a spec, the one form of it that executors know.
 
-    Dims are taken in memory order (so channels_last costs nothing), those of size 1 dropped, and
-    neighbours of one kind merged. Where the spec makes no groups (a bias under a named spec), every
+    Dims are taken in memory order (so channels_last costs nothing), those of size 1 are dropped, and
+    neighbours of one kind are merged. Where the spec makes no groups (a bias under a named spec), every
     element is its own group.
+
+    Raises:
+        ValueError: a tensor that is not dense, or a spec that needs more than four alternating parts.
     """
     if not is_dense(w):
         raise ValueError(
@@ -137,7 +141,7 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
         return Layout(0, 1, 1, 1)
     in_memory = sorted((d for d in range(v.dim()) if v.shape[d] != 1), key=v.stride, reverse=True)
 
-    sizes = [1, 1, 1, 1]  # K1, R1, K2, R2
+    sizes = [1, 1, 1, 1]  # K1, R1, K2, R2: the even ones are kept, the odd ones reduced
     slot = 0
     for d in in_memory:
         is_reduced = d in reduced
@@ -153,7 +157,7 @@ def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[
 
 
 def grouped_layout(w: Tensor, group_by: GroupSpec, view: Sequence[int] | None) -> GroupedLayout:
-    """canonical_layout, and whether the spec makes groups of the tensor."""
+    """The canonical layout, with whether the spec makes groups of the tensor."""
     ndim = len(view) if view is not None else w.dim()
     return GroupedLayout(*canonical_layout(w, group_by, view), has_groups(ndim, group_by))
 
@@ -163,12 +167,15 @@ def _is_int(value: object) -> bool:
 
 
 def to_text(spec: GroupSpec | Sequence[int] | None) -> str:
-    """A group spec, view or mode as text, for operators whose arguments it is among; see from_text."""
+    """A group spec, view or mode as text, because an operator of torch.library takes no such union of types.
+
+    `from_text` is the inverse.
+    """
     if spec is None or isinstance(spec, str):
         return spec or ""
     return "".join([f"{int(x)}," for x in spec]) or ","
 
 
 def from_text(text: str) -> Any:
-    """What to_text was given: a name, a tuple of numbers, or None."""
+    """The value that `to_text` was given: a name, a tuple of numbers, or None."""
     return tuple(int(x) for x in text.split(",") if x) if "," in text else text or None

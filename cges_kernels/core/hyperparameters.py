@@ -1,8 +1,8 @@
 """What a step is told: the hyperparameters of a param group, and the phase of each tensor.
 
-This owns them in Python, csrc/common/step.h in C++, and backends/triton/tables.py for Triton's kernels;
-docs/design/a-step.md follows them from a param group to a kernel. What belongs to the update rule (rules.py)
-stands apart from what belongs to the prox.
+Here is their definition for Python; csrc/common/step.h has C++'s, and backends/triton/tables.py that of
+Triton's kernels. docs/design/a-step.md follows them from a param group to a kernel. The options of the update
+rule (rules.py) are kept apart from what belongs to the prox.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .reference import Thresholds, form_thresholds
 from .rules import RULES, SGD, Rule
 
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
-INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # schedules keep full values in param groups there
+INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # keys under which schedules keep the full values
 PROX_MODES = ("sequential", "exact")
 FREEZE_MODES = (None, "group", "element")
 
-SCALARS = ("lr", *COEFFICIENTS)  # those that kernels may read from tensors
+SCALARS = ("lr", *COEFFICIENTS)  # the hyperparameters that kernels can read from tensors on their device
 
 
 class Phase(IntEnum):
-    """What a step does with one tensor, by what it has; the same numbers as in csrc/common/phase.h."""
+    """What a step does with one tensor; the numbers are those of csrc/common/phase.h."""
 
     SKIPPED = -1  # no gradient: left alone
     PROX_ALONE = 0  # no update: z is w
@@ -39,20 +39,24 @@ class Phase(IntEnum):
 
     @classmethod
     def of(cls, keeps_state: bool, begun: bool) -> Phase:
-        """Of a tensor with a gradient, by whether the rule keeps a state of it, and that has begun."""
+        """The phase of a tensor with a gradient: whether the rule keeps a state of it, and has begun it."""
         if not keeps_state:
             return cls.STATELESS
         return cls.RUNNING if begun else cls.FIRST
 
 
 class At(NamedTuple):
-    """A float32 that a kernel reads itself, at this address of its device's memory."""
+    """The address, in the device's memory, of a float32 that a kernel reads itself."""
 
     address: int
 
 
 class Hyperparameters(NamedTuple):
-    """A param group's, by their names there. SCALARS are numbers or At; for autograd they may be tensors."""
+    """The hyperparameters of a param group, under their names there.
+
+    Those in SCALARS are numbers or At; where autograd follows them they may be tensors. lr and the
+    coefficients are as the user gave them, not yet multiplied: `thresholds` does that.
+    """
 
     lr: Any = 0.0
     group_lasso: Any = 0.0
@@ -62,24 +66,24 @@ class Hyperparameters(NamedTuple):
     freeze_zeros: str | None = None
     skip_dead: bool = False
     rule: Rule = SGD
-    options: tuple[Any, ...] = tuple(SGD.options.values())  # the rule's, in its order
+    options: tuple[Any, ...] = tuple(SGD.options.values())  # values of the rule's options, in its order
 
     @classmethod
     def make(cls, rule: Rule = SGD, **named: Any) -> Hyperparameters:
-        """By their names, those of the rule's options too; what is not named asks for nothing."""
+        """From names, those of the rule's options among them; whatever is not named has no effect."""
         options = tuple(named.pop(key, default) for key, default in rule.options.items())
         return cls(rule=rule, options=options, **named)
 
     @classmethod
     def of_values(cls, rule: Rule, values: tuple[Any, ...]) -> Hyperparameters:
-        """Of what ``values_of`` the rule has read."""
+        """From the values that a Reader of the rule has read, in the order of its keys."""
         return cls._make((*values[: len(OWN)], rule, values[len(OWN) :]))
 
     @classmethod
     def of_prox(
         cls, group_lasso: float, exclusive_lasso: float, l1: float, prox_mode: str
     ) -> Hyperparameters:
-        """Of a step that is the prox alone; the coefficients contain the step size already, so lr is 1."""
+        """For a step that is the prox alone. The coefficients contain the step size already, so lr is 1."""
         return cls(1.0, float(group_lasso), float(exclusive_lasso), float(l1), prox_mode)
 
     @property
@@ -93,28 +97,32 @@ class Hyperparameters(NamedTuple):
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Of SCALARS, where kernels read them: 0 for those that are numbers here."""
+        """Where kernels read each of SCALARS; 0 for those that are numbers here."""
         return tuple(x.address if isinstance(x, At) else 0 for x in self[: len(SCALARS)])
 
     @property
     def on_device(self) -> bool:
-        """Whether some are numbers on the device alone, so that only a kernel can form the thresholds."""
+        """Whether the device alone knows some of SCALARS, so that only a kernel can form thresholds."""
         return At in map(type, self)
 
     def thresholds(self) -> Thresholds:
-        """reference.form_thresholds of numbers that the host knows."""
+        """lr times each coefficient, of numbers that the host knows; see reference.form_thresholds."""
         scalars: tuple[Any, ...] = self[: len(SCALARS)]
         return form_thresholds(*(x if isinstance(x, Tensor) else float(x) for x in scalars))
 
 
-OWN = Hyperparameters._fields[: Hyperparameters._fields.index("rule")]  # of any rule
+OWN = Hyperparameters._fields[: Hyperparameters._fields.index("rule")]  # the keys that every rule has
 
 
+# Options that hold several values, such as betas.
 SEVERAL = {key for rule in RULES.values() for key, x in rule.options.items() if isinstance(x, tuple)}
 
 
 class Reader:
-    """Reads a rule's hyperparameters out of param groups; cheap enough for each step."""
+    """Reads a rule's hyperparameters out of param groups, cheaply enough for each step.
+
+    `values_of(group)` gives the values of `keys` as they are.
+    """
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -123,29 +131,32 @@ class Reader:
         self._several = [i for i, key in enumerate(self.keys) if key in SEVERAL]
 
     def are_lasting(self, values: tuple[Any, ...]) -> bool:
-        """Whether what holds several values, such as betas, cannot change in place: a tuple of numbers."""
+        """Whether each option with several values is a tuple of numbers, which cannot change in place."""
         several = [values[i] for i in self._several]
         return all(type(x) is tuple and not any(isinstance(y, Tensor) for y in x) for x in several)
 
     def numbers_of(self, group: Mapping[str, Any], device: torch.device | None = None) -> tuple[Any, ...]:
-        """values_of; tensors as ``number`` has them, the first of SCALARS' by kernels on ``device``."""
+        """The values of `keys` with tensors replaced as `number` does.
+
+        `device` is where kernels read SCALARS; other options always become numbers.
+        """
         return tuple(number(key, group[key], device if key in SCALARS else None) for key in self.keys)
 
     def read(self, group: Mapping[str, Any], device: torch.device | None = None) -> Hyperparameters:
-        """The Hyperparameters of a param group, as numbers_of has them."""
+        """The Hyperparameters of a param group, with tensors replaced as in `numbers_of`."""
         return Hyperparameters.of_values(self.rule, self.numbers_of(group, device))
 
 
 def can_be_read(x: Tensor, device: torch.device | None) -> bool:
-    """Whether kernels on ``device`` can read it as At."""
+    """Whether kernels on `device` can read the tensor through its address: one float32 there."""
     return x.device == device and x.dtype == torch.float32 and x.numel() == 1
 
 
 def number(name: str, value: Any, device: torch.device | None) -> Any:
-    """A hyperparameter without its tensor: its number, or At where kernels on ``device`` read it.
+    """The value of a hyperparameter without a tensor: a number, or At where kernels on `device` read it.
 
-    The number of a float32 tensor is one of NumPy's, with which the reference computes as torch.optim does
-    with the tensor: AdamW forms its step size in float32 then.
+    The number in a float32 tensor is returned as NumPy's float32. With it the reference computes what
+    torch.optim does with the tensor: AdamW then forms its step size in float32.
     """
     if isinstance(value, (list, tuple)) and name in SEVERAL:
         return tuple(number(name, x, None) for x in value)

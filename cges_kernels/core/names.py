@@ -1,4 +1,7 @@
-"""State of an optimizer by the names of its parameters, where a file and the optimizer have them."""
+"""Optimizer state that follows the names of parameters, where both a file and the optimizer have names.
+
+`load_state_dict` in proximal.py uses it.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,27 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-# The names that DDP, torch.compile, FSDP and activation checkpointing have for what they wrap.
+# The attributes under which DDP, torch.compile, FSDP and activation checkpointing keep the module they wrap.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """The state_dict with its parameters in the optimizer's order, group by group, where both have names."""
+    """The state_dict with its parameters in the optimizer's order, group by group, where both have names.
+
+    Returns None where the number of param groups differs: torch then raises the error. A param group without
+    names, or with a wrong number of them, stays as it is.
+
+    Raises:
+        ValueError: names that are not those of the optimizer's parameters.
+    """
     groups = list(state_dict["param_groups"])
     if len(groups) != len(optimizer.param_groups):
-        return None  # torch refuses it
+        return None
     for i, (ours, saved) in enumerate(zip(optimizer.param_groups, groups)):
         expected, got = (_plain_names(group.get("param_names") or ()) for group in (ours, saved))
         if not expected or len(expected) != len(got) or len(got) != len(saved["params"]):
-            continue  # no names, or torch refuses it
-        if str in map(type, saved["params"]):  # torch.distributed.checkpoint has put it in our order
+            continue
+        if str in map(type, saved["params"]):  # torch.distributed.checkpoint has already put it in our order
             groups[i] = {**saved, "param_names": ours["param_names"]}
             continue
         if expected == got:
@@ -37,6 +47,6 @@ def by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] 
 
 
 def _plain_names(names: Sequence[str]) -> list[str]:
-    """Parameters' names without what wrappers of modules put into them, unless two would become one."""
+    """Parameters' names without the parts that wrappers add; unchanged where two would become the same."""
     plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
     return plain if len(set(plain)) == len(plain) else list(names)

@@ -1,4 +1,7 @@
-"""Numbers as hyperparameters are: of Python or NumPy, or a tensor of one element."""
+"""Checks of hyperparameters that are numbers: of Python or NumPy, or a tensor of one element.
+
+Used by core/checks.py and by the update rules' own checks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 
 def scalar(name: str, value: Any) -> Any:
-    """A tensor hyperparameter as a number; anything else as it is."""
+    """The number in a tensor hyperparameter; anything else unchanged."""
     if not isinstance(value, Tensor):
         return value
     if value.numel() != 1:
@@ -22,21 +25,21 @@ def scalar(name: str, value: Any) -> Any:
 
 
 def check_number(name: str, value: Any) -> None:
-    """TypeError unless it is a number, of Python or NumPy, or a tensor; text that spells one is none."""
+    """Raise a TypeError unless it is a number of Python or NumPy, or a tensor; text is refused."""
     if not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """ValueError below 0, and of NaN, in torch.optim's words."""
+    """Raise a ValueError below 0 and for NaN, in torch.optim's words."""
     if not value >= 0:
         raise ValueError(f"Invalid {name}: {value} (expected a number >= 0)")
 
 
 def check_coefficient(name: str, value: Any) -> None:
-    """A finite number >= 0, or a tensor of one."""
+    """Raise a TypeError or ValueError unless it is a finite number >= 0, or a float tensor of one."""
     if type(value) is float and 0 <= value < math.inf:
-        return  # nearly always, and quickly, as schedules change many
+        return  # the usual case comes first, because schedules change coefficients in every step
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:

@@ -1,21 +1,23 @@
-"""The proximal SGD step in plain PyTorch: the definition of right for every executor.
+"""The proximal step in plain PyTorch: the definition of right for every executor.
 
 The objective gains, per regularised tensor and over groups g of its entries,
 
     Omega(W) = sum_g  alpha*||w_g||_2 + (beta/2)*||w_g||_1^2 + gamma*||w_g||_1
 
-(group lasso, exclusive lasso, l1; CGES, Yoon and Hwang 2017, is alpha = lambda*(1-mu), beta = lambda*mu).
-One step is z = update(w), SGD's or AdamW's (updates.py), then with a = lr*alpha, b = lr*beta, c = lr*gamma
-every variant ends in
+(group lasso, exclusive lasso and l1: thesis Eq. 3, 4 and 2; CGES, Eq. 5, is alpha = lambda*(1-mu), beta =
+lambda*mu). One step is z = update(w), SGD's or AdamW's (updates.py). Then, with a = lr*alpha, b = lr*beta, c
+= lr*gamma, every variant ends in
 
     w = s_g * soft(z, t_g)        soft(z, t) = sign(z) * max(|z| - t, 0)
 
-so it is: per-group statistics -> two numbers (s, t) per group -> one elementwise apply. The other executors
-(csrc/common/shrinkage.h, backends/triton/kernels.py) have the same functions by the same names:
-form_thresholds, group_stats, solve_shrinkage, apply_shrinkage. They compute the same, and by the
-same formulas but for exact mode's t: there only the equation and its root are the same. From the left of the
-root the others take Halley's steps where this file takes Newton's, so the number of sweeps differs. Without
-group lasso this file and the CPU's executor sort small groups (shrink_sorted), where the others search.
+so a step is: per-group statistics -> two numbers (s, t) per group -> one elementwise apply. The other
+executors (csrc/common/shrinkage.h, backends/triton/kernels.py) have the same functions under the same names:
+form_thresholds, group_stats, solve_shrinkage, apply_shrinkage.
+
+They use the same formulas as well, except for exact mode's t, where only the equation and its root are the
+same. From the left of the root they take Halley's steps where this file takes Newton's, so the number of
+sweeps differs. Without group lasso this file and the CPU executor sort small groups (shrink_sorted), where
+the others search.
 
 Everything here is differentiable. Maximum and sign are written so that NaN survives and zeros are +0.0.
 """
@@ -35,11 +37,11 @@ from .tensors import holds_values, is_followed
 from .updates import Scalar, sgd_update
 
 MAX_SWEEPS = 24  # of exact mode's search; 13 were enough for the hardest groups seen
-SORTED = 16  # elements of groups, at most, that exact mode sorts instead where there is no group lasso
+SORTED = 16  # without group lasso, exact mode sorts groups of at most so many elements instead of searching
 
 
 class Thresholds(NamedTuple):
-    """Step size times coefficient; see form_thresholds."""
+    """Step size times coefficient, as `form_thresholds` makes them."""
 
     a: Scalar
     b: Scalar
@@ -52,7 +54,7 @@ def form_thresholds(lr: Scalar, group_lasso: Scalar, exclusive_lasso: Scalar, l1
 
 
 class GroupStats(NamedTuple):
-    """Sums over one group of u = soft(z, t): how many are left (exact mode), their l1 and their l2 norm."""
+    """Sums over one group of u = soft(z, t): how many are not 0 (for exact mode), the l1 and the l2 norm."""
 
     alive: Tensor | None
     l1: Tensor
@@ -70,21 +72,21 @@ def soft_magnitude(z: Tensor, t: Scalar) -> Tensor:
 
 
 def group_stats(z: Tensor, t: Scalar, dims: tuple[int, ...], with_count: bool = False) -> GroupStats:
-    """l1 and l2 norm and, where asked for, the count of soft(z, t) over ``dims``, kept as size-1 dims."""
+    """The l1 and l2 norm of soft(z, t) over `dims`, kept as dims of size 1, and with_count the nonzeros."""
     u = soft_magnitude(z, t)
     if not dims:
         return GroupStats(u.sign(), u, u)
     alive = u.sign().sum(dims, keepdim=True) if with_count else None
     l1 = u.sum(dims, keepdim=True)
     if u.requires_grad or not holds_values(u):
-        l2 = torch.linalg.vector_norm(u, dim=dims, keepdim=True)  # its gradient at 0 is 0
+        l2 = torch.linalg.vector_norm(u, dim=dims, keepdim=True)  # its gradient at 0 is 0; sqrt's is not
     else:
         l2 = u.square_().sum(dims, keepdim=True).sqrt()  # ten times faster than vector_norm across rows
     return GroupStats(alive, l1, l2)
 
 
 def group_scale(l2: Tensor, a: Scalar) -> Tensor:
-    """s = max(1 - a/||u||_2, 0): group soft-thresholding as a factor; 1 where a = 0, whatever the norm."""
+    """s = max(1 - a/||u||_2, 0), the factor of group soft-thresholding; 1 where a = 0, whatever the norm."""
     if a == 0:
         return torch.ones_like(l2)
     dead = l2 <= a
@@ -94,10 +96,10 @@ def group_scale(l2: Tensor, a: Scalar) -> Tensor:
 def solve_shrinkage(
     z: Tensor, dims: tuple[int, ...], thresholds: Thresholds, prox_mode: str = "sequential"
 ) -> tuple[Tensor, Tensor]:
-    """The two numbers (s, t) per group, shaped like ``z`` with ``dims`` of size 1.
+    """The two numbers `(s, t)` per group, shaped like `z` with `dims` of size 1.
 
-    sequential (thesis, Eq. 7 then Eq. 8): s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c).
-    exact (the true proximal operator):    t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
+    sequential (thesis, Eq. 7, then Eq. 8): s = max(1 - a/||u||_2, 0), t = c + b*||u||_1, u = soft(z, c).
+    exact (the true proximal operator): t = c + b * s(t) * ||soft(z, t)||_1, solved for t.
     """
     if all(z.shape[d] == 1 for d in dims):
         return shrink_one(z, thresholds, prox_mode)
@@ -110,7 +112,7 @@ def solve_shrinkage(
 
 
 def shrink_one(z: Tensor, thresholds: Thresholds, prox_mode: str) -> tuple[Tensor, Tensor]:
-    """(s, t) of groups of one entry each, whose norms are both |u|: nothing to search for.
+    """`(s, t)` of groups of one entry each, in closed form, since both norms are |u|.
 
     With s > 0 exact mode's equation is t = c + b*(|z| - t - a), so t = c + b/(1 + b) * (|u| - a).
     """
@@ -127,9 +129,11 @@ def shrink_one(z: Tensor, thresholds: Thresholds, prox_mode: str) -> tuple[Tenso
 
 
 def shrink_sorted(z: Tensor, dims: tuple[int, ...], thresholds: Thresholds) -> tuple[Tensor, Tensor]:
-    """(s, t) of exact mode without group lasso, where t = c + b*sum(max(|z| - t, 0)) is linear between
-    neighbouring |z|. The k largest alone, whose sum of |z| - c is h_k, have the root c + b*h_k/(1 + b*k); the
-    largest of these and c is t.
+    """`(s, t)` of exact mode without group lasso, by sorting each group.
+
+    There t = c + b*sum(max(|z| - t, 0)) is linear in t between neighbouring |z|. If only the k largest
+    entries counted, whose |z| - c sum to h_k, the root would be c + b*h_k/(1 + b*k). The largest of these and
+    c is t.
     """
     _, b, c = thresholds
     kept = [d for d in range(z.dim()) if d not in dims]
@@ -144,16 +148,16 @@ def shrink_sorted(z: Tensor, dims: tuple[int, ...], thresholds: Thresholds) -> t
 
 
 def sequential_shrinkage(stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor]:
-    """(s, t) of sequential mode from the sums of soft(z, c); exact mode's too where b = 0."""
+    """`(s, t)` of sequential mode from the sums of soft(z, c); of exact mode too where b = 0."""
     a, b, c = thresholds
     return group_scale(stats.l2, a), c + b * stats.l1 if b != 0 else torch.zeros_like(stats.l1) + c
 
 
 def _newton(t: Tensor, stats: GroupStats, thresholds: Thresholds) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, excess, next t) at t, where excess = t - c - b*s*||u||_1 rises through the root.
+    """`(s, excess, next t)` at t, where excess = t - c - b*s*||u||_1 rises through the root.
 
-    The slope of b*s*||u||_1 is -b*(k*s + a*l1^2/l2^3), and 0 where the group is dead (l2 <= a). ``stats``
-    are with k, the count.
+    The slope of -b*s*||u||_1 is b*(k*s + a*l1^2/l2^3), where k is the count, and 0 where the group is dead
+    (l2 <= a). `stats` must hold the count.
     """
     assert stats.alive is not None
     a, b, c = thresholds
@@ -175,9 +179,9 @@ class Search(NamedTuple):
 
 
 def start_search(stats: GroupStats, thresholds: Thresholds) -> Search:
-    """The search at t = c, where ``stats`` are.
+    """The search at t = c, the threshold of which `stats` are the sums.
 
-    The root lies between that and the sequential t; it may be that t itself, to rounding.
+    The root lies between c and the sequential t, or is that t to rounding, so the bracket ends just above it.
     """
     s, high = sequential_shrinkage(stats, thresholds)
     high = high * (1 + 4 * torch.finfo(high.dtype).eps)
@@ -186,12 +190,12 @@ def start_search(stats: GroupStats, thresholds: Thresholds) -> Search:
 
 
 def sweep(search: Search, stats: GroupStats, thresholds: Thresholds) -> Search:
-    """One Newton step from the sums at search.t, or a bisection where that leaves the shrinking bracket."""
+    """One Newton step from the sums at search.t, or a bisection where it would leave the bracket."""
     s, t, low, high, done = search
     tolerance = 4 * torch.finfo(t.dtype).eps
     s_here, excess, step = _newton(t, stats, thresholds)
     low, high = torch.where(excess < 0, t, low), torch.where(excess > 0, t, high)
-    converged = ~((step - t).abs() > tolerance * step.abs())  # NaN counts as converged, and stays
+    converged = ~((step - t).abs() > tolerance * step.abs())  # NaN counts as converged and stays NaN
     outside = ~converged & ((step <= low) | (step >= high))
     step = torch.where(outside, low + (high - low) / 2, step)
     converged = ~((step - t).abs() > tolerance * step.abs())
@@ -201,7 +205,7 @@ def sweep(search: Search, stats: GroupStats, thresholds: Thresholds) -> Search:
 def _solve_exact(
     z: Tensor, dims: tuple[int, ...], thresholds: Thresholds, stats: GroupStats
 ) -> tuple[Tensor, Tensor]:
-    """Newton on the rising function t - c - b*s(t)*||u(t)||_1 from t = c, kept inside a shrinking bracket."""
+    """`(s, t)` of exact mode: sweeps from t = c until all groups are done, MAX_SWEEPS at most."""
     can_ask = holds_values(z) and not torch.compiler.is_compiling()
     with torch.no_grad():
         search = start_search(stats, thresholds)
@@ -212,7 +216,9 @@ def _solve_exact(
             stats = group_stats(z, search.t, dims, with_count=True)
     s, t = search.s, search.t
     followed = z.requires_grad or any(map(is_followed, (z, *thresholds)))
-    if torch.is_grad_enabled() and followed:  # one more step carries the implicit derivative
+    # At the root one more Newton step leaves t as it is, and gives autograd the derivative of t as the
+    # solution of its equation.
+    if torch.is_grad_enabled() and followed:
         t = _newton(t, group_stats(z, t, dims, with_count=True), thresholds)[2]
         s = group_scale(group_stats(z, t, dims).l2, thresholds.a)
     return s, t
@@ -230,10 +236,10 @@ def shrink(
     view: Sequence[int] | None = None,
     prox_mode: str = "sequential",
 ) -> Tensor:
-    """The proximal map of Omega at ``z`` (any float dtype; computed in at least float32, result like z).
+    """The proximal map of Omega at `z`, which may have any float dtype; the result has it too.
 
-    Named specs apply a and b to tensors of two or more dims only; c applies to all. With all
-    thresholds 0 the result is ``z`` itself, bit for bit.
+    It is computed in at least float32. Named specs apply a and b to tensors of two or more dims only; c
+    applies to all. With all thresholds 0 the result is `z` itself, bit for bit.
     """
     v = viewed(z, view)
     grouped = has_groups(v.dim(), group_by)
@@ -255,7 +261,7 @@ def shrink(
 def frozen_mask(
     w: Tensor, freeze_zeros: str | None, group_by: GroupSpec = "feature", view: Sequence[int] | None = None
 ) -> Tensor | None:
-    """Where ``w`` must stay zero: its zeros ("element") or all-zero groups ("group"); None if nowhere."""
+    """Where `w` must stay zero: its zeros ("element"), its all-zero groups ("group"), or None: nowhere."""
     if freeze_zeros == "element":
         return w == 0
     v = viewed(w, view)
@@ -267,7 +273,7 @@ def frozen_mask(
 
 
 def frozen_update(frozen: Tensor | None, *updated: Tensor | None) -> tuple[Any, ...]:
-    """What an update gives, z and states, with zeros where the mask ``frozen`` (None: nowhere) is set."""
+    """The results of an update, z and states, set to zero where the mask `frozen` is True (None: nowhere)."""
     if frozen is None:
         return updated
     return tuple(None if x is None else torch.where(frozen, 0.0, x) for x in updated)
@@ -285,9 +291,9 @@ def proximal_step(
     prox_mode: str = "sequential",
     freeze_zeros: str | None = None,
 ) -> tuple[Any, ...]:
-    """One step for one tensor, given its thresholds: (new w, new states ...), nothing in place.
+    """One step of one tensor, given its thresholds: `(new w, new states ...)`. Nothing changes in place.
 
-    ``update`` is one of updates.py's that has been told its options.
+    `update` is a function of updates.py with its options already bound.
     """
     frozen = frozen_mask(w, freeze_zeros, group_by, view)
     z, *states = frozen_update(frozen, *update(w, grad, *states))
@@ -310,10 +316,10 @@ def step(
     update: Callable[..., tuple[Any, ...]] = sgd_update,
     **options: Any,
 ) -> tuple[Any, ...]:
-    """(new w, new states ...) of one step; thresholds are lr * coefficient, ``options`` are the update's.
+    """`(new w, new states ...)` of one step with thresholds lr * coefficient; `options` are the update's.
 
-    ``accumulate`` computes everything in that dtype and returns it (float64 is the truth that executors
-    are tested against); None takes the update in w's own dtype, exactly as torch.optim does.
+    With `accumulate` everything is computed and returned in that dtype; in float64 it is the truth that
+    executors are tested against. None runs the update in w's own dtype, exactly as torch.optim does.
     """
     if accumulate is not None:
         w, grad = w.to(accumulate), grad.to(accumulate)
@@ -342,7 +348,7 @@ def omega(
     group_by: GroupSpec = "feature",
     view: Sequence[int] | None = None,
 ) -> Tensor:
-    """Omega(w), 0-d, differentiable; the group terms where the spec makes groups."""
+    """Omega(w), a differentiable tensor without dims; group terms count where the spec makes groups."""
     x = viewed(w, view).to(compute_dtype(w.dtype))
     total = l1 * x.abs().sum() if l1 != 0 else x.new_zeros(())
     dims = reduced_dims(x.dim(), group_by)

@@ -1,8 +1,8 @@
-"""The update rules as the rest of the package knows them: their options, their states, their update.
+"""The update rules as the rest of the package knows them: their options, states, checks and update functions.
 
-A rule makes z of weights and gradients; the prox, which knows none, goes on with z. What a rule is stands
-here for Python, in csrc/common/sgd.h and adamw.h for C++, and in backends/triton/updates.py for Triton's
-kernels; docs/design/a-step.md says how another one is added.
+A rule computes z from weights, gradients and states; the prox takes z and knows no rule. For C++ the rules
+are defined in csrc/common/sgd.h and adamw.h, for Triton's kernels in backends/triton/updates.py.
+docs/design/a-step.md says how to add one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from torch import Tensor
 from .numbers import check_not_negative, check_number, scalar
 from .updates import adamw_update, sgd_update
 
-STEP = "step"  # what torch.optim calls the count of a parameter's steps among its states
+STEP = "step"  # the key under which torch.optim keeps the count of a parameter's steps
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
     """An update rule.
 
-    ``options`` are the keys that it has in a param group beside lr, with what stands for "nothing asked for".
-    ``states`` names what the executors keep of a parameter, tensors like it; ``states_with(options)`` says
-    what there is with these options, none or more perhaps. A rule that ``counts`` keeps the number of a
-    parameter's steps as well, a tensor of one element, and its update takes that as ``step``.
+    Attributes:
+        name: by which C++ and Triton find theirs.
+        options: the rule's keys in a param group beside lr, each with the value that has no effect.
+        states: the names of the states that fused executors keep for a parameter, tensors like it.
+        states_with: the names of the states that the rule keeps with given options, possibly none.
+        update: the function of updates.py.
+        check: raises an error for bad options of a param group, in torch.optim's words.
+        counts: whether the rule also keeps the number of a parameter's steps, a tensor of one element, which
+            its update takes as `step`.
+        untold: options that say how a step is run, and are not passed to `update`.
+        reference_only: options that only the reference executor has.
     """
 
     name: str
@@ -35,21 +42,22 @@ class Rule:
     states: tuple[str, ...]
     states_with: Callable[[Mapping[str, Any]], tuple[str, ...]]
     update: Callable[..., tuple[Any, ...]]
-    check: Callable[[Mapping[str, Any]], None]  # options in a param group; the wording is torch.optim's
+    check: Callable[[Mapping[str, Any]], None]
     counts: bool = False
-    untold: frozenset[str] = field(default_factory=frozenset)  # options that say how, not what: not update's
-    reference_only: tuple[str, ...] = ()  # options that the fused executors do not have
+    untold: frozenset[str] = field(default_factory=frozenset)
+    reference_only: tuple[str, ...] = ()
 
     def keeps_state(self, options: Mapping[str, Any]) -> bool:
-        """Whether it has a state to keep with these options: SGD has none without momentum."""
+        """Whether the rule keeps any state with these options: SGD keeps none without momentum."""
         return bool(self.states_with(options))
 
     def told(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What its update takes of these options."""
+        """Those of the options that are passed to `update`."""
         return {key: options[key] for key in self.options if key not in self.untold}
 
 
 def _check_sgd(group: Mapping[str, Any]) -> None:
+    """Raise an error for bad options of SGD, in torch.optim's words."""
     for name in ("momentum", "dampening", "weight_decay"):
         check_number(name, group[name])
     check_not_negative("momentum value", scalar("momentum", group["momentum"]))
@@ -64,6 +72,7 @@ def _check_sgd(group: Mapping[str, Any]) -> None:
 
 
 def _check_adamw(group: Mapping[str, Any]) -> None:
+    """Raise an error for bad options of AdamW, in torch.optim's words."""
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas: expected two numbers, got {betas!r}")

@@ -1,9 +1,9 @@
 """The update rules in plain PyTorch: what torch.optim.SGD and torch.optim.AdamW do to one tensor.
 
-Each is a function of the weights, the gradient and the states that the rule keeps (None: not begun), and
-gives z, which the prox goes on with, and the new states. It takes torch's operations in torch's order, so
-that its bits are those of torch's for-loop (foreach=False), changes nothing in place, and is differentiable.
-rules.py says what is around them.
+Each is a function of the weights, the gradient and the rule's states (None: not begun). It returns z, which
+the prox takes next, and the new states. It runs torch's operations in torch's order, so that its bits are
+those of torch's for-loop (`foreach=False`). It changes nothing in place and is differentiable. rules.py adds
+each rule's options, states and checks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Scalar: TypeAlias = float | Tensor  # a tensor where autograd is to go through a hyperparameter
+Scalar: TypeAlias = float | Tensor  # a tensor where autograd follows a hyperparameter
 
 
 def sgd_update(
@@ -28,7 +28,7 @@ def sgd_update(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(z, new momentum buffer) of torch.optim.SGD."""
+    """`(z, new momentum buffer)` of torch.optim.SGD."""
     if maximize:
         grad = -grad
     if weight_decay != 0:
@@ -57,10 +57,11 @@ def adamw_update(
     maximize: bool = False,
     decoupled_weight_decay: bool = True,
 ) -> tuple[Tensor, ...]:
-    """(z, new exp_avg, new exp_avg_sq, with amsgrad new max_exp_avg_sq) of torch.optim.AdamW, or Adam.
+    """`(z, new exp_avg, new exp_avg_sq)` of torch.optim.AdamW or Adam; with amsgrad also the new
+    max_exp_avg_sq.
 
-    ``step`` counts the tensor's steps, this one included. As a tensor it brings the formula that torch has
-    for capturable=True and differentiable=True, whose bits are others.
+    `step` counts the tensor's steps, this one included. A tensor as `step` selects the formula that torch
+    uses for `capturable=True` and `differentiable=True`, which rounds differently.
     """
     beta1, beta2 = betas
     if exp_avg is None or exp_avg_sq is None:

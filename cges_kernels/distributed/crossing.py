@@ -1,7 +1,8 @@
-"""Tensors whose groups lie on several ranks: only the groups' sums travel, all of a model packed together.
+"""Tensors whose groups lie on several ranks: only the groups' sums travel, those of a whole model together.
 
-A step goes from local sums over the packed all_reduce to (s, t) per group, the same on all ranks that share
-the group, and to the local weights. The formulas are the reference's.
+A step goes from local sums over a packed all_reduce to (s, t) per group, the same on all ranks that share the
+group, and then to the local weights. The formulas are the reference's. ShardedPlan (sharded.py) makes a
+CrossingTensor per tensor and step.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ from ..core.reference import GroupStats, Search, compute_dtype
 from ..core.rules import STEP
 from .meshes import Pack
 
-MAX_ROUNDS = 16  # of sums in exact mode, and of all_reduces: the hardest groups seen took 13
+MAX_ROUNDS = 16  # of sums and all_reduces in exact mode; the hardest groups seen took 13
 
 
 class CrossingTensor:
     """One step of this rank's part of a tensor some of whose groups go on on other ranks.
 
-    It is sums and receive in as many rounds as agree_on_groups takes, then write. z is computed anew in each:
-    kept from one to the next it would cost the memory of the weights again, twice that for 16-bit ones. What
-    is kept are numbers per group, shaped like the local view with the reduced dims of size 1.
+    The calls are `sums` and `receive`, in as many rounds as agree_on_groups takes, and then `write`. z is
+    computed anew in each round: kept from one to the next it would cost the memory of the weights again,
+    twice that for 16-bit ones. Only numbers per group are kept, shaped like the local view with the reduced
+    dims of size 1.
 
     Args:
         local: this rank's part of the weights, of any size, 0 too.
-        view: the local shape that ``reduced`` refers to, or None.
+        view: the local shape that `reduced` refers to, or None.
         reduced: the dims that groups run over.
-        axes: the pack's process groups that groups cross.
-        copies: those over which the tensor is replicated.
+        axes: the pack's process groups that the tensor's groups cross.
+        copies: the pack's process groups over which the tensor is replicated.
         hyperparameters: those of its param group, all numbers.
-        grad: the local gradient; where it is None this part stays as it is, and counts in its groups' norms.
+        grad: the local gradient. Where it is None this part stays as it is, and counts in its groups' norms.
         states: the rule's local states, () before the first step.
-        count: of the tensor's steps, this one included, where the rule counts.
+        count: the number of the tensor's steps, this one included, where the rule counts.
         grad_scale: what gradients are divided by (0-d), or None.
     """
 
@@ -62,35 +64,35 @@ class CrossingTensor:
         self.local, self.axes, self.copies, self.dtype = local, axes, copies, compute_dtype(local.dtype)
         self._view, self._reduced = view, reduced
         shape = local.shape if view is None else view
-        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # of what is kept
+        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # of the numbers per group
         self._grad, self._states, self._grad_scale = grad, tuple(states), grad_scale
         rule, counted = hyperparameters.rule, {} if count is None else {STEP: count}
         told = rule.told(hyperparameters.chosen)
         self._rule_update = partial(rule.update, lr=hyperparameters.lr, **told, **counted)
         self._thresholds = hyperparameters.thresholds()
         self._freeze = hyperparameters.freeze_zeros
-        self.searches = bool(hyperparameters.exact and self._thresholds.b != 0)  # in rounds, that is
+        self.searches = bool(hyperparameters.exact and self._thresholds.b != 0)  # which takes several rounds
         self._search: Search | None = None
         self._dead: Tensor | None = None
         self._s = self._t = torch.empty(0)
 
     @property
     def unfinished(self) -> Tensor:
-        """0-d bool: whether some group here wants another round."""
-        assert self._search is not None  # the first round began it
+        """Whether some group here needs another round: a bool tensor without dims."""
+        assert self._search is not None  # the first round has begun it
         return ~self._search.done.all()
 
     @property
     def _num_rows(self) -> int:
-        """How many sums per group travel in this round: the norms, the count, whether any weight is left."""
+        """How many sums per group travel in this round: two norms, the count, whether any weight is left."""
         return 2 + self.searches + (self._search is None and self._freeze == "group")
 
     def no_sums(self) -> Tensor:
-        """What travels in place of ``sums`` from a rank whose groups are all finished."""
+        """Zeros that travel in place of `sums` from a rank whose groups are all finished."""
         return torch.zeros(self._num_rows * prod(self._shape), dtype=self.dtype, device=self.local.device)
 
     def sums(self) -> Tensor:
-        """1-d: what this rank adds to every group's sums in this round."""
+        """What this rank adds to every group's sums in this round, as a flat tensor."""
         z, *_ = self._update()
         t = self._thresholds.c if self._search is None else self._search.t
         alive, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
@@ -100,11 +102,11 @@ class CrossingTensor:
         return torch.stack(rows).flatten()
 
     def receive(self, totals: Tensor) -> None:
-        """Take the sums over all ranks, packed as ``sums`` packs them."""
+        """Take the sums over all ranks, in the order of `sums`."""
         rows = list(totals.to(self.local.device, self.dtype).view(self._num_rows, *self._shape))
         if self._search is None and self._freeze == "group":
             self._dead = rows.pop() == 0
-            rows = [torch.where(self._dead, 0.0, row) for row in rows]  # as z is, now that this is known
+            rows = [torch.where(self._dead, 0.0, row) for row in rows]  # z is 0 where a group is frozen
         stats = GroupStats(rows[2] if self.searches else None, rows[0], rows[1].sqrt())
         if not self.searches:
             self._s, self._t = reference.sequential_shrinkage(stats, self._thresholds)
@@ -114,7 +116,7 @@ class CrossingTensor:
         self._s, self._t = self._search.s, self._search.t
 
     def write(self) -> tuple[Tensor, ...]:
-        """Write the local weights and states; returns these, made in the first step."""
+        """Write the local weights and states; returns the states, which the first step makes."""
         if self._grad is None:
             return ()
         z, *states = self._update()
@@ -141,14 +143,17 @@ class CrossingTensor:
 
 
 def agree_on_groups(pack: Pack, tensors: Sequence[CrossingTensor], found_inf: Tensor | None = None) -> Tensor:
-    """All sums of one pack, agreed on; nothing is written. Returns ``found_inf`` (0-d), agreed on too.
+    """Let all ranks of a pack agree on all sums of its tensors; nothing is written.
 
     Every rank of the pack must call it with the same tensors in the same order. It takes one all_reduce per
-    process group (a second where one tensor is replicated and another summed over it; see _all_reduce), and
-    where some tensor is in exact mode one in each round, at most MAX_ROUNDS: as many as the slowest group
-    takes, and one to learn that it was the last. What ends the rounds are flags that travel with the sums,
+    process group (a second where one tensor is replicated and another summed over it; see _all_reduce). Where
+    some tensor is in exact mode it takes one in each round, at most MAX_ROUNDS: as many as the slowest group
+    takes, and one to learn that it was the last. Flags that travel with the sums end the rounds. They travel
     over every process group that is used, so that no two ranks that could wait for each other hold different
-    ones.
+    flags.
+
+    Returns:
+        `found_inf` (0-d) as the ranks have agreed on it.
     """
     axes = tuple(sorted(set(chain(*(x.axes + x.copies for x in tensors)))))
     flags = torch.zeros(1) if found_inf is None else found_inf.ne(0).reshape(1)
@@ -177,11 +182,12 @@ def _all_reduce(
     parts: Sequence[Tensor],
     flags: Tensor,
 ) -> list[Tensor]:
-    """Each tensor's part summed over the axes that it crosses, and the flags over all ``axes``.
+    """Each tensor's part summed over the axes that it crosses, and the flags summed over all `axes`.
 
-    Replicas are no sum, but another process group may have added in another order: they take the first one's,
-    so that they stay equal to the bit. To this end the others add nothing to it, after all that the tensor
-    is summed over; a second time around where that is not done yet.
+    Over the process groups of replicas nothing is summed. But sums may have been added in another order
+    elsewhere, so all replicas take those of the first one, to stay equal to the bit: an all_reduce runs over
+    them in which the others add zeros. It must come after all axes that the tensor is summed over. Where an
+    axis is too early for that, it is taken in a second turn over the axes.
     """
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     home = tensors[0].local.device
@@ -198,7 +204,7 @@ def _all_reduce(
                 for i in copied:
                     pieces[i] = torch.zeros_like(pieces[i])
             packed = torch.cat([pieces[i] for i in travelling])
-            if home.type != pack.device_type:  # weights that are kept on the CPU between steps
+            if home.type != pack.device_type:  # weights that are offloaded to the CPU between steps
                 packed = packed.to(pack.device_type)
             dist.all_reduce(packed, group=group)
             split = packed.to(home).split([pieces[i].numel() for i in travelling])

@@ -1,4 +1,7 @@
-"""Which process groups the tensors of a model's meshes can share for their sums, and in which order."""
+"""Which process groups the tensors of a model's meshes can share for their sums, and in which order.
+
+ShardedPlan (sharded.py) lets its tensors join packs; crossing.py makes one set of collectives per pack.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class Digit(NamedTuple):
-    """How the process groups of a mesh dim part a list of ranks: ``size`` of them each, ``stride`` apart."""
+    """How the process groups of a mesh dim divide a list of ranks: `size` ranks each, `stride` apart."""
 
     stride: int
     size: int
 
     def fits(self, other: Digit) -> bool:
-        """Whether both are the same, or digits apart in the ranks' positions."""
+        """Whether the two are equal, or are different digits of a rank's position in the list."""
         low, high = sorted((self, other))
         return low == high or high.stride % (low.stride * low.size) == 0
 
@@ -27,9 +30,10 @@ class Pack:
     """Process groups over which tensors may travel together, in an order that is the same on all ranks.
 
     No rank can tell from its own process groups which ones others share: two of its mesh dims may be one
-    group here and two elsewhere. So mesh dims are compared by how they part their root mesh's ranks, which is
-    the same on all of these. A pack's are digits of a rank's position there, so that what passes over each
-    group once, in any order, has reached every rank that some chain of these groups leads to.
+    group here and two elsewhere. So mesh dims are compared by how they divide the ranks of their root mesh,
+    which is the same on all of these ranks. The mesh dims in a pack are digits of a rank's position there.
+    Therefore what passes over each group once, in any order, has reached every rank that some chain of these
+    groups leads to.
     """
 
     def __init__(self, ranks: Hashable, device_type: str) -> None:
@@ -38,10 +42,11 @@ class Pack:
         self._digits: list[Digit] = []
 
     def takes(self, ranks: Hashable, digits: Sequence[Digit]) -> bool:
+        """Whether a tensor whose mesh dims divide `ranks` by these digits fits into the pack."""
         return ranks == self.ranks and all(new.fits(digit) for new in digits for digit in self._digits)
 
     def axis(self, digit: Digit, mesh: DeviceMesh, m: int) -> int:
-        """Which of ``groups`` dim ``m`` of the mesh is; it joins them where it is none yet."""
+        """The index in `groups` of the process group of mesh dim `m`, which is added where it is missing."""
         if digit not in self._digits:
             self._digits.append(digit)
             self.groups.append(mesh.get_group(m))
@@ -51,13 +56,13 @@ class Pack:
 class Packs:
     """All packs of a model: one where its meshes are slices of one, as FSDP's with tensor parallelism are.
 
-    Tensors whose dims do not fit together have packs, and thus collectives, of their own, also where they
-    share some process group: on meshes of other ranks or in another order, on dims that overlap without
-    being the same (one of them flattened, say), and on flattened dims that are no neighbours.
+    Tensors whose mesh dims do not fit together have packs, and thus collectives, of their own, also where
+    they share some process group. This concerns meshes of other ranks or of ranks in another order, dims that
+    overlap without being the same (one of them flattened, say), and flattened dims that are not neighbours.
     """
 
     def __init__(self) -> None:
-        self.all: list[Pack] = []  # in the order in which collectives are entered
+        self.all: list[Pack] = []  # in the order in which ranks enter their collectives
         self._digits: dict[DeviceMesh, tuple[Hashable, list[Digit]]] = {}
 
     def join(
@@ -65,8 +70,12 @@ class Packs:
     ) -> tuple[Pack, tuple[int, ...], tuple[int, ...]]:
         """A pack for a tensor that is summed over some dims of its mesh and replicated over others.
 
-        Every rank of the mesh must call it for the same tensors in the same order. Returns the pack and what
-        these dims are in it; summed ones come first, because copies of the sums are to be taken after them.
+        Every rank of the mesh must call it for the same tensors in the same order.
+
+        Returns:
+            The pack, and the indices in it of the process groups of `crossed` and of `copied`. Those of
+                `crossed` are added first, because replicas take copies of the sums after these have been
+                formed.
         """
         if mesh not in self._digits:
             self._digits[mesh] = digits_of(mesh)
@@ -81,16 +90,16 @@ class Packs:
 
 
 def digits_of(mesh: DeviceMesh) -> tuple[Hashable, list[Digit]]:
-    """The ranks that a mesh's dims part, comparable between meshes, and how each dim parts them."""
+    """The ranks that a mesh's dims divide, comparable between meshes, and how each dim divides them."""
     root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
     ranks = root.mesh.flatten().tolist()
     position = {rank: i for i, rank in enumerate(ranks)}
     digits, here = [], mesh.get_coordinate()
-    assert here is not None  # placements.sharded_dims has refused a mesh that this rank is not in
+    assert here is not None  # placements.sharded_dims has refused meshes that this rank is not in
     for m in range(mesh.ndim):
         along = mesh.mesh[tuple(slice(None) if d == m else i for d, i in enumerate(here))].tolist()
         steps = {position[b] - position[a] for a, b in pairwise(along)} or {1}
-        if len(steps) > 1 or min(steps) <= 0:  # no digit of the position there, but always one in the mesh
+        if len(steps) > 1 or min(steps) <= 0:  # no digit in the root mesh: count positions in this mesh
             return mesh, [Digit(prod(mesh.shape[d + 1 :]), mesh.size(d)) for d in range(mesh.ndim)]
         digits.append(Digit(steps.pop(), len(along)))
     return (mesh.device_type, *ranks), digits

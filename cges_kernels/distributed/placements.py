@@ -1,4 +1,7 @@
-"""Which part of a DTensor a rank holds, and in which terms of a group spec."""
+"""Which part of a DTensor a rank holds, and what a group spec means for that part.
+
+Used by ShardedPlan (sharded.py).
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ SHARDED = (Shard, _StridedShard)
 
 def local_part(x: Tensor) -> Tensor:
     """What this rank holds of a tensor, ready to be read; call it under no_grad."""
-    local = x._local_tensor if isinstance(x, DTensor) else x  # what to_local() wraps for autograd
+    local = x._local_tensor if isinstance(x, DTensor) else x  # to_local() would wrap it for autograd
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def placed_alike(p: DTensor, x: DTensor) -> bool:
-    """Whether all ranks hold of both tensors what is at the same place."""
+    """Whether every rank holds the same part of both tensors."""
     mine, its = p._spec, x._spec
     if mine is its or (mine.mesh == its.mesh and mine.placements == its.placements):
         return True
@@ -35,9 +38,10 @@ def placed_alike(p: DTensor, x: DTensor) -> bool:
 
 
 def is_companion(x: Any, p: DTensor, local: Tensor) -> TypeGuard[DTensor]:
-    """Whether ``x`` passes every check of a gradient or buffer of ``p``, whose local part is ``local``.
+    """Whether `x` passes every check of a gradient or buffer of `p`, whose local part is `local`.
 
-    False says nothing: then checked_inputs and local_companion decide, and have the words.
+    This is a quick test of the usual case. After False, checked_inputs and local_companion decide, and raise
+    the errors.
     """
     return (
         type(x) is DTensor
@@ -52,10 +56,10 @@ def is_companion(x: Any, p: DTensor, local: Tensor) -> TypeGuard[DTensor]:
 
 
 def local_companion(what: str, name: str, p: Tensor, x: Tensor) -> Tensor:
-    """The local part of a gradient or buffer ``x`` of ``p``.
+    """The local part of a gradient or buffer `x` of `p`.
 
     Raises:
-        RuntimeError: it is distributed otherwise than p; an optimizer is not to redistribute it unasked.
+        RuntimeError: it is distributed otherwise than p. An optimizer is not to redistribute it unasked.
     """
     if not isinstance(p, DTensor):
         return x
@@ -75,10 +79,10 @@ def local_companion(what: str, name: str, p: Tensor, x: Tensor) -> Tensor:
 
 
 def sharded_dims(name: str, p: DTensor) -> list[int]:
-    """The dims of ``p`` that are sharded, ascending.
+    """The dims of `p` that are sharded, ascending.
 
     Raises:
-        ValueError: another placement, or a mesh that this rank is not in.
+        ValueError: another placement than Shard and Replicate, or a mesh that this rank is not in.
     """
     if p.device_mesh.get_coordinate() is None:
         raise ValueError(f"{name}: expected a mesh that this rank is in, got {p.device_mesh}")
@@ -89,7 +93,7 @@ def sharded_dims(name: str, p: DTensor) -> list[int]:
 
 
 def _pieces(p: DTensor, d: int) -> int:
-    """Into how many equal pieces sharding cuts dim ``d``, if it divides; a rank may hold several apart."""
+    """Into how many equal pieces sharding cuts dim `d`, if it divides; a rank may hold several apart."""
     pieces = ranks = 1
     for m, placement in enumerate(p.placements):
         if getattr(placement, "dim", None) == d:
@@ -102,14 +106,14 @@ def _pieces(p: DTensor, d: int) -> int:
 def local_view(
     name: str, p: DTensor, local: Tensor, view: Sequence[int]
 ) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Which part of ``p.view(view)`` this rank holds: its shape, and the dim that each sharded dim became.
+    """Which part of `p.view(view)` this rank holds: its shape, and the dim that each sharded dim became.
 
     A sharded dim of p must begin where a dim of the view begins, and a shard must hold whole slices of that.
-    So it does where the view keeps the dim, merges it with what follows, or splits it into a first part that
+    This is so where the view keeps the dim, merges it with what follows, or splits it into a first part that
     divides by the number of shards.
 
     Raises:
-        ValueError: otherwise, on every rank alike.
+        ValueError: the view does not do so; on every rank alike.
     """
     whole = viewed(torch.empty_strided(p.shape, p.stride(), device="meta"), view).shape
     shape, became = list(whole), {}
@@ -133,19 +137,19 @@ def local_view(
 
 
 def crossed_mesh_dims(p: DTensor, became: dict[int, int], reduced: Sequence[int]) -> tuple[int, ...]:
-    """The dims of the mesh along which ranks share groups; ``became`` as of local_view."""
+    """The dims of the mesh along which ranks share groups; `became` is local_view's."""
     return tuple(
         m
         for m, placement in enumerate(p.placements)
         if isinstance(placement, SHARDED)
         and p.device_mesh.size(m) > 1
-        and p.shape[placement.dim] > 1  # else one rank holds it all
+        and p.shape[placement.dim] > 1  # a dim of size 1 is held by one rank
         and became.get(placement.dim, -1) in reduced
     )
 
 
 def copied_mesh_dims(p: DTensor) -> tuple[int, ...]:
-    """The dims of the mesh along which ranks hold the same."""
+    """The dims of the mesh along which ranks hold replicas."""
     return tuple(
         m
         for m, placement in enumerate(p.placements)

@@ -1,4 +1,4 @@
-"""The step of parameters that are sharded over ranks: DTensors, as FSDP2 and tensor parallelism make them.
+"""The plan of parameters that are sharded over ranks: DTensors, as FSDP2 and tensor parallelism make them.
 
 Tensors whose groups lie whole on one rank take an ordinary executor on their local part. Where groups cross
 shards their sums are agreed on first (crossing.py); neither weights nor gradients ever travel.
@@ -40,37 +40,41 @@ from .placements import (
 
 @dataclass
 class _Slot:
-    """One parameter, and what of it this rank holds."""
+    """One parameter, and what this rank holds of it."""
 
     name: str
     group: int
     param: Tensor
-    local: Tensor  # shares the parameter's memory; its grad is what the inner plan is to step
-    view: tuple[int, ...] | None  # of local
+    local: Tensor  # shares the parameter's memory; its grad is set where an inner plan is to step it
+    view: tuple[int, ...] | None  # the local shape that `reduced` refers to
     reduced: tuple[int, ...]
-    mesh_dims: tuple[int, ...]  # that its groups cross
+    mesh_dims: tuple[int, ...]  # the dims of the mesh that its groups cross
     place: tuple[Any, ...]  # of local
-    pack: Pack | None = None  # what its groups' sums travel with; and there:
-    axes: tuple[int, ...] = ()  # the process groups that its groups cross
-    copies: tuple[int, ...] = ()  # and those over which it is replicated
-    inputs: Inputs | None = None  # of this step, local; None without a gradient
+    pack: Pack | None = None  # the pack in which its groups' sums travel
+    axes: tuple[int, ...] = ()  # the pack's process groups that its groups cross
+    copies: tuple[int, ...] = ()  # the pack's process groups over which it is replicated
+    inputs: Inputs | None = None  # the local ones of this step; None without a gradient
 
     @property
     def is_dtensor(self) -> bool:
         return isinstance(self.param, DTensor)
 
     def is_in_place(self, p: Tensor) -> bool:
+        """Whether `p` is this parameter and its local part lies where it lay."""
         return p is self.param and _place(local_part(p)) == self.place
 
     def crosses(self, h: Hyperparameters) -> bool:
-        """Whether a step asks other ranks; by what all ranks hold alike, whatever is the matter with one."""
+        """Whether a step needs sums from other ranks.
+
+        It depends only on what is the same on all ranks, whatever gradients one of them has.
+        """
         if not self.mesh_dims:
             return False
         a, b, _ = h.thresholds()
         return bool(a != 0 or b != 0) or h.freeze_zeros == "group"
 
     def collect(self, entry: Mapping[str, Any], rule: Rule, options: Mapping[str, Any]) -> None:
-        """Take gradient and states, after checks."""
+        """Take gradient and states from the parameter and its optimizer state, after checks."""
         self.inputs = None
         p = self.param
         if p.grad is None:
@@ -83,7 +87,7 @@ class _Slot:
             and not (there and rule.counts)
             and len(there) in (0, len(names))
             and all(is_companion(x, p, self.local) for x in (p.grad, *there))
-        ):  # the usual, and quick
+        ):  # the usual case, which needs no further checks
             self.inputs = Inputs(p.grad._local_tensor, tuple(x._local_tensor for x in there))  # type: ignore[attr-defined]
             return
         grad, states, step = checked_inputs(self.name, p, entry, rule, options)
@@ -92,40 +96,43 @@ class _Slot:
         self.inputs = Inputs(grad, tuple(local), step)
 
     def entry(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The inner plan's state of the local part; ``names`` are those of the rule's states."""
+        """The state of the local part for an inner plan; `names` are those of the rule's states."""
         if self.inputs is None or not self.inputs.states:
             return {}
         entry = {} if self.inputs.step is None else {STEP: self.inputs.step}
         return {**entry, **dict(zip(names, self.inputs.states))}
 
     def forget(self) -> None:
+        """Drop the gradient and states of the step."""
         self.inputs = self.local.grad = None
 
     def like_param(self, local: Tensor) -> Tensor:
-        """``local`` as a tensor of the parameter's kind."""
+        """`local` as a DTensor placed like the parameter, if that is a DTensor."""
         if not isinstance(self.param, DTensor):
             return local
-        return DTensor(local, self.param._spec, requires_grad=False)  # from_local moves what is offloaded
+        return DTensor(local, self.param._spec, requires_grad=False)  # from_local would undo offloading
 
 
 class ShardedPlan:
-    """Param groups that hold DTensors, plain tensors among them too; the interface is backends.plan's.
+    """The plan of param groups that hold DTensors; plain tensors may be among them. See backends/plan.py.
 
     Every rank must call run as often as the others, with the same parameters and hyperparameters. Then every
-    rank enters every collective, whatever its gradients hold or lack. For all meshes that are slices of one,
-    a step takes one all_reduce per mesh dim that groups cross, or over which such a tensor is replicated: so
-    do replicas stay equal to the bit. (Exact mode: one per round, at most crossing.MAX_ROUNDS = 16, where the
-    unsharded solver may take reference.MAX_SWEEPS.) It takes a second one over a dim that some groups cross
-    and over which another tensor is replicated whose groups cross a dim that comes later; none where no group
-    crosses shards, or no norm is asked for. Other meshes take theirs one after the other, also where they
-    share a process group; see meshes.Packs.
+    rank enters every collective, whatever gradients it has or lacks.
+
+    For all meshes that are slices of one, a step takes one all_reduce per mesh dim that groups cross, or over
+    which such a tensor is replicated; that keeps replicas equal to the bit. Exact mode takes one per round,
+    at most crossing.MAX_ROUNDS = 16, where the unsharded solver may take reference.MAX_SWEEPS. A second
+    all_reduce over a dim is needed where some groups cross it and another tensor, whose groups cross a dim
+    that comes later, is replicated over it. None is needed where no group crosses shards, or no norm is asked
+    for. Other meshes take theirs one after the other, also where they share a process group; see
+    meshes.Packs.
 
     Args:
-        rule: the optimizer's.
+        rule: the optimizer's update rule.
         params: the parameters of each param group; [] where another plan serves it.
         specs: (group_by, view) of each parameter.
-        names: of each parameter, for errors.
-        executors: of each param group, what steps its parameters where no groups cross.
+        names: the name of each parameter, for errors.
+        executors: for each param group, the executor that steps its parameters where no groups cross.
 
     Raises:
         ValueError: a placement, mesh or view that cannot be served.
@@ -166,9 +173,10 @@ class ShardedPlan:
             self._plans[executor] = make_plan(executor, rule, self._locals(executor), layouts, local_specs)
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        """A param group's; all numbers, no addresses.
+        """Take a param group's hyperparameters, which are all numbers, no addresses.
 
-        Nothing is skipped: what is written to a DTensor moves no version of the local tensor that is stepped.
+        skip_dead has no effect: writing to a DTensor does not move the version of the local tensor that is
+        stepped.
         """
         hyperparameters = hyperparameters._replace(skip_dead=False)
         self._hyperparameters[group] = hyperparameters
@@ -177,10 +185,11 @@ class ShardedPlan:
 
     @torch.no_grad()
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
-        """Check and collect what a step reads, without a collective; False where the plan must be rebuilt.
+        """Check and collect what a step reads, without a collective; False where a plan must be rebuilt.
 
         Raises:
-            TypeError, RuntimeError: a gradient or state that does not match its parameter.
+            TypeError: a gradient or state of the wrong type.
+            RuntimeError: a gradient or state that does not match its parameter.
         """
         self._gathered = None
         if [len(group) for group in params] != [len(group) for group in self._groups]:
@@ -200,13 +209,15 @@ class ShardedPlan:
 
     @torch.no_grad()
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None:
-        """Step what was gathered; gradients are divided by ``grad_scale`` (0-d).
+        """Step what was gathered; gradients are divided by `grad_scale` (0-d).
 
-        Where ``found_inf`` (0-d) is not 0 nothing changes, state included. It should be the same on all
-        ranks, as torch.amp.GradScaler makes it for DTensors; where groups cross, one rank's is every rank's,
-        and the host reads it; meshes that are no slices of one agree in turn, so that the last may know
-        more than the first. Returns what ``found_inf`` was agreed to be (None where it is), for plans that
-        step other parameters of the same optimizer.
+        Where `found_inf` (0-d) is not 0 nothing changes, state included. It should be the same on all ranks,
+        as torch.amp.GradScaler makes it for DTensors. Where groups cross shards, an overflow on one rank
+        counts for every rank, and the host reads it. Meshes that are no slices of one agree in turn, so the
+        last may know of an overflow of which the first did not.
+
+        Returns:
+            `found_inf` as agreed on, for plans that step other parameters of the same optimizer.
         """
         if self._gathered is None:
             raise RuntimeError("ShardedPlan.run: expected a gather that succeeded before it, got none")
@@ -239,7 +250,7 @@ class ShardedPlan:
         return found_inf
 
     def _write(self, slot: _Slot, crossing: CrossingTensor) -> None:
-        """Write what crosses, and leave its states where an inner plan would."""
+        """Write a tensor whose groups cross, and put its states where an inner plan would put them."""
         states = crossing.write()
         if slot.inputs is None or not states:
             return
@@ -249,7 +260,7 @@ class ShardedPlan:
         entry.update(zip(self._names(slot), states))
 
     def _keep_states(self, state: dict[Tensor, Any]) -> None:
-        """Put new states into the optimizer's, and tell autograd what DTensors changed."""
+        """Put new states into the optimizer's, and tell autograd which DTensors changed."""
         changed = []
         for slot in self._slots:
             if slot.inputs is None:
@@ -267,9 +278,11 @@ class ShardedPlan:
         increment_version(changed)
 
     def _names(self, slot: _Slot) -> tuple[str, ...]:
+        """The names of the states that the rule keeps of this parameter."""
         return self._rule.states_with(self._hyperparameters[slot.group].chosen)
 
     def _locals(self, executor: str) -> list[list[Tensor]]:
+        """The local parts that `executor` serves, by param group."""
         return [
             [slot.local for slot in group] if e == executor else []
             for group, e in zip(self._groups, self._executors)
@@ -281,7 +294,7 @@ def _place(x: Tensor) -> tuple[Any, ...]:
 
 
 def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, GroupedLayout, Spec]:
-    """A parameter's slot, and how an inner plan is to see its local part.
+    """A parameter's slot, and the layout and spec with which an inner plan sees its local part.
 
     Errors that are the same on all ranks come first.
     """
@@ -291,7 +304,7 @@ def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, GroupedL
     if not isinstance(p, DTensor):
         return _Slot(name, group, p, local, None, (), (), _place(local)), layout, spec
     if has_other_gradient(p):
-        local.grad_dtype = None  # any
+        local.grad_dtype = None  # allows a gradient of any dtype
     became = {d: d for d in sharded_dims(name, p)}
     if view is not None:
         view, became = local_view(name, p, local, view)
@@ -299,6 +312,6 @@ def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, GroupedL
     reduced = reduced_dims(ndim, group_by) if has_groups(ndim, group_by) else ()
     crossed = crossed_mesh_dims(p, became, reduced)
     slot = _Slot(name, group, p, local, view, reduced, crossed, _place(local))
-    if slot.mesh_dims:  # as single elements: an inner plan steps it only where no norm is asked for
+    if slot.mesh_dims:  # without groups, because an inner plan steps it only where no norm is asked for
         return slot, GroupedLayout(*canonical_layout(local, ()), False), ((), None)
     return slot, named_layouts([name], [local], group_by, view)[0], (group_by, view)

@@ -1,1 +1,1 @@
-"""What became sparse: tables, files, figures."""
+"""Reports of what became sparse: tables, CSV files, TensorBoard curves and figures."""

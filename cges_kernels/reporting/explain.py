@@ -1,4 +1,4 @@
-"""What an optimizer's group specs amount to, parameter by parameter."""
+"""`explain`: what an optimizer's group specs amount to, parameter by parameter; and the table type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from ..core.reference import form_thresholds
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; ``str()`` aligns the columns, the first ``left`` of them to the left."""
+    """Rows of text under a header; `str()` gives an aligned table.
+
+    Attributes:
+        header: the columns' names.
+        rows: the cells of each row.
+        left: how many columns, counted from the first, are aligned to the left; the others to the right.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -35,11 +41,33 @@ class Table:
 
 
 def explain(optimizer: Optimizer) -> Table:
-    """A printable table, one row per parameter: its spec, canonical layout, groups, coefficients and b*n.
+    """A printable table of an optimizer's specs and coefficients, one row per parameter.
 
-    The layout is (K1, R1, K2, R2): kept and reduced dims in memory order. b*n is lr * exclusive_lasso * group
-    size; in sequential mode nearly everything becomes zero where it reaches 1, in exact mode it does not.
-    A "-" means that the spec makes no groups of this parameter (a bias under a named spec): only l1 applies.
+    Its columns are:
+
+    - parameter: the name where the param groups have names, else the place.
+    - shape and group_by: the parameter's shape and its spec, with the view where there is one.
+    - layout: (K1, R1, K2, R2), the sizes of kept and reduced dims in memory order.
+    - groups and group size: how many groups the spec makes, and of how many entries.
+    - group_lasso, exclusive_lasso, l1 and lr: the values in force; coefficients are not multiplied by lr.
+    - mode: the prox_mode.
+    - `b*n`: lr times exclusive_lasso times group size. In sequential mode nearly everything becomes zero
+      where it reaches 1; in exact mode it does not.
+
+    A "-" means that the spec makes no groups of this parameter (a bias under a named spec), so only l1
+    applies.
+
+    Args:
+        optimizer: a [`ProxSGD`][cges_kernels.ProxSGD] or [`ProxAdamW`][cges_kernels.ProxAdamW].
+
+    Returns:
+        A table to print. Its `header` and `rows` hold the cells as text.
+
+    Raises:
+        TypeError: an optimizer whose param groups have no group specs.
+
+    Examples:
+        >>> print(explain(optimizer))
     """
     if optimizer.param_groups and "group_by" not in optimizer.param_groups[0]:
         raise TypeError(f"optimizer: expected a ProxSGD, got {type(optimizer).__name__}")

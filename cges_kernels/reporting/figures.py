@@ -1,4 +1,7 @@
-"""Weights to look at: heat maps of matrices and of filters, exact zeros apart from small numbers."""
+"""Heat maps of weight matrices and of filters, in which exact zeros differ from small numbers.
+
+`plot_weights` and `plot_filters` are public; they import matplotlib when they are called.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor | np.ndarray]
 
-ZERO = "#d9d9d9"  # exact zeros
+ZERO = "#d9d9d9"  # the colour of exact zeros
 
 
 def plot_weights(
@@ -28,22 +31,25 @@ def plot_weights(
 ) -> Figure:
     """Heat maps of weight matrices, one below the other, on one colour scale; exact zeros are grey.
 
-    The thesis's Figure 5 shows the last layer so: a column that only few outputs read shows exclusive
-    sparsity, an empty one group sparsity.
+    The thesis's Figure 5 shows the last layer this way. A column that only few outputs read shows exclusive
+    sparsity, an empty column group sparsity.
 
     Args:
-        weights: a model, or {title: matrix [out, in]}; one of more dims is shown as [out, the rest].
-        names: of a model's parameters (as in ``model.named_parameters()``); None is its last layer.
-        xlabel, ylabel: what the columns and rows are.
+        weights: a model, or a dict {title: matrix [out, in]}. A weight of more dims is shown as [out, the
+            rest].
+        names: the parameters of a model to show, as in `model.named_parameters()`. None (default) shows its
+            last layer.
+        xlabel: what the columns are.
+        ylabel: what the rows are.
 
     Returns:
-        A matplotlib figure: ``figure.savefig("weights.png")``.
+        A matplotlib figure, to be saved with `figure.savefig("weights.png")`.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: names that the model has not, nothing to show, or something without two dims.
+        ValueError: names that the model does not have, nothing to show, or a weight of fewer than two dims.
 
-    Example:
+    Examples:
         >>> plot_weights({"l1": l1_net.fc2.weight, "CGES": cges_net.fc2.weight}, xlabel="feature")
     """
     shown = _matrices(weights, names, 2, -1)
@@ -62,13 +68,22 @@ def plot_weights(
 def plot_filters(filters: Weights, names: Collection[str] | None = None) -> Figure:
     """Heat maps of convolution filters side by side, on one colour scale; exact zeros are grey.
 
-    The thesis's Figure 6 shows the first layer so. Each filter is a column of its input channels' taps.
+    The thesis's Figure 6 shows the first layer this way. Each filter is a column of its input channels' taps.
 
     Args:
-        filters: a model, or {title: weight [out, in, kh, kw]}; [out, in, k] is shown as kh = 1.
-        names: as for :func:`plot_weights`; None is the model's first convolution.
+        filters: a model, or a dict {title: weight [out, in, kh, kw]}; [out, in, k] is shown as kh = 1.
+        names: the parameters of a model to show, as in `model.named_parameters()`. None (default) shows its
+            first convolution.
 
-    Returns, raises: as :func:`plot_weights`.
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: names that the model does not have, nothing to show, or a weight of fewer than three dims.
+
+    Examples:
+        >>> plot_filters(model, ["conv1.weight"]).savefig("filters.png")
     """
     shown = _matrices(filters, names, 3, 0)
     heights = [0.95 * max(1.0, w.shape[1] / 3) for w in shown.values()]
@@ -78,7 +93,7 @@ def plot_filters(filters: Weights, names: Collection[str] | None = None) -> Figu
     for panel, (title, w) in zip(panels, shown.items()):
         w = w.reshape(*w.shape[:2], -1, w.shape[-1])
         out, into, kh, kw = w.shape
-        tiles = np.full((out, into, kh + 1, kw + 1), np.nan)  # NaN between two filters and two channels
+        tiles = np.full((out, into, kh + 1, kw + 1), np.nan)  # NaN stays in the gaps between the kernels
         tiles[:, :, :kh, :kw] = w
         sheet = tiles.transpose(1, 2, 0, 3).reshape(into * (kh + 1), out * (kw + 1))
         image = _heat(panel, sheet[:-1, :-1], limit)
@@ -92,7 +107,10 @@ def plot_filters(filters: Weights, names: Collection[str] | None = None) -> Figu
 def _matrices(
     weights: Weights, names: Collection[str] | None, least: int, default: int
 ) -> dict[str, np.ndarray]:
-    """{title: weights}, each of at least ``least`` dims; of a model the layer at ``default`` if no names."""
+    """{title: weights} to show, each of at least `least` dims.
+
+    Of a model without `names` it is the layer at index `default` of those with so many dims.
+    """
     if isinstance(weights, nn.Module):
         params = dict(weights.named_parameters())
         if names is None:
@@ -132,13 +150,13 @@ def _same_width(shown: Mapping[str, np.ndarray]) -> bool:
 
 
 def _limit(shown: Mapping[str, np.ndarray]) -> float:
-    """The end of the colour scale: what 99% of all weights shown stay below."""
+    """The end of the colour scale: the magnitude that 99% of all weights shown stay below."""
     magnitudes = np.abs(np.concatenate([w.ravel() for w in shown.values()]))
     return float(np.quantile(magnitudes, 0.99)) or 1.0
 
 
 def _heat(panel: Axes, weights: np.ndarray, limit: float) -> Any:
-    """A diverging heat map with the exact zeros in grey and NaN left white."""
+    """Draw a diverging heat map with exact zeros in grey and NaN in white; returns the image."""
     import matplotlib
     from matplotlib.colors import TwoSlopeNorm
 

@@ -1,4 +1,7 @@
-"""Files that are whole or not there: what is half-written never replaces what was good."""
+"""Writing files so that they are complete or unchanged: a half-written file never replaces a good one.
+
+Histories (history.py) and compacted models (compaction/saving.py) are written this way.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes ``path``'s place when the block ends without an error."""
+    """Yield a path beside `path` to write to; it replaces `path` when the block ends without an error."""
     target = Path(path)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
         unfinished = Path(folder) / target.name
@@ -23,13 +26,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file by ``text`` (UTF-8), whole or not at all."""
+    """Replace the file by `text` in UTF-8; after an error it is as before."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """CSV text; floats with six significant digits."""
+    """The table as CSV text; floats have six significant digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

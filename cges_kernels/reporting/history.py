@@ -1,4 +1,4 @@
-"""How sparsity grows in training: a table in a CSV file, and TensorBoard's curves."""
+"""`SparsityHistory`: how sparsity develops in training, in a CSV file and as TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ MEASURES = ("percent_nonzero", "dead_groups", "dead_outputs", "dead_inputs", "fl
 
 
 class SparsityHistory:
-    """Collects :func:`sparsity_report` over training, as CSV, in TensorBoard, or both.
+    """Collects reports over training in a CSV file, in TensorBoard, or both.
 
-    The CSV has one row per step and layer, and one named "total". It is written whole at each call and
-    replaces the old one only then. A file that is there already is continued: adding step s drops what it
-    holds from step s on, so a run that resumes from a checkpoint leaves no gap and no double, and a run that
-    begins anew leaves nothing of an older one.
+    The reports are those of [`sparsity_report`][cges_kernels.sparsity_report]. The CSV file has one row per
+    step and layer, and one row named "total" per step. At each call of `add` it is written anew and replaces
+    the old file only when it is complete.
+
+    A file that exists already is continued. Adding step s drops what the file holds from step s on. So a run
+    that resumes from a checkpoint leaves no gap and no double rows, and a run that begins anew leaves nothing
+    of an older one.
 
     Args:
+        path: the CSV file, or None (default).
+        tensorboard: a `torch.utils.tensorboard.SummaryWriter`, a folder to open one in, or None (default).
+
+    Attributes:
         path: the CSV file, or None.
-        tensorboard: a ``torch.utils.tensorboard.SummaryWriter``, a folder to open one in, or None.
+        rows: the rows so far, as dicts by column.
+        writer: the SummaryWriter, or None.
 
     Raises:
         ImportError: a folder is given and tensorboard is not installed.
-        ValueError: the file at ``path`` is not such a table; it is left as it is.
+        ValueError: the file at `path` is not such a table; it is left as it is.
 
-    Example:
+    Examples:
         >>> history = SparsityHistory("sparsity.csv", tensorboard="runs/first")
         >>> for epoch in range(epochs):
         ...     loss = train(model, optimizer)
@@ -46,7 +54,13 @@ class SparsityHistory:
         )
 
     def add(self, step: int, report: SparsityReport, **values: float) -> None:
-        """Take in the state after ``step`` steps or epochs; ``values``, such as a loss, go with the total."""
+        """Add a report, and write it to the file and to TensorBoard.
+
+        Args:
+            step: the number of steps or epochs so far. Rows of this and of later steps are replaced.
+            report: what `sparsity_report` has returned.
+            **values: further numbers, such as a loss, which stand in the row of the total.
+        """
         kept = [row for row in self.rows if row["step"] < step]
         for layer in (*report.layers, report.total):
             cells = {key: x for key, x in layer.to_dict().items() if not isinstance(x, (dict, tuple))}
@@ -67,6 +81,7 @@ class SparsityHistory:
 
 
 def _open_writer(folder: str | os.PathLike[str]) -> Any:
+    """A SummaryWriter in the folder; an ImportError that says what to install where there is none."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -77,7 +92,7 @@ def _open_writer(folder: str | os.PathLike[str]) -> Any:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows of an earlier history, step as a number and the rest as text."""
+    """The rows of an earlier history, with the step as a number and the rest as text."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:

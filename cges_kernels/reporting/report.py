@@ -1,7 +1,7 @@
-"""What a trained model's zeros amount to: per layer, weights, groups, units and FLOPs.
+"""`sparsity_report`: what a trained model's zeros amount to, per layer, in weights, groups, units and FLOPs.
 
 A zero is an exact zero; nothing here rounds. FLOPs are those of torch's own counter (a multiply and an add
-are two), for the example batch as it is given.
+are two), for the example batch as it is given. compact() measures its FLOPs here as well.
 """
 
 from __future__ import annotations
@@ -25,29 +25,47 @@ from .explain import Table
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One weight tensor, or the sum of all. The three FLOPs are None without an example input."""
+    """What is sparse in one weight tensor, or in the sum of all.
+
+    Attributes:
+        name: the parameter's name, or "total".
+        shape: the weight's shape; () for the total.
+        weights: the number of weights.
+        nonzero: how many of them are not exactly 0.
+        groups: the number of groups under the report's spec.
+        dead_groups: how many of these are all zero.
+        outputs: the number of output units.
+        dead_outputs: output units whose every weight is zero, so that their output is their bias.
+        inputs: the number of input units or channels.
+        dead_inputs: input units or channels that no weight reads.
+        by_spec: (dead groups, groups) under each named spec.
+        flops: of one forward pass, dense. This and the next two are None without an example input.
+        flops_nonzero: `flops * nonzero / weights`, as the thesis counts.
+        flops_compacted: those of this layer without its dead outputs and dead inputs.
+    """
 
     name: str
     shape: tuple[int, ...]
     weights: int
     nonzero: int
     groups: int
-    dead_groups: int  # groups, under the report's spec, that are all zero
+    dead_groups: int
     outputs: int
-    dead_outputs: int  # output units whose every weight is zero; their output is their bias
+    dead_outputs: int
     inputs: int
-    dead_inputs: int  # input units or channels that no weight reads
-    by_spec: dict[str, tuple[int, int]]  # (dead groups, groups) under each named spec
-    flops: float | None = None  # dense
-    flops_nonzero: float | None = None  # dense * nonzero / weights, as the thesis counts
-    flops_compacted: float | None = None  # of this layer without its dead outputs and dead inputs
+    dead_inputs: int
+    by_spec: dict[str, tuple[int, int]]
+    flops: float | None = None
+    flops_nonzero: float | None = None
+    flops_compacted: float | None = None
 
     @property
     def percent_nonzero(self) -> float:
+        """The percentage of weights that are not exactly 0."""
         return 100 * self.nonzero / max(self.weights, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and ``percent_nonzero``; no FLOPs where they are unknown."""
+        """The fields and `percent_nonzero`, without FLOPs where they are unknown; JSON takes it."""
         fields = {**asdict(self), "percent_nonzero": self.percent_nonzero}
         fields["by_spec"] = {
             key: {"dead": dead, "groups": groups} for key, (dead, groups) in self.by_spec.items()
@@ -55,7 +73,7 @@ class LayerReport:
         return {key: value for key, value in fields.items() if value is not None}
 
     def cells(self) -> list[str]:
-        """One line of the table."""
+        """The cells of one row of the report's table."""
         dead = [(self.dead_groups, self.groups), (self.dead_outputs, self.outputs)]
         dead.append((self.dead_inputs, self.inputs))
         flops = [x for x in (self.flops, self.flops_nonzero, self.flops_compacted) if x is not None]
@@ -70,15 +88,22 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """The layers in order; ``str()`` is a table, ``to_dict()`` plain numbers that JSON takes."""
+    """What is sparse in a model; `str()` gives a table, `to_dict()` plain numbers that JSON takes.
+
+    Attributes:
+        group_by: the spec whose groups were counted.
+        layers: a LayerReport per layer, in order.
+        other_flops: FLOPs of operations that use no listed weight, such as attention's q @ k.T; None without
+            an example input.
+    """
 
     group_by: GroupSpec
     layers: tuple[LayerReport, ...]
-    other_flops: int | None = None  # of operations that use no listed weight, such as attention's q @ k.T
+    other_flops: int | None = None
 
     @property
     def total(self) -> LayerReport:
-        """The sum of the layers; ``other_flops`` is part of each of the three FLOPs."""
+        """The sum of the layers; `other_flops` is part of each of its three FLOPs."""
         columns = [key for key in LayerReport.__dataclass_fields__ if key not in ("name", "shape", "by_spec")]
         counts: dict[str, Any] = {
             key: sum(getattr(r, key) for r in self.layers) for key in columns if "flops" not in key
@@ -92,7 +117,12 @@ class SparsityReport:
         return LayerReport("total", (), **counts)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"group_by", "layers": [one dict per layer], "total": the same keys, "other_flops" if known}."""
+        """The report as plain numbers and strings.
+
+        Returns:
+            A dict with the keys "group_by", "layers" (a list with one dict per layer), "total" (a dict with
+                the same keys) and, where it is known, "other_flops".
+        """
         layers = [layer.to_dict() for layer in self.layers]
         other = {} if self.other_flops is None else {"other_flops": self.other_flops}
         return {"group_by": self.group_by, "layers": layers, "total": self.total.to_dict(), **other}
@@ -121,26 +151,35 @@ def sparsity_report(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> SparsityReport:
-    """How sparse each layer of ``model`` is, and what it costs.
+    """How sparse each layer of a model is, and what it costs.
 
-    The layers are those of :func:`cges_kernels.sparsity_param_groups`, and frozen ones too. What is said of
-    a layer is read from its own weight alone: a unit that is dead in one layer is not taken out of the next,
-    whose input it may or may not be.
+    The layers are those of [`sparsity_param_groups`][cges_kernels.sparsity_param_groups], and frozen ones
+    too. What is said of a layer is read from its own weight alone: a unit that is dead in one layer is not
+    taken out of the next, whose input it may or may not be.
 
-    ``flops_compacted`` is flops times the fraction of the weight left when dead outputs and dead inputs are
-    cut out, block by block in a grouped convolution. Under "feature" an input is one kernel tap of one
-    channel (a column of the convolution's matrix), under any other spec a whole channel. An operation with
-    two listed weights counts for the first.
+    `flops_compacted` is flops times the fraction of the weight left when dead outputs and dead inputs are cut
+    out, block by block in a grouped convolution. Under "feature" an input is one kernel tap of one channel (a
+    column of the convolution's matrix), under any other spec a whole channel. An operation with two listed
+    weights counts for the first.
 
     Args:
+        model: the model, with initialised parameters.
         example_input: the model's argument, a tuple of its arguments, or a dict of them by name. The model
             runs once on it, in eval mode and without gradients, and is left as it was, torch's random state
-            too. None: no FLOPs.
-        group_by: the spec whose groups are counted.
+            too. With None (default) there are no FLOPs.
+        group_by: the spec whose groups are counted, "feature" by default.
         kwargs: more of the model's arguments by name.
 
+    Returns:
+        A report with the properties `layers` and `total`. `str()` of it is a table, `to_dict()` has plain
+            numbers, and `by_spec()` is a table of the dead groups under each named spec.
+
     Raises:
-        ValueError: no layer to report, a lazy parameter, or a layer that ``group_by`` does not fit.
+        ValueError: no layer to report, a lazy parameter, or a layer that `group_by` does not fit.
+
+    Examples:
+        >>> print(sparsity_report(model, x))
+        >>> sparsity_report(model).total.percent_nonzero
     """
     layers = regularised_weights(model, frozen=True)
     measured: list[dict[str, Any]] = [_count(layer, group_by) for layer in layers]
@@ -158,7 +197,7 @@ def sparsity_report(
 
 @torch.no_grad()
 def _alive(layer: LayerWeight, group_by: GroupSpec) -> Tensor:
-    """Per group, whether any weight of it is nonzero."""
+    """For each group, whether any of its weights is nonzero."""
     spec, view = layer.group_spec(group_by)
     alive = viewed(layer.param, view) != 0
     dims = reduced_dims(alive.dim(), spec) if has_groups(alive.dim(), spec) else ()
@@ -167,7 +206,7 @@ def _alive(layer: LayerWeight, group_by: GroupSpec) -> Tensor:
 
 @torch.no_grad()
 def _count(layer: LayerWeight, group_by: GroupSpec) -> dict[str, Any]:
-    """The counts of a LayerReport."""
+    """The counts of a LayerReport, by field."""
     layer.layout(group_by)  # raises, with the layer's name, where the spec does not fit
     w = layer.blocked() != 0  # [blocks, out, in, taps]
     parts = {"groups": _alive(layer, group_by)}
@@ -181,7 +220,7 @@ def _count(layer: LayerWeight, group_by: GroupSpec) -> dict[str, Any]:
 
 
 def _fraction_left(layer: LayerWeight, group_by: GroupSpec) -> float:
-    """The fraction of the weight that is left without its dead outputs and dead inputs."""
+    """The fraction of the weight that is left when its dead outputs and dead inputs are cut out."""
     w = layer.blocked() != 0  # [blocks, out, in, taps]
     outputs = w.any(dim=3).any(dim=2)
     inputs = w.any(dim=1) if group_by == "feature" else w.any(dim=3).any(dim=1)
@@ -192,20 +231,21 @@ def _fraction_left(layer: LayerWeight, group_by: GroupSpec) -> float:
 class _FlopsByWeight(EachOperation):
     """Counts each operation's FLOPs for the weight it reads; those of no weight go to the last entry.
 
-    A weight is known by its address, so a transpose or one of its rows (attention's q of in_proj) is it too,
-    whichever module runs the operation; so is a copy, such as autocast's.
+    A weight is known by its address. A transpose or some of its rows (attention's q of in_proj) are therefore
+    recognised as well, whichever module runs the operation. Copies, such as autocast's, are remembered.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
-        from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, so not at import
+        from torch.utils.flop_counter import FlopCounterMode  # not at the top: it imports Triton
 
         self._counter_mode = FlopCounterMode
         self.flops = [0] * (len(weights) + 1)
         self._ranges = [(w.data_ptr(), w.data_ptr() + w.nbytes, i) for i, w in enumerate(weights)]
-        self._copies: list[Tensor] = []  # kept, so that their addresses stay theirs
+        self._copies: list[Tensor] = []  # kept alive, so that no other tensor gets their addresses
 
     def _weight(self, args: Any) -> int:
+        """The index of the first weight among the arguments; the last index where there is none."""
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.numel() > 0]
         found = (i for x in tensors for low, high, i in self._ranges if low <= x.data_ptr() < high)
         return next(found, len(self.flops) - 1)
@@ -227,7 +267,7 @@ class _FlopsByWeight(EachOperation):
 def measure_flops(
     model: nn.Module, given: Given, weights: Sequence[Tensor] = (), run: Callable[..., Any] = call
 ) -> list[int]:
-    """Dense FLOPs of one forward pass, which ``run`` makes: one number per weight, then all others."""
+    """Dense FLOPs of one forward pass, which `run` makes: one number per weight, then all others."""
     devices = {x.device for x in (*weights, *leaves(given)) if isinstance(x, Tensor) and x.is_cuda}
     with (
         in_mode(model, train=False),
@@ -242,7 +282,7 @@ def measure_flops(
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, train: bool) -> Iterator[None]:
-    """Every module in training or in eval mode, then each as it was."""
+    """Put every module in training or eval mode within the block, and restore each afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.train(train)
@@ -254,7 +294,7 @@ def in_mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unfused_operations() -> Iterator[None]:
-    """Attention and recurrence as plain matrix products, which is what the counter can see."""
+    """Run attention and recurrence as plain matrix products within the block, for the counter to see them."""
     attention = torch.backends.mha.get_fastpath_enabled()
     mkldnn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
     try:

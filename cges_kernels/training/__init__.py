@@ -1,1 +1,1 @@
-"""From a model to param groups, and what changes while it trains."""
+"""Training for sparsity: param groups for a model, schedules of the coefficients, and pruning."""

@@ -1,8 +1,8 @@
 """Pruning by magnitude in rounds, with a sparse regulariser instead of weight decay between them.
 
 Train, prune, retrain, prune further (Han et al., Learning both weights and connections for efficient neural
-networks, 2015); with CGES in training and retraining it is the thesis's section 4.3.1. The pruned weights
-stay zero by ``freeze_zeros``, which the optimizer's own step holds to: there is no mask.
+networks, 2015). With CGES in training and retraining it is the thesis's section 4.3.1. The pruned weights
+stay zero by `freeze_zeros`, which the optimizer's own step obeys: there is no mask.
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ CURVES = ("geometric", "cubic", "linear")
 
 
 def density_schedule(density: float, rounds: int, curve: str = "geometric") -> list[float]:
-    """The fractions of nonzero weights to prune to, round by round; the last is ``density``.
+    """The fractions of nonzero weights to prune to, round by round.
 
     Args:
-        density: in (0, 1].
-        rounds: >= 1.
-        curve: "geometric": each round keeps the same share of what is left (Han et al.); "cubic":
-            1 - (1 - density) * (1 - (1 - r / rounds)^3) after round r (Zhu and Gupta, To prune, or not to
-            prune, 2017, Eq. 1); "linear": equal steps.
+        density: the last fraction, in (0, 1].
+        rounds: the number of rounds, >= 1.
+        curve: how the fraction falls. "geometric" (default): each round keeps the same share of what is left
+            (Han et al. 2015). "cubic": `1 - (1 - density) * (1 - (1 - r / rounds)^3)` after round r (Zhu and
+            Gupta, To prune, or not to prune, 2017, Eq. 1). "linear": equal steps.
+
+    Returns:
+        A list of `rounds` fractions, the last of which is `density`.
+
+    Raises:
+        ValueError: a density outside (0, 1], fewer than one round, or an unknown curve.
+
+    Examples:
+        >>> density_schedule(0.25, rounds=2)
+        [0.5, 0.25]
     """
     check_density("density", density)
     check_steps("rounds", rounds, 1)
@@ -54,28 +64,37 @@ def prune_to_density(
     include: Include | None = None,
     freeze_zeros: str | None = "element",
 ) -> float:
-    """Set the smallest layer weights to exactly 0, in place, so that at most ``density`` of them are nonzero.
+    """Set the smallest layer weights to exactly 0, in place, so that at most `density` of them are nonzero.
 
-    The weights are those of :func:`sparsity_param_groups`. Ones that are zero already count as pruned, so a
-    model that is sparser than ``density`` stays as it is.
+    The weights are those of [`sparsity_param_groups`][cges_kernels.sparsity_param_groups]. Weights that are
+    zero already count as pruned, so a model that is sparser than `density` stays as it is. Ties are decided
+    by order, so exactly the same weights are pruned every time.
 
     Args:
-        density: fraction of the weights to be left nonzero, in (0, 1].
-        optimizer: the one that trains on, such as ``ProxSGD``: the pruned weights' momentum becomes 0 and
-            ``freeze_zeros`` is written into the param groups that hold the weights, so that they stay zero.
-        scope: "global" compares the weights of all layers; "layer" prunes each layer to ``density``.
-        include: chooses the weights, as for :func:`sparsity_param_groups`.
-        freeze_zeros: "element", "group" or None, for those param groups.
+        model: the model to prune.
+        density: the fraction of the weights to be left nonzero, in (0, 1].
+        optimizer: the one that trains on, such as [`ProxSGD`][cges_kernels.ProxSGD]. The state of the pruned
+            weights (their momentum) becomes 0, and `freeze_zeros` is written into the param groups that hold
+            the weights, so that they stay zero. None (default): only weights change.
+        scope: "global" (default) compares the weights of all layers with each other; "layer" prunes each
+            layer to `density`.
+        include: chooses the weights, as for [`sparsity_param_groups`][cges_kernels.sparsity_param_groups].
+        freeze_zeros: "element" (default), "group" or None, to be written into those param groups.
 
     Returns:
         The fraction of the weights that is nonzero now.
 
     Raises:
-        ValueError: a density outside (0, 1] or that leaves no weight; a weight that is not finite; an
-            optimizer that lacks a weight, or a param group that holds other parameters too, whose zeros
-            (such as fresh biases) would be held as well.
+        ValueError: a density outside (0, 1] or one that leaves no weight; a weight that is not finite; an
+            optimizer that lacks a weight; or a param group that holds other parameters too, whose zeros (such
+            as fresh biases) would be frozen as well.
 
-    Example: thesis, Table 2, to 10% of the weights
+    Warns:
+        UserWarning: a layer without any nonzero weight; or weights that are left as they are because they are
+            computed from other parameters (parametrizations, pruning masks).
+
+    Examples:
+        The thesis's Table 2, to 10% of the weights:
 
         >>> optimizer = ProxSGD(cges_param_groups(model, lam=1e-4), lr=0.05, momentum=0.9)
         >>> train(model, optimizer)
@@ -111,7 +130,7 @@ def prune_to_density(
 
 
 def _prune(params: list[nn.Parameter], density: float, names: list[str]) -> None:
-    """Leave the ``density`` largest of the params' elements; ties go to the first."""
+    """Leave the `density` largest of the params' elements nonzero; of equal ones the first stay."""
     magnitudes = torch.cat([p.detach().abs().flatten().to(params[0].device) for p in params])
     keep = math.floor(density * len(magnitudes) + 0.5)
     if keep == 0:
@@ -119,7 +138,7 @@ def _prune(params: list[nn.Parameter], density: float, names: list[str]) -> None
             f"density: expected to keep a weight of {', '.join(names)}, "
             f"got {density} of {len(magnitudes)} weights"
         )
-    # A stable sort, so that exactly ``keep`` are left, and the same ones every time.
+    # The sort is stable, so that exactly `keep` are left, and the same ones every time.
     dropped = magnitudes.sort(descending=True, stable=True).indices[keep:]
     left = torch.ones_like(magnitudes, dtype=torch.bool)
     left[dropped] = False
@@ -130,7 +149,7 @@ def _prune(params: list[nn.Parameter], density: float, names: list[str]) -> None
 def _param_groups(
     optimizer: Optimizer, layers: list[LayerWeight], freeze_zeros: str | None
 ) -> list[dict[str, Any]]:
-    """The param groups that hold the weights, checked."""
+    """The param groups that hold the weights, after the checks that `prune_to_density` promises."""
     names = {layer.param: layer.name for layer in layers}
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if missing := [name for p, name in names.items() if p not in held]:

@@ -1,11 +1,8 @@
 """From a model to param groups: which weights are regularised, how strongly, and by which groups.
 
-Combined group and exclusive sparsity (Yoon and Hwang, "Combined Group and Exclusive Sparsity for Deep
-Neural Networks", ICML 2017; Yoon's UNIST thesis, Eq. 5) shares one strength lambda between the two
-penalties, layer by layer:  alpha_l = lambda*(1 - mu_l),  beta_l = lambda*mu_l.
-
-A layer l is one regularised weight tensor, counted from 0 in module registration order (the order of
-``model.named_parameters()``); an LSTM is therefore two layers per direction and depth.
+CGES shares one strength lambda between group and exclusive lasso, layer by layer (thesis Eq. 5). A layer l is
+one regularised weight tensor, counted from 0 in module registration order (the order of
+`model.named_parameters()`). An LSTM is therefore two layers per direction and depth.
 """
 
 from __future__ import annotations
@@ -33,8 +30,8 @@ Scale: TypeAlias = str | Mapping[str, tuple[float, float]]
 class LayerWeight(NamedTuple):
     """A weight tensor and what its first two dims mean.
 
-    It holds [out, in/blocks, *kernel], or [in, out/blocks, *kernel] where ``transposed``; dim 0 is made of
-    ``blocks`` equal parts that share nothing (the ``groups`` of a convolution).
+    It holds `[out, in/blocks, *kernel]`, or `[in, out/blocks, *kernel]` where `transposed`. Dim 0 is made of
+    `blocks` equal parts that share nothing (the `groups` of a convolution).
     """
 
     name: str
@@ -43,7 +40,7 @@ class LayerWeight(NamedTuple):
     transposed: bool = False
 
     def group_spec(self, group_by: GroupSpec) -> tuple[GroupSpec, tuple[int, ...] | None]:
-        """The (group_by, view) that mean for this tensor what ``group_by`` means for [out, in, *kernel]."""
+        """The `(group_by, view)` that mean for this tensor what `group_by` means for `[out, in, *kernel]`."""
         check_spec(group_by)
         if not isinstance(group_by, str):
             return tuple(group_by), None
@@ -57,21 +54,21 @@ class LayerWeight(NamedTuple):
         return (tuple(dims) if self.transposed else group_by), None
 
     def layout(self, group_by: GroupSpec) -> Layout:
-        """The canonical layout under ``group_by``; a ValueError names the weight."""
+        """The canonical layout under `group_by`; a ValueError names the weight."""
         try:
             return canonical_layout(self.param, *self.group_spec(group_by))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     def blocked(self) -> Tensor:
-        """The weight as [blocks, out/blocks, in/blocks, taps], detached."""
+        """The weight as `[blocks, out/blocks, in/blocks, taps]`, detached."""
         w = self.param.detach()
         w = w.reshape(self.blocks, w.shape[0] // self.blocks, w.shape[1], math.prod(w.shape[2:]))
         return w.transpose(1, 2) if self.transposed else w
 
 
 class _Kind(NamedTuple):
-    """Of a layer: what its weights are called, and what their first two dims mean; see LayerWeight."""
+    """Of a layer: the pattern of its weights' names, and what their first two dims mean (LayerWeight)."""
 
     pattern: str
     blocks: int = 1
@@ -79,31 +76,31 @@ class _Kind(NamedTuple):
 
 
 def _kind_of(module: nn.Module) -> _Kind | None:
-    """What is known of a layer with weights to regularise; None of any other module."""
+    """The kind of a layer with weights to regularise; None for any other module."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return _Kind("weight", module.groups, module.transposed)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return _Kind(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
     if isinstance(module, nn.MultiheadAttention):
         return _Kind(r"(in|q|k|v)_proj_weight")
-    # Hugging Face's: [in, out]
+    # Hugging Face's Conv1D holds [in, out]. It is known by its name, so that transformers is not imported.
     if hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__):
         return _Kind("weight", transposed=True)
     return _Kind("weight") if isinstance(module, nn.Linear) else None
 
 
 def _weights_of(module: nn.Module) -> dict[nn.Parameter, tuple[int, bool]]:
-    """(blocks, transposed) of the weights that ``module`` itself holds; no biases."""
+    """`(blocks, transposed)` of each weight to regularise that `module` itself holds; no biases."""
     kind = _kind_of(module)
     own = module.named_parameters(recurse=False) if kind else ()
     return {p: (kind.blocks, kind.transposed) for name, p in own if kind and re.fullmatch(kind.pattern, name)}
 
 
 def computed_weights(model: nn.Module) -> list[str]:
-    """Names of layers' weights that are no parameters, but computed from others before each forward pass.
+    """Names of layers' weights that are not parameters but computed from others before each forward pass.
 
-    So they are under torch.nn.utils.parametrize (weight_norm, spectral_norm, ...), the older
-    torch.nn.utils.weight_norm and spectral_norm, and torch.nn.utils.prune.
+    torch.nn.utils.parametrize (weight_norm, spectral_norm, ...), the older torch.nn.utils.weight_norm and
+    spectral_norm, and torch.nn.utils.prune make them.
     """
     names = []
     for prefix, module in model.named_modules():
@@ -124,7 +121,7 @@ def computed_weights(model: nn.Module) -> list[str]:
 
 
 def warn_of_computed_weights(model: nn.Module, what: str) -> None:
-    """Say which weights a helper passes by; ``what`` they miss."""
+    """Warn of weights that a helper leaves out because they are computed; `what` says what they miss."""
     if names := computed_weights(model):
         warnings.warn(
             f"{type(model).__name__}: {what} for {names}, which are no parameters but computed from others "
@@ -138,9 +135,9 @@ def warn_of_computed_weights(model: nn.Module, what: str) -> None:
 def regularised_weights(
     model: nn.Module, include: Include | None = None, *, frozen: bool = False
 ) -> list[LayerWeight]:
-    """The layers of ``model`` in order: see :func:`sparsity_param_groups` for the rule and ``include``.
+    """The layers of `model` in order; see sparsity_param_groups for the rule and for `include`.
 
-    ``frozen=True`` also lists weights that do not require grad.
+    `frozen=True` also lists weights that do not require grad.
     """
     lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
     if lazy:
@@ -151,7 +148,7 @@ def regularised_weights(
     for module in model.modules():
         for param, axis in _weights_of(module).items():
             axes.setdefault(param, axis)
-    named = list(model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
+    named = list(model.named_parameters(remove_duplicate=False))  # tied parameters under each of their names
     if include is None:
         embeddings = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
         chosen = set(axes) - {p for m in embeddings for p in m.parameters(recurse=False)}
@@ -175,10 +172,22 @@ def regularised_weights(
 
 
 def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
-    """mu_l = m + (1 - 2m)*l/(L - 1) for l = 0..L-1; mu = [m] where L = 1 (thesis Eq. 5).
+    """The share of exclusive lasso in each layer of CGES (thesis Eq. 5).
 
-    ``num_layers`` is L >= 1, ``m`` in [0, 1] is mu of the first layer, 1 - m that of the last. Below 1/2, low
-    layers share features (group lasso) and high layers compete for them (exclusive lasso).
+        mu_l = m + (1 - 2m)*l/(L - 1),  l = 0, ..., L - 1
+
+    and `mu = [m]` where L = 1. With m below 1/2, low layers share features (group lasso) and high layers
+    compete for them (exclusive lasso).
+
+    Args:
+        num_layers: L, the number of regularised layers, >= 1.
+        m: mu of the first layer, in [0, 1]; that of the last is 1 - m.
+
+    Returns:
+        A list of L numbers, mu of each layer.
+
+    Raises:
+        ValueError: fewer than one layer, or m outside [0, 1].
     """
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
         raise ValueError(f"num_layers: expected an int >= 1, got {num_layers!r}")
@@ -188,7 +197,7 @@ def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
 
 
 def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
-    """One checked coefficient per layer from a number or a sequence."""
+    """One checked coefficient per layer, from a number or a sequence."""
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist()
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
@@ -205,7 +214,7 @@ def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
 def _scale_factors(
     weights: Sequence[LayerWeight], group_by: GroupSpec, scale: Scale | None
 ) -> list[tuple[float, float]]:
-    """(alpha factor, beta factor) per layer."""
+    """`(alpha factor, beta factor)` of each layer; a ValueError where a spec does not fit a layer."""
     sizes = [weight.layout(group_by).group_size for weight in weights]  # raises where a spec has no layout
     if scale is None:
         return [(1.0, 1.0)] * len(weights)
@@ -236,45 +245,58 @@ def sparsity_param_groups(
     include: Include | None = None,
     names: bool = True,
 ) -> list[dict[str, Any]]:
-    """Param groups for ``ProxSGD``: the penalties on the layer weights, none on anything else.
+    """Param groups for the optimizers: the penalties on the layer weights, none on anything else.
 
-    Regularised are the weights of Linear, Conv*, ConvTranspose*, RNN, LSTM and GRU (input, hidden and
-    projection), MultiheadAttention's input projections and Hugging Face's Conv1D. Not regularised: biases,
-    norms, embeddings (and a Linear tied to one), bare parameters, weights with requires_grad False. A weight
-    used by several modules is one layer. The last group returned holds all that is not regularised, with
-    every penalty 0 and freeze_zeros=None; each parameter of the model is in exactly one group, with its name.
+    Regularised are the weights of Linear, `Conv*`, `ConvTranspose*`, RNN, LSTM and GRU (input, hidden and
+    projection), MultiheadAttention's input projections and Hugging Face's Conv1D. Not regularised are biases,
+    norms, embeddings (and a Linear tied to one), bare parameters, and weights whose requires_grad is False. A
+    weight used by several modules is one layer. The last group returned holds all that is not regularised,
+    with every penalty 0 and `freeze_zeros=None`. Each parameter of the model is in exactly one group, with
+    its name.
 
-    Args:
-        group_lasso, exclusive_lasso, l1: alpha, beta, gamma; a number, or one per layer.
-        weight_decay: a number, or one per layer; like the penalties it goes to the layer weights, and the
-            others get 0.
-            Of these four, one that is 0 for every layer is left out, so that the optimizer's own argument
-            holds: ``ProxSGD(groups, weight_decay=5e-4)`` decays everything, as in torch.optim.SGD, and
-            ``ProxSGD(groups, l1=1e-5)`` reaches the layer weights only.
-        group_by: "feature", "filter", "channel" or "tensor", meant for [out, in, *kernel] and translated
-            where a weight is held otherwise (transposed and grouped convolutions, Conv1D); or a tuple of
-            dims, used as it is for every layer. Recurrent and attention weights are taken as the matrices
-            they are, the rows of all gates, or of q, k and v, as outputs. In a depthwise convolution a
-            "feature" is a single weight: group lasso acts there as l1 and exclusive lasso as weight decay;
-            "filter" and "channel" remove whole filters.
-        scale: "size" multiplies alpha by sqrt(n) and divides beta by n, n the layer's group size; a dict
-            {layer name: (alpha factor, beta factor)} multiplies by hand-tuned factors, 1 where a layer is
-            missing. Layer names are those of ``model.named_parameters()``. l1 and weight decay keep theirs.
-        include: chooses the regularised parameters instead of the rule above: a callable
-            (name, parameter) -> bool, or a collection of parameter names. Frozen ones are left out even so.
-        names: False gives parameters without names, for optimizers that take no named ones, such as
-            torch.distributed.optim.ZeroRedundancyOptimizer.
+    A coefficient, or weight decay, that is 0 for every layer is left out, so that the optimizer's own
+    argument holds. `ProxSGD(groups, weight_decay=5e-4)` then decays everything, as in torch.optim.SGD, and
+    `ProxSGD(groups, l1=1e-5)` reaches the layer weights only.
 
     Frozen weights that are unfrozen later (Lightning's BaseFinetuning) stay without a penalty in the last
     group. Build the groups from the part that trains, and when the rest is unfrozen give the optimizer that
-    part's: ``for group in sparsity_param_groups(model.backbone, ...): optimizer.add_param_group(group)``.
+    part's: `for group in sparsity_param_groups(model.backbone, ...): optimizer.add_param_group(group)`.
 
-    Warns:
-        UserWarning: weights that get no penalty as they are no parameters (parametrizations, pruning masks).
+    Args:
+        model: the model, before any wrapper such as DistributedDataParallel.
+        group_lasso: alpha, the coefficient of group lasso (thesis Eq. 3), not multiplied by lr: a number, or
+            one per layer.
+        exclusive_lasso: beta, the coefficient of exclusive lasso (Eq. 4), not multiplied by lr: a number, or
+            one per layer.
+        l1: gamma, the coefficient of l1 (Eq. 2), not multiplied by lr: a number, or one per layer.
+        weight_decay: a number, or one per layer. Like the penalties it goes to the layer weights, and the
+            other parameters get 0.
+        group_by: "feature" (default), "filter", "channel" or "tensor", meant for `[out, in, *kernel]` and
+            translated where a weight is held otherwise (transposed and grouped convolutions, Conv1D); or a
+            tuple of dims, used as it is for every layer. Recurrent and attention weights are taken as the
+            matrices they are: the rows of all gates, or of q, k and v, are outputs. In a depthwise
+            convolution a "feature" is a single weight, on which group lasso acts as l1 and exclusive lasso as
+            weight decay; "filter" and "channel" remove whole filters.
+        scale: "size" multiplies alpha by sqrt(n) and divides beta by n, where n is the layer's group size. A
+            dict {layer name: (alpha factor, beta factor)} multiplies by hand-tuned factors, 1 where a layer
+            is missing. Layer names are those of `model.named_parameters()`. l1 and weight decay are not
+            scaled.
+        include: chooses the regularised parameters instead of the rule above: a callable `(name, parameter)
+            -> bool`, or a collection of parameter names. Frozen ones are left out even so.
+        names: False gives parameters without names, for optimizers that take no named ones, such as
+            torch.distributed.optim.ZeroRedundancyOptimizer.
+
+    Returns:
+        A list of param groups. Layers with equal coefficients, spec and view share one.
 
     Raises:
         ValueError: a wrong number of values, a negative one, unknown names, a lazy parameter, no layer at
-            all, or a layer on which ``group_by`` has no layout.
+            all, or a layer on which `group_by` has no layout.
+        TypeError: an argument of the wrong type.
+
+    Warns:
+        UserWarning: weights without a penalty because they are no parameters (parametrizations, pruning
+            masks).
     """
     if not isinstance(names, bool):
         raise TypeError(f"names: expected a bool, got {names!r}")
@@ -304,9 +326,29 @@ def sparsity_param_groups(
 
 
 def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any) -> list[dict[str, Any]]:
-    """Param groups of CGES (thesis Eq. 5): alpha_l = lam*(1 - mu_l), beta_l = lam*mu_l.
+    """Param groups of combined group and exclusive sparsity, CGES (thesis Eq. 5; Yoon and Hwang 2017).
 
-    mu is exclusivity_schedule(L, m); ``same`` are the other arguments of :func:`sparsity_param_groups`.
+        alpha_l = lam*(1 - mu_l),  beta_l = lam*mu_l
+
+    are the coefficients of group and exclusive lasso in layer l, of L regularised ones, where mu is
+    [`exclusivity_schedule(L, m)`][cges_kernels.exclusivity_schedule].
+
+    Args:
+        model: as for [`sparsity_param_groups`][cges_kernels.sparsity_param_groups].
+        lam: lambda, the strength that both penalties share, not multiplied by lr.
+        m: mu of the first layer, in [0, 1]. With 0, the default, the first of several layers has group lasso
+            alone, the last exclusive lasso alone.
+        **same: the other arguments of `sparsity_param_groups`.
+
+    Returns:
+        A list of param groups, as from `sparsity_param_groups`.
+
+    Raises:
+        ValueError: m outside [0, 1], a negative `lam`, or what `sparsity_param_groups` refuses.
+        TypeError: an argument of the wrong type.
+
+    Examples:
+        >>> optimizer = ProxSGD(cges_param_groups(model, lam=1e-2, scale="size"), lr=0.1, momentum=0.9)
     """
     if not isinstance(lam, Real):
         raise TypeError(f"lam: expected a number, got {lam!r}")

@@ -1,8 +1,8 @@
 """Schedules of the coefficients, used like those of torch.optim.lr_scheduler and beside them.
 
 Each multiplies group_lasso, exclusive_lasso and l1 of every param group by one factor that changes from step
-to step; the full values are kept in the param groups as ``initial_group_lasso`` and so on, as
-torch.optim.lr_scheduler keeps ``initial_lr``.
+to step. The full values are kept in the param groups as `initial_group_lasso` and so on, as
+torch.optim.lr_scheduler keeps `initial_lr`.
 """
 
 from __future__ import annotations
@@ -19,45 +19,48 @@ from ..core.hyperparameters import COEFFICIENTS, INITIAL
 
 
 def check_steps(name: str, value: Any, least: int = 0) -> None:
-    """Raise a ValueError unless ``value`` is a whole number >= ``least``."""
+    """Raise a ValueError unless `value` is a whole number >= `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
 
 
 def check_density(name: str, value: Any) -> None:
-    """Raise a ValueError unless ``value`` is a number in (0, 1]."""
+    """Raise a ValueError unless `value` is a number in (0, 1]."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
         raise ValueError(f"{name}: expected a fraction of nonzero weights in (0, 1], got {value!r}")
 
 
 def check_no_epoch(epoch: int | None) -> None:
-    """Raise a ValueError unless ``epoch``, an argument of LRScheduler.step, is None."""
+    """Raise a ValueError unless `epoch`, an argument of LRScheduler.step, is None."""
     if epoch is not None:
         raise ValueError(f"epoch: expected None, as a schedule moves on step by step, got {epoch}")
 
 
 def _place(x: Tensor) -> tuple[Any, int]:
-    """What tells whether two coefficients are one: where they lie; of DTensors, who they are."""
+    """A key that is the same for two coefficients if they are one tensor or share its memory.
+
+    DTensors have no address of their own, so they are known by identity.
+    """
     return x.device, x.data_ptr() or id(x)
 
 
 def cubic(t: float) -> float:
-    """1 - (1 - t)^3 for t in [0, 1], 0 before and 1 behind: steep first, level at the end."""
+    """1 - (1 - t)^3 for t in [0, 1], 0 below and 1 above: steep first, level at the end."""
     return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3
 
 
 class CoefficientScheduler(LRScheduler):
-    """What the schedules share; a subclass says the factor in :meth:`get_factor`.
+    """The base of the schedules of coefficients; a subclass defines the factor in `get_factor`.
 
-    Build it, then call ``step()`` after each ``optimizer.step()``. A coefficient that is a tensor is changed
-    in place, also where several param groups share it; it may not be in two optimizers. One schedule of
-    coefficients to an optimizer, beside those of lr, also in a ChainedScheduler with them.
+    Build it, then call `step()` after each `optimizer.step()`. A coefficient that is a tensor is changed in
+    place, also where several param groups share it; it may not be in two optimizers. An optimizer takes one
+    schedule of coefficients, beside those of lr, also in a ChainedScheduler with them.
 
-    It is an LRScheduler of torch's, so that trainers step it and keep it in their checkpoints as they do
-    those. It changes no lr; ``get_last_lr`` tells the optimizer's.
+    It is an LRScheduler of torch's, so trainers step it and keep it in their checkpoints as they do those. It
+    changes no lr; `get_last_lr` returns the optimizer's.
     """
 
-    _state: tuple[str, ...] = ("last_epoch",)  # attributes of the state_dict
+    _state: tuple[str, ...] = ("last_epoch",)  # the attributes that state_dict holds
 
     def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
         needed = [*COEFFICIENTS] + [*(INITIAL.values() if last_epoch != -1 else ())]
@@ -67,7 +70,7 @@ class CoefficientScheduler(LRScheduler):
                     f"optimizer with last_epoch={last_epoch}: expected param groups with {needed}, "
                     f"got {type(optimizer).__name__} without {missing} in param_groups[{i}]"
                 )
-        # not by LRScheduler.__init__, which is all about lr
+        # LRScheduler.__init__ is not called, because all that it does concerns lr.
         self.optimizer, self._last_epoch, self._step_count = optimizer, last_epoch, 0
         self.base_lrs = self.get_lr()
         self.step()
@@ -87,18 +90,25 @@ class CoefficientScheduler(LRScheduler):
         self._last_epoch = value
 
     def get_factor(self) -> float:
-        """What the full values are multiplied by at ``last_epoch``."""
+        """The factor by which the full values are multiplied at `last_epoch`."""
         raise NotImplementedError
 
     def step(self, epoch: int | None = None) -> None:
-        """Move on by one optimizer step; ``epoch`` is there as LRScheduler has it, and must be None."""
+        """Move on by one optimizer step, and set the coefficients.
+
+        Args:
+            epoch: an argument of LRScheduler's; it must be None.
+
+        Raises:
+            ValueError: `epoch` that is not None.
+        """
         check_no_epoch(epoch)
         self.last_epoch += 1
         self._step_count += 1
         self._apply()
 
     def get_lr(self) -> list[Any]:
-        """The optimizer's lr in force, per param group; copies of tensors."""
+        """The optimizer's lr in force, one per param group; tensors are copied."""
         lrs = (group["lr"] for group in self.optimizer.param_groups)
         return [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
@@ -106,9 +116,9 @@ class CoefficientScheduler(LRScheduler):
 
     @torch.no_grad()
     def _apply(self) -> None:
-        """Scale every coefficient; a tensor that stands in several places is one coefficient, written once.
+        """Scale every coefficient. A tensor that stands in several places is one coefficient, written once.
 
-        So every full value is known before anything is written.
+        All full values are therefore taken before the first is written.
         """
         factor, groups = self.get_factor(), self.optimizer.param_groups
         for group in groups:
@@ -125,7 +135,10 @@ class CoefficientScheduler(LRScheduler):
                     group[key].copy_(group[initial] * factor)
 
     def _full_value(self, now: Any) -> Any:
-        """Of a coefficient whose param group does not tell: what it is, if no other has scaled it."""
+        """The full value of a coefficient whose param group does not hold one yet.
+
+        That is its present value, unless another param group shares the tensor and holds the full value.
+        """
         if not isinstance(now, Tensor):
             return now
         for group in self.optimizer.param_groups:
@@ -140,15 +153,35 @@ class CoefficientScheduler(LRScheduler):
         return now.clone()
 
     def get_last_coefficients(self) -> list[dict[str, float]]:
-        """The three coefficients in force, per param group, as plain numbers."""
+        """The three coefficients in force, as plain numbers.
+
+        Returns:
+            One dict per param group, with the keys group_lasso, exclusive_lasso and l1. They do not contain
+                lr.
+        """
         return [{key: float(group[key]) for key in COEFFICIENTS} for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; the full values are in the optimizer's state_dict."""
+        """The schedule's position, as plain numbers.
+
+        The full values of the coefficients are in the optimizer's state_dict, so save and load that as well.
+
+        Returns:
+            A dict for `load_state_dict`.
+        """
         return {key: getattr(self, key) for key in self._state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict`` and set the coefficients to match."""
+        """Continue from `state_dict`, and set the coefficients to match.
+
+        Load the optimizer's state_dict first, because it holds the full values.
+
+        Args:
+            state_dict: what `state_dict()` has returned.
+
+        Raises:
+            ValueError: a state_dict that lacks some of this schedule's keys.
+        """
         if missing := [key for key in self._state if key not in state_dict]:
             raise ValueError(f"state_dict: expected {list(self._state)}, got one without {missing}")
         for key in self._state:
@@ -159,14 +192,27 @@ class CoefficientScheduler(LRScheduler):
 class CoefficientWarmup(CoefficientScheduler):
     """Raises group_lasso, exclusive_lasso and l1 of every param group linearly from 0 to their full values.
 
-    Used like a learning-rate scheduler, and beside one: build it, then call ``step()`` after each
-    ``optimizer.step()``. Optimizer step k = 0, 1, ... runs with initial * min(k / steps, 1); ``steps=0`` is
-    full strength at once.
+    Use it like a learning-rate scheduler, and beside one: build it, then call `step()` after each
+    `optimizer.step()`. Optimizer step k = 0, 1, ... runs with `initial * min(k / steps, 1)`.
 
     Args:
-        optimizer: one whose param groups have the three coefficients, such as ``ProxSGD``.
-        steps: number of optimizer steps to full strength, >= 0.
-        last_epoch: index of the last step taken, -1 at the start; a resumed index needs ``initial_*`` keys.
+        optimizer: one whose param groups have the three coefficients, such as
+            [`ProxSGD`][cges_kernels.ProxSGD].
+        steps: the number of optimizer steps to full strength, >= 0; 0 is full strength at once.
+        last_epoch: the index of the last step taken, -1 (default) at the start. Another index needs the keys
+            `initial_group_lasso` and so on in the param groups, as an optimizer's state_dict restores them.
+
+    Raises:
+        ValueError: `steps` that is not a whole number >= 0, or param groups that lack a needed key.
+
+    Examples:
+        >>> optimizer = ProxSGD(cges_param_groups(model, lam=1e-2, scale="size"), lr=0.1, momentum=0.9)
+        >>> warmup = CoefficientWarmup(optimizer, steps=1000)
+        >>> for x, y in batches:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     optimizer.step()
+        ...     warmup.step()
     """
 
     _state = ("steps", "last_epoch")
@@ -177,20 +223,27 @@ class CoefficientWarmup(CoefficientScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_factor(self) -> float:
+        """`min(last_epoch / steps, 1)`, or 1 where steps is 0."""
         return min(self.last_epoch / self.steps, 1.0) if self.steps else 1.0
 
 
 class CubicRamp(CoefficientScheduler):
     """Raises the coefficients as gradual pruning raises sparsity: fast first, then ever slower.
 
-    Optimizer step k = 0, 1, ... runs with initial * (1 - (1 - (k - begin) / steps)^3), 0 before ``begin``
-    and full strength from ``begin + steps`` on (Zhu and Gupta, To prune, or not to prune, 2017, Eq. 1).
+    Optimizer step k = 0, 1, ... runs with `initial * (1 - (1 - (k - begin) / steps)^3)`, with 0 before
+    `begin`, and at full strength from `begin + steps` on (Zhu and Gupta, To prune, or not to prune, 2017, Eq.
+    1). It is used as [`CoefficientWarmup`][cges_kernels.CoefficientWarmup] is.
 
     Args:
-        optimizer: one whose param groups have the three coefficients, such as ``ProxSGD``.
-        steps: number of optimizer steps from 0 to full strength, >= 1.
-        begin: number of optimizer steps without any penalty, >= 0.
-        last_epoch: as for :class:`CoefficientWarmup`.
+        optimizer: one whose param groups have the three coefficients, such as
+            [`ProxSGD`][cges_kernels.ProxSGD].
+        steps: the number of optimizer steps from 0 to full strength, >= 1.
+        begin: the number of optimizer steps without any penalty, >= 0 (default 0).
+        last_epoch: as for [`CoefficientWarmup`][cges_kernels.CoefficientWarmup].
+
+    Raises:
+        ValueError: `steps` or `begin` that is not such a whole number, or param groups that lack a needed
+            key.
     """
 
     _state = ("steps", "begin", "last_epoch")
@@ -204,4 +257,5 @@ class CubicRamp(CoefficientScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_factor(self) -> float:
+        """The cubic of `(last_epoch - begin) / steps`, held between 0 and 1."""
         return cubic((self.last_epoch - self.begin) / self.steps)

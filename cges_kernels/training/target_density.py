@@ -1,4 +1,7 @@
-"""The schedule that finds the strength for a wanted density, and then holds the zeros."""
+"""The schedule that finds the strength for a wanted density, and then freezes the zeros.
+
+It is a CoefficientScheduler (schedules.py) whose factor is set by a feedback loop.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +18,38 @@ from .schedules import CoefficientScheduler, check_density, check_no_epoch, chec
 class TargetDensity(CoefficientScheduler):
     """Finds the strength at which a wanted fraction of the weights is left, to within one percentage point.
 
-    Counted are the exact nonzeros of all parameters in param groups that have a penalty. The coefficients
-    keep their ratios; one factor times their initial values is controlled, from 0.01 on:
+    It counts the exact nonzeros of all parameters in param groups that have a penalty. The coefficients keep
+    their ratios: one factor, by which their initial values are multiplied, is controlled, beginning at 0.01.
 
-    - Approach: at optimizer step k the density is to be 1 - (1 - density) * (1 - (1 - k / steps)^3), the
-      curve of :class:`CubicRamp`. A hundred times on the way the factor moves by a proportional and an
-      integral part of log(density now / density wanted).
-    - Landing (``freeze=True``): with momentum, zeros come and go by some percent from step to step. So once
-      ``steps`` are over and the density is near the one wanted, zeros are held (``freeze_zeros="element"``
-      in those param groups), the rest is removed ever more gently, and the coefficients become 0 when the
-      density is within half a point. What is left trains on without a penalty, as after pruning.
+    - Approach: at optimizer step k the density is to be `1 - (1 - density) * (1 - (1 - k / steps)^3)`, the
+      curve of [`CubicRamp`][cges_kernels.CubicRamp]. A hundred times on the way the factor moves by a
+      proportional and an integral part of log(density now / density wanted).
+    - Landing (`freeze=True`): with momentum, zeros come and go by some percent from step to step. So once
+      `steps` are over and the density is near the one wanted, zeros are frozen (`freeze_zeros="element"` in
+      those param groups) and the rest is removed ever more gently. When the density is within half a point
+      the coefficients become 0. What is left trains on without a penalty, as after pruning.
 
-    Groups that are each more than a point of all weights cannot land within a point.
+    Where single groups hold more than a point of all weights, it cannot land within a point.
 
     Args:
-        optimizer: a ``ProxSGD`` with a penalty in some param group, rather too weak than too strong (the
-            factor finds its size, but units that an early blow has killed do not come back).
+        optimizer: a [`ProxSGD`][cges_kernels.ProxSGD] or [`ProxAdamW`][cges_kernels.ProxAdamW] with a penalty
+            in some param group. Make it rather too weak than too strong: the factor finds its size, but units
+            that an early blow has killed do not come back.
         density: the fraction of weights to be left nonzero, in (0, 1].
-        steps: number of optimizer steps for the approach, >= 1: half of the training does well.
-        freeze: False leaves out the landing: the coefficients stay in force, and the density fluctuates.
-        last_epoch: as for :class:`CoefficientWarmup`.
+        steps: the number of optimizer steps for the approach, >= 1. Half of the training does well.
+        freeze: False leaves out the landing; the coefficients stay in force, and the density fluctuates.
+        last_epoch: as for [`CoefficientWarmup`][cges_kernels.CoefficientWarmup].
 
     Raises:
-        ValueError: a density outside (0, 1], or no param group with a penalty.
+        ValueError: a density outside (0, 1], `steps` below 1, no param group with a penalty, or param groups
+            that lack a needed key.
+        TypeError: `freeze` that is not a bool.
 
     Warns:
         UserWarning: once, where the density stays more than a point away though the factor is at an end of
             its range of 1e-6 to 1e6.
 
-    Example:
+    Examples:
         >>> optimizer = ProxSGD(cges_param_groups(model, 1e-3, scale="size"), lr=0.05, momentum=0.9)
         >>> control = TargetDensity(optimizer, 0.1, steps=5000)
         >>> for x, y in batches:  # 10,000 of them
@@ -58,11 +64,11 @@ class TargetDensity(CoefficientScheduler):
         *("_error", "_warned"),
     )
     TOLERANCE = 0.01  # one percentage point
-    BAND = 0.1  # above the target, where the landing begins
-    START = 0.01
-    FACTORS = (1e-6, 1e6)
+    BAND = 0.1  # the landing begins at so much above the target
+    START = 0.01  # the first factor
+    FACTORS = (1e-6, 1e6)  # its range
     PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # gains, per measurement
-    LARGEST = 0.5  # change of log(factor) per measurement
+    LARGEST = 0.5  # the largest change of log(factor) per measurement
 
     def __init__(
         self,
@@ -79,7 +85,7 @@ class TargetDensity(CoefficientScheduler):
             raise TypeError(f"freeze: expected a bool, got {freeze!r}")
         self.target, self.steps, self.freeze = float(density), steps, freeze
         self.density = 1.0  # as last measured
-        self.factor = self.START  # times the initial coefficients, where the landing does not weaken them
+        self.factor = self.START  # of the initial coefficients, which the landing may weaken further
         self.landing = self.frozen = self._warned = False
         self._error = 0.0
         super().__init__(optimizer, last_epoch)
@@ -96,7 +102,7 @@ class TargetDensity(CoefficientScheduler):
             )
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The param groups that have a penalty."""
+        """The param groups that have a penalty at full strength."""
         return [
             group
             for group in self.optimizer.param_groups
@@ -104,7 +110,14 @@ class TargetDensity(CoefficientScheduler):
         ]
 
     def step(self, epoch: int | None = None) -> None:
-        """Measure and move on by one optimizer step."""
+        """Measure the density where that is due, and move on by one optimizer step.
+
+        Args:
+            epoch: an argument of LRScheduler's; it must be None.
+
+        Raises:
+            ValueError: `epoch` that is not None.
+        """
         check_no_epoch(epoch)
         k = self.last_epoch + 1
         every = max(1, self.steps // 100)
@@ -116,12 +129,20 @@ class TargetDensity(CoefficientScheduler):
 
     @torch.no_grad()
     def measure(self) -> float:
-        """The fraction of nonzero weights now."""
+        """Count the nonzero weights now.
+
+        Returns:
+            Their fraction of all weights in param groups with a penalty.
+        """
         params = [p for group in self._groups() for p in group["params"]]
         counts: list[Any] = [torch.count_nonzero(p) for p in params]
         return float(sum(counts)) / max(sum(p.numel() for p in params), 1)
 
     def _control(self, k: int, every: int) -> None:
+        """Begin the landing, freeze zeros and move the factor, after a measurement at optimizer step k.
+
+        `every` is the number of steps between two measurements of the approach.
+        """
         wanted = 1 - (1 - self.target) * cubic(k / self.steps)
         error = math.log(max(self.density, 1e-9) / wanted)
         self.landing |= self.freeze and k >= self.steps and self.density <= self.target + self.BAND
@@ -144,6 +165,7 @@ class TargetDensity(CoefficientScheduler):
             self._warn_if_stuck(low, high)
 
     def _warn_if_stuck(self, low: float, high: float) -> None:
+        """Warn, once, where the density cannot come nearer to the target."""
         above = self.density - self.target
         reason = None
         if above < -self.TOLERANCE and (self.factor == low or self.frozen):
@@ -159,6 +181,7 @@ class TargetDensity(CoefficientScheduler):
             )
 
     def get_factor(self) -> float:
+        """The controlled factor; once zeros are frozen it falls with the distance to the target, to 0."""
         if not self.frozen:
             return self.factor
         above = self.density - self.target

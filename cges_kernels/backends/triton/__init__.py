@@ -1,1 +1,1 @@
-"""The Triton executor."""
+"""The Triton executor: kernels, and the host side that cuts tensors into tiles and launches."""

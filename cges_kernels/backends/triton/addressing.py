@@ -1,4 +1,4 @@
-"""Where the entries of a tile lie in memory: all that a new kind of layout changes in the kernels."""
+"""Where the entries of a tile lie in memory. A new kind of layout changes nothing else in the kernels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def tile_offsets(
     VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """(base, offsets [RED, KEEP] from it, mask) of entries r0.. of groups g0..; see groups.Layout.
+    """(base, offsets [RED, KEEP] from it, mask) of the entries from r0 on of the groups from g0 on.
 
-    VEC elements are 16 bytes where every row begins on a multiple of them, else 1: a promise to the
-    compiler, which then loads 16 bytes at once. WIDE: 32-bit offsets from the base would overflow.
+    groups.Layout has the formula. VEC is the number of elements in 16 bytes where every row begins on a
+    multiple of 16 bytes, else 1. It is a promise to the compiler, which then loads 16 bytes at once. WIDE
+    says that 32-bit offsets from the base would overflow.
     """
     R1, K2 = tl.load(shape + SHAPE_R1), tl.load(shape + SHAPE_K2)
     R2, groups = tl.load(shape + SHAPE_R2), tl.load(shape + SHAPE_GROUPS)
@@ -36,7 +37,7 @@ def tile_offsets(
         offsets = ((g // K2 * R1 + r // R2) * K2 + g % K2) * R2 + r % R2
         mask = (r < R1 * R2) & (g < groups)
     else:
-        k1 = g0 // K2  # a panel of columns lies within one k1; rows have but one
+        k1 = g0 // K2  # a panel of columns lies within one k1; rows have only one
         pitch = R2 if KIND == ROWS else K2
         red_left = tl.minimum(R1 * R2 - r0, RED).to(tl.int32)
         keep_left = tl.minimum((k1 + 1) * K2 - g0, KEEP).to(tl.int32)
@@ -57,6 +58,6 @@ def tile_offsets(
 
 @triton.jit
 def pointer(tensor, column: tl.constexpr, base, STORED: tl.constexpr, VEC: tl.constexpr):
-    """The element ``base`` of w, gradient or buffer, by their column of `tensors`."""
+    """A pointer to the element at offset `base` of w, gradient or a state, by their column of `tensors`."""
     p = tl.load(tensor + column).to(tl.pointer_type(STORED)) + base
     return tl.multiple_of(p, 16 if VEC > 1 else 1)

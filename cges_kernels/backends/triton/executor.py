@@ -45,8 +45,8 @@ from .tiles import VECTOR_BYTES, Tiling, cut, launch_options, working_layout
 from .updates import count_steps
 from .whole import whole_groups
 
-L2_BYTES = 32 << 20  # where the device does not tell
-COUNT_BLOCK = 256  # tensors whose steps one program counts
+L2_BYTES = 32 << 20  # assumed where the device does not tell the size of its L2
+COUNT_BLOCK = 256  # how many tensors' steps one program counts
 STORED = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -56,7 +56,7 @@ STORED = {
 
 
 class CutTables:
-    """What lies on the device for tensors cut in one way."""
+    """The tables and the scratch memory on the device that depend on how tensors are cut."""
 
     def __init__(
         self, tilings: Sequence[Tiling], layouts: Sequence[Layout], dtype: torch.dtype, device: torch.device
@@ -70,9 +70,10 @@ class CutTables:
         self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
         shape = len(tilings), TENSOR_COLUMNS.value
         self.tensors = torch.empty(shape, dtype=torch.int64, device=device)
-        on_gpu = device.type == "cuda"  # what a graph copies from lives as long as the table
+        on_gpu = device.type == "cuda"
+        # Replays of a captured graph copy `tensors` from here, so this lives as long as the table.
         self.pinned = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self.captured = False  # a graph may have put its own addresses into `tensors` since
+        self.captured = False  # whether replays of a graph may have written their addresses into `tensors`
 
 
 class DeviceTables:
@@ -102,11 +103,11 @@ class DeviceTables:
         self.one, self.zero = (
             torch.full((1,), x, dtype=torch.float32, device=self.device) for x in (1.0, 0.0)
         )
-        self.rows = np.zeros(0)  # of `tensors` as last uploaded
+        self.rows = np.zeros(0)  # the content of `tensors` as last uploaded
         self.aligned = np.zeros(0)
-        self.counts = np.zeros(len(tensors), dtype=np.int64)  # addresses of those that lie on the device
+        self.counts = np.zeros(len(tensors), dtype=np.int64)  # addresses of counts on the device, else 0
         self.counts_there = torch.from_numpy(self.counts).to(self.device)
-        self.in_graphs: list[CutTables] = []  # which captured graphs come back to
+        self.in_graphs: list[CutTables] = []  # kept because replays of captured graphs read them
 
     def launch(
         self,
@@ -118,7 +119,7 @@ class DeviceTables:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One step: ``rows`` of `tensors`, where ``counts`` lie on the device, and what kernels take."""
+        """One step. `rows` are those of `tensors`; `counts` are the addresses of counts on the device."""
         self._take(rows)
         self._take_counts(counts)
         tables = self.cut_tables
@@ -168,6 +169,7 @@ class DeviceTables:
                 )
 
     def _take_counts(self, counts: np.ndarray) -> None:
+        """Upload the addresses of counts where they have changed; impossible in the capture of a graph."""
         if np.array_equal(counts, self.counts):
             return
         if is_capturing():
@@ -178,11 +180,11 @@ class DeviceTables:
         self.counts_there = torch.from_numpy(self.counts).to(self.device)
 
     def _take(self, rows: np.ndarray) -> None:
-        """Bring `tensors` up to date; within a graph, at each replay."""
+        """Bring `tensors` up to date. Within a captured graph this happens at each replay."""
         capturing = is_capturing()
         if np.array_equal(rows, self.rows) and not (capturing or self.cut_tables.captured):
             return
-        aligned = (rows[:, :TENSOR_PHASE] % VECTOR_BYTES == 0).all(axis=1)  # all addresses
+        aligned = (rows[:, :TENSOR_PHASE] % VECTOR_BYTES == 0).all(axis=1)  # addresses come before the phase
         if not np.array_equal(aligned, self.aligned):
             if capturing:
                 raise RuntimeError(
@@ -201,7 +203,7 @@ class DeviceTables:
         self.cut_tables.tensors.copy_(table, non_blocking=capturing)
 
     def _cut(self, aligned: np.ndarray) -> None:
-        """Cut every tensor anew; what a graph has captured stays as it is."""
+        """Cut every tensor anew. Tables that a graph has captured stay as they are."""
         tilings = [
             cut(layout, grouped, self.dtype, bool(a))
             for layout, grouped, a in zip(self.layouts, self.grouped, aligned)
@@ -211,7 +213,7 @@ class DeviceTables:
 
 
 class TritonExecutor:
-    """Steps over tensors of fixed shapes, by device and dtype."""
+    """Steps tensors of fixed shapes, device by device and dtype by dtype."""
 
     def __init__(
         self,
@@ -221,14 +223,14 @@ class TritonExecutor:
         param_groups: Sequence[int],
         num_param_groups: int,
     ):
-        """``param_groups[i]`` is the index of tensor i's hyperparameters, of ``num_param_groups``."""
+        """Tensor i takes the hyperparameters at index `param_groups[i]`, out of `num_param_groups`."""
         self.rule, self.param_groups = rule, np.array(param_groups, dtype=np.int64)
         self.hyperparameters = [Hyperparameters.make(rule)] * num_param_groups
         places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, w in enumerate(tensors):
             if w.numel() > 0:
                 places.setdefault((w.device, w.dtype), []).append(i)
-        self.tables: list[tuple[np.ndarray, DeviceTables]] = []  # with the indices of their tensors
+        self.tables: list[tuple[np.ndarray, DeviceTables]] = []  # and the indices of their tensors
         for indices in places.values():
             tables = DeviceTables(
                 rule,
@@ -239,7 +241,7 @@ class TritonExecutor:
             )
             self.tables.append((np.array(indices), tables))
         self.hyper: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.in_graphs: list[Tensor] = []  # tables that captured graphs come back to
+        self.in_graphs: list[Tensor] = []  # `hyper` tables kept because replays of captured graphs read them
 
     def set_hyperparameters(self, param_group: int, h: Hyperparameters) -> None:
         if h != self.hyperparameters[param_group]:
@@ -249,7 +251,7 @@ class TritonExecutor:
     def launch(
         self, table: Tensor, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
     ) -> None:
-        """One step; ``table`` has a gathering.Row of each tensor."""
+        """One step; `table` has a gathering.Row for each tensor."""
         counts = table.numpy()[:, Row._fields.index("steps_address")]
         rows = self._rows_of(table.numpy())
         exact = any(h.exact for h in self.hyperparameters)
@@ -264,7 +266,7 @@ class TritonExecutor:
             tables.launch(*args, grad_scale, found_inf)
 
     def _rows_of(self, table: np.ndarray) -> np.ndarray:
-        """`tensors`: what the host has counted as the kernels need it; see csrc/common/adamw.h."""
+        """The rows of `tensors`, with two numbers for steps that the host counts; see csrc/common/adamw.h."""
         rows, at = table.copy(), TENSOR_RATIO.value
         rows[:, at:] = 0
         if not self.rule.counts:
@@ -285,7 +287,6 @@ class TritonExecutor:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One step of tensors of these rows."""
         for param_group, h in enumerate(hyperparameters):
             self.set_hyperparameters(param_group, h)
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(Row._fields))
@@ -293,7 +294,7 @@ class TritonExecutor:
 
 
 class TritonPlan:
-    """What an optimizer drives: a StepPlan that checks and gathers, and launches on what it has gathered."""
+    """The plan of the Triton executor: a StepPlan checks and gathers, and its rows are launched on."""
 
     def __init__(
         self, rule: Rule, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]
@@ -314,7 +315,7 @@ class TritonPlan:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """A context in which `device` is the current one, on which Triton launches."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 

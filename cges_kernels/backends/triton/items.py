@@ -1,4 +1,7 @@
-"""Which tile each program works on: the tables `items` of both kernels, from how tensors are cut."""
+"""The tables `items` of both kernels: which tile each program works on, from how tensors are cut.
+
+tiles.py cuts tensors; executor.py uploads the tables.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class WholeItems(NamedTuple):
 
 
 class SplitItems(NamedTuple):
-    """What split_groups works through: windows of one length; and how much memory its panels share."""
+    """What split_groups works through: windows of equal length, and the scratch memory that panels share."""
 
     variants: list[Variant]
     table: np.ndarray
@@ -46,7 +49,7 @@ class SplitItems(NamedTuple):
 
 
 def whole_items(tilings: Sequence[Tiling]) -> WholeItems:
-    """Those of tensors whose groups fit a tile."""
+    """The items of tensors whose groups fit a tile."""
     variants = sorted({tiling.variant for tiling in tilings if tiling.whole})
     tables = [np.zeros((0, ITEM_COLUMNS), dtype=np.int64)]
     for i, tiling in enumerate(tilings):
@@ -62,14 +65,17 @@ def whole_items(tilings: Sequence[Tiling]) -> WholeItems:
 def split_items(
     tilings: Sequence[Tiling], layouts: Sequence[Layout], dtype: torch.dtype, window_bytes: int
 ) -> SplitItems:
-    """Those of long groups. A window holds whole panels, as many as ``window_bytes`` do, and idle items."""
+    """The items of tensors with longer groups.
+
+    A window holds whole panels, as many as fit `window_bytes`, and idle items up to its length.
+    """
     variants = sorted({tiling.variant for tiling in tilings if not tiling.whole})
-    panels: list[np.ndarray] = []  # each one [chunks, SPLIT_ITEM_COLUMNS]
+    panels: list[np.ndarray] = []  # of shape [chunks, SPLIT_ITEM_COLUMNS] each
     scratch = 0
     for i, (tiling, layout) in enumerate(zip(tilings, layouts)):
         if tiling.whole:
             continue
-        first = np.arange(0, layout.group_size, tiling.variant.red)  # entry of each chunk
+        first = np.arange(0, layout.group_size, tiling.variant.red)  # the first entry of each chunk
         panel = np.arange(len(tiling.panels))[:, None]
         of_panel = (STATE_ROWS.value + SUM_ROWS.value * len(first)) * tiling.variant.keep
         items = np.zeros((len(panel), len(first), SPLIT_ITEM_COLUMNS), dtype=np.int64)
@@ -94,7 +100,7 @@ def split_items(
 
 
 def _windows(panels: list[np.ndarray], most: int) -> tuple[list[list[np.ndarray]], int]:
-    """The panels of each window, and the windows' length: ``most`` items, or more where a panel has more."""
+    """The panels of each window, and the windows' length: `most` items, or more where a panel has more."""
     length = max([most, *map(len, panels)])
     windows: list[list[np.ndarray]] = []
     room = 0

@@ -1,16 +1,16 @@
-"""The proximal step in Triton: every tensor of one dtype and device in one launch.
+"""The proximal step in Triton: every tensor of one dtype and device in one launch, or two.
 
-A step has at most two launches. `whole_groups` (whole.py) serves groups that fit a register tile: a program
-loads parts of RED x KEEP elements (PARTS*RED >= group size), and z never leaves its registers between the
-reduction and the apply. `split_groups` (split.py) serves longer groups in chunks, ordered by tickets: sweeps
-that only read leave partial sums, the last chunk of a panel to arrive adds them in index order and moves the
-panel's search for (s, t) on, and the apply pass reads everything again. A ticket waits only for tickets
-already taken, so nothing depends on how many programs are resident, and exact mode's further sweeps cost no
-further launch.
+`whole_groups` (whole.py) serves groups that fit a register tile. A program loads PARTS parts of RED x KEEP
+elements (PARTS*RED >= group size), and z never leaves its registers between the reduction and the apply.
 
-Here is what both kernels do with a tile; updates.py has the update rules, for one of which (RULE) a kernel is
-compiled. The formulas carry the names of core/reference.py and shrinkage.h. The numbers come from tables in
-device memory, see tables.py. executor.py launches.
+`split_groups` (split.py) serves longer groups in chunks, ordered by tickets. Sweeps that only read leave
+partial sums. The last chunk of a panel to arrive adds them in index order and moves the panel's search for
+(s, t) on. The apply pass reads everything again. A ticket waits only for tickets already taken, so nothing
+depends on how many programs are resident, and exact mode's further sweeps cost no further launch.
+
+This file has what both kernels do with a tile; updates.py has the update rules, for one of which (RULE) a
+kernel is compiled. The formulas have the names of core/reference.py and shrinkage.h. Numbers come from tables
+in device memory (tables.py), and executor.py launches.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from .updates import divide, load_number, square_root, update
 
 @triton.jit
 def form_thresholds(lr, group_lasso, exclusive_lasso, l1):
-    """(a, b, c)"""
+    """(a, b, c) = lr times each coefficient."""
     return lr * group_lasso, lr * exclusive_lasso, lr * l1
 
 
 @triton.jit
 def load_thresholds(row):
-    """(a, b, c, whether exact). Where the host has formed them they are multiplied by 1."""
+    """(a, b, c, whether exact). Thresholds that the host has formed are multiplied by 1."""
     group_lasso = load_number(row, HYPER_A, ADDRESS_GROUP_LASSO)
     exclusive_lasso = load_number(row, HYPER_B, ADDRESS_EXCLUSIVE_LASSO)
     l1 = load_number(row, HYPER_C, ADDRESS_L1)
@@ -66,21 +66,22 @@ def load_thresholds(row):
 
 @triton.jit
 def load_freeze(row):
+    """The freeze mode, as an index into FREEZE_MODES."""
     return tl.load(row + HYPER_FREEZE).to(tl.int32)
 
 
 @triton.jit
 def soft_magnitude(z, t):
-    """|soft(z, t)| = max(|z| - t, 0), letting NaN through."""
+    """|soft(z, t)| = max(|z| - t, 0); NaN stays NaN."""
     u = tl.abs(z) - t
     return tl.where(u <= 0, 0.0, u)
 
 
 @triton.jit
 def group_stats(zs, t, PARTS: tl.constexpr):
-    """Sums over a tile's parts and their axis 0 of u = soft(z, t): how many are left, l1, l2 norm squared.
+    """Sums over a tile's parts and their axis 0 of u = soft(z, t): count of nonzeros, l1, l2 norm squared.
 
-    The parts are added up where they are, and only then across threads.
+    The parts are added up within each thread first, and only then across threads.
     """
     u = soft_magnitude(zs[0], t[None, :])
     count, l1, l2_squared = tl.where(u == 0, 0.0, 1.0).to(u.dtype), u, u * u
@@ -102,7 +103,7 @@ def group_scale(l2, a):
 def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: tl.constexpr):
     """One sweep of each group's search for (s, t), given its stats at the present t; t starts at c.
 
-    ``search`` is (s, t, low, high, done). Groups that are done keep their numbers.
+    `search` is (s, t, low, high, done), and so is the result. Groups that are done keep their numbers.
     """
     s, t, low, high, done = search
     count, l1, l2_squared = stats
@@ -111,7 +112,7 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
     scale = group_scale(l2, a)
     settled = tl.where(b == 0, c, c + b * l1)  # sequential mode's t
     finished = done == done
-    if EXACT:  # Newton's and Halley's steps to the root of excess, in a shrinking bracket; see shrinkage.h
+    if EXACT:  # Newton's or Halley's step to the root of excess, in a shrinking bracket; see shrinkage.h
         high = tl.where(sweep == 0, settled * (1 + 4 * EPS), high)
         excess = t - c - b * scale * l1
         ratio = divide(l1, l2)
@@ -124,7 +125,7 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
         step = t - divide(excess, tl.where(excess < 0, bent, slope))
         low = tl.where(~done & (excess < 0), t, low)
         high = tl.where(~done & (excess > 0), t, high)
-        moves = tl.abs(step - t) > 4 * EPS * tl.abs(step)  # false for NaN, which stays
+        moves = tl.abs(step - t) > 4 * EPS * tl.abs(step)  # false for NaN, which stays NaN
         step = tl.where(moves & ((step <= low) | (step >= high)), low + (high - low) * 0.5, step)
         iterate = (exact != 0) & (b != 0)
         finished = tl.where(iterate, ~(tl.abs(step - t) > 4 * EPS * tl.abs(step)), True)
@@ -134,7 +135,7 @@ def solve_shrinkage(search, stats, thresholds, sweep, EXACT: tl.constexpr, EPS: 
 
 @triton.jit
 def apply_shrinkage(z, s, t, STORED: tl.constexpr):
-    """s * soft(z, t) rounded to the stored dtype, every zero +0.0."""
+    """s * soft(z, t) rounded to the stored dtype; every zero is +0.0."""
     m = soft_magnitude(z, t[None, :])
     w = (s[None, :] * tl.where(z < 0, -m, m)).to(STORED).to(z.dtype)
     return tl.where(w == 0, 0.0, w)
@@ -142,7 +143,7 @@ def apply_shrinkage(z, s, t, STORED: tl.constexpr):
 
 @triton.jit
 def frozen(w, alive, freeze):
-    """Where what is zero must stay so: single elements, or groups none of whose entries is alive."""
+    """Where what is zero must stay zero: single elements, or groups none of whose entries is alive."""
     dead = tl.where(freeze == FREEZE_GROUP, alive[None, :] == 0, False)
     return tl.where(freeze == FREEZE_ELEMENT, w == 0, dead)
 
@@ -155,7 +156,7 @@ def update_tile(
     tensor, base, offsets, mask, scalars,
     RULE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """(w, z, new states) of a tile; what is masked out is 0."""
+    """(w, z, new states) of a tile; elements that are masked out are 0."""
     STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
     phase = tl.load(tensor + TENSOR_PHASE)
     w = tl.load(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
@@ -172,7 +173,7 @@ def update_tile(
 
 @triton.jit
 def keep_zeros(dead, z, states, RULE: tl.constexpr):
-    """(z, states) with zeros where ``dead``."""
+    """(z, states) with zeros where `dead`."""
     STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
     kept = ()
     for s in tl.static_range(STATES):
@@ -184,6 +185,7 @@ def keep_zeros(dead, z, states, RULE: tl.constexpr):
 def store_states(
     tensor, base, offsets, mask, states, RULE: tl.constexpr, STORED: tl.constexpr, VEC: tl.constexpr
 ):
+    """Write the states of a tile, if the tensor's phase has any."""
     STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
     writes = tl.load(tensor + TENSOR_PHASE) >= FIRST
     for s in tl.static_range(STATES):
@@ -193,7 +195,7 @@ def store_states(
 
 @triton.jit
 def store_weights(tensor, base, offsets, mask, z, s, t, shrinks, STORED: tl.constexpr, VEC: tl.constexpr):
-    """w = s * soft(z, t); z itself, bit for bit, where nothing shrinks."""
+    """Write w = s * soft(z, t), or z itself, bit for bit, where nothing shrinks."""
     w = tl.where(shrinks, apply_shrinkage(z, s, t, STORED), z)
     tl.store(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, w.to(STORED), mask)
 

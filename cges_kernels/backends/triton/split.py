@@ -1,4 +1,4 @@
-"""Groups too long for a register tile: chunks ordered by tickets; see kernels.py."""
+"""The kernel for groups too long for a register tile: chunks ordered by tickets; see kernels.py."""
 
 from __future__ import annotations
 
@@ -60,23 +60,24 @@ from .tables import (
 )
 from .updates import hyper_row, load_scalars
 
-SUM_BLOCK = Constant(2048)  # partial sums added at once
+SUM_BLOCK = Constant(2048)  # how many partial sums are added at once
 
 
 @triton.jit
 def load_row(scratch, i, KEEP: tl.constexpr):
-    """Row i of a panel's scratch, from the L2: another program may have written it just now."""
+    """Row i of a panel's scratch, read from the L2 because another program may just have written it."""
     return tl.load(scratch + i * KEEP + tl.arange(0, KEEP), cache_modifier=".cg")
 
 
 @triton.jit
 def store_row(scratch, i, row, KEEP: tl.constexpr):
+    """Write row i of a panel's scratch."""
     tl.store(scratch + i * KEEP + tl.arange(0, KEEP), row)
 
 
 @triton.jit
 def total(partials, row, chunks, KEEP: tl.constexpr):
-    """The chunks' sums of one row, added in index order, whoever adds."""
+    """The chunks' sums of one row, added in index order, so that the bits are the same whoever adds."""
     BLOCK: tl.constexpr = SUM_BLOCK // KEEP
     block, keep = tl.arange(0, BLOCK)[:, None], tl.arange(0, KEEP)[None, :]
     sums = tl.zeros([KEEP], partials.dtype.element_ty)
@@ -91,7 +92,7 @@ def total(partials, row, chunks, KEEP: tl.constexpr):
 
 @triton.jit
 def wait_for(count, at_least):
-    """Spin until *count >= at_least; what was written before it got there is then visible."""
+    """Spin until *count >= at_least, and return it; all writes before that increase are then visible."""
     seen = tl.atomic_add(count, 0, sem="acquire")
     while seen < at_least:
         seen = tl.atomic_add(count, 0, sem="acquire")
@@ -102,7 +103,7 @@ def wait_for(count, at_least):
 def move_search_on(
     scratch, chunks, sweep, thresholds, EXACT: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr
 ):
-    """Add up the chunks' sums and take one step of each group's search; whether all are done."""
+    """Add up the chunks' sums and take one step of each group's search; whether all groups are done."""
     partials = scratch + STATE_ROWS * KEEP
     _, _, c, _ = thresholds
     zeros = tl.zeros([KEEP], scratch.dtype.element_ty)
@@ -119,7 +120,7 @@ def move_search_on(
     l2_squared = total(partials, SUM_L2_SQUARED, chunks, KEEP)
     if EXACT:
         count = total(partials, SUM_COUNT, chunks, KEEP)
-    dead = alive == 0  # its z is zero
+    dead = alive == 0  # the z of a frozen group is zero, though its sums were taken before that was known
     stats = tl.where(dead, 0.0, count), tl.where(dead, 0.0, l1), tl.where(dead, 0.0, l2_squared)
     s, t, low, high, done = solve_shrinkage((s, t, low, high, done), stats, thresholds, sweep, EXACT, EPS)
     store_row(scratch, STATE_S, s, KEEP)
@@ -148,10 +149,10 @@ def split_tile(
     scratch += tl.load(item + ITEM_SCRATCH)
     needs_sums = (a != 0) | (b != 0) | (freeze == FREEZE_GROUP)
     applies = sweep == STAGES
-    behind = 0  # sweeps that the panel lags behind this ticket; < 0: the search ended early
+    behind = 0  # below 0 where the panel's search ended before this ticket's sweep
     if needs_sums:
         behind = sweep - wait_for(swept, sweep)
-        if sweep > 0:  # the last that has seen what it waited for makes all ready for the next step
+        if sweep > 0:  # the last program to have waited sets the counters back for the next step
             if tl.atomic_add(seen, 1, sem="acq_rel") == chunks * STAGES - 1:
                 tl.store(seen, 0)
                 tl.store(swept, 0)
@@ -179,7 +180,7 @@ def split_tile(
             store_row(partials, SUM_L2_SQUARED, l2_squared, KEEP)
             alive = tl.max((w != 0).to(COMPUTE), axis=0)
             store_row(partials, SUM_ALIVE, tl.where(freeze == FREEZE_GROUP, alive, 1.0), KEEP)
-            tl.debug_barrier()  # every thread's stores come before the release
+            tl.debug_barrier()  # all threads must have stored before one of them releases
             if tl.atomic_add(arrived, 1, sem="acq_rel") == chunks - 1:
                 tl.store(arrived, 0)
                 done = move_search_on(scratch, chunks, sweep, thresholds, EXACT, EPS, KEEP)
@@ -195,14 +196,15 @@ def split_groups(
 ):  # fmt: skip
     """One program per ticket. Tickets go window by window; in a window, sweep by sweep, then the apply.
 
-    A window holds whole panels, as many as the L2 keeps, so that what one pass has read the next finds there.
+    A window holds whole panels, as many as the L2 keeps, so that each pass finds there what the one before
+    has read.
     """
     STAGES: tl.constexpr = (MAX_SWEEPS if EXACT else 1) + 1
     if tl.load(found_inf) != 0:  # all programs see the same, so no ticket is taken
         return
     ticket = tl.atomic_add(counters + COUNTER_TICKETS, 1, sem="relaxed")
     if ticket == tickets - 1:
-        tl.store(counters + COUNTER_TICKETS, 0)  # all are taken: ready for the next step
+        tl.store(counters + COUNTER_TICKETS, 0)  # all tickets are taken: set back for the next step
     window, rest = ticket // (per_window * STAGES), ticket % (per_window * STAGES)
     item = items + (window * per_window + rest % per_window).to(tl.int64) * SPLIT_ITEM_COLUMNS
     variant, index = tl.load(item + ITEM_VARIANT), tl.load(item + ITEM_TENSOR)

@@ -1,7 +1,7 @@
-"""The tables in device memory that the kernels read: a new address or learning rate compiles nothing.
+"""The tables in device memory that the kernels read, so that a new address or learning rate compiles nothing.
 
-Each has a row per entry of what its heading says. A column has one name, by which the host writes it and the
-kernels read it; the last name of a heading is how many columns there are. Beside the tables kernels take
+The comment above each table says what it has a row for. A column has one name, by which the host writes it
+and the kernels read it; the last name is the number of columns. Besides the tables, kernels take
 `grad_scale`, which divides gradients, and `found_inf`: where that is not 0 nothing changes.
 """
 
@@ -23,8 +23,8 @@ from ...core.rules import ADAMW, SGD
 class Constant(tl.constexpr):
     """A number that kernels may name.
 
-    At each launch Triton compares all that a kernel names with a deep copy of what it was compiled for; that
-    there is but one of each makes it several times faster.
+    At each launch Triton compares all that a kernel names with a deep copy of what it was compiled for. That
+    is several times faster where there is only one object for each number.
     """
 
     def __ne__(self, other: Any) -> Any:
@@ -37,9 +37,9 @@ class Constant(tl.constexpr):
 MAX_SWEEPS = Constant(reference.MAX_SWEEPS)
 
 
-# `tensors`, int64, by tensor: addresses of w, gradient and the rule's states (0: there is none), and its
-# Phase, as StepPlan gives them (gathering.Row); then, for a rule that counts steps, the bits of two float64:
-# sqrt(1 - beta2^count) / (1 - beta1^count), and that square root.
+# `tensors`, int64, has a row for each tensor: the addresses of w, gradient and the rule's states (0: none)
+# and its Phase, as StepPlan gives them (gathering.Row). Then come, for a rule that counts steps, the bits of
+# two float64: sqrt(1 - beta2^count) / (1 - beta1^count), and that square root.
 TENSOR_W, TENSOR_GRAD, TENSOR_STATES = map(Constant, range(3))
 TENSOR_PHASE, TENSOR_RATIO, TENSOR_ROOT, TENSOR_COLUMNS = map(Constant, range(4, 8))
 SKIPPED = Constant(int(Phase.SKIPPED))
@@ -48,47 +48,50 @@ FIRST = Constant(int(Phase.FIRST))
 RUNNING = Constant(int(Phase.RUNNING))
 
 
-# `shapes`, int64, by tensor: its Layout as far as kernels need it, and the row of `hyper` that it takes.
+# `shapes`, int64, has a row for each tensor: its Layout as far as kernels need it, and its row of `hyper`.
 SHAPE_R1, SHAPE_K2, SHAPE_R2, SHAPE_GROUPS, SHAPE_HYPER, SHAPE_COLUMNS = map(Constant, range(6))
 
 
-# `hyper`, of the compute dtype, by param group: numbers, then int64 addresses. First the update rule's:
+# `hyper`, of the compute dtype, has a row for each param group: numbers, then int64 addresses. The update
+# rule's numbers come first.
 HYPER_LR = Constant(0)
 HYPER_GRAD_SIGN = Constant(1)  # -1 to maximize
-# SGD's
+# SGD's numbers.
 HYPER_MOMENTUM, HYPER_ONE_MINUS_DAMPENING, HYPER_WEIGHT_DECAY, HYPER_NESTEROV = map(Constant, range(2, 6))
-# AdamW's: weight decay of the weights (decoupled) and of the gradient, one of which is 0
+# AdamW's numbers. Decoupled weight decay shrinks weights, coupled is added to gradients; one of them is 0.
 HYPER_ONE_MINUS_BETA1, HYPER_BETA2, HYPER_ONE_MINUS_BETA2, HYPER_EPS = map(Constant, range(2, 6))
 HYPER_DECOUPLED_DECAY, HYPER_COUPLED_DECAY = map(Constant, range(6, 8))
-# The prox's: a, b and c, but where HYPER_ON_DEVICE is not 0 the bare coefficients.
+# The prox's numbers: the thresholds a, b and c, or the bare coefficients where HYPER_ON_DEVICE is not 0.
 HYPER_A, HYPER_B, HYPER_C, HYPER_EXACT, HYPER_FREEZE, HYPER_ON_DEVICE = map(Constant, range(8, 14))
 HYPER_NUMBERS = Constant(14)
-# Addresses of float32 that take the place of lr and the coefficients (0: none), in the order of SCALARS.
+# Addresses of float32 numbers to be read in place of lr and coefficients (0: none), in the order of SCALARS.
 ADDRESS_LR, ADDRESS_GROUP_LASSO, ADDRESS_EXCLUSIVE_LASSO, ADDRESS_L1, ADDRESSES = map(Constant, range(5))
-HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # each is as large as two float32
-# RULE, which kernels are compiled for.
+HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # an address is as large as two float32
+# The values of RULE, which kernels are compiled for.
 SGD_RULE, ADAMW_RULE = map(Constant, range(2))
 RULE_NUMBERS = {SGD.name: SGD_RULE, ADAMW.name: ADAMW_RULE}
-# HYPER_FREEZE: what must stay zero, by its place in FREEZE_MODES.
+# The values of HYPER_FREEZE: what must stay zero, as an index into FREEZE_MODES.
 FREEZE_GROUP, FREEZE_ELEMENT = (Constant(FREEZE_MODES.index(mode)) for mode in ("group", "element"))
 
 
-# `items`, int64, by tile: a variant (an index into VARIANTS, or IDLE), a tensor, the tile's first group, and
-# the first entry that it has of its groups.
+# `items`, int64, has a row for each tile: a variant (an index into VARIANTS, or IDLE), a tensor, the tile's
+# first group, and the first entry that it has of its groups.
 ITEM_VARIANT, ITEM_TENSOR, ITEM_GROUP, ITEM_ENTRY, ITEM_COLUMNS = map(Constant, range(5))
-# Those of split_groups go on with panel, chunk, chunks of the panel, and where in `scratch` the panel begins.
+# Rows for split_groups also have the panel, the chunk, the panel's number of chunks, and where in `scratch`
+# the panel begins.
 ITEM_PANEL, ITEM_CHUNK, ITEM_CHUNKS, ITEM_SCRATCH, SPLIT_ITEM_COLUMNS = map(Constant, range(4, 9))
 IDLE = Constant(-1)
 
 
-# `scratch`, of the compute dtype, by panel: rows of a number per group, first the state of its search, then
-# the partial sums of each of its chunks.
+# `scratch`, of the compute dtype, has for each panel rows of one number per group: first the state of the
+# panel's search, then the partial sums of each of its chunks.
 STATE_S, STATE_T, STATE_LOW, STATE_HIGH, STATE_DONE, STATE_ALIVE, STATE_ROWS = map(Constant, range(7))
 SUM_COUNT, SUM_L1, SUM_L2_SQUARED, SUM_ALIVE, SUM_ROWS = map(Constant, range(5))
 
 
-# `counters`, int32, all 0 between steps: the tickets taken, then by panel how many chunks have arrived in the
-# present sweep, how many sweeps have passed, and how many programs have seen what they waited for.
+# `counters`, int32, are all 0 between steps. They hold the number of tickets taken, then for each panel how
+# many chunks have arrived in the present sweep, how many sweeps have passed, and how many programs have ended
+# a wait.
 COUNTER_TICKETS, COUNTER_PANELS = map(Constant, range(2))
 PANEL_ARRIVED, PANEL_SWEPT, PANEL_SEEN, PANEL_COUNTERS = map(Constant, range(4))
 
@@ -104,11 +107,11 @@ class Variant(NamedTuple):
     wide: bool
 
 
-# Its fields, by which kernels take them out of VARIANTS.
+# The indices by which kernels take the fields of a Variant.
 VARIANT_KIND, VARIANT_PARTS, VARIANT_RED, VARIANT_KEEP, VARIANT_VEC, VARIANT_WIDE = map(Constant, range(6))
-# Its kind; the canonical layout is groups.py's (K1, R1, K2, R2).
+# The kinds of a Variant, in terms of the canonical layout (K1, R1, K2, R2) of groups.py.
 ROWS = Constant(0)  # K1 = R1 = 1: a group is a contiguous run
-COLUMNS = Constant(1)  # R2 = 1: neighbours along a row are of different groups
+COLUMNS = Constant(1)  # R2 = 1: neighbours along a row belong to different groups
 GENERAL = Constant(2)  # any layout, by division
 ELEMENTWISE = Constant(3)  # no groups
 
@@ -143,5 +146,5 @@ def hyper_table(hyperparameters: Sequence[Hyperparameters], dtype: torch.dtype) 
 
 
 def _number(x: Any) -> float:
-    """What the host knows of one of SCALARS."""
+    """The number that the host knows for one of SCALARS; 0 where a kernel reads it from an address."""
     return 0.0 if isinstance(x, At) else float(x)

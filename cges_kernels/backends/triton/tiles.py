@@ -15,9 +15,9 @@ VECTOR_BYTES = 16
 
 
 class Tile(NamedTuple):
-    """A register tile for groups up to ``longest``: parts of ``red`` entries of each of ``keep`` groups.
+    """A register tile for groups up to `longest`: parts of `red` entries of each of `keep` groups.
 
-    ``longest`` 0 means chunks of one part, for groups of any length.
+    `longest` 0 means chunks of one part, for groups of any length.
     """
 
     longest: int
@@ -25,9 +25,9 @@ class Tile(NamedTuple):
     keep: int
 
 
-# The launch choices, by kind of layout: the first tile whose `longest` covers the group. A part of 4096
-# elements is 16 a thread: 12 loads of 16 bytes in flight, and three programs per SM where there is one part.
-# `python -m bench.tune` measures them.
+# The launch choices for each kind of layout: the first tile whose `longest` covers the group is taken. A part
+# of 4096 elements is 16 per thread, so that 12 loads of 16 bytes are in flight, and three programs fit an SM
+# where there is one part. `python -m bench.tune` measures these choices.
 NUM_WARPS = 8
 TILES: dict[int, tuple[Tile, ...]] = {
     ELEMENTWISE.value: (Tile(1, 1, 4096),),
@@ -38,7 +38,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(128, 128, 32),  # 128 bytes of a row: one full line
         Tile(256, 128, 32),  # two parts: z takes 32 registers a thread
         Tile(512, 256, 16),  # 64 bytes of a row; a neighbour takes the rest of the line at the same time
-        Tile(1024, 256, 16),  # four parts: z takes 64 registers, its sums 48; more would spill
+        Tile(1024, 256, 16),  # four parts: z takes 64 registers and its sums 48; more would spill
         Tile(0, 128, 32),  # chunks
     ),
     ROWS.value: (
@@ -51,7 +51,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
         Tile(0, 4096, 1),  # chunks
     ),
     GENERAL.value: (
-        Tile(16, 16, 128),  # 8 a thread: single accesses, and their addresses, take registers
+        Tile(16, 16, 128),  # 8 elements per thread, since single accesses and their addresses take registers
         Tile(64, 64, 32),
         Tile(256, 256, 8),
         Tile(1024, 1024, 4),
@@ -61,7 +61,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 
 class Tiling(NamedTuple):
-    """How one tensor is cut: its variant, whether a group is one tile, and the first group of each panel."""
+    """How one tensor is cut: its variant, whether a tile holds whole groups, and each panel's first group."""
 
     variant: Variant
     whole: bool
@@ -69,17 +69,17 @@ class Tiling(NamedTuple):
 
 
 def working_layout(layout: Layout) -> Layout:
-    """The same groups with contiguous ones as rows: (K1, R1, 1, 1) is K1 runs of R1."""
+    """The same groups, with contiguous ones as rows: (K1, R1, 1, 1) is K1 runs of R1 elements."""
     return Layout(1, 1, layout.K1, layout.R1) if layout.K2 == layout.R2 == 1 else layout
 
 
 def launch_options(
     variants: Sequence[Variant], dtype: torch.dtype, exact: bool, nvidia: bool
 ) -> dict[str, Any]:
-    """How a kernel is compiled for ``variants``.
+    """How a kernel is compiled for `variants`.
 
-    Up to 128 registers two programs share an SM; z of four parts, or 64-bit divisions, take more. ptxas is
-    told its limit: left to itself it may stop at 64 or 128 and spill the rest.
+    With up to 128 registers per thread two programs share an SM; z of four parts, or 64-bit divisions, take
+    more. ptxas is told its limit, because left to itself it may stop at 64 or 128 and spill the rest.
     """
     options: dict[str, Any] = {"VARIANTS": tuple(variants), "num_warps": NUM_WARPS, "enable_fp_fusion": True}
     if nvidia:
@@ -89,13 +89,14 @@ def launch_options(
 
 
 def halved(tile: Tile) -> Tile:
+    """A tile of half as many elements: of half as many groups, or of half as long ones where it has one."""
     if tile.keep > 1:
         return tile._replace(keep=tile.keep // 2)
     return Tile(tile.longest // 2, max(tile.red // 2, 1), 1)
 
 
 def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
-    """The tile for groups of ``size``, half as large where elements take two registers or single accesses."""
+    """The tile for groups of `size`, half as large where elements take two registers or single accesses."""
     tiles = TILES[kind]
     if dtype == torch.float64:
         tiles = tuple(map(halved, tiles))
@@ -105,7 +106,7 @@ def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
 
 
 def cut(layout: Layout, grouped: bool, dtype: torch.dtype, aligned: bool) -> Tiling:
-    """The tile for a tensor's groups; ``aligned``: its memory begins on multiples of 16 bytes."""
+    """How to cut a tensor; `aligned` says that its memory begins on a multiple of 16 bytes."""
     K1, R1, K2, R2 = layout
     if not grouped:
         kind = ELEMENTWISE.value
@@ -120,7 +121,7 @@ def cut(layout: Layout, grouped: bool, dtype: torch.dtype, aligned: bool) -> Til
     vec = vec if aligned and pitch % vec == 0 else 1
     size = layout.group_size
     longest, red, keep = tile_for(kind, size, dtype, vec)
-    span = {  # how far offsets go from a tile's first element
+    span = {  # the largest offset from a tile's first element
         ELEMENTWISE.value: keep,
         ROWS.value: keep * R2 + red,
         COLUMNS.value: red * K2 + keep,

@@ -1,4 +1,7 @@
-"""The update rules in Triton, by the names of core/updates.py, sgd.h and adamw.h; and what they read."""
+"""The update rules in Triton, and the scalars that they read from the tables.
+
+The functions have the names of core/updates.py and csrc/common/sgd.h and adamw.h; kernels.py calls `update`.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ def divide(x, y):
 
 @triton.jit
 def square_root(x):
+    """The square root of x, correctly rounded."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -60,7 +64,7 @@ def hyper_row(hyper, shape):
 
 @triton.jit
 def load_number(row, column: tl.constexpr, source: tl.constexpr):
-    """A number of the row, or the float at the row's address ``source``, if there is one."""
+    """The number in a column of the row, or the float32 at the row's address `source`, if there is one."""
     value = tl.load(row + column)
     address = tl.load((row + HYPER_NUMBERS).to(tl.pointer_type(tl.int64)) + source)
     there = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
@@ -69,6 +73,7 @@ def load_number(row, column: tl.constexpr, source: tl.constexpr):
 
 @triton.jit
 def load_grad_sign(row, grad_scale):
+    """What gradients are multiplied by: 1, or -1 to maximize, divided by the gradient scale."""
     sign = tl.load(row + HYPER_GRAD_SIGN)
     return divide(sign, tl.load(grad_scale).to(sign.dtype))
 
@@ -130,9 +135,10 @@ def adamw_update(w, grad, exp_avg, exp_avg_sq, phase, adamw):
 
 @triton.jit
 def count_steps(tensors, shapes, hyper, counts, found_inf, n, BLOCK: tl.constexpr):
-    """Counts the steps of tensors whose counts lie on the device, and writes what other kernels need of them.
+    """Count the steps of tensors whose counts lie on the device, and write what other kernels need of them.
 
-    ``counts``: of each tensor the address of a float32 (0: the host counts). An overflow is no step.
+    `counts` holds for each tensor the address of a float32, or 0 where the host counts. An overflow is no
+    step.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tensor, address = tensors + i * TENSOR_COLUMNS, tl.load(counts + i, i < n, other=0)
@@ -149,7 +155,7 @@ def count_steps(tensors, shapes, hyper, counts, found_inf, n, BLOCK: tl.constexp
 
 @triton.jit
 def come_so_far(one_minus_beta, count):
-    """1 - beta^count, of beta that is not 1; in float64."""
+    """1 - beta^count in float64, given 1 - beta, which is not 0."""
     beta = 1 - one_minus_beta.to(tl.float64)
     log = tl.log(tl.where(beta > 0, beta, 1.0))
     return tl.where(beta > 0, 1 - tl.exp(count.to(tl.float64) * log), 1.0)
@@ -160,7 +166,7 @@ def come_so_far(one_minus_beta, count):
 
 @triton.jit
 def load_scalars(tensor, row, grad_scale, RULE: tl.constexpr):
-    """What ``update`` is told."""
+    """The scalars that `update` takes."""
     if RULE == ADAMW_RULE:
         scalars = load_adamw(tensor, row, grad_scale)
     else:
@@ -170,7 +176,7 @@ def load_scalars(tensor, row, grad_scale, RULE: tl.constexpr):
 
 @triton.jit
 def update(w, grad, states, phase, scalars, RULE: tl.constexpr):
-    """(z, new states)"""
+    """(z, new states) of the rule that the kernel is compiled for."""
     if RULE == ADAMW_RULE:
         z, exp_avg, exp_avg_sq = adamw_update(w, grad, states[0], states[1], phase, scalars)
         new = (exp_avg, exp_avg_sq)

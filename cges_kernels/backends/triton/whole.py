@@ -1,4 +1,4 @@
-"""Groups that fit a register tile; see kernels.py."""
+"""The kernel for groups that fit a register tile; see kernels.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def whole_tile(
 ):  # fmt: skip
     """KEEP whole groups: load, reduce, solve and apply without z leaving the registers.
 
-    The parts are loaded one after another, so that only z is held of all of them.
+    The parts are loaded one after another, so that of all of them only z is held.
     """
     row, g0 = hyper_row(hyper, shape), tl.load(item + ITEM_GROUP)
     alive = tl.zeros([KEEP], tl.int32) + (KIND == ELEMENTWISE)
