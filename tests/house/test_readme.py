@@ -1,4 +1,6 @@
-"""What the README says is true: its code runs, its tables are those of bench/results, its files exist."""
+"""What the README says is true: its code runs, its tables are those of
+bench/results, its linked files exist.
+"""
 
 import re
 
@@ -15,6 +17,7 @@ USE, EQUIVALENT, AUTHORS = BLOCKS[:3]
 
 
 def test_use(capsys):
+    """The first example trains a network as it stands and prints a report."""
     data = [(torch.randn(5, 1, 8, 8), torch.randint(3, (5,))) for _ in range(3)]
     scope = {"model": Net(), "data": data, "loss_fn": nn.CrossEntropyLoss()}
     exec(USE, scope)
@@ -24,6 +27,7 @@ def test_use(capsys):
 
 
 def test_equivalent_pytorch():
+    """The README's few lines of plain PyTorch compute the same step as prox."""
     z = torch.randn(40, 30, dtype=torch.float64)
     scope = {"torch_sgd_update": lambda w: w, "w": z, "lr": 0.5}
     scope |= {"l1": 0.1, "group_lasso": 2.0, "exclusive_lasso": 0.02}
@@ -34,6 +38,7 @@ def test_equivalent_pytorch():
 
 
 def test_the_authors_configuration():
+    """The README's configuration of the method's authors is cges_param_groups with their factors."""
     scope = {"model": Net(), "ProxSGD": ProxSGD, "torch": torch}
     scope["sparsity_param_groups"] = sparsity_param_groups
     exec(AUTHORS, scope)
@@ -47,17 +52,18 @@ def test_the_authors_configuration():
 
 
 def section(title):
-    """The code blocks under a heading."""
+    """The Python blocks under a heading."""
     text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.full("trains for seconds as the README's way from dense to small does")
+@pytest.mark.full("the README's code from a dense network to a small one runs; it trains for seconds")
 def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
+    """The README's code reaches the density it asks for, and its small network computes the same."""
     pytest.importorskip("matplotlib")
     small, rounds = section("From dense to small")
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)  # in so few steps on noise some draws end points below the density
+    torch.manual_seed(0)  # with so few steps on noise, some seeds end below the density
     data = [(torch.randn(5, 1, 8, 8), torch.randint(3, (5,))) for _ in range(20)]
     scope = {"Net": Net, "model": Net(), "data": data, "loss_fn": nn.CrossEntropyLoss(), "epochs": 10}
     exec("from cges_kernels import *", scope)
@@ -81,10 +87,12 @@ def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_are_those_of_the_results():
+    """The README's tables are those that bench/readme.py makes from the results."""
     assert readme.with_tables(README, *readme.reports()) == README, "run `make readme-table`"
 
 
 def test_linked_files_exist():
+    """No relative link in the README is broken."""
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []

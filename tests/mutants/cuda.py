@@ -1,4 +1,6 @@
-"""The CUDA executor, csrc/cuda: bounds, barriers, the ring, counters, what is known to be plain."""
+"""Breaks of the CUDA executor, csrc/cuda: bounds, barriers, the ring of copies,
+counters, and the plain path.
+"""
 
 from .mutant import Mutant
 

@@ -1,4 +1,6 @@
-"""What surrounds the kernels in C++, csrc/plan and bindings.cpp: what a step compares, checks and keeps."""
+"""Breaks of what surrounds the kernels in C++, csrc/plan and bindings.cpp: what a step compares, checks and
+keeps.
+"""
 
 from .mutant import Mutant
 

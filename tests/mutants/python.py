@@ -1,4 +1,6 @@
-"""What is in Python for every executor: the reference, groups, checks, the optimizer, plans, state."""
+"""Breaks of the Python that all executors share: the reference, groups, checks, the optimizer, plans and
+state.
+"""
 
 from .mutant import Mutant
 
