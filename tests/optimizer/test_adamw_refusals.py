@@ -61,7 +61,7 @@ def test_bad_options(options, error, text):
 def test_bad_states(checked_backend, break_it, error, text):
     """A state with a part missing, malformed or aliased is an error, and no parameter has changed."""
     if checked_backend == "reference" and error is ValueError:
-        pytest.skip("the reference writes one tensor after another, as torch's for-loop does")
+        pytest.skip("the reference writes one after the other, as torch's for-loop does")
     optimizer, params = started_adamw(checked_backend)
     before = [p.detach().clone() for p in params]
     break_it(optimizer.state[params[1]])

@@ -195,7 +195,7 @@ def test_the_flag_outlives_copies_and_files(fused_backend):
 def test_overflow_is_decided_on_the_gpu(fused_backend):
     """Once there are momentum buffers, an overflow makes no step wait for the GPU."""
     if fused_backend == "cpu":
-        pytest.skip("the CPU executor has no GPU to wait for")
+        pytest.skip("it has no GPU to wait for")
     params, _, ours, _ = pair_of_optimizers(fused_backend)
     scale = torch.full((), SCALE, device="cuda")
     for overflow in (0.0, 1.0, 0.0):

@@ -49,7 +49,7 @@ def test_step_refuses_a_gradient(checked_backend, momentum, spoil, words):
     first has its first gradient here, so that its buffer could have been made.
     """
     if checked_backend == "reference" and spoil in (double, other_dtype_of_grad):
-        pytest.skip("the reference takes these as torch's for-loop SGD does: test_executor_choice.py")
+        pytest.skip("it steps these, as torch's for-loop SGD does: test_executor_choice.py")
     params = [nn.Parameter(p.detach()) for p in (*parameters(), torch.randn(4, 3))]
     optimizer = ProxSGD(params, **{**OPTIONS, "momentum": momentum}, backend=checked_backend)
     give_grads(params[1:], 0)

@@ -61,7 +61,7 @@ def test_step_refuses_a_tensor_put_into_a_param_group(checked_backend, bad_tenso
     """A step checks parameters that were put into a param group by hand."""
     w, error, words = bad_tensor
     if not isinstance(w, torch.Tensor):
-        pytest.skip("torch.optim.Optimizer itself fails on these")
+        pytest.skip("torch.optim.Optimizer itself walks over these")
     optimizer, params = started(checked_backend)
     optimizer.param_groups[0]["params"].append(w)
     if w.is_floating_point() and w.layout == torch.strided:
