@@ -25,6 +25,7 @@ from cges_kernels import available_backends, prox, prox_
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
 
+# Multiples of a vector's width, one column, one row, odd sizes, more dims, and tall and long groups.
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
 # groups larger than any tile, of odd sizes
 LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]
@@ -312,7 +313,10 @@ def test_empty_and_single_element_tensors(backend):
     tiles=TILES,
 )
 def test_very_small_and_very_large_weights(executor, exponent, group_by, prox_mode):
-    """Where squares leave float32's range norms are 0 or infinite, for all executors alike, and never NaN."""
+    """Where squares leave float32's range norms are 0 or infinite, for all executors alike, and never NaN.
+
+    The exponents lie on both sides of that range's ends, 1e-19 and 1e18, and far beyond.
+    """
     scale, w = 10.0**exponent, torch.randn(40, 48).clamp(-1, 1)
     given = dict(group_lasso=3 * scale, exclusive_lasso=0.002, l1=0.01 * scale)
     for names in (["group_lasso"], ["exclusive_lasso"], list(given)):
@@ -329,6 +333,7 @@ def test_very_small_and_very_large_weights(executor, exponent, group_by, prox_mo
             assert names != ["group_lasso"] or (killed if exponent < 0 else kept)
 
 
+# All combinations with a group lasso or an exclusive lasso: without both there are no groups.
 PENALTIES = [
     dict(zip(("group_lasso", "exclusive_lasso", "l1"), values))
     for values in itertools.product((0.0, 0.4), (0.0, 0.3), (0.0, 0.2))

@@ -188,7 +188,7 @@ def test_the_cpu_executor_refuses_what_only_a_kernel_can_read():
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 @pytest.mark.parametrize("phase", [-2, 4])
 def test_an_executor_refuses_a_phase_that_is_none(phase):
-    """A number that is no Phase is an error, and nothing is written."""
+    """Numbers just outside of Phase are errors, and nothing is written."""
     w = torch.ones(4, 3)
     executor = BUILT["cpu"].Executor("cpu", [w], [grouped_layout(w, "feature", None)], [0])
     with pytest.raises(ValueError, match=f"phase: expected one of Phase, got {phase}"):

@@ -107,7 +107,7 @@ def test_a_buffer_of_indices_is_not_dead():
 
 
 def test_experts_without_a_token():
-    """An expert that the example sends no row to is not removed."""
+    """A model with an expert that the example sends no row to is compacted, and its outputs stay."""
 
     def forward(self, x):
         out = torch.zeros_like(x)

@@ -82,7 +82,7 @@ def test_unread_filters_go_all_the_way_up():
 
 @pytest.mark.parametrize("dead", [2, 4])
 def test_a_dead_network_keeps_one_channel(dead):
-    """No layer ends up with 0 channels."""
+    """No layer ends up with 0 channels, whether the middle or the last one is dead."""
     model = ones(nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 5), nn.ReLU(), conv(5, 2)))
     with torch.no_grad():
         model[dead].weight.zero_()

@@ -223,7 +223,9 @@ def test_sorting_finds_the_root(b):
 
 @pytest.mark.parametrize("n", [2, SORTED, SORTED + 1])
 def test_a_weak_exclusive_lasso_has_its_gradient(n):
-    """The gradient by b is right even where float32 rounds t to c."""
+    """The gradient by b is right even where float32 rounds t to c, in groups that are sorted and in longer
+    ones.
+    """
     z = normal(n, 100).float()
     b = torch.tensor(1e-8, requires_grad=True)
     shrink(z, Thresholds(0.0, b, 0.3), prox_mode="exact").abs().sum().backward()

@@ -21,6 +21,7 @@ from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.core.reference import Thresholds, shrink
 from cges_kernels.core.updates import sgd_update
 
+# Two to four dims, one row, one column, and long groups.
 SHAPES = [(9, 6), (1, 5), (5, 1), (4, 3, 2), (6, 4, 3, 3), (250, 2)]
 
 

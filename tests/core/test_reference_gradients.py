@@ -11,6 +11,7 @@ from cges_kernels.core import reference
 from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.core.reference import Thresholds, shrink
 
+# Thresholds (a, b, c): all three, each pair, and each of a and b alone.
 COMBINATIONS = [(0.5, 0.1, 0.05), (0.5, 0.3, 0), (0.5, 0, 0.05), (0, 0.3, 0.05), (0, 0.1, 0), (0.5, 0, 0)]
 
 

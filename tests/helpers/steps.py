@@ -10,6 +10,7 @@ from cges_kernels import ProxAdamW, available_backends
 
 FASTEST = "cpu" if "cpu" in available_backends() else "reference"
 needs_cpu = pytest.mark.skipif(FASTEST != "cpu", reason="the C++ extension is not built")
+# A matrix, a convolution's weight, a bias, a scalar, an empty tensor, and a larger matrix.
 SHAPES = [(6, 5), (4, 3, 3, 3), (9,), (), (0, 3), (130, 70)]
 PENALTY = dict(group_lasso=0.02, exclusive_lasso=0.001, l1=0.01)
 

@@ -140,6 +140,7 @@ def sparse_sgd(model, backend, lam=0.3, **options):
     )
 
 
+# Options under which a step with lr = 0 could change a parameter, or leave other buffers.
 FIRST_STEP = [
     dict(),
     dict(momentum=0),

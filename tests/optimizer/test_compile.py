@@ -152,7 +152,9 @@ def test_bad_hyperparameters_are_refused(checked_backend):
 
 
 def test_a_first_step_that_may_overflow_is_refused():
-    """A compiled first step cannot undo the buffers that it makes when it overflows."""
+    """A compiled step makes new buffers whether or not it overflows; the error says to take a plain step
+    first.
+    """
     params, twins, ours, _ = pair_of_optimizers("auto", fused=True)
     give_grads(params, 0, twins)
     ours.grad_scale, ours.found_inf = torch.ones(()), torch.ones(())

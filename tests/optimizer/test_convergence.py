@@ -14,6 +14,7 @@ from cges_kernels import ProxSGD, available_backends
 
 EXECUTORS = [name for name in available_backends() if name in ("reference", "cpu")]
 OMEGA = {"group_lasso": 0.3, "exclusive_lasso": 0.08, "l1": 0.05}
+# Momentum and dampening scale the penalty by 1, .1, 1, .625 and .1.
 RULES = [
     {},
     {"momentum": 0.9},

@@ -19,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from cges_kernels import ProxSGD, available_backends, prox
 
+# (options, the executor that serves them)
 SERVED_BY = [
     (dict(), FASTEST),
     (dict(fused=None), FASTEST),

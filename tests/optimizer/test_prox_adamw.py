@@ -22,6 +22,7 @@ from torch.optim import Adam, AdamW
 
 from cges_kernels import ProxAdamW, available_backends
 
+# Both kinds of weight decay; betas of 0 keep nothing of the last step, and a large eps decides the step size.
 OPTIONS = dict(
     weight_decay=(0.0, 0.1),
     maximize=(False, True),

@@ -98,7 +98,7 @@ def test_groups_that_go_in_pieces(mode, dtype):
 
 
 def test_few_dead_elements_are_stepped_with_the_others():
-    """Short dead groups are stepped anyway: skipping them would save nothing."""
+    """Gaps of few dead elements are stepped with the rest: that costs less than another tile."""
     twins = Twins(shape=(400, 17), momentum=0.9, group_lasso=0.3)
     twins.step(3, of_dead=float("nan"))
     assert not twins.skip()

@@ -8,6 +8,7 @@ from torch import nn
 
 from cges_kernels import ProxSGD, available_backends, prox, prox_
 
+# No dims, a dim without elements, dims of size 1, and a bias.
 TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)]
 
 

@@ -1,8 +1,8 @@
 """How the CPU executor cuts tensors into tiles: every way is right, and bits depend on no thread and no
 address.
 
-A tile is a block of rows and columns that one thread works on. Groups that do not fit one tile are cut into
-pieces, whose sums are added up.
+A tile is a block of rows and columns that one thread works on. It holds whole groups, such as all rows of a
+panel of neighbouring columns, or a piece of large groups, whose sums are added up over the pieces.
 """
 
 import itertools
@@ -19,8 +19,9 @@ from bench.timing import l2_bytes
 from cges_kernels import ProxSGD, prox
 from cges_kernels.backends.extension import BUILT
 
-# Columns of 256 rows or more are cut into pieces; the first shape stays below.
+# Columns of 256 rows or more are cut into pieces. Those of the first shape are cut into panels.
 TALL = [(255, 1024), (257, 1024), (2100, 1024), (520, 4096), (600, 128, 2, 4)]
+# Shapes that are cut in different ways.
 CUTS = [(200, 3000), (300, 200), (17000, 33), (400, 90, 5, 5), (2000, 160), *TALL]
 LINE = 64
 LARGE = partial(

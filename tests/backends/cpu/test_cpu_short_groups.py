@@ -50,7 +50,7 @@ def test_runs_in_columns(prox_mode, dtype):
 def test_terms_alone_in_groups_of_all_strengths(prox_mode, terms):
     """Each penalty alone is right for groups from dead to untouched.
 
-    Without group lasso, exact mode sorts groups of up to 8 elements.
+    Without group lasso, exact mode sorts short groups, and searches in the longest size here.
     """
     for n in SIZES:
         w = fresh((700, n)) * torch.logspace(-2, 2, 700)[:, None]

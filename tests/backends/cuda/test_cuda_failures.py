@@ -39,7 +39,11 @@ pytestmark = needs_cuda
     ],
 )
 def test_a_driver_too_old_is_said_before_anything_is_written(device, driver, runtime, said):
-    """The error names the versions and says to update the driver."""
+    """The error names the versions and says to update the driver.
+
+    One driver is of an older major version; the other is older than CUDA 12.1, which large kernel arguments
+    need.
+    """
     device["driver_version"], device["runtime_version"] = driver, runtime
     with pytest.raises(RuntimeError, match=said):
         ProxSGD(parameters([TILE], torch.float32), lr=0.1, backend=BACKEND)

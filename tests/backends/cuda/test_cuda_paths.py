@@ -81,7 +81,10 @@ def test_one_small_step_of_every_path(prox_mode, freeze_zeros):
 
 @pytest.mark.parametrize(("rows", "columns"), [(2**31, 2), (2**32 + 4, 2), (2**33, 1)])
 def test_no_count_overflows(rows, columns):
-    """Groups beyond 32-bit counts are cut into enough chunks for all of their elements."""
+    """Groups beyond 32-bit counts are cut into enough chunks for all of their elements.
+
+    The rows lie at and beyond 2^31 and 2^32, so that 32-bit numbers would be negative, small, or 0.
+    """
     strips, tiles, shared, chunks = BUILT["cuda"].cuda_paths([(1, rows, columns, 3, True)], 2, 0)
     assert strips == tiles == shared == 0 and chunks * 16384 >= rows * columns * 3
 

@@ -168,6 +168,9 @@ def three_at_once(monkeypatch):
 def test_programs_may_be_late(three_at_once, prox_mode, late):
     """A program that wakes late gives the same result, also one with nothing to do because its panel's search
     ended before its sweep.
+
+    Late are programs near the beginning of the launch and near its end: there are 3 chunks, with 2 or 25
+    tickets each.
     """
     w, options = fresh((70, 5)), dict(prox_mode=prox_mode, backend=BACKEND, **PENALTY)
     expected = prox(w, **options)

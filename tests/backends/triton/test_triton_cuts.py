@@ -19,6 +19,7 @@ pytestmark = needs_triton
 
 # How tensors are cut
 
+# (layout, dtype, kind of tile, elements of an access where memory is aligned)
 ALIGNED = [
     (Layout(1, 64, 48, 1), torch.float32, tiles.COLUMNS, 4),
     (Layout(1, 64, 50, 1), torch.float32, tiles.COLUMNS, 1),
@@ -41,6 +42,7 @@ def test_accesses_are_16_bytes_where_every_row_begins_on_16(layout, dtype, kind,
         assert (variant.kind, variant.vec) == (kind.value, vec if aligned else 1)
 
 
+# (layout, whether offsets need 64 bits), on both sides of the limit for each kind of tile.
 WIDE = [
     (Layout(1, 1 << 40, 64, 1), False),  # chunks are addressed from where they begin
     (Layout(1, 5, 1 << 27, 1), False),

@@ -48,7 +48,8 @@ PLACED = {
 def dtypes():
     """The dtypes in which steps are checked."""
     fused = "cpu" in available_backends() if device() == "cpu" else len(available_backends()) > 1
-    # In 16 bits the reference steps by itself, and cannot be compared with itself.
+    # Without a compiled executor the reference steps. In 16 bits it computes SGD's update as torch does,
+    # which is not held to the rule for executors.
     return (torch.float32, torch.float64, *[torch.bfloat16] * fused)
 
 
