@@ -83,9 +83,7 @@ def threads():
 
 @pytest.fixture(params=TILES)
 def tiles(request, monkeypatch):
-    """Runs a test with groups that fit one tile ("whole"), and with tiles too small for the same groups
-    ("pieces").
-    """
+    """Runs a test with groups that fit one tile ("whole"), and with too small tiles ("pieces")."""
     if request.param == "pieces":
         if "cpu" in BUILT:
             BUILT["cpu"].limit_z_bytes(0)

@@ -27,9 +27,7 @@ FORMATS = {
 
 @each_value(executor=available_backends(), form=[*FORMATS])
 def test_prox_returns_a_new_tensor_of_the_same_kind(executor, form):
-    """The result keeps dtype, shape, device and strides, shares no memory with the input, and leaves it
-    unchanged.
-    """
+    """The result keeps dtype, shape, device and strides, and the input is unchanged."""
     for prox_mode, dtype in itertools.product(PROX_MODES, DTYPES):
         w = FORMATS[form]().to(dtype)
         before, strides = w.clone(), w.stride()
@@ -46,9 +44,7 @@ def test_prox_returns_a_new_tensor_of_the_same_kind(executor, form):
 
 @each_value(executor=available_backends(), group_by=[*SPECS, (1,), (0, 1)])
 def test_prox_in_exact_mode_is_a_minimum(executor, group_by):
-    """In exact mode prox(w) minimises ||x - w||^2 / 2 + penalty(x): no random move lowers it. Sequential mode
-    does not.
-    """
+    """No random move away lowers ||x - w||^2 / 2 + penalty(x); sequential mode is no minimum."""
     w = fresh((12, 5), torch.float64)
     options = {**OPTIONS, "exclusive_lasso": 0.2, "group_by": group_by}
 
@@ -138,9 +134,7 @@ def test_prox_in_place_takes_any_iterable_and_a_lone_tensor(backend):
 
 
 def test_prox_in_place_refuses_what_requires_grad_and_writes_nothing(backend):
-    """Outside torch.no_grad(), a leaf that requires grad is an error that names it, and no tensor of the list
-    has changed.
-    """
+    """A leaf that requires grad is an error that names it, and no tensor of the list changed."""
     free, leaf = fresh((6, 5)), nn.Parameter(fresh((6, 5)))
     before = [free.clone(), leaf.detach().clone()]
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected torch.no_grad\(\)"):

@@ -22,9 +22,7 @@ def groups_of(w, group_by):
 
 @pytest.mark.parametrize("group_by", SPECS)
 def test_penalty_is_omega(group_by):
-    """For each spec the value is the formula over groups that are cut out by hand, and view= gives the same
-    bits.
-    """
+    """The value is the formula over groups cut out by hand, and view= gives the same bits."""
     for shape in ((6, 5), (4, 3, 2), (4, 3, 2, 2), (1, 5)):
         w = fresh(shape, torch.float64)
         a, b, c = 0.7, 0.3, 0.2

@@ -12,9 +12,7 @@ from cges_kernels.core.hyperparameters import PROX_MODES
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_transforms_and_fake_tensors(prox_mode):
-    """vmap, jacrev, jvp and fake tensors work, by the reference; asking for a compiled executor there is an
-    error.
-    """
+    """vmap, jacrev, jvp and fake tensors work, by the reference only."""
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     options = dict(group_lasso=0.1, exclusive_lasso=0.2, prox_mode=prox_mode)
     wanted = torch.stack([prox(w, **options) for w in x])
@@ -45,9 +43,7 @@ def test_transforms_and_fake_tensors(prox_mode):
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_derivatives_through_transforms(prox_mode):
-    """Derivatives through vmap and in forward mode, by the tensor and by a coefficient, agree with the plain
-    ones.
-    """
+    """Derivatives through vmap and in forward mode agree with the plain ones."""
     x = torch.randn(5, 4, 3, dtype=torch.float64)
     options = dict(group_lasso=0.1, exclusive_lasso=0.2, l1=0.1, prox_mode=prox_mode)
 

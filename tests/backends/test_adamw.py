@@ -68,9 +68,7 @@ def test_without_beta1_the_first_moment_is_the_gradient_to_the_bit(fused_backend
 @pytest.mark.usefixtures("tiles")
 @covering(executor=fused_backends(), group_by=("feature", "filter"), mode=("group", "element"), tiles=TILES)
 def test_zeros_that_are_frozen_lose_both_moments(executor, group_by, mode):
-    """Frozen weights and both of their moments become +0.0 even if the gradient is NaN; others are stepped as
-    usual.
-    """
+    """Frozen weights and both moments become +0.0 even if the gradient is NaN, and only those."""
     w, grad = inputs((70, 40), torch.float32, 2)
     w[::3] = 0.0
     w[:, 1] = -0.0
@@ -123,9 +121,7 @@ def test_a_gradient_far_below_eps(fused_backend):
 
 
 def test_misaligned_and_strided_states(fused_backend):
-    """States that begin at odd addresses, or have the strides of a transposed weight, are read and written
-    rightly.
-    """
+    """States at odd addresses, or with the strides of a transposed weight, are handled rightly."""
 
     def misaligned(x):
         return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)

@@ -65,8 +65,9 @@ def counted(count):
 
 @covering(executor=KERNELS, dtype=[torch.float32, torch.float64, torch.bfloat16], lr=["number", "address"])
 def test_what_lies_on_the_device_is_as_what_the_host_knows(executor, dtype, lr):
-    """Counts on the device are raised by one, and steps are those with counts and rates from the host, to a
-    rounding or two.
+    """Counts and rates on the device give the steps of those from the host, to a rounding or two.
+
+    Counts go up by one.
 
     On the device are all counts, some, or none.
     """

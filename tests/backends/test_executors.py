@@ -47,9 +47,7 @@ NAN, INF = float("nan"), float("inf")
     tiles=TILES,
 )
 def test_matrix(executor, rule, shape, group_by, prox_mode, dtype):
-    """A step with states and a first step are right for each rule, shape, spec, mode and dtype, whole and in
-    pieces.
-    """
+    """First and later steps are right for each rule, shape, spec, mode and dtype, whole and in pieces."""
     shape = as_large_as_may_be(executor, shape)
     w, grad = inputs(shape, dtype, 2)
     for states in (states_of(rule, shape, dtype), None):
@@ -202,8 +200,9 @@ def test_freeze_zeros(executor, shape, group_by, freeze_zeros, prox_mode):
     tiles=TILES,
 )
 def test_exact_mode_where_newton_leaves_the_bracket(executor, exclusive_lasso, share):
-    """Groups with heavy tails, equal entries, and norms barely above the threshold are solved as by the
-    reference.
+    """Groups that are hard to solve are solved as by the reference.
+
+    They have heavy tails, equal entries, and norms barely above the threshold.
     """
     z = fresh((100, 32), torch.float64)
     z[:, 1::4] **= 5
@@ -343,9 +342,7 @@ PENALTIES = [
 
 @covering(executor=available_backends(), penalty=PENALTIES, prox_mode=MODES, dtype=DTYPES)
 def test_a_group_of_one_is_a_group_with_zeros(executor, penalty, prox_mode, dtype):
-    """The closed form for groups of one agrees with the search, which takes the same groups with a zero
-    added.
-    """
+    """The formula for groups of one agrees with the search, on the same groups with a zero added."""
     edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
     z = torch.cat([edges, torch.randn(1000)]).to(dtype)
     wide = torch.stack([z, torch.zeros_like(z)], 1)

@@ -140,8 +140,9 @@ def test_empty_plans_have_an_empty_table(Plan):
 
 
 def test_what_lies_otherwise_is_copied_into_the_order_of_the_parameter(Plan):
-    """Gradients and buffers with other strides, or a pending minus sign, reach the executor in the
-    parameter's layout.
+    """Gradients and buffers reach the executor in the parameter's layout.
+
+    Here they have other strides or a pending minus sign.
 
     Buffers are replaced by the copy for good, and are not copied again.
     """
@@ -246,9 +247,7 @@ def test_parameters_made_in_inference_mode_have_no_version(Plan):
 
 
 def test_a_launch_that_raises_leaves_everything_alone(Plan):
-    """After an error in run() states and versions are unchanged, the gather is void,
-    and no gradient is held.
-    """
+    """An error in run() changes no state and no version, voids the gather, and keeps no gradient."""
     params = parameters()
     plan, state = make_plan(Plan, params), {params[0]: {"momentum_buffer": torch.ones(4, 3)}}
     before = snapshot(params, state)

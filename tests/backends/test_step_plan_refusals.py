@@ -1,6 +1,4 @@
-"""StepPlan, in C++ and in Python: what both refuse in the same words; and several
-executors in one optimizer.
-"""
+"""StepPlan, in C++ and in Python: what both refuse in the same words; several executors in one optimizer."""
 
 import pytest
 import torch
@@ -83,9 +81,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("spoil,error,text", FAULTS.values(), ids=FAULTS)
 def test_gather_refuses(spoil, error, text):
-    """Each fault is refused in every attempt, before states or parameters change, and in the same words by
-    both plans.
-    """
+    """Each fault is refused in every attempt, in the same words by both plans, and nothing changes."""
     params, state = parameters([(4, 3)] * 4), {}
     spoil(params, state)
     before, texts = snapshot(params, state), []
@@ -217,9 +213,7 @@ class Recorder(gathering.StepPlan):
 
 @pytest.fixture
 def log(monkeypatch):
-    """The log of the plans of two made-up executors: "flat" serves param groups of
-    biases, "deep" the rest.
-    """
+    """The log of the plans of two made-up executors: "flat" serves groups of biases, "deep" the rest."""
     log = []
     monkeypatch.setattr(planner, "make_plan", lambda *args: Recorder(*args, log))
     monkeypatch.setattr(

@@ -33,9 +33,7 @@ TRAINING = {
 
 @pytest.mark.parametrize("other", TRAINING.values(), ids=TRAINING)
 def test_what_training_gives_stays(other):
-    """The smaller copy gives the same outputs in training mode too, where more of
-    the hidden units are read.
-    """
+    """The smaller copy gives the same outputs in training mode, where more hidden units are read."""
     model = mlp(in_training(other))
     with torch.no_grad():
         model.a.weight[:2] = 0

@@ -12,9 +12,7 @@ X = torch.randn(2, 5)
 
 
 def test_tables_of_a_largest_norm():
-    """An embedding with max_norm rescales its rows when it is used; compact() does not change the table, nor
-    narrow it.
-    """
+    """An embedding with max_norm, which rescales rows when used, is neither changed nor narrowed."""
     model = net(lambda self, i: self.a(self.e(i)), e=nn.Embedding(9, 4, max_norm=1.0), a=nn.Linear(4, 3))
     with torch.no_grad():
         model.a.weight[:, 0] = 0

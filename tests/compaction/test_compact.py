@@ -1,6 +1,4 @@
-"""compact(): the same outputs from fewer channels, on one network for each way in
-which channels are coupled.
-"""
+"""compact(): the same outputs from fewer channels, for each way in which channels are coupled."""
 
 import copy
 
@@ -20,9 +18,7 @@ from cges_kernels.demo.training import compacted as compacted_by_hand
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_outputs_stay(name, tmp_path):
-    """For every network: the outputs are the same, the model is unchanged, and the result trains and is
-    saved.
-    """
+    """The outputs are the same, the model is unchanged, and the result trains and can be saved."""
     make, shape, shrinks = ZOO[name]
     model, example = kill(make()).train(), example_of(shape)
     before = copy.deepcopy(model.state_dict())

@@ -1,6 +1,4 @@
-"""compact() takes a model's inputs for unknown, whatever their dtype: no channel goes because of the
-example's values.
-"""
+"""compact() takes inputs for unknown, whatever their dtype: the example's values let no channel go."""
 
 import pytest
 import torch

@@ -11,9 +11,7 @@ from cges_kernels.compaction.unknown import inputs_of_weights
 
 
 def test_a_constant_in_front_of_zero_padding_stays():
-    """A constant in front of zero padding has other effects at the borders than inside, so no bias can
-    replace it.
-    """
+    """Zero padding makes a constant act differently at the borders, so no bias can replace it."""
     result = compact(padded_pair(0.5), torch.randn(1, 1, 6, 6))
     assert shapes(result)["0.weight"] == (2, 1, 3, 3) and result.model[2].bias is None
     assert result.kept["2"] == (
@@ -59,8 +57,9 @@ def test_the_shift_of_a_batch_norm_becomes_a_new_bias():
     ids=["where", "nan_to_num"],
 )
 def test_what_swallows_nan_is_no_constant(swallow):
-    """Constants are found by marking unknowns with NaN and infinities; an operation that replaces NaN is not
-    fooled.
+    """An operation that replaces NaN does not fool the search for constants.
+
+    Unknown values are marked with NaN and with infinities, and what stays free of the marks is constant.
     """
 
     def forward(self, x):

@@ -1,6 +1,4 @@
-"""``kept``, the report of what is dead or unread and yet stays: it names all of it with a true reason, and
-nothing else.
-"""
+"""``kept``, the report of what is dead and stays: it names all of it with a true reason, and nothing else."""
 
 import pytest
 import torch
@@ -106,9 +104,7 @@ def test_a_dense_model_has_nothing_in_kept(make, shape):
     ],
 )
 def test_pairs_go_together(forward, width, columns, left):
-    """Unread partners of a product go together. Where sizes are written out they
-    stay, and that is reported.
-    """
+    """Unread partners of a product go together; where sizes are written out they are reported."""
     model = net(forward, a=nn.Linear(8, 8), c=nn.Linear(width, 2))
     unread(model.c, columns)
     result = compact(model, torch.randn(ROWS))
@@ -194,8 +190,9 @@ def test_channels_go_through_padding_around_them():
 
 
 def test_inputs_are_picked_where_the_layer_is_called_alone():
-    """Inputs are picked by a hook, so only where the layer is called as a module; F.linear would use the
-    weight without the hook.
+    """A layer whose weight is used by F.linear keeps its inputs.
+
+    Inputs are picked by a hook of the module, which F.linear does not run.
     """
 
     def forward(self, x):

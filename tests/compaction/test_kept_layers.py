@@ -1,6 +1,4 @@
-"""Layers for which the rules of Linear and convolutions are not enough: which units go, and what ``kept``
-reports.
-"""
+"""Layers beyond the rules of Linear and convolutions: which units go, and what ``kept`` reports."""
 
 import pytest
 import torch

@@ -65,9 +65,7 @@ def test_outputs_that_are_no_tensors_any_more(give):
 
 
 def test_an_array_is_no_constant():
-    """A NumPy array as input is not followed; the report says so, and outputs are
-    the same for another array.
-    """
+    """A NumPy array as input is not followed but reported, and other arrays give the same outputs."""
     model = mlp(lambda self, x: plain(self, torch.from_numpy(x)))
     with torch.no_grad():
         model.a.weight[:2] = 0

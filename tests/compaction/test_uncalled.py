@@ -1,6 +1,4 @@
-"""Layers that the example's forward pass never calls: what they may read in another call stays, and that is
-reported.
-"""
+"""Layers that the example's forward pass never calls: what they may read stays, and that is reported."""
 
 import torch
 from helpers.compacting import assert_same, net, shapes

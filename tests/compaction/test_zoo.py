@@ -128,9 +128,7 @@ NAMES = [name if name in FIRST else pytest.param(name, marks=OTHERS) for name in
 
 @torch.no_grad()
 def with_structured_zeros(model):
-    """Makes a third of the outputs of each layer dead, with their biases, and a
-    third of its inputs unread.
-    """
+    """Makes a third of each layer's outputs dead, with their biases, and a third of its inputs unread."""
     for module in model.modules():
         w = getattr(module, "weight", None)
         if isinstance(w, nn.Parameter) and w.dim() > 1 and not isinstance(module, nn.Embedding):
@@ -173,9 +171,7 @@ def other(x):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_structured_zeros_go(name):
-    """The result computes the same for another input, is as small as expected, and
-    took few forward passes.
-    """
+    """The result computes the same, is as small as expected, and took few forward passes."""
     torch.manual_seed(0)
     make, example, percent = ZOO[name]
     model = with_structured_zeros(make().eval())

@@ -1,5 +1,4 @@
-"""reference.py's exact mode against truths that do not come from reference.py: CVXPY, the optimality
-conditions, a formula by sorting, and bisection.
+"""reference.py's exact mode against independent truths: CVXPY, optimality conditions, sorting, bisection.
 
 Everything is float64 unless it says so. Solutions are compared on the scale of the largest |z|, because near
 a group's death nothing finer is determined.
@@ -17,9 +16,7 @@ from cges_kernels.core.reference import MAX_SWEEPS, SORTED, Thresholds, shrink
 
 
 def coefficients_for(z):
-    """(a, b, c) from nothing to too much for the group ``z``, so that it stays
-    alive, nearly dies, or dies.
-    """
+    """(a, b, c) from nothing to too much for the group ``z``: it stays alive, nearly dies, or dies."""
     n = z.numel()
     for c in (0.0, 0.3):
         norm = soft_magnitude(z, c).norm().item()
@@ -30,9 +27,7 @@ def coefficients_for(z):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_exact_mode_is_the_optimum_that_cvxpy_finds(n):
-    """A convex solver that knows only the objective finds the same minimiser, and no lower value. n = 1 is
-    the edge case.
-    """
+    """A solver that knows only the objective finds the same minimiser, and no lower value."""
     cp = pytest.importorskip("cvxpy")
     z = normal(n)
     x, a, b, c = cp.Variable(n), *(cp.Parameter(nonneg=True) for _ in range(3))
@@ -75,9 +70,7 @@ def test_exact_mode_meets_the_optimality_conditions(n):
 
 
 def threshold_by_sorting(z, b, c):
-    """The root of t = c + b*||soft(z, t)||_1 in closed form: where the k largest |z| stay, it is (c +
-    b*sum_k) / (1 + b*k).
-    """
+    """The root of t = c + b*||soft(z, t)||_1: where the k largest |z| stay, (c + b*sum_k) / (1 + b*k)."""
     largest = np.sort(np.abs(z))[::-1]
     t = c
     for k, total in enumerate(np.cumsum(largest), start=1):
@@ -160,9 +153,7 @@ def test_the_exact_threshold_lies_in_its_bracket():
 
 
 def test_exact_mode_takes_few_sweeps(monkeypatch):
-    """Newton's method converges in few sweeps; without it, or with a wrong slope, bisection would take far
-    more.
-    """
+    """Newton's method takes few sweeps. Bisection, or a wrong slope, would take far more."""
     group_stats, counts = reference.group_stats, {}
 
     def counted(*args, **options):
@@ -206,9 +197,7 @@ def test_a_weak_exclusive_lasso_takes_few_sweeps(monkeypatch, a, dtype):
 
 @pytest.mark.parametrize("b", [1e-6, 0.1, 10.0, 1e6])
 def test_sorting_finds_the_root(b):
-    """Short groups are solved by sorting; each finds the root that bisection finds,
-    whatever its neighbours.
-    """
+    """Short groups are solved by sorting, and each gets the root that bisection finds."""
     for c in (0.0, 0.3):
         for n in range(2, SORTED + 1):
             z = normal(n, 5, 2) * torch.logspace(-2, 2, 5, dtype=torch.float64)[:, None]
@@ -223,9 +212,7 @@ def test_sorting_finds_the_root(b):
 
 @pytest.mark.parametrize("n", [2, SORTED, SORTED + 1])
 def test_a_weak_exclusive_lasso_has_its_gradient(n):
-    """The gradient by b is right even where float32 rounds t to c, in groups that are sorted and in longer
-    ones.
-    """
+    """The gradient by b is right even where float32 rounds t to c, in sorted and longer groups."""
     z = normal(n, 100).float()
     b = torch.tensor(1e-8, requires_grad=True)
     shrink(z, Thresholds(0.0, b, 0.3), prox_mode="exact").abs().sum().backward()

@@ -1,6 +1,4 @@
-"""Group specs, and the canonical layout (K1, R1, K2, R2) that each becomes: kept, reduced, kept, reduced dims
-in memory order.
-"""
+"""Group specs, and the canonical layout (K1, R1, K2, R2) that each becomes."""
 
 import itertools
 
@@ -73,9 +71,7 @@ def test_contiguous_layouts(shape, group_by, expected):
 
 @pytest.mark.parametrize("group_by", SPECS)
 def test_named_specs_without_groups(group_by):
-    """Under a named spec, tensors of one dim or none, and empty ones, have no
-    groups: each element is kept.
-    """
+    """A named spec makes no groups of one dim or none, nor of empty tensors: each element is kept."""
     assert canonical_layout(torch.empty(7), group_by) == Layout(7, 1, 1, 1)
     assert canonical_layout(torch.empty(()), group_by) == Layout(1, 1, 1, 1)
     for shape in ((0,), (0, 5), (5, 0), (3, 0, 2, 2)):
@@ -177,9 +173,7 @@ def groups_of_the_layout(layout):
 
 
 def runs(w, group_by):
-    """The kinds of dims in memory order, "K" for kept and "R" for reduced, one letter for each run of equal
-    ones.
-    """
+    """The kinds of dims in memory order: "K" for kept, "R" for reduced, one letter for each run."""
     reduced = reduced_dims(w.dim(), group_by) if has_groups(w.dim(), group_by) else ()
     dims = sorted((d for d in range(w.dim()) if w.shape[d] > 1), key=w.stride, reverse=True)
     return "".join(kind for kind, _ in itertools.groupby("R" if d in reduced else "K" for d in dims))
@@ -188,8 +182,9 @@ def runs(w, group_by):
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(dense_tensors())
 def test_a_layout_groups_exactly_the_elements_that_the_spec_says(drawn):
-    """For random shapes, memory orders and specs, two elements share a group by the layout just when they
-    share one by the spec.
+    """Two elements share a group by the layout just when they share one by the spec.
+
+    Shapes, memory orders and specs are random.
     """
     w, group_by = drawn
     if runs(w, group_by) not in ("", "K", "R", "KR", "RK", "KRK", "RKR", "KRKR"):

@@ -1,6 +1,4 @@
-"""Where reference.py's two modes agree and where they differ, with the numbers that
-the documentation gives.
-"""
+"""Where reference.py's two modes agree and where they differ, with the documentation's numbers."""
 
 import itertools
 import math
@@ -15,8 +13,9 @@ from cges_kernels.core.reference import Thresholds, shrink
 
 @pytest.mark.parametrize(("a", "order"), [(0.0, 2), (3.0, 1)])
 def test_sequential_mode_approaches_exact_mode_as_bn_vanishes(a, order):
-    """The modes differ at second order in b*n without group lasso, at first order with it, and not at all
-    when b = 0.
+    """The modes differ at second order in b*n, or at first order with group lasso.
+
+    At b = 0 they do not differ at all.
     """
     z = normal(200)
     differences = []

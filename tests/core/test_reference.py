@@ -1,5 +1,4 @@
-"""reference.py, the truth of all other tests: sequential mode against plain loops, the update against torch's
-SGD.
+"""reference.py, the truth of all other tests: sequential mode against loops, the update against torch's SGD.
 
 Everything is float64 unless it says so. Exact mode, edge cases and gradients have files of their own.
 """
@@ -47,9 +46,7 @@ def by_loops(z, group_by, of_group):
 
 
 def thesis(z, a, b, c):
-    """Eq. 7 (l1, then group soft-thresholding) and then Eq. 8 (exclusive) for one group, written as in the
-    thesis.
-    """
+    """Eq. 7 (l1, then group lasso) and then Eq. 8 (exclusive lasso) for one group, as in the thesis."""
     w = [math.copysign(max(abs(x) - c, 0.0), x) for x in z]
     norm = math.sqrt(math.fsum(x * x for x in w))
     w = [max(1 - a / norm, 0.0) * x if norm > 0 else 0.0 for x in w]

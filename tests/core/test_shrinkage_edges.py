@@ -60,9 +60,7 @@ def test_a_group_whose_norm_is_exactly_a_dies():
     [((1, 0, 0), NAN), ((0, 0.1, 0), NAN), ((1, 0.1, 0.1), NAN), ((0, 0, 0.1), None)],
 )
 def test_nan_takes_its_group_and_nothing_else(prox_mode, thresholds, of_group):
-    """A NaN spreads over its group where a norm is taken, stays alone under l1, and
-    never leaves the group.
-    """
+    """A NaN spreads over its group if a norm is taken, and stays alone under l1."""
     z = normal(6, 5)
     clean = shrink(z, Thresholds(*thresholds), prox_mode=prox_mode)
     z[3, 2] = NAN

@@ -65,8 +65,9 @@ def every_case():
 
 @pytest.fixture(scope="module")
 def launched(request, tmp_path_factory):
-    """A function that returns what went wrong on each rank, by case, and what was printed; it launches once
-    for each ((ranks, device, backend)).
+    """A function that returns what went wrong on each rank, by case, and what was printed.
+
+    It launches once for each (number of ranks, device, backend).
     """
     done = {}
 

@@ -1,6 +1,4 @@
-"""What tests of compact() share: they make networks, kill channels, and compare a smaller copy with its
-original.
-"""
+"""What tests of compact() share: they make networks, kill channels, and compare a copy with its original."""
 
 import copy
 

@@ -1,6 +1,4 @@
-"""Describes ProxSGD as an OptimizerInfo, for torch's own tests of optimizers, and holds the problem they
-solve.
-"""
+"""Describes ProxSGD as an OptimizerInfo for torch's own tests, and holds the problem that they solve."""
 
 import copy
 from unittest import mock

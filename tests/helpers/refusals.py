@@ -46,9 +46,7 @@ def snapshot(optimizer):
 
 @contextlib.contextmanager
 def rejected(optimizer, error, *words):
-    """Expects an ``error`` that matches each of ``words`` (regular expressions), and that nothing was
-    written.
-    """
+    """Expects an ``error`` that matches each of ``words`` (regular expressions), and nothing written."""
     before = snapshot(optimizer)
     with pytest.raises(error) as caught:
         yield

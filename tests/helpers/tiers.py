@@ -31,9 +31,7 @@ def covering(**options):
 
 
 def each_value(**options):
-    """Like covering(), for options that do not interact in the code: the first tier runs each value at least
-    once.
-    """
+    """Like covering(), for options that do not interact: the first tier runs each value at least once."""
     sizes = [len(option) for option in options.values()]
     rows = {tuple(i % n for n in sizes) for i in range(max(sizes))} if all(sizes) else set()
     return _of_product(rows, options, "each value once")

@@ -1,6 +1,4 @@
-"""The structure of the repository: which part of the package and of csrc may import which, and that C++ and
-Python agree.
-"""
+"""The repository's structure: which part may import which, and that C++ and Python agree."""
 
 import ast
 import graphlib
@@ -129,9 +127,7 @@ def test_circles_and_wrong_ways_are_seen(tmp_path):
 
 
 def test_includes_go_one_way():
-    """The same for C++: each folder includes from exactly the folders in INCLUDES, and kernels include no
-    torch.
-    """
+    """Each folder of csrc includes from exactly those in INCLUDES, and kernels include no torch."""
     files = [path for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".inc")]
     assert len(files) > 20
     found = {room: set() for room in INCLUDES}
@@ -184,8 +180,9 @@ def test_c_plus_plus_and_python_say_the_same():
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
 def test_the_extension_has_no_output_streams():
-    """No C++ output stream is in the extension: where a toolchain links the C++ library statically, the first
-    use of one crashes; see common/text.h.
+    """No C++ output stream is in the extension.
+
+    Where a toolchain links the C++ library statically, the first use of one crashes; see common/text.h.
     """
     listing = subprocess.run(["nm", "-C", BUILT["cpu"].__file__], capture_output=True, text=True, check=True)
     symbols = listing.stdout.splitlines()

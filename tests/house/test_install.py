@@ -115,8 +115,9 @@ def test_the_architectures_are_the_users_choice(build, fake_path, tmp_path, monk
 def test_torch_asks_for_its_own_cuda_but_not_where_only_that_would_stop_the_build(
     build, fake_path, tmp_path, monkeypatch, torchs, is_asked
 ):
-    """torch's check of nvcc's version stays, except with another major version, where it would stop the
-    build.
+    """torch's check of nvcc's version stays where it would not stop the build.
+
+    It is dropped where nvcc has another major version than torch's CUDA.
     """
     monkeypatch.setattr(torch.version, "cuda", torchs)
     asks = cpp_extension._check_cuda_version

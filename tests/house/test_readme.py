@@ -1,6 +1,4 @@
-"""What the README says is true: its code runs, its tables are those of
-bench/results, its linked files exist.
-"""
+"""What the README says is true: its code runs, its tables are bench/results', its linked files exist."""
 
 import re
 

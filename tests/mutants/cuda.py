@@ -1,6 +1,4 @@
-"""Breaks of the CUDA executor, csrc/cuda: bounds, barriers, the ring of copies,
-counters, and the plain path.
-"""
+"""Breaks of the CUDA executor, csrc/cuda: bounds, barriers, the ring of copies, counters, the plain path."""
 
 from .mutant import Mutant
 

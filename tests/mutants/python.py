@@ -1,6 +1,4 @@
-"""Breaks of the Python that all executors share: the reference, groups, checks, the optimizer, plans and
-state.
-"""
+"""Breaks of the Python that all executors share: reference, groups, checks, optimizer, plans, state."""
 
 from .mutant import Mutant
 

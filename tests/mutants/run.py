@@ -64,9 +64,7 @@ EMULATED = (
 
 
 def refresh() -> None:
-    """Brings the copy up to date. Files that are equal keep their times, so that what was built from them
-    stays.
-    """
+    """Brings the copy up to date. Equal files keep their times, and with them what was built from them."""
     listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
     names = {name for name in listed.split("\0") if (ROOT / name).is_file()}
     copied = COPY / "build" / "copied"  # the names copied last, to find files that are gone since
@@ -83,9 +81,7 @@ def refresh() -> None:
 
 @contextmanager
 def broken(mutant: Mutant) -> Iterator[None]:
-    """Puts the mutant into the copy and takes it out again. Both give the file a new time, by which builds
-    go.
-    """
+    """Puts the mutant into the copy and takes it out again, with new times so that builds notice."""
     path = COPY / mutant.file
     whole = path.read_text(encoding="utf-8")
     if whole.count(mutant.old) != 1:

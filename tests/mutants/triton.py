@@ -1,6 +1,4 @@
-"""Breaks of the Triton executor, cges_kernels/backends/triton: formulas, masks, counters, tables on the
-device, and how tensors are cut.
-"""
+"""Breaks of the Triton executor: formulas, masks, counters, tables on the device, how tensors are cut."""
 
 from .mutant import Mutant
 

@@ -1,6 +1,4 @@
-"""What ProxAdamW refuses, and how it treats betas, counts and states that are changed or shared behind its
-back.
-"""
+"""What ProxAdamW refuses, and how it treats betas, counts and states that are changed or shared."""
 
 import copy
 
@@ -40,9 +38,7 @@ from cges_kernels import ProxAdamW, ProxSGD, available_backends
     ids=str,
 )
 def test_bad_options(options, error, text):
-    """Options that torch's AdamW refuses, or that a fused executor cannot serve, are errors in the
-    constructor.
-    """
+    """Options that torch's AdamW refuses, or that no fused executor serves, fail in the constructor."""
     with pytest.raises(error, match=text):
         ProxAdamW(parameters(), **options)
 
@@ -87,9 +83,7 @@ def test_a_file_whose_moments_do_not_fit_loads_nothing(checked_backend):
 
 @each_value(executor=available_backends(), kind=[list, torch.tensor])
 def test_betas_that_change_in_place_are_seen(executor, kind):
-    """A list of betas or a tensor beta that is changed in place takes effect, and is checked, in the next
-    step.
-    """
+    """Betas changed in place, in a list or as tensors, are used and checked in the next step."""
     params, others = parameters(), parameters()
     device = device_of(executor)
     betas = [0.9, 0.99]

@@ -38,9 +38,7 @@ def test_state_is_named_and_placed_as_torchs(checked_backend):
 
 
 def test_parameters_that_join_late_have_their_own_corrections(backend):
-    """Each parameter counts its own steps, so that one whose gradient comes late is corrected by its own
-    count.
-    """
+    """Each parameter counts its own steps, also one whose gradient comes late."""
     params, twins = parameters(), parameters()
     optimizer = ProxAdamW(params, lr=0.1, backend=backend)
     alone = [ProxAdamW([p], lr=0.1, backend="reference") for p in twins]
@@ -134,9 +132,7 @@ def test_versions_move_on(checked_backend):
 
 @covering(first=[True, False], fused=[True, None], executor=fused_backends())
 def test_a_step_that_overflows_does_not_count(executor, first, fused):
-    """A step with found_inf set changes neither weights nor states nor the count; the next step is a normal
-    one.
-    """
+    """A step with found_inf set changes no weight, no state and no count."""
     params = parameters(dtype=torch.float32)
     optimizer = ProxAdamW(params, lr=0.1, **PENALTY, backend=executor, fused=fused)
     if not first:

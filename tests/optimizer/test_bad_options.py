@@ -161,9 +161,7 @@ FUNCTIONAL = [
 
 @pytest.mark.parametrize("case", FUNCTIONAL, ids=lambda case: str(case[0]))
 def test_functions_refuse(fastest_backend, case):
-    """prox, prox_ and penalty refuse the same values, and prox_ writes nothing although its first tensor
-    would be fine.
-    """
+    """prox, prox_ and penalty refuse the same, and prox_ does not write its first tensor either."""
     options, error, words = case
     tensors = [torch.randn(4, 3), torch.randn(6)]  # a bad spec is one for the last tensor only
     before = [as_bytes(w) for w in tensors]

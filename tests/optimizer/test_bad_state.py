@@ -114,8 +114,9 @@ def test_step_refuses_a_momentum_buffer(checked_backend, case):
 @pytest.mark.parametrize("spoil", [lambda b: torch.zeros(7), lambda b: b.double()], ids=["shape", "dtype"])
 @needs_cpu
 def test_step_refuses_a_momentum_buffer_changed_in_place(spoil):
-    """A buffer that is the same object with other memory, as after `buf.data = buf.data.to(...)`, is checked
-    again.
+    """A buffer that is the same object with other memory is checked again.
+
+    `buf.data = buf.data.to(...)` makes one.
     """
     optimizer, params = started("cpu")
     buf = optimizer.state[params[2]]["momentum_buffer"]

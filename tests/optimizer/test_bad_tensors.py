@@ -1,6 +1,4 @@
-"""Tensors that cannot be parameters, and the same memory given twice, are refused, and nothing has been
-written.
-"""
+"""Tensors that cannot be parameters, and the same memory twice, are refused, and nothing has been written."""
 
 import warnings
 
@@ -141,9 +139,7 @@ def test_lazy_parameters_are_refused_before_the_first_batch(checked_backend):
 
 
 def test_the_same_tensor_twice_is_refused(checked_backend):
-    """The same parameter twice, in one param group or in two, is refused by the constructor and
-    add_param_group.
-    """
+    """The constructor and add_param_group refuse it, in one param group or in two."""
     optimizer, params = started(checked_backend)
     p, q = parameters(seed=1)[:2]
     with warnings.catch_warnings():

@@ -28,9 +28,7 @@ def as_tensors(numbers, device):
     executor=[name for name in IN_KERNELS if name in available_backends()],
 )
 def test_tensors_are_the_numbers_that_they_hold(executor, prox_mode, dtype):
-    """Tensors give the bits of plain numbers, all of them together and each alone, also when changed in
-    place.
-    """
+    """Tensors, all together or each alone, give the bits of numbers, also changed in place."""
     every = as_tensors(NUMBERS, device_of(executor))
     for chosen in (list(NUMBERS), *([key] for key in NUMBERS)):
         params = parameters(SHAPES, dtype)
@@ -251,8 +249,9 @@ def test_replays_follow_tensors(kernel_backend, prox_mode):
 
 @pytest.mark.gpu
 def test_a_graph_of_a_whole_iteration(kernel_backend):
-    """Backward and step in one graph, with plain steps on other gradients between replays, give the bits of
-    plain training.
+    """Backward and step in one graph give the bits of plain training.
+
+    Plain steps on other gradients come between replays.
     """
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)

@@ -33,9 +33,7 @@ def buffers(optimizer):
 
 @covering(saved=DTYPES, dtype=DTYPES, executor=available_backends())
 def test_a_file_of_another_dtype_loads_as_in_torch(executor, saved, dtype):
-    """Buffers take their parameter's dtype with one rounding, as in torch.optim.SGD, and training goes on
-    from them.
-    """
+    """Buffers take their parameter's dtype with one rounding, as in torch.optim.SGD."""
     first = parameters(SHAPES, saved)
     sgd = SGD(first, lr=0.125, momentum=0.875)
     train(sgd, first, range(2))
@@ -235,9 +233,7 @@ def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(checked_backend, tmp
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_distributed_state_dict_of_another_order_goes_by_name(flat):
-    """Buffers go to the parameters of their names, although torch has reordered them
-    before load_state_dict.
-    """
+    """Buffers go by name, although torch reorders them before load_state_dict."""
 
     class Pair(nn.Module):
         def __init__(self, order):

@@ -1,6 +1,4 @@
-"""torch.compile(optimizer.step). The operators that a compiled step becomes are
-tested in test_operators.py.
-"""
+"""torch.compile(optimizer.step). test_operators.py tests the operators that a compiled step becomes."""
 
 import pytest
 import torch
@@ -152,9 +150,7 @@ def test_bad_hyperparameters_are_refused(checked_backend):
 
 
 def test_a_first_step_that_may_overflow_is_refused():
-    """A compiled step makes new buffers whether or not it overflows; the error says to take a plain step
-    first.
-    """
+    """A compiled step makes new buffers even if it overflows: a plain step has to come first."""
     params, twins, ours, _ = pair_of_optimizers("auto", fused=True)
     give_grads(params, 0, twins)
     ours.grad_scale, ours.found_inf = torch.ones(()), torch.ones(())

@@ -1,5 +1,4 @@
-"""Where training ends: the fixed point of ProxSGD on a convex problem is the optimum that the documentation
-claims.
+"""Where training ends: the fixed point of ProxSGD on a convex problem is the optimum that it claims.
 
 The problem is least squares, f(W) = ||X W' - Y||^2 / (2m), plus Omega(W), in float64. At momentum mu and
 dampening d the claim is the optimum of f + (1-mu)/(1-d) * Omega, with weight decay as an l2 term of f.
@@ -151,8 +150,9 @@ def test_weight_decay_with_l1_is_the_elastic_net(problem, rule, executor):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_the_modes_end_at_one_point_without_group_and_exclusive_lasso_only(problem, executor):
-    """With l1 and group lasso alone both modes end at the same bits; with exclusive lasso only exact mode
-    ends at the optimum.
+    """Without exclusive lasso both modes end at the same bits.
+
+    With it, only exact mode ends at the optimum.
     """
     for omega, same in [({"l1": 0.1}, True), ({"group_lasso": 0.3, "l1": 0.1}, True), (OMEGA, False)]:
         ends = [train(problem, prox_mode=mode, backend=executor, **omega) for mode in ("sequential", "exact")]

@@ -61,9 +61,7 @@ def test_frozen_zeros_of_large_groups(backend, group_by, mode, penalty):
 
 
 def check_frozen(backend, group_by, shapes, mode, penalty):
-    """Checks frozen and other entries after two steps; frozen ones have a NaN gradient, which must not
-    matter.
-    """
+    """Checks frozen and other entries after two steps. A NaN gradient of frozen ones must not matter."""
     shapes = [as_large_as_may_be(backend, shape) for shape in shapes]
     params, free = (partly_zero(shapes, torch.float32) for _ in range(2))
     options = dict(lr=0.1, momentum=0.9, group_by=group_by, backend=backend)

@@ -1,6 +1,4 @@
-"""Without penalties ProxAdamW is torch.optim.AdamW, or Adam; with them every executor agrees with the
-reference.
-"""
+"""Without penalties ProxAdamW is torch.optim.AdamW, or Adam; with them executors follow the reference."""
 
 import sys
 
@@ -92,8 +90,9 @@ def test_a_step_is_differentiable_by_its_learning_rate():
 def test_as_near_to_torch_as_its_fused_kernel_is(
     executor, weight_decay, maximize, betas, eps, decoupled, dtype
 ):
-    """The error against float64 is at most twice that of torch's fused kernel, plus one rounding; see
-    test_sgd_options.py.
+    """The error is at most twice that of torch's fused kernel, plus one rounding.
+
+    The truth is torch's optimizer in float64; see test_sgd_options.py.
     """
     options = dict(lr=0.03, weight_decay=weight_decay, maximize=maximize, betas=betas, eps=eps)
 

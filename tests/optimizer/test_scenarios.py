@@ -1,6 +1,4 @@
-"""Whatever a training loop does, ProxSGD follows torch.optim.SGD, and every executor
-follows the reference.
-"""
+"""Whatever a training loop does, ProxSGD follows torch.optim.SGD, and all executors the reference."""
 
 import pytest
 from helpers.right import MODES

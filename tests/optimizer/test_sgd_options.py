@@ -37,8 +37,9 @@ def test_reference_is_torch_sgd_bit_for_bit(options, dtype):
 
 @covering(**OPTIONS, dtype=[torch.float32, torch.bfloat16], executor=fused_backends())
 def test_as_near_to_torch_sgd_as_fused_sgd_is(executor, options, dtype):
-    """The error against SGD in float64 is at most twice that of torch's fused SGD, plus one rounding of the
-    largest value.
+    """The error is at most twice that of torch's fused SGD, plus one rounding.
+
+    The truth is SGD in float64 from the same numbers, and the rounding is that of the largest value.
 
     Bits may differ, because a fused kernel rounds at other places than foreach=False does: it fuses
     multiply-adds, and in bfloat16 it rounds once a step. The size of the error may not differ.

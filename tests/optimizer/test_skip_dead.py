@@ -37,9 +37,7 @@ class Twins:
         ]
 
     def step(self, times=1, of_dead=None):
-        """Steps both and compares them. ``of_dead`` is the gradient of the dead row, which is not read while
-        the row is dead.
-        """
+        """Steps both and compares them. ``of_dead`` is the dead row's gradient, which should not be read."""
         for _ in range(times):
             grad = fresh(self.weights[0].shape, self.weights[0].dtype)
             grad[DYING] *= 0.01
@@ -63,9 +61,7 @@ class Twins:
             f(p, optimizer)
 
     def skip(self):
-        """Whether the first really skips its dead row: what is written there without its knowledge then
-        stays.
-        """
+        """Whether the first skips its dead row: what is written there without its knowledge stays."""
         p = self.weights[0]
         p.data[DEAD] = 1.0
         p.grad = fresh(p.shape, p.dtype)
@@ -75,9 +71,7 @@ class Twins:
 
 @covering(rule=RULES, dtype=DTYPES, mode=MODES, count=[1, 2, 9])
 def test_no_bit_tells_of_it(threads, rule, dtype, mode, count):
-    """Both give the same bits while a row dies, for any number of threads, and dead
-    rows are really skipped.
-    """
+    """Both give the same bits for any number of threads, and dead rows are really skipped."""
     threads(count)
     kind, options = RULES[rule]
     for shape in (SHAPE, (40, 256), (37, 5000), (8, 10, 7, 7)):
@@ -238,9 +232,7 @@ def test_a_step_that_overflows_changes_nothing_and_forgets_nothing():
 
 
 def test_groups_without_a_list_are_stepped_as_ever():
-    """Columns, short groups, single elements and tensors without groups have no list, and are stepped as
-    always.
-    """
+    """Columns, short groups, single elements and biases have no list, and are all stepped."""
     for shape, spec in (((30, 40), "feature"), ((40, 9), "filter"), ((40, 1), "filter"), ((50,), "filter")):
         twins = Twins(shape=shape, group_by=spec, momentum=0.9, group_lasso=0.1)
         twins.step(4)

@@ -41,9 +41,7 @@ def test_first_buffer_is_the_gradient_without_dampening(backend):
 
 
 def test_state_holds_what_torch_sgd_holds(checked_backend):
-    """The state_dict has the keys of torch.optim.SGD's, and a parameter that never had a gradient has no
-    state.
-    """
+    """The state_dict has torch.optim.SGD's keys, and no state where there was no gradient."""
     for momentum in (0, 0.9):
         params, others = parameters(), parameters()
         optimizer = ProxSGD(params, lr=0.1, momentum=momentum, backend=checked_backend)
@@ -71,9 +69,7 @@ def test_buffers_are_laid_out_as_their_parameters(backend):
 
 
 def test_float32_buffer_after_the_model_became_float64(backend):
-    """As in torch: the reference goes on with the old buffer, a fused executor refuses, and loading converts
-    it.
-    """
+    """As in torch: the reference goes on, a fused executor refuses, and loading converts."""
 
     def half_way(make):
         params = parameters(dtype=torch.float32)

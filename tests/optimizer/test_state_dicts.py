@@ -161,8 +161,9 @@ def named_optimizer(params, names, **options):
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "block._checkpoint_wrapped_module."])
 def test_state_goes_by_name_in_whatever_order(fastest_backend, wrapper):
-    """Momentum goes to the parameter of its name, also if a wrapper (DDP, torch.compile, a checkpoint
-    wrapper) has put a prefix before the saved names.
+    """Momentum goes to the parameter of its name, in whatever order.
+
+    DDP, torch.compile or a checkpoint wrapper may have put a prefix before the saved names.
     """
     names = [f"{'block.' if 'block' in wrapper else ''}{name}" for name in "abc"]
     saved = [f"{wrapper}{name}" for name in "abc"]

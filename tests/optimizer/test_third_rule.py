@@ -1,6 +1,4 @@
-"""How another update rule is added: Lion (Chen et al. 2023), written out in this test. docs/design/a-step.md
-says more.
-"""
+"""How another update rule is added: Lion (Chen et al. 2023), written out here; see docs/design/a-step.md."""
 
 import subprocess
 from pathlib import Path

@@ -19,8 +19,9 @@ TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 
     executor=available_backends(),
 )
 def test_empty_and_tiny_tensors_work(executor, prox_mode, group_by, shape):
-    """prox, prox_ and a step agree with formulas by hand: l1 only where there are no groups, and the formula
-    for one number where a group is one element.
+    """prox, prox_ and a step agree with formulas by hand.
+
+    These are l1 alone where there are no groups, and the formula for one number where a group is one element.
     """
     w = torch.randn(shape, dtype=torch.float64)
     alpha, beta, gamma = 0.125, 0.25, 0.0625
@@ -49,9 +50,7 @@ def test_empty_and_tiny_tensors_work(executor, prox_mode, group_by, shape):
 
 
 def test_nothing_to_do_is_no_error(backend):
-    """An empty list, a lone tensor and a step without gradients are fine, and change nothing that they should
-    not.
-    """
+    """An empty list, a lone tensor and a step without gradients are fine."""
     prox_([], l1=0.1, backend=backend)
     prox_(torch.ones(3), l1=0.1, backend=backend)  # a single tensor instead of a list
     optimizer, params = started(backend)

@@ -1,6 +1,4 @@
-"""sparsity_report's FLOPs: which weight they belong to and how many they are, against numbers worked out by
-hand.
-"""
+"""sparsity_report's FLOPs: which weight they belong to and how many they are, counted by hand."""
 
 import pytest
 import torch

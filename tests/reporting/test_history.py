@@ -11,9 +11,7 @@ from cges_kernels import SparsityHistory, sparsity_report
 
 
 def model_with(nonzero):
-    """A 2x5 layer whose only nonzero weights are the first ``nonzero`` of its first row, and a layer of 4
-    ones.
-    """
+    """A 2x5 layer whose first row begins with ``nonzero`` ones, the rest 0, and a layer of 4 ones."""
     model = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 2))
     with torch.no_grad():
         model[0].weight.zero_()[0, :nonzero] = 1

@@ -13,9 +13,7 @@ USE, FREEZE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adamw.md").re
 
 
 def test_its_code_runs():
-    """The first block builds the optimizer; with the second block a zeroed row stays 0, without it the row
-    comes back.
-    """
+    """The first block builds the optimizer, and only with the second does a zeroed row stay 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3))
     scope = {"model": model, "sparsity_param_groups": sparsity_param_groups, "ProxAdamW": ProxAdamW}
@@ -38,8 +36,9 @@ def test_its_code_runs():
 
 @pytest.mark.parametrize(("lr", "scale"), [(1e-3, 1.0), (1e-2, 1e-4), (1e-2, 1e4)])
 def test_a_weight_lives_where_its_gradients_signal_exceeds_the_coefficient(lr, scale):
-    """Under l1 a weight leaves 0 if its gradient's mean over its root mean square, the signal, exceeds the
-    coefficient.
+    """Under l1 a weight leaves 0 if its gradient's signal exceeds the coefficient.
+
+    The signal is the gradient's mean over its root mean square.
 
     The page says that this holds whatever lr and the loss's scale, so each is varied.
     """

@@ -1,6 +1,4 @@
-"""Recipes for models some of whose weights are no parameters, but computed from parameters: a warning names
-them.
-"""
+"""Recipes for models with weights that are no parameters, but computed from some: a warning names them."""
 
 import warnings
 
@@ -33,8 +31,9 @@ COMPUTED = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 def test_weights_that_are_no_parameters_are_named(compute):
-    """One warning names them for each recipe and for pruning, none comes where they were not asked for, and
-    only such weights are an error.
+    """One warning names them; a model without other weights is an error.
+
+    No warning comes where such weights were not asked for.
     """
     for make in (lambda: nn.Linear(4, 4), lambda: nn.Conv2d(4, 4, 3)):
         model = nn.Sequential(compute(make()), nn.Sequential(nn.Linear(4, 4)))

@@ -75,9 +75,7 @@ def test_weight_decay_given_here_is_for_the_layer_weights_only():
 
 
 def test_scale_by_size():
-    """scale="size" multiplies group_lasso by the root of the group size, divides exclusive_lasso by it, and
-    leaves l1.
-    """
+    """group_lasso is multiplied by the root of the group size, exclusive_lasso divided by the size."""
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 9, 1))
     for group_by, sizes in (("feature", (4, 9)), ("filter", (12, 4))):
         groups = sparsity_param_groups(

@@ -55,8 +55,9 @@ ZOO_LAYERS = [
 
 
 def test_the_layers_of_every_kind_of_module_in_order():
-    """Exactly the weights of layers, in the order of registration; a tied weight counts once, or not at all
-    if an embedding owns it.
+    """Exactly the weights of layers are found, in the order of registration.
+
+    A tied weight counts once, or not at all if an embedding owns it.
     """
     assert [w.name for w in regularised_weights(Zoo())] == ZOO_LAYERS
 

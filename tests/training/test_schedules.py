@@ -1,6 +1,4 @@
-"""Schedules of the coefficients: their values, resuming, use beside torch's
-schedulers, and what they refuse.
-"""
+"""Schedules of the coefficients: values, resuming, use beside torch's schedulers, what they refuse."""
 
 import io
 
@@ -50,9 +48,7 @@ def test_warmup_beside_a_learning_rate_scheduler():
 
 
 def test_warmup_resumes_from_its_state():
-    """A loaded warm-up goes on from its step, whether it was built before or after
-    the optimizer was loaded.
-    """
+    """A loaded warm-up goes on from its step, built before or after the optimizer was loaded."""
     _, optimizer, warmup = warmed()
     warmup.step()
     file = io.BytesIO()
@@ -110,9 +106,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("share", ["groups", "coefficients", "memory"])
 def test_a_shared_tensor_goes_as_a_number_does(make, share):
-    """A tensor shared by groups, by coefficients or through a view is scaled once a step, not once for each
-    use.
-    """
+    """A tensor shared by groups, coefficients or a view is scaled once a step, not once a use."""
 
     def run(one, other):
         params = [nn.Parameter(torch.tensor([[1.0, 0.0], [2.0, 3.0]])) for _ in range(2)]

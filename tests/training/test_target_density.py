@@ -110,9 +110,7 @@ def test_ratios_stay_and_the_factor_climbs():
 @pytest.mark.filterwarnings("ignore:density")
 @pytest.mark.parametrize("at", [7, 30])
 def test_control_resumes_where_it_was(at):
-    """Saved during the ramp of 20 steps, or after it, and loaded, control and weights go on with the same
-    bits.
-    """
+    """Saved during the ramp of 20 steps or after it, control goes on with the same bits."""
     model, optimizer, control = small_control()
     few_steps(model, optimizer, control, at)
     file = io.BytesIO()

@@ -1,6 +1,4 @@
-"""The README's recipes for Lightning, Hugging Face's Trainer and accelerate each
-train as a plain loop does.
-"""
+"""The README's recipes for Lightning, Hugging Face's Trainer and accelerate train as a plain loop does."""
 
 import contextlib
 import copy
@@ -59,9 +57,7 @@ def sparse_sgd(model):
 def plain(
     model, optimizer, batches, loss_of=loss_of, schedulers=(), precision=contextlib.nullcontext, clipped=None
 ):
-    """The loop that a trainer stands for. It clips gradients to norm 1 and returns
-    the largest norm before.
-    """
+    """The loop that a trainer stands for. It clips to norm 1 and returns the largest norm before that."""
     model.train()
     clipped = clipped or list(model.parameters())  # the order of gradients decides how their norm is rounded
     norms = []
@@ -320,9 +316,7 @@ def by_memory(optimizer, old, new):
 
 @pytest.mark.parametrize("switch", [by_mapping, by_memory])
 def test_accelerate_may_replace_the_parameters(run_accelerate, switch):
-    """Training goes on in the new parameters, and the old ones are not changed
-    although they have gradients.
-    """
+    """Training goes on in the new parameters; the old ones do not change despite gradients."""
     net = Net()
     prepared = run_accelerate(net)["optimizer"]
     before = [p.detach().clone() for p in net.parameters()]

@@ -29,9 +29,7 @@ def one_weight(shape=(4, 6)):
 
 
 def killed(backend, **options):
-    """A parameter and its optimizer after a step that took the second input feature, and nothing else, to
-    zero.
-    """
+    """A parameter and its optimizer after a step that zeroed the second input feature only."""
     p = one_weight()
     optimizer = ProxSGD([p], lr=1.0, momentum=0.9, **THRESHOLD, **options, backend=backend)
     p.grad[:, 1] = p.detach()[:, 1]
@@ -132,9 +130,7 @@ def test_batch_norm_undoes_the_scale_of_a_layer():
 
 @pytest.mark.parametrize("freeze_zeros", [None, "group"])
 def test_batch_norm_revives_dead_filters(checked_backend, freeze_zeros):
-    """Gradients of a dead filter are so large that they exceed a threshold above those of all living filters;
-    freezing stops that.
-    """
+    """A dead filter's gradient exceeds a threshold above those of living filters, unless frozen."""
     model, _ = conv_and_norm()
     weight = model[0].weight
     norms = weight.grad.flatten(1).norm(dim=1)

@@ -1,5 +1,4 @@
-"""How the CPU executor cuts tensors into tiles: every way is right, and bits depend on no thread and no
-address.
+"""How the CPU executor cuts tensors into tiles: all ways are right, bits depend on no thread or address.
 
 A tile is a block of rows and columns that one thread works on. It holds whole groups, such as all rows of a
 panel of neighbouring columns, or a piece of large groups, whose sums are added up over the pieces.

@@ -1,6 +1,4 @@
-"""Groups of 2 to 16 elements, which the CPU executor solves side by side, one group
-in each lane of a vector.
-"""
+"""Groups of 2 to 16 elements, which the CPU executor solves side by side in the lanes of a vector."""
 
 import itertools
 

@@ -1,6 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from the extension itself and from rows_paths.cu. No GPU
-is needed.
-"""
+"""What the compiler made of the CUDA kernels, read from the extension and rows_paths.cu without a GPU."""
 
 import importlib.util
 import os

@@ -1,5 +1,4 @@
-"""The emulator that stands in for CUDA: it runs right kernels rightly, and notices the faults planted in
-others.
+"""The emulator that stands in for CUDA: right kernels give right results, and planted faults are noticed.
 
 planted.cu and planted_traffic.cu hold kernels by name, each as a right one and with a planted fault.
 """
@@ -95,9 +94,7 @@ def test_seeds_give_orders(library, name, blocks_in_flight):
 
 @pytest.mark.parametrize("name", ["ring", "copy_into_use", "copy_overwritten", "sum_grid", "sum_grid_again"])
 def test_wrong_results_of_planted_faults(library, name):
-    """Copies read, issued or overwritten early, sums applied early, and counters left by a launch give wrong
-    results.
-    """
+    """A fault gives wrong results: copies too early, sums used too early, counters left by a launch."""
     results = {check(library, name, planted=True, seed=seed) for seed in range(20)}
     assert results == {-1}
 
@@ -161,9 +158,7 @@ def test_address_sanitizer_lets_pass(planted, name):
     ],
 )
 def test_what_cannot_go_on_is_an_error(library, name, parts):
-    """Deadlocks, endless spins, traps and invalid copies fail the launch with a message that says what
-    happened.
-    """
+    """Deadlocks, endless spins, traps and invalid copies fail the launch and say what happened."""
     assert check(library, name) == 0
     assert check(library, name, planted=True) == LAUNCH_FAILURE
     message = library.emulator_message().decode()
@@ -192,8 +187,9 @@ def test_a_launch_told_to_fail(library):
 
 
 def test_a_cooperative_grid_is_all_in_flight(library):
-    """Blocks that wait for each other end in a cooperative launch; in a plain one those running wait for
-    those that are not.
+    """Blocks may wait for each other in a cooperative launch only.
+
+    In a plain launch those that run wait for those that have not started.
     """
     library.emulator_set(b"blocks_in_flight", 4)
     assert check(library, "sum_grid") == 0
@@ -267,9 +263,7 @@ def check_log(library, planted, name, planted_fault):
 
 @pytest.mark.parametrize("name, dtype", [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_conversions(library, name, dtype):
-    """The emulator converts to and from 16 bits with the bits of torch: all values, ties and their
-    neighbours.
-    """
+    """Conversions to and from 16 bits give torch's bits: for all values, ties and their neighbours."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every 16-bit number
     wide = torch.empty(2**16)
     getattr(library, f"from_{name}")(pointer(bits), pointer(wide), bits.numel())

@@ -45,8 +45,9 @@ def test_a_device_without_cooperative_launches(device, shape, group_by, prox_mod
 
 @on_emulator
 def test_a_device_with_too_few_multiprocessors(device):
-    """Where fewer blocks run at once than a panel has parts, as on a part of a partitioned GPU, the tensor
-    goes by tickets.
+    """Where fewer blocks run at once than a panel has parts, the tensor goes by tickets.
+
+    A part of a partitioned GPU is such a device.
     """
     shape = (5000, 32)
     assert paths(shape)[2] > 0

@@ -124,9 +124,7 @@ def test_one_launch_for_a_model_of_rows_and_elements(device, options):
 
 @on_emulator
 def test_few_arguments_or_many_the_same_steps(device):
-    """The launch with small arguments and the one with large ones, which 200 tensors need, give the same
-    bits.
-    """
+    """Launches with small arguments and with large ones, as 200 tensors need, give the same bits."""
     shapes = [(3, 8)] * 200
     w, grad = [fresh(shape) for shape in shapes], [fresh(shape) for shape in shapes]
     together = [torch.nn.Parameter(x.clone()) for x in w]

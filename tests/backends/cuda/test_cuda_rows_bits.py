@@ -1,5 +1,4 @@
-"""The CUDA executor's kernels for rows: the same bits at any address, in any order and beside any neighbour;
-edge cases.
+"""The CUDA executor's rows: the same bits at any address, in any order, beside any neighbour; edge cases.
 
 That their results are right for all specs, modes and dtypes is tested in test_executors.py.
 """
@@ -50,8 +49,9 @@ def test_same_bits_at_any_address(options):
 
 @pytest.mark.parametrize("neighbour", GENERAL, ids=str)
 def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
-    """A neighbour that needs the general kernel does not change the bits of others, which alone have a plain
-    kernel.
+    """A neighbour that needs the general kernel changes no bit of others.
+
+    Alone, these have a plain kernel of their own.
     """
     for dtype in DTYPES:
         w, grads = (
@@ -183,9 +183,7 @@ def test_what_rounds_to_zero_is_positive(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_groups_of_one_have_a_closed_form(prox_mode, dtype):
-    """The formula for groups of one element agrees with the reference's search on both sides of each
-    threshold.
-    """
+    """The formula for groups of one is the reference's search, on both sides of each threshold."""
     z = torch.linspace(-2, 2, 4001, dtype=dtype)[:, None]
     for a, b, c in itertools.product((0.0, 0.3, 5.0), (0.0, 0.2, 30.0), (0.0, 0.1)):
         penalty = dict(group_lasso=a, exclusive_lasso=b, l1=c, group_by="filter")

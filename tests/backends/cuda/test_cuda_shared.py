@@ -1,5 +1,4 @@
-"""Panels of the CUDA executor that several blocks share: the same bits whatever their order and number, and
-no endless wait.
+"""Panels of the CUDA executor that several blocks share: the same bits in any order, and no endless wait.
 
 A panel is a set of neighbouring columns, with all of their rows. Its parts lie in the shared memory of
 several blocks, which wait for each other's sums. That results are right for all specs, modes and dtypes is
@@ -196,9 +195,7 @@ def test_a_step_that_overflows_leaves_the_counters_alone(device):
 
 @on_emulator
 def test_a_block_goes_on_while_it_waits(device):
-    """A block loads rows of its next tile, as many as there is room for, before it
-    writes the first one back.
-    """
+    """A block loads as many rows of its next tile as fit before it writes the first one back."""
     device["multiprocessors"] = 4
     device["shared_memory_per_multiprocessor"] = 90 << 10
     p = parameter((400, 64 * 4))

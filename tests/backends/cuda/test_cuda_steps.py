@@ -1,5 +1,4 @@
-"""Steps of the CUDA executor one after another: the same bits in any order, what may change between steps,
-and what is kept.
+"""Steps of the CUDA executor one after another: same bits, what may change in between, what is kept.
 
 Without a GPU its kernels run on the emulator (helpers/emulated.py), where a test also controls the device.
 That its results are right for all specs, modes and dtypes is tested in test_executors.py.
@@ -77,8 +76,9 @@ def test_windows_of_the_l2_change_no_bit(device, prox_mode):
 
 @pytest.mark.usefixtures("little_memory")
 def test_whatever_changes_between_steps_the_reference_agrees():
-    """Counters and scratch memory serve steps of every mode in turn, while gradients come and go in new
-    memory.
+    """Counters and scratch memory serve steps of every mode in turn.
+
+    Gradients come and go meanwhile, in new memory.
     """
     changes = [
         *({}, dict.fromkeys(PENALTY, 0.0), dict(PENALTY), dict(freeze_zeros="group")),
@@ -123,8 +123,9 @@ def test_prox_keeps_its_plans(device):
 
 @on_emulator
 def test_what_a_graph_comes_back_to_is_kept_for_good(monkeypatch):
-    """Plans of prox_ that were captured outlive the limit on kept plans, and forget(), because graphs hold
-    addresses of their tables.
+    """Plans of prox_ that were captured are never dropped.
+
+    They outlive the limit on kept plans, and forget(), because graphs hold addresses of their tables.
     """
     made = []
     monkeypatch.setattr(unplanned, "_kept", type(unplanned._kept)())

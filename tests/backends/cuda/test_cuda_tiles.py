@@ -133,8 +133,9 @@ def pieces(accesses, tensor):
     ],
 )
 def test_a_block_reads_256_bytes_of_each_row_at_once(device, spec, columns, rows, least, dtype):
-    """Fewer bytes at once would waste memory bandwidth. It is 128 only where all rows would not fit
-    otherwise.
+    """A block reads 256 bytes of a row at once, or 128 where all rows fit only then.
+
+    Fewer bytes at once would waste memory bandwidth.
 
     The last panel of a row has what is left.
     """
@@ -194,8 +195,9 @@ def test_how_large_tiles_are_on_a_gpu(monkeypatch):
 @on_emulator
 @pytest.mark.full("tiles and blocks have the size that they have on a GPU; that builds the kernels once more")
 def test_how_many_tiles_there_are_on_a_gpu(monkeypatch, device):
-    """Tiles are narrow where there would be too few of them, wide in low tensors, and of several small
-    matrices.
+    """Tiles are narrow where there would be too few, and wide in low tensors.
+
+    Small matrices share a tile.
     """
     module = emulated.load(256)
     monkeypatch.setitem(BUILT, "cuda", module)

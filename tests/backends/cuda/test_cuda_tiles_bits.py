@@ -83,8 +83,9 @@ def test_same_bits_at_any_address(options):
 
 @pytest.mark.parametrize("neighbour", GENERAL, ids=str)
 def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
-    """Neighbours that need the general kernel do not change the bits of others, which alone have a plain
-    kernel.
+    """Neighbours that need the general kernel change no bit of others.
+
+    Alone, these have a plain kernel of their own.
 
     Tiles of the neighbours come before, between and after the others'.
     """

@@ -49,9 +49,7 @@ MATRIX = [
 
 
 def variants(dtype, vector):
-    """(kernel, variant) of every choice of a launch. Without ``vector``, general
-    tiles divide 64-bit numbers.
-    """
+    """(kernel, variant) of every launch. Without ``vector``, general tiles divide 64-bit numbers."""
     found = set()
     for kind, tiles in TILES.items():
         general = kind == GENERAL.value  # general tiles have single accesses in any case

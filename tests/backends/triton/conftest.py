@@ -23,9 +23,7 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Makes tiles so small that groups of up to 32 elements fit one, and longer groups are cut into chunks of
-    32.
-    """
+    """Makes tiles so small that only groups of up to 32 elements fit; longer ones go in chunks of 32."""
     from helpers.triton_launches import tiles
 
     unplanned.forget()  # plans that are kept were cut for other tiles

@@ -1,6 +1,4 @@
-"""The Triton executor gives the same bits whatever runs beside a tensor: neighbours,
-windows, late programs.
-"""
+"""The Triton executor's bits, which do not depend on what runs beside: neighbours, windows, late programs."""
 
 import inspect
 import threading
@@ -82,9 +80,7 @@ def test_the_plan_in_python_gives_the_same_bits(monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_everything_differs_in_one_optimizer():
-    """Param groups of different specs, modes, freezing, momentum and dtypes each get the bits that they get
-    alone.
-    """
+    """Param groups of different options and dtypes each get the bits that they get alone."""
     kinds = [
         dict(group_by="filter", prox_mode="exact", **PENALTY),
         dict(group_by="tensor", freeze_zeros="group", momentum=0, group_lasso=0.5),
@@ -166,8 +162,9 @@ def three_at_once(monkeypatch):
     ("prox_mode", "late"), [("sequential", 1), ("sequential", 4), *(("exact", n) for n in (1, 4, 40, 73))]
 )
 def test_programs_may_be_late(three_at_once, prox_mode, late):
-    """A program that wakes late gives the same result, also one with nothing to do because its panel's search
-    ended before its sweep.
+    """A program that wakes late gives the same result.
+
+    It may have nothing left to do, because its panel's search ended before its sweep.
 
     Late are programs near the beginning of the launch and near its end: there are 3 chunks, with 2 or 25
     tickets each.

@@ -1,6 +1,4 @@
-"""What the compiler makes of the Triton kernels for GPUs that need not be here:
-spills, registers, accesses.
-"""
+"""What the compiler makes of the Triton kernels, without a GPU: spills, registers, accesses."""
 
 import json
 import os
@@ -33,9 +31,7 @@ def kernels(everything):
 
 
 def test_adamw_compiles_too(everything):
-    """AdamW's kernels read four tensors and write three, and compute only the step
-    size in double precision.
-    """
+    """AdamW's kernels read four tensors, write three, and form only the step size in double precision."""
     found = [k for k in everything if k["rule"] == 1]
     assert {k["kernel"] for k in found} == {"whole_groups", "split_groups"}
     assert {k["dtype"] for k in found} == {"float32", "bfloat16"}
@@ -67,8 +63,9 @@ def test_no_spills(kernels):
 
 
 def test_registers_are_within_budget(kernels):
-    """Kernels for everyday use have at most 128 registers, so that two programs of 8 warps share a
-    multiprocessor's 65,536.
+    """Everyday kernels have at most 128 registers.
+
+    Then two programs of 8 warps share a multiprocessor's 65,536 registers.
     """
     for k in kernels:
         small = k["parts"] <= 2 and not k["full"] and not k["wide"] and k["dtype"] != "float64"
@@ -78,8 +75,9 @@ def test_registers_are_within_budget(kernels):
 
 
 def test_aligned_accesses_are_16_bytes(kernels):
-    """The wide loads and stores are as many as three tensors read (w, gradient and buffer) and two written (w
-    and buffer) need.
+    """There are as many wide loads and stores as the tensors need.
+
+    Three tensors are read (w, gradient and buffer) and two are written (w and buffer).
     """
     aligned = [k for k in kernels if k["vec"] > 1]
     assert aligned

@@ -29,9 +29,7 @@ pytestmark = needs_triton
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_a_step_is_one_launch_per_dtype_and_path(launches, prox_mode):
-    """A step takes one launch for each dtype and each of two kernels, whatever param groups and missing
-    gradients.
-    """
+    """Each dtype and each of two kernels takes one launch, whatever the param groups."""
     params = [
         *parameters(MIXED, torch.float32),
         *parameters([(5, 4)]),
@@ -100,8 +98,10 @@ def test_prox_in_place_keeps_its_tables_for_lists_alike(built):
 
 
 def test_prox_in_place_keeps_few_tables_and_none_that_failed(built, monkeypatch):
-    """The oldest unused tables are dropped at a limit; tables serve one stream, and are dropped after a
-    failed launch and after inference mode.
+    """Few tables are kept, and only those that can be used again.
+
+    The oldest is dropped at a limit. Tables serve one stream, and are dropped after a failed launch and after
+    inference mode.
     """
 
     def call(n):
@@ -198,8 +198,9 @@ TOGGLES = [
 
 @pytest.mark.usefixtures("small_tiles")
 def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
-    """Long and short groups follow the reference through changes of mode, freezing, momentum and gradients,
-    and leave all counters at 0.
+    """Steps follow the reference through changes of mode, freezing, momentum and gradients.
+
+    Groups are long and short, and all counters end at 0.
     """
     everyone = [parameters([(70, 5), (3, 90), (6, 5), (40,)]) for _ in range(2)]
     for params in everyone:

@@ -152,9 +152,7 @@ def gathered(x):
 
 
 def together(function):
-    """Calls it. What it raises on one rank is raised on all, so that none waits for
-    a rank that has failed.
-    """
+    """Calls it. An error on one rank is raised on all, so that none waits for a rank that has failed."""
     error = None
     try:
         function()

@@ -89,8 +89,9 @@ def frozen_zeros():
 
 @case(2, 4)
 def not_a_number_on_one_rank():
-    """Groups with NaN or infinities become what they become unsharded, also where frozen zeros have such
-    gradients.
+    """Groups with NaN or infinities become what they become unsharded.
+
+    That holds where frozen zeros have such gradients, too.
     """
     mesh = mesh_of(*([2] * (dist.get_world_size() // 2)))
     for bad in (float("nan"), float("inf"), float("-inf")):

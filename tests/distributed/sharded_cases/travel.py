@@ -56,9 +56,7 @@ def nothing_travels_where_groups_lie_on_one_rank():
 
 @case(2)
 def one_packed_all_reduce_of_sums():
-    """The sums of all parameters and param groups go in one collective, and each further round of exact mode
-    in one.
-    """
+    """All sums go in one collective, and each further round of exact mode takes one more."""
     mesh = mesh_of(2)
     groups = 5 * 9 + 8 + 12  # the groups of the first three parameters; in the others none crosses
     for options, sums in ((dict(), 2), (dict(freeze_zeros="group"), 3), (dict(prox_mode="exact"), 3)):
@@ -110,9 +108,7 @@ def one_all_reduce_per_mesh_and_dim():
 
 @case(4)
 def packs_of_meshes():
-    """Slices of one mesh share a pack, however they were made. Meshes whose dims could be confused get their
-    own.
-    """
+    """Slices of one mesh share a pack; meshes whose dims could be confused get their own."""
     square, packs = mesh_of(2, 2), Packs()
     together = packs.join(square, (0, 1), ())
     assert together[1:] == ((0, 1), ()) and together[0].groups == [square.get_group(m) for m in range(2)]
@@ -211,8 +207,9 @@ def rounds_have_a_limit():
 
 @case(4)
 def meshes_of_one_rank_and_of_others():
-    """On a mesh dim of one rank all placements are the same. A rank outside of a
-    parameter's mesh refuses it.
+    """A mesh dim of one rank makes all placements the same.
+
+    A rank outside of a parameter's mesh refuses the parameter.
     """
     mesh = mesh_of(4, 1)
     for on_one in (R, S(0)):
