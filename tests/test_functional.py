@@ -1,4 +1,4 @@
-"""The public functions prox and prox_, by every executor."""
+"""The public functions prox (returns a new tensor) and prox_ (changes a list in place), by every executor."""
 
 import itertools
 from functools import partial
@@ -27,6 +27,7 @@ FORMATS = {
 
 @each_value(executor=available_backends(), form=[*FORMATS])
 def test_prox_returns_a_new_tensor_of_the_same_kind(executor, form):
+    """The result keeps dtype, shape, device and strides, and the input is unchanged."""
     for prox_mode, dtype in itertools.product(PROX_MODES, DTYPES):
         w = FORMATS[form]().to(dtype)
         before, strides = w.clone(), w.stride()
@@ -38,12 +39,12 @@ def test_prox_returns_a_new_tensor_of_the_same_kind(executor, form):
                 s for s, n in zip(strides, w.shape) if n > 1
             ]
             assert torch.equal(w, before) and w.stride() == strides
-        assert torch.equal(got, w)  # no coefficients: a copy
+        assert torch.equal(got, w)  # the last options were {}: without coefficients prox copies
 
 
 @each_value(executor=available_backends(), group_by=[*SPECS, (1,), (0, 1)])
 def test_prox_in_exact_mode_is_a_minimum(executor, group_by):
-    """No move away lowers ||x - w||^2 / 2 + penalty(x); sequential mode is no minimum."""
+    """No random move away lowers ||x - w||^2 / 2 + penalty(x); sequential mode is no minimum."""
     w = fresh((12, 5), torch.float64)
     options = {**OPTIONS, "exclusive_lasso": 0.2, "group_by": group_by}
 
@@ -55,7 +56,7 @@ def test_prox_in_exact_mode_is_a_minimum(executor, group_by):
     for size in (1e-3, 1e-1):
         for _ in range(50):
             move = size * fresh(w.shape, torch.float64)
-            # convex, with curvature 1 from the first term
+            # The objective has curvature of at least 1, from its first term.
             assert objective(best + move) >= objective(best) + move.square().sum() / 2 - 1e-12
             move = torch.where(best == 0, 0.0, move)
             assert objective(best + move) >= objective(best) + move.square().sum() / 2 - 1e-12
@@ -64,6 +65,7 @@ def test_prox_in_exact_mode_is_a_minimum(executor, group_by):
 
 @each_value(executor=available_backends(), group_by=SPECS)
 def test_prox_of_a_view_is_the_prox_of_the_viewed(executor, group_by):
+    """The option view= gives the same bits as calling prox on w.view(...)."""
     for prox_mode in PROX_MODES:
         w = fresh((12, 10))
         options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": executor}
@@ -74,7 +76,7 @@ def test_prox_of_a_view_is_the_prox_of_the_viewed(executor, group_by):
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_prox_is_differentiable(checked_backend, prox_mode):
-    """By the reference's formulas, whichever executor is asked for."""
+    """gradcheck passes whichever executor is asked for, because the reference's formulas are used then."""
     for group_by in (*SPECS, ()):
         w = fresh((4, 3, 2), torch.float64).requires_grad_()
         of = partial(prox, group_by=group_by, prox_mode=prox_mode, backend=checked_backend, **OPTIONS)
@@ -83,6 +85,7 @@ def test_prox_is_differentiable(checked_backend, prox_mode):
 
 
 def test_prox_without_coefficients_is_differentiable_and_still_a_new_tensor(backend):
+    """With no coefficients prox is the identity for autograd, but it does not return the input itself."""
     w = fresh((4, 3)).requires_grad_()
     got = prox(w, backend=backend)
     assert got.data_ptr() != w.data_ptr() and torch.equal(got, w)
@@ -91,6 +94,7 @@ def test_prox_without_coefficients_is_differentiable_and_still_a_new_tensor(back
 
 
 def test_prox_without_grad_mode_is_cut_off(backend):
+    """Under torch.no_grad() the result requires no gradient and has the usual values."""
     w = fresh((4, 3)).requires_grad_()
     with torch.no_grad():
         got = prox(w, backend=backend, **OPTIONS)
@@ -106,6 +110,7 @@ def mixed_list():
 
 @each_value(executor=available_backends(), group_by=SPECS, prox_mode=PROX_MODES)
 def test_prox_in_place_over_a_mixed_list(executor, group_by, prox_mode):
+    """prox_ gives each tensor the bits that prox gives it, keeps its memory, and bumps its version."""
     tensors = mixed_list()
     options = {**OPTIONS, "group_by": group_by, "prox_mode": prox_mode, "backend": executor}
     expected = [prox(w, **options) for w in tensors]
@@ -115,10 +120,11 @@ def test_prox_in_place_over_a_mixed_list(executor, group_by, prox_mode):
     for w, x, (pointer, strides, dtype, version) in zip(tensors, expected, before):
         assert (w.data_ptr(), w.stride(), w.dtype) == (pointer, strides, dtype)
         assert torch.equal(w, x)
-        assert w._version > version or w.numel() == 0  # autograd is told of the change
+        assert w._version > version or w.numel() == 0  # autograd sees that the tensor was changed
 
 
 def test_prox_in_place_takes_any_iterable_and_a_lone_tensor(backend):
+    """prox_ accepts a tensor or a generator, not only a list."""
     w = fresh((6, 5))
     expected = prox(w, backend=backend, **OPTIONS)
     one, two, three = w.clone(), w.clone(), w.clone()
@@ -128,6 +134,7 @@ def test_prox_in_place_takes_any_iterable_and_a_lone_tensor(backend):
 
 
 def test_prox_in_place_refuses_what_requires_grad_and_writes_nothing(backend):
+    """A leaf that requires grad is an error that names it, and no tensor of the list changed."""
     free, leaf = fresh((6, 5)), nn.Parameter(fresh((6, 5)))
     before = [free.clone(), leaf.detach().clone()]
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected torch.no_grad\(\)"):
@@ -152,6 +159,6 @@ def test_prox_in_place_serves_another_optimizer(backend):
         sgd.step()
         with torch.no_grad():
             prox_([theirs], backend=backend, **{name: 0.1 * value for name, value in options.items()})
-    # the two round the update apart by an ulp a step where one fuses a multiply and an add
+    # Where one of them fuses a multiply and an add, the updates differ by an ulp a step.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
     assert (ours == 0).any() and torch.equal(ours == 0, theirs == 0)

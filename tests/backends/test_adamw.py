@@ -1,6 +1,6 @@
 """AdamW's update before the proximal map: every executor against the float64 reference.
 
-test_executors.py has it among shapes, specs and types; here is what it alone has.
+test_executors.py runs AdamW over shapes, specs and dtypes. Here are the cases that only AdamW has.
 """
 
 import pytest
@@ -38,7 +38,7 @@ NAN, INF = float("nan"), float("inf")
     tiles=TILES,
 )
 def test_options(executor, options, steps, dtype):
-    """As update rules: of what shapes and layouts, the matrix asks."""
+    """Every combination of AdamW's options is right, in a first step, the next, and the millionth."""
     w, grad = inputs((45, 130), dtype, 2)
     states = moments(w.shape, dtype) if steps else None
     told = dict(lr=0.3, rule=ADAMW, weight_decay=0.01, **coefficients(w, "feature")) | options
@@ -47,13 +47,17 @@ def test_options(executor, options, steps, dtype):
 
 @pytest.mark.parametrize("shape", [(33, 20), (40_000, 4)])
 def test_without_penalties_it_is_the_update_alone(fused_backend, shape):
+    """Without coefficients a step is AdamW's update."""
     w, grad = inputs(as_large_as_may_be(fused_backend, shape), torch.float32, 2)
     for states, steps in ((None, 0), (moments(w.shape, torch.float32), 5)):
         check_step(fused_backend, w, grad, states, steps=steps, rule=ADAMW, lr=0.2)
 
 
 def test_without_beta1_the_first_moment_is_the_gradient_to_the_bit(fused_backend):
-    """However large it was before: torch.lerp goes from the end that is nearer."""
+    """With beta1 = 0 nothing is left of the first moment, however large it was.
+
+    torch.lerp computes from the nearer end, and so must the kernels.
+    """
     w, grad = inputs((33, 20), torch.float32, 2)
     first, second = moments(w.shape, torch.float32)
     told = dict(rule=ADAMW, lr=0.2, betas=(0.0, 0.9), steps=5)
@@ -64,6 +68,7 @@ def test_without_beta1_the_first_moment_is_the_gradient_to_the_bit(fused_backend
 @pytest.mark.usefixtures("tiles")
 @covering(executor=fused_backends(), group_by=("feature", "filter"), tiles=TILES)
 def test_zeros_that_are_frozen_lose_both_moments(executor, group_by):
+    """Frozen weights and both moments become +0.0 even if the gradient is NaN, and only those."""
     for mode in ("group", "element"):
         w, grad = inputs((70, 40), torch.float32, 2)
         w[::3] = 0.0
@@ -85,6 +90,7 @@ def test_zeros_that_are_frozen_lose_both_moments(executor, group_by):
 
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_infinities_and_nans_are_where_the_reference_has_them(fused_backend, prox_mode):
+    """In weights, gradients and moments."""
     w, grad = inputs((40, 30), torch.float32, 2)
     states = moments(w.shape, torch.float32)
     for x, (row, column), value in (
@@ -102,7 +108,7 @@ def test_infinities_and_nans_are_where_the_reference_has_them(fused_backend, pro
 
 
 def test_zero_gradients_from_the_first_step(fused_backend):
-    """Nothing moves but by weight decay, and nothing is divided by zero."""
+    """Zero gradients move nothing, and 0/0 does not occur."""
     w = fresh((20, 10))
     got, *states = one_step(
         fused_backend, w, torch.zeros_like(w), rule=ADAMW, lr=0.5, weight_decay=0.0, eps=1e-8
@@ -111,11 +117,14 @@ def test_zero_gradients_from_the_first_step(fused_backend):
 
 
 def test_a_gradient_far_below_eps(fused_backend):
+    """Gradients near 1e-12 are right: eps decides there."""
     w, grad = inputs((30, 20), torch.float32, 2)
     check_step(fused_backend, w, grad * 1e-12, rule=ADAMW, lr=0.5, **coefficients(w, "feature"))
 
 
 def test_misaligned_and_strided_states(fused_backend):
+    """States at odd addresses, or with the strides of a transposed weight, are handled rightly."""
+
     def misaligned(x):
         return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
 

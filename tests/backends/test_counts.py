@@ -1,4 +1,4 @@
-"""AdamW's counts of steps, and learning rates, that lie on the device: kernels read them, and count."""
+"""AdamW's counts of steps and learning rates in device memory: kernels read them, and count up."""
 
 import pytest
 import torch
@@ -20,18 +20,21 @@ SHAPES = [(40, 30), (7,), (130, 9), (33, 3, 3)]
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
+    """Begins and ends without kept plans."""
     forget()
     yield
     forget()
 
 
 def tensors_of(backend, dtype):
+    """Weights, gradients and both moments on the executor's device."""
     device = device_of(backend)
     made = [(*inputs(shape, dtype, 2), *moments(shape, dtype)) for shape in SHAPES]
     return [tuple(x.to(device) for x in xs) for xs in made]
 
 
 def hyperparameters(lr, first):
+    """Those of the first or the second param group."""
     options = dict(betas=(0.9, 0.999) if first else (0.5, 0.25), eps=1e-8 if first else 0.1)
     penalties = {
         key: x for key, x in coefficients(torch.ones(SHAPES[0]), "feature").items() if "_by" not in key
@@ -41,13 +44,14 @@ def hyperparameters(lr, first):
 
 
 def step(backend, tensors, rows, lr, found_inf=None):
+    """One step of two param groups of two tensors each, without an optimizer."""
     layouts = [grouped_layout(w, "feature", None) for w, *_ in tensors]
     of_groups = [hyperparameters(lr, first) for first in (True, False)]
     step_once(backend, [w for w, *_ in tensors], layouts, rows, [0, 0, 1, 1], of_groups, None, found_inf)
 
 
 def rows_of(tensors, counts):
-    """Rows of running tensors; a count is a number, or a tensor that lies with them."""
+    """Rows of tensors that have states. A count is a number, or a tensor beside them on the device."""
     return [
         Row(*(x.data_ptr() for x in xs), int(Phase.RUNNING), *counted(count))
         for xs, count in zip(tensors, counts)
@@ -55,12 +59,18 @@ def rows_of(tensors, counts):
 
 
 def counted(count):
+    """(number, address) of a count."""
     return (0, count.data_ptr()) if isinstance(count, torch.Tensor) else (count, 0)
 
 
 @covering(executor=KERNELS, dtype=[torch.float32, torch.float64, torch.bfloat16], lr=["number", "address"])
 def test_what_lies_on_the_device_is_as_what_the_host_knows(executor, dtype, lr):
-    """All counts there, none, and some; each within a rounding or two of the other."""
+    """Counts and rates on the device give the steps of those from the host, to a rounding or two.
+
+    Counts go up by one.
+
+    On the device are all counts, some, or none.
+    """
     device = device_of(executor)
     there = [torch.full((), float(n), device=device) for n in (0, 1, 7, 999_999)]
     rate = torch.full((1,), 0.5, device=device)
@@ -85,6 +95,7 @@ def test_what_lies_on_the_device_is_as_what_the_host_knows(executor, dtype, lr):
 
 @pytest.mark.parametrize("executor", KERNELS)
 def test_an_overflow_is_not_counted(executor):
+    """A step with found_inf set changes no count and no tensor."""
     tensors = tensors_of(executor, torch.float32)
     there = [torch.full((), 3.0, device=device_of(executor)) for _ in SHAPES]
     before = [[x.clone() for x in xs] for xs in tensors]
@@ -96,6 +107,7 @@ def test_an_overflow_is_not_counted(executor):
 
 @pytest.mark.parametrize("executor", KERNELS)
 def test_a_tensor_without_gradient_is_not_counted(executor):
+    """A skipped tensor's count stays."""
     tensors = tensors_of(executor, torch.float32)
     there = [torch.full((), 3.0, device=device_of(executor)) for _ in SHAPES]
     rows = rows_of(tensors, there)
@@ -106,7 +118,10 @@ def test_a_tensor_without_gradient_is_not_counted(executor):
 
 @pytest.mark.parametrize("executor", KERNELS)
 def test_what_has_no_elements_is_counted_too(executor, monkeypatch):
-    """By the plan: no kernel sees it. As if the counts lay on the device."""
+    """A tensor without elements is counted by the plan, because no kernel sees it.
+
+    Here counts are treated as if they were on the device.
+    """
     monkeypatch.setattr(gathering, "on_device", lambda step: True)
     params = [
         torch.nn.Parameter(torch.randn(shape, device=device_of(executor))) for shape in ((3, 4), (0, 4))
@@ -119,4 +134,5 @@ def test_what_has_no_elements_is_counted_too(executor, monkeypatch):
     for step in range(3):
         assert plan.gather([params], state)
         plan.run(lambda table: None, found_inf=torch.tensor(float(step == 2)))
-    assert [float(state[p]["step"]) for p in params] == [0.0, 2.0]  # kernels count the first
+    # the first would be counted by a kernel, and none runs here
+    assert [float(state[p]["step"]) for p in params] == [0.0, 2.0]

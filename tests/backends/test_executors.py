@@ -1,4 +1,4 @@
-"""Every executor against the float64 reference: specs, modes, dtypes, shapes, edges."""
+"""Every executor against the float64 reference: specs, modes, dtypes, shapes and edge cases."""
 
 import itertools
 
@@ -25,9 +25,12 @@ from cges_kernels import available_backends, prox, prox_
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
 
+# Multiples of a vector's width, one column, one row, odd sizes, more dims, and tall and long groups.
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
-LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]  # groups beyond any tile, ragged
-MATRICES = [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)]  # all but the first and third dim reduced
+# groups larger than any tile, of odd sizes
+LARGE = [(17000, 19), (5, 300_000), (2, 5, 70_001), (300, 4, 300)]
+# tensors of small matrices: reduced are all dims but the first and third
+MATRICES = [(900, 3, 2), (40, 5, 300), (3, 2, 90, 70)]
 RULES = list(OPTIMIZERS)
 TERMS = ("group_lasso", "exclusive_lasso", "l1")
 NAN, INF = float("nan"), float("inf")
@@ -44,6 +47,7 @@ NAN, INF = float("nan"), float("inf")
     tiles=TILES,
 )
 def test_matrix(executor, rule, shape, group_by, prox_mode, dtype):
+    """First and later steps are right for each rule, shape, spec, mode and dtype, whole and in pieces."""
     shape = as_large_as_may_be(executor, shape)
     w, grad = inputs(shape, dtype, 2)
     for states in (states_of(rule, shape, dtype), None):
@@ -52,6 +56,7 @@ def test_matrix(executor, rule, shape, group_by, prox_mode, dtype):
 
 @covering(executor=fused_backends(), rule=RULES, shape=LARGE, group_by=SPECS, prox_mode=MODES, dtype=DTYPES)
 def test_groups_longer_than_any_tile(executor, rule, shape, group_by, prox_mode, dtype):
+    """Groups that have to be cut because of their size are right."""
     shape = as_large_as_may_be(executor, shape)
     w, grad = inputs(shape, dtype, 2)
     states = states_of(rule, shape, dtype)
@@ -61,7 +66,7 @@ def test_groups_longer_than_any_tile(executor, rule, shape, group_by, prox_mode,
 @pytest.mark.usefixtures("tiles")
 @covering(executor=fused_backends(), view=MATRICES, prox_mode=MODES, tiles=TILES)
 def test_many_small_matrices(executor, prox_mode, view):
-    """Kept dims on both sides of the reduced ones, as in grouped convolutions."""
+    """Kept dims on both sides of the reduced ones are right, as in grouped convolutions."""
     w, grad, buf = inputs(as_large_as_may_be(executor, view), torch.float32)
     dims = (1,) if len(view) == 3 else (1, 3)
     check_step(executor, w, grad, buf, **training(w, dims, prox_mode))
@@ -69,10 +74,10 @@ def test_many_small_matrices(executor, prox_mode, view):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_nothing_underflows_to_negative_zero(fused_backend, dtype):
-    """Group lasso scales what is barely alive down to nothing."""
+    """Entries that a group's scale takes below the least number become +0.0."""
     w = fresh((50, 60), dtype, scale=1e-3 if dtype == torch.float16 else 1e-18)
     if dtype == torch.float32:
-        w[1:] *= 1e-25  # denormal beside an entry whose square is not
+        w[1:] *= 1e-25  # denormal numbers beside an entry whose square is not denormal
     norms = w.double().norm(dim=0)
     for backend in (fused_backend, "reference"):
         got = prox(w, group_lasso=float(norms.median()) * (1 - 1e-3), backend=backend)
@@ -83,6 +88,7 @@ def test_nothing_underflows_to_negative_zero(fused_backend, dtype):
     executor=fused_backends(), rule=MOMENTA, weight_decay=(0.0, 0.1), maximize=(False, True), dtype=DTYPES
 )
 def test_update_rules(executor, rule, weight_decay, maximize, dtype):
+    """Each combination of SGD's options is right, with and without a buffer."""
     momentum, dampening, nesterov = rule
     w, grad, buf = inputs((45, 130), dtype)
     options = dict(
@@ -100,6 +106,7 @@ def test_update_rules(executor, rule, weight_decay, maximize, dtype):
     group_by=SPECS,
 )
 def test_each_term_alone(executor, group_by, prox_mode, terms):
+    """Each penalty alone, two of them, and none are right."""
     w, grad, _ = inputs((60, 40, 3), torch.float32)
     options = coefficients(w, group_by)
     options |= {name: 0.0 for name in TERMS if name not in terms.split()}
@@ -113,6 +120,7 @@ def test_each_term_alone(executor, group_by, prox_mode, terms):
 
 @covering(executor=fused_backends(), group_by=[*SPECS, (0, 1), (1, 2, 3)], prox_mode=MODES)
 def test_memory_formats(executor, group_by, prox_mode):
+    """channels_last and transposed tensors are right in the layout of their memory."""
     for format_ in (torch.channels_last, torch.contiguous_format):
         w, grad, buf = (x.to(memory_format=format_) for x in inputs((24, 10, 3, 5), torch.float32))
         options = training(w, group_by, prox_mode)
@@ -134,13 +142,17 @@ def test_memory_formats(executor, group_by, prox_mode):
 )
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_views(fused_backend, shape, group_by, view, prox_mode):
+    """The view options of grouped convolutions, attention heads and LSTM units are right."""
     w, grad, _ = inputs(shape, torch.float32)
     check_step(fused_backend, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by, view))
 
 
 @covering(executor=fused_backends(), offset=[1, 3], dtype=DTYPES)
 def test_misaligned_storage(executor, offset, dtype):
-    """Right; and where the order of sums does not follow the width of a vector, the same bits."""
+    """Tensors that begin at odd addresses are right, and have the same bits as aligned ones.
+
+    Triton's bits may differ: there the order of sums follows the width of a vector.
+    """
 
     def misaligned(x):
         return torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x)
@@ -166,6 +178,7 @@ def test_misaligned_storage(executor, offset, dtype):
     tiles=TILES,
 )
 def test_freeze_zeros(executor, shape, group_by, freeze_zeros, prox_mode):
+    """Frozen weights and their momentum become 0 and others do not, with and without penalties."""
     shape = as_large_as_may_be(executor, shape)
     w, grad, buf = inputs(shape, torch.float32)
     w[torch.rand(shape) < 0.3] = 0.0
@@ -187,7 +200,10 @@ def test_freeze_zeros(executor, shape, group_by, freeze_zeros, prox_mode):
     tiles=TILES,
 )
 def test_exact_mode_where_newton_leaves_the_bracket(executor, exclusive_lasso, share):
-    """Heavy tails, equal entries, and norms barely above the group lasso's threshold."""
+    """Groups that are hard to solve are solved as by the reference.
+
+    They have heavy tails, equal entries, and norms barely above the threshold.
+    """
     z = fresh((100, 32), torch.float64)
     z[:, 1::4] **= 5
     z[:, 2::4] = -0.7
@@ -201,7 +217,7 @@ def test_exact_mode_where_newton_leaves_the_bracket(executor, exclusive_lasso, s
 @pytest.mark.usefixtures("tiles")
 @covering(executor=fused_backends(), group_by=SPECS, prox_mode=MODES, tiles=TILES)
 def test_zero_groups_come_to_life(executor, group_by, prox_mode):
-    """Where nothing freezes them, what counts is z, not w."""
+    """Without freezing, a group of zeros with a large gradient comes to life: z decides, not w."""
     w, grad, _ = inputs((40, 30), torch.float32)
     w[:, :7] = w[:5] = 0.0
     got, _ = check_step(executor, w, grad, None, lr=0.5, prox_mode=prox_mode, **coefficients(w, group_by))
@@ -218,6 +234,7 @@ def test_zero_groups_come_to_life(executor, group_by, prox_mode):
     tiles=TILES,
 )
 def test_nan_and_inf_spread_as_in_the_reference(executor, terms, group_by, prox_mode, poison):
+    """NaN and infinities show where the reference has them, and zeros elsewhere are its zeros."""
     w = fresh((40, 50))
     w[7, 11] = poison
     options = coefficients(w, group_by)
@@ -232,6 +249,7 @@ def test_nan_and_inf_spread_as_in_the_reference(executor, terms, group_by, prox_
 
 
 def test_zero_group_stays_zero_and_huge_alpha_kills(backend):
+    """A zero group gives no NaN, and a huge group lasso gives +0.0."""
     w = fresh((30, 20))
     w[:, 3] = 0.0
     assert not prox(w, group_lasso=0.1, exclusive_lasso=0.1, backend=backend)[:, 3].any()
@@ -240,25 +258,28 @@ def test_zero_group_stays_zero_and_huge_alpha_kills(backend):
 
 
 def test_denormals_and_negative_zeros(fused_backend):
+    """No executor flushes denormal numbers, and l1 writes +0.0."""
     tiny = torch.finfo(torch.float32).tiny
     w = fresh((40, 40)) * tiny
     w[0] = -0.0
     same = prox(w, backend=fused_backend)
     assert torch.equal(same, w) and torch.equal(
         torch.signbit(same), torch.signbit(w)
-    )  # no penalty: bit for bit
+    )  # without a penalty every bit stays
     got, expected = (prox(w, l1=tiny / 2, backend=name) for name in (fused_backend, "reference"))
     assert torch.equal(got, expected) and got.any()
     assert not torch.signbit(got[got == 0]).any()
 
 
 def test_lr_zero_is_a_no_op(backend):
+    """A step with lr = 0 changes no weight, penalties or not."""
     w, grad, buf = inputs((30, 40), torch.float32)
     got, _ = one_step(backend, w, grad, buf, lr=0.0, momentum=0.9, **coefficients(w, "feature"))
     assert torch.equal(got, w.cpu())
 
 
 def test_many_tensors_at_once(fused_backend):
+    """500 tensors in one call each get the bits that they get alone."""
     tensors = [fresh((i % 37 + 1, i % 11 + 1)) for i in range(500)]
     options = dict(group_lasso=0.3, exclusive_lasso=0.01, l1=0.1, backend=fused_backend)
     alone = {i: prox(tensors[i], **options) for i in range(0, 500, 7)}
@@ -267,11 +288,13 @@ def test_many_tensors_at_once(fused_backend):
 
 
 def test_two_threads_really_run(threads):
+    """The CPU executor uses the threads that torch.set_num_threads allows."""
     threads(2)
     assert BUILT["cpu"].parallel_threads() == 2
 
 
 def test_empty_and_single_element_tensors(backend):
+    """Tensors of no or one element are right."""
     for shape in [(0,), (0, 5), (5, 0), (), (1,), (1, 1)]:
         w = fresh(shape)
         got = prox(w, group_lasso=0.1, exclusive_lasso=0.1, l1=0.01, backend=backend)
@@ -289,7 +312,10 @@ def test_empty_and_single_element_tensors(backend):
     tiles=TILES,
 )
 def test_very_small_and_very_large_weights(executor, exponent, group_by, prox_mode):
-    """Beyond what float32 squares hold, norms are 0 or infinite: for all executors alike, and never NaN."""
+    """Where squares leave float32's range norms are 0 or infinite, for all executors alike, and never NaN.
+
+    The exponents lie on both sides of that range's ends, 1e-19 and 1e18, and far beyond.
+    """
     scale, w = 10.0**exponent, torch.randn(40, 48).clamp(-1, 1)
     given = dict(group_lasso=3 * scale, exclusive_lasso=0.002, l1=0.01 * scale)
     for names in (["group_lasso"], ["exclusive_lasso"], list(given)):
@@ -299,13 +325,14 @@ def test_very_small_and_very_large_weights(executor, exponent, group_by, prox_mo
         torch.testing.assert_close(found / scale, expected / scale)
         assert torch.equal(found == 0, expected == 0)
         truth = prox(w.double() * scale, **options, backend="reference") / scale
-        if -19 < exponent < 18 or names == ["exclusive_lasso"]:  # functional.prox says so
+        if -19 < exponent < 18 or names == ["exclusive_lasso"]:  # the range that the docstring of prox gives
             torch.testing.assert_close((found.double() / scale), truth, rtol=1e-4, atol=1e-6)
         elif exponent in (-30, 20):
             killed, kept = (group.all() for group in (found == 0, found != 0))
             assert names != ["group_lasso"] or (killed if exponent < 0 else kept)
 
 
+# All combinations with a group lasso or an exclusive lasso: without both there are no groups.
 PENALTIES = [
     dict(zip(("group_lasso", "exclusive_lasso", "l1"), values))
     for values in itertools.product((0.0, 0.4), (0.0, 0.3), (0.0, 0.2))
@@ -315,7 +342,7 @@ PENALTIES = [
 
 @covering(executor=available_backends(), penalty=PENALTIES, prox_mode=MODES, dtype=DTYPES)
 def test_a_group_of_one_is_a_group_with_zeros(executor, penalty, prox_mode, dtype):
-    """A closed form serves groups of one, a search the same groups with a zero more."""
+    """The formula for groups of one agrees with the search, on the same groups with a zero added."""
     edges = torch.tensor([0.0, -0.0, 0.2, -0.4, 0.6, NAN, INF, -INF, 1e-30, 1e30])
     z = torch.cat([edges, torch.randn(1000)]).to(dtype)
     wide = torch.stack([z, torch.zeros_like(z)], 1)
@@ -330,6 +357,7 @@ def test_a_group_of_one_is_a_group_with_zeros(executor, penalty, prox_mode, dtyp
 
 @covering(executor=fused_backends(), prox_mode=MODES, freeze_zeros=("group", "element"))
 def test_groups_of_one_stay_zero(executor, prox_mode, freeze_zeros):
+    """Frozen groups of one element stay 0, and so does their momentum."""
     w, grad, buf = inputs((300, 1), torch.float32)
     w[::3] = 0
     options = dict(training(w, "filter", prox_mode), freeze_zeros=freeze_zeros)

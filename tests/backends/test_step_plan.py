@@ -1,4 +1,8 @@
-"""StepPlan, in C++ and in Python: what a step checks and gathers, and what it leaves behind."""
+"""StepPlan, in C++ and in Python: what a step checks and gathers, and what it leaves behind.
+
+A plan is made for lists of parameters. gather() compares them with those of a step and collects addresses;
+run() hands the table to an executor.
+"""
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from torch import nn
 from cges_kernels.core.hyperparameters import Hyperparameters, Phase
 from cges_kernels.core.rules import ADAMW
 
-# Whether the plan matches
+# Whether the plan fits the step's parameters
 
 
 def replace(groups):
@@ -60,6 +64,10 @@ CHANGES = [replace, swap, lengthen, shorten, add_a_group, hand_on, move, reshape
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_gather_notices(Plan, change):
+    """gather() returns False after each change of the lists or of a parameter's memory, and makes no state.
+
+    The first parameter's memory stays where it was, so that the address does not give the change away.
+    """
     params = parameters()
     groups = [params[:2], params[2:]]
     plan, state = make_plan(Plan, *map(list, groups)), {}
@@ -68,18 +76,21 @@ def test_gather_notices(Plan, change):
     change(groups)
     assert params[0].data_ptr() == place
     assert not plan.gather(groups, state)
-    with pytest.raises(RuntimeError, match="expected a gather that succeeded"):  # the first one is void too
+    # the earlier gather is void as well
+    with pytest.raises(RuntimeError, match="expected a gather that succeeded"):
         run(plan)
     assert not state
 
 
 def test_gather_knows_the_parameters_and_not_the_lists(Plan):
+    """Other lists of the same parameters fit the plan."""
     params = parameters()
     plan = make_plan(Plan, params[:2], [], params[2:])
     assert plan.gather([list(params[:2]), [], list(params[2:])], {})
 
 
 def test_run_needs_a_gather_each_time(Plan):
+    """A gather serves one run only."""
     params = parameters()
     plan = make_plan(Plan, params)
     for _ in range(2):
@@ -93,6 +104,7 @@ def test_run_needs_a_gather_each_time(Plan):
 
 
 def test_table_has_a_row_per_parameter_group_by_group(Plan):
+    """Rows hold addresses and the phase of the states: without one, skipped, first, or running."""
     plain, momentum = parameters(), parameters()
     plan, state = make_plan(Plan, plain, [], momentum), {}
     plan.set_hyperparameters(0, Hyperparameters(lr=0.1))
@@ -120,6 +132,7 @@ def test_table_has_a_row_per_parameter_group_by_group(Plan):
 
 
 def test_empty_plans_have_an_empty_table(Plan):
+    """Plans without parameters can be gathered and run."""
     for groups in ([], [[], []]):
         plan = make_plan(Plan, *groups)
         assert plan.gather(groups, {})
@@ -127,6 +140,12 @@ def test_empty_plans_have_an_empty_table(Plan):
 
 
 def test_what_lies_otherwise_is_copied_into_the_order_of_the_parameter(Plan):
+    """Gradients and buffers reach the executor in the parameter's layout.
+
+    Here they have other strides or a pending minus sign.
+
+    Buffers are replaced by the copy for good, and are not copied again.
+    """
     params = parameters([(4, 3)] * 4)
     params[3].data = params[3].data.t().contiguous().t()
     grad, buf = torch.randn(4, 3), torch.randn(4, 3)
@@ -160,6 +179,7 @@ def test_what_lies_otherwise_is_copied_into_the_order_of_the_parameter(Plan):
 
 
 def test_strides_that_move_nothing_are_no_reason_to_copy(Plan):
+    """Strides of dims of size 1 do not matter."""
     params = parameters([(5, 1), (0, 3)])
     p = params[0]
     p.grad = torch.randn(1, 5).t()
@@ -173,6 +193,7 @@ def test_strides_that_move_nothing_are_no_reason_to_copy(Plan):
 
 
 def test_fresh_buffers_appear_with_the_run(Plan):
+    """New momentum buffers get into the state by run(), not by gather(), with the parameter's layout."""
     params = parameters()
     params[1].data = params[1].data.to(memory_format=torch.channels_last)
     plan, state = make_plan(Plan, params), {}
@@ -188,6 +209,7 @@ def test_fresh_buffers_appear_with_the_run(Plan):
 
 
 def test_an_entry_of_the_state_is_kept(Plan):
+    """A state entry with keys of the caller's own is filled, not replaced."""
     p, *_ = params = parameters()
     entry = {"mine": 3}
     plan, state = make_plan(Plan, params), {p: entry}
@@ -197,6 +219,7 @@ def test_an_entry_of_the_state_is_kept(Plan):
 
 
 def test_versions_move_with_the_run(Plan):
+    """Versions of stepped parameters and buffers are bumped by run(), not by gather()."""
     params = parameters()
     params[2].grad = None
     plan, state = make_plan(Plan, params), {}
@@ -213,6 +236,7 @@ def test_versions_move_with_the_run(Plan):
 
 
 def test_parameters_made_in_inference_mode_have_no_version(Plan):
+    """Such parameters can be stepped."""
     with torch.inference_mode():
         p = torch.ones(3)
         p.grad = torch.ones(3)
@@ -223,6 +247,7 @@ def test_parameters_made_in_inference_mode_have_no_version(Plan):
 
 
 def test_a_launch_that_raises_leaves_everything_alone(Plan):
+    """An error in run() changes no state and no version, voids the gather, and keeps no gradient."""
     params = parameters()
     plan, state = make_plan(Plan, params), {params[0]: {"momentum_buffer": torch.ones(4, 3)}}
     before = snapshot(params, state)
@@ -232,7 +257,7 @@ def test_a_launch_that_raises_leaves_everything_alone(Plan):
     def fail(table):
         raise ZeroDivisionError("no device")
 
-    try:  # pytest.raises would keep the traceback, and with it the frames
+    try:  # pytest.raises would keep the traceback, and its frames would keep the gradient
         plan.run(fail)
     except ZeroDivisionError as error:
         assert "no device" in str(error)
@@ -247,14 +272,17 @@ def test_a_launch_that_raises_leaves_everything_alone(Plan):
 
 
 def stepped(plan, params, state):
+    """Ways in which a gather ends: with a run."""
     run(plan)
 
 
 def void(plan, params, state):
+    """With a gather that does not fit."""
     assert not plan.gather([params[1:]], state)
 
 
 def refused(plan, params, state):
+    """With a gather that raises an error."""
     params[3].grad = params[3].grad.to_sparse()
     try:
         plan.gather([params], state)
@@ -264,6 +292,7 @@ def refused(plan, params, state):
 
 @pytest.mark.parametrize("end", [stepped, void, refused])
 def test_no_gradient_is_kept_alive(Plan, end):
+    """However a gather ends, the plan holds no gradient afterwards: its memory can be freed."""
     params = parameters()
     plan, state = make_plan(Plan, params), {}
     watch = watched(params[0])
@@ -280,6 +309,7 @@ def test_no_gradient_is_kept_alive(Plan, end):
 
 
 def test_a_plan_of_adamw_keeps_both_moments_and_counts(Plan):
+    """Rows hold both moments' addresses and the parameter's own count, and the state has torch's keys."""
     params = parameters()
     plan, state = make_plan(Plan, params, rule=ADAMW), {}
     params[1].grad = None
@@ -301,6 +331,7 @@ def test_a_plan_of_adamw_keeps_both_moments_and_counts(Plan):
 
 
 def test_a_step_that_overflows_is_not_counted(Plan):
+    """A run with found_inf set does not count."""
     params = parameters()
     plan, state = make_plan(Plan, params, rule=ADAMW), {}
     for found_inf in (1.0, 0.0, 1.0):

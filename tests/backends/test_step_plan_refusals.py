@@ -13,7 +13,7 @@ from cges_kernels.backends.gathering import Row
 from cges_kernels.core.groups import grouped_layout
 from cges_kernels.core.hyperparameters import At, Hyperparameters, Phase
 
-# What is refused, by both in the same words
+# What both refuse in the same words
 
 
 def halve(p):
@@ -26,14 +26,18 @@ def bfloat16_gradient(p):
 
 
 def gradient(value):
+    """A fault: the last parameter's gradient becomes this value."""
     return lambda params, state: setattr(params[3], "grad", value(params[3]))
 
 
 def buffer(value):
+    """A fault: the last parameter's momentum buffer becomes this value."""
     return lambda params, state: state.update({params[3]: {"momentum_buffer": value(params)}})
 
 
 def two_buffers(make):
+    """A fault: the first and the last parameter get these buffers."""
+
     def spoil(params, state):
         for p, buf in zip((params[0], params[3]), make()):
             state[p] = {"momentum_buffer": buf}
@@ -77,12 +81,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("spoil,error,text", FAULTS.values(), ids=FAULTS)
 def test_gather_refuses(spoil, error, text):
+    """Each fault is refused in every attempt, in the same words by both plans, and nothing changes."""
     params, state = parameters([(4, 3)] * 4), {}
     spoil(params, state)
     before, texts = snapshot(params, state), []
     for Plan in PLANS.values():
         plan = make_plan(Plan, params[:2], params[2:])
-        for _ in range(2):  # the second attempt must not forget what the first saw
+        for _ in range(2):  # the second attempt has to look again
             with pytest.raises(error, match=text) as caught:
                 plan.gather([params[:2], params[2:]], state)
             texts.append(str(caught.value))
@@ -94,6 +99,7 @@ def test_gather_refuses(spoil, error, text):
 
 
 def test_a_buffer_that_becomes_another_parameters_too_is_refused(Plan):
+    """A buffer that was fine is checked again once it serves two parameters."""
     params = parameters([(4, 3)] * 2)
     plan, state = make_plan(Plan, params), {}
     assert plan.gather([params], state)
@@ -110,9 +116,10 @@ def test_a_buffer_that_becomes_another_parameters_too_is_refused(Plan):
 
 
 def test_buffers_may_be_neighbours_in_one_storage(Plan):
+    """Buffers that share a storage without overlapping are accepted."""
     params = parameters([(4, 3)] * 3)
     rows = torch.zeros(3, 4, 3)
-    halves = torch.zeros(4, 3, 2).unbind(-1)  # these interleave, and are copied
+    halves = torch.zeros(4, 3, 2).unbind(-1)  # these interleave in memory, so they are copied
     for buffers in (rows, [*halves, rows[0]]):
         state = {p: {"momentum_buffer": buf} for p, buf in zip(params, buffers)}
         plan = make_plan(Plan, params)
@@ -130,17 +137,19 @@ def test_buffers_may_be_neighbours_in_one_storage(Plan):
     ids=["groups", "tensors", "elements"],
 )
 def test_a_plan_refuses_layouts_of_something_else(Plan, params, layouts, text):
+    """Layouts that do not fit the parameters in number or size are errors."""
     with pytest.raises(ValueError, match=rf"^StepPlan: {text}$"):
         Plan(params, layouts)
 
 
 def test_a_plan_refuses_hyperparameters_of_a_group_it_has_not(Plan):
+    """An index beyond the param groups is an IndexError."""
     with pytest.raises(IndexError):
         make_plan(Plan, []).set_hyperparameters(1, Hyperparameters(lr=0.1))
 
 
 class Dispatching(torch.Tensor):
-    """A class of tensors that sees every operation on it."""
+    """A class of tensors that fails on every operation on it."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -148,6 +157,7 @@ class Dispatching(torch.Tensor):
 
 
 def test_a_buffer_is_a_plain_tensor_whatever_the_parameters_class(Plan):
+    """New buffers are made without any operation of the parameter's class."""
     p = torch.Tensor._make_subclass(Dispatching, torch.randn(4, 3).t())
     p.grad = torch.Tensor._make_subclass(Dispatching, torch.randn(4, 3).t())
     plan, state = make_plan(Plan, [p]), {}
@@ -159,6 +169,7 @@ def test_a_buffer_is_a_plain_tensor_whatever_the_parameters_class(Plan):
 
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 def test_the_cpu_executor_refuses_what_only_a_kernel_can_read():
+    """An address in place of a learning rate is an error for the CPU executor, and nothing is written."""
     p = nn.Parameter(torch.ones(4, 3))
     p.grad = torch.ones(4, 3)
     plan = BUILT["cpu"].StepPlan([[p]], [[grouped_layout(p, "feature", None)]], "sgd", "cpu")
@@ -173,6 +184,7 @@ def test_the_cpu_executor_refuses_what_only_a_kernel_can_read():
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 @pytest.mark.parametrize("phase", [-2, 4])
 def test_an_executor_refuses_a_phase_that_is_none(phase):
+    """Numbers just outside of Phase are errors, and nothing is written."""
     w = torch.ones(4, 3)
     executor = BUILT["cpu"].Executor("cpu", [w], [grouped_layout(w, "feature", None)], [0])
     with pytest.raises(ValueError, match=f"phase: expected one of Phase, got {phase}"):
@@ -184,7 +196,7 @@ def test_an_executor_refuses_a_phase_that_is_none(phase):
 
 
 class Recorder(gathering.StepPlan):
-    """The plan of an executor that only says what it was asked to do."""
+    """A plan that logs what it is asked to do instead of stepping."""
 
     def __init__(self, executor, rule, params, layouts, specs, log):
         super().__init__(params, layouts, rule.name)
@@ -201,7 +213,7 @@ class Recorder(gathering.StepPlan):
 
 @pytest.fixture
 def log(monkeypatch):
-    """What the plans of two executors are asked to do: "flat" serves groups of biases, "deep" the rest."""
+    """The log of the plans of two made-up executors: "flat" serves groups of biases, "deep" the rest."""
     log = []
     monkeypatch.setattr(planner, "make_plan", lambda *args: Recorder(*args, log))
     monkeypatch.setattr(
@@ -211,17 +223,20 @@ def log(monkeypatch):
 
 
 def two_executors():
+    """An optimizer whose param groups alternate between the two executors."""
     params = parameters([(4, 3), (6,), (3, 2), (7,)])
     groups = [{"params": [p], "lr": i + 1.0} for i, p in enumerate(params)]
     return ProxSGD(groups, momentum=0.9), params
 
 
 def runs_of(params):
+    """What the log holds of a step that is run."""
     flat, deep = ([p.data_ptr() for p in params[i::2]] for i in (1, 0))
     return [("deep", "runs", deep), ("flat", "runs", flat)]
 
 
 def test_each_executor_has_a_plan_of_its_own_groups(log):
+    """Each plan gets its param groups' values and rows, and a changed value goes to its plan only."""
     optimizer, params = two_executors()
     optimizer.step()
     assert optimizer._planner.executors == ["deep", "flat"] * 2
@@ -239,6 +254,7 @@ def test_each_executor_has_a_plan_of_its_own_groups(log):
 
 @pytest.mark.parametrize("faulty", range(4))
 def test_no_executor_runs_when_one_has_something_to_refuse(log, faulty):
+    """A fault in any param group stops all executors before anything is written, and no gradient is held."""
     optimizer, params = two_executors()
     others = [p for i, p in enumerate(params) if i != faulty]
     watches = [watched(p) for p in others]
@@ -256,6 +272,7 @@ def test_no_executor_runs_when_one_has_something_to_refuse(log, faulty):
 
 
 def test_a_parameter_that_moves_renews_all_plans_before_any_runs(log):
+    """All plans are made anew before the first one runs."""
     optimizer, params = two_executors()
     optimizer.step()
     log.clear()
@@ -266,6 +283,7 @@ def test_a_parameter_that_moves_renews_all_plans_before_any_runs(log):
 
 
 def test_a_plan_that_never_matches_is_an_error(log, monkeypatch):
+    """A plan that does not fit even when it is new is an error instead of an endless loop."""
     optimizer, _ = two_executors()
     monkeypatch.setattr(Recorder, "gather", lambda plan, params, state: plan.executor != "flat")
     with pytest.raises(RuntimeError, match=r"expected parameters that stay in place .* moved twice"):

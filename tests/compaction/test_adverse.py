@@ -1,4 +1,4 @@
-"""Models that do what models may do, and that a smaller copy could get wrong: training, state, memory."""
+"""Models whose behaviour a smaller copy could get wrong: in training, with state, by writing into memory."""
 
 import copy
 
@@ -13,6 +13,8 @@ X = torch.randn(2, 5)
 
 
 def in_training(other):
+    """A forward that in training also returns what ``other`` makes of the hidden units."""
+
     def forward(self, x):
         hidden = self.a(x).relu()
         out = self.b(hidden)
@@ -31,6 +33,7 @@ TRAINING = {
 
 @pytest.mark.parametrize("other", TRAINING.values(), ids=TRAINING)
 def test_what_training_gives_stays(other):
+    """The smaller copy gives the same outputs in training mode, where more hidden units are read."""
     model = mlp(in_training(other))
     with torch.no_grad():
         model.a.weight[:2] = 0
@@ -43,6 +46,8 @@ def test_what_training_gives_stays(other):
 
 
 class Remembering(nn.Module):
+    """A model that keeps tensors, a list and a buffer from call to call."""
+
     def __init__(self):
         super().__init__()
         self.cell, self.o = nn.GRUCell(5, 8), nn.Linear(8, 3)
@@ -59,6 +64,7 @@ class Remembering(nn.Module):
 
 
 def test_forward_passes_leave_no_trace():
+    """The forward passes that compact() makes leave neither model in another state."""
     model = Remembering()
     result = compact(model, X)
     for m in (model, result.model):
@@ -67,6 +73,8 @@ def test_forward_passes_leave_no_trace():
 
 
 def test_what_a_forward_pass_makes_once_is_not_kept():
+    """A tensor that the model caches in its first call is not in the copy."""
+
     def forward(self, x):
         if self.scale is None:
             self.scale = x.new_ones(3)
@@ -81,6 +89,8 @@ def test_what_a_forward_pass_makes_once_is_not_kept():
 
 
 def test_a_model_that_writes_into_its_input():
+    """The caller's example is unchanged, and the copy computes the same."""
+
     def forward(self, x):
         x.mul_(2)
         return plain(self, x)
@@ -92,7 +102,10 @@ def test_a_model_that_writes_into_its_input():
 
 
 def test_many_refusals_end():
-    """Each layer divides by its width, so that every removal shows."""
+    """If every removal turns out wrong, the number of forward passes stays in proportion to the layers.
+
+    Each layer divides by its width, so that every removal changes the outputs.
+    """
 
     def forward(self, x):
         x = self.a(x).relu()
@@ -113,6 +126,7 @@ def test_many_refusals_end():
 
 
 def test_a_copy_is_what_is_worked_on():
+    """compact() leaves weights, flags, gradients, modes and the random state of the model alone."""
     model = kill(mlp(plain)).train()
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     flags = [(p.requires_grad, p.dtype, p.grad) for p in model.parameters()]
@@ -123,6 +137,7 @@ def test_a_copy_is_what_is_worked_on():
 
 
 def test_sizes_that_training_writes_out_stay():
+    """A layer keeps its width if code that runs only in training has it written out."""
     model = mlp(in_training(lambda self, hidden: hidden * torch.ones(8, dtype=hidden.dtype)))
     with torch.no_grad():
         model.b.weight[:, :2] = 0
@@ -132,6 +147,7 @@ def test_sizes_that_training_writes_out_stay():
 
 
 def test_hooks_that_do_not_run_are_told():
+    """A warning says that forward hooks do not run, because they could change the outputs."""
     model = kill(mlp(plain))
     model.a.register_forward_hook(lambda module, args, out: out.flip(-1))
     with pytest.warns(UserWarning, match="hooks of the model are not run"):
@@ -139,7 +155,10 @@ def test_hooks_that_do_not_run_are_told():
 
 
 def test_constants_that_training_makes_otherwise_are_folded():
-    """A batch norm makes of a dead filter its shift in training, and something else in eval mode."""
+    """A constant is folded by its value in eval mode.
+
+    In training, a batch norm makes its shift of a dead filter, and something else in eval mode.
+    """
     model = nn.Sequential(conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4))
     with torch.no_grad():
         model[0].weight[:3] = 0
@@ -157,6 +176,7 @@ CANVASES = {
 
 
 def _written(h, dim):
+    """A copy of h, written into new memory in two halves along ``dim``."""
     out = h.new_zeros(h.shape)
     half = h.shape[dim] // 2
     out.narrow(dim, 0, half).copy_(h.narrow(dim, 0, half))
@@ -165,6 +185,7 @@ def _written(h, dim):
 
 
 def _written_after(x, h):
+    """x and h side by side along dim 1, written into new memory."""
     out = h.new_zeros(len(h), x.shape[1] + h.shape[1], *h.shape[2:])
     out[:, : x.shape[1]] = x
     out[:, x.shape[1] :] = h
@@ -173,7 +194,10 @@ def _written_after(x, h):
 
 @pytest.mark.parametrize("write", CANVASES.values(), ids=CANVASES)
 def test_memory_that_is_written_in_parts(write):
-    """Told apart by line: by element it would take hundreds of times the network."""
+    """Channels are followed through memory that is written in parts.
+
+    That is done by line of memory: by element it would take hundreds of times as long as the network.
+    """
     model = net(lambda self, x: self.b(write(x, self.a(x))), a=conv(3, 8, 1), b=conv(8, 4, 1))
     if write is CANVASES["input first"]:
         model.b = conv(11, 4, 1)

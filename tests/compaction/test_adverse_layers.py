@@ -1,4 +1,4 @@
-"""Layers and weights of other kinds, which a smaller copy could get wrong."""
+"""Layers, weights and examples of other kinds, which a smaller copy could get wrong."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ X = torch.randn(2, 5)
 
 
 def test_tables_of_a_largest_norm():
+    """An embedding with max_norm, which rescales rows when used, is neither changed nor narrowed."""
     model = net(lambda self, i: self.a(self.e(i)), e=nn.Embedding(9, 4, max_norm=1.0), a=nn.Linear(4, 3))
     with torch.no_grad():
         model.a.weight[:, 0] = 0
@@ -34,6 +35,7 @@ UNBATCHED = {
 
 @pytest.mark.parametrize("make, example", UNBATCHED.values(), ids=UNBATCHED)
 def test_examples_without_a_batch(make, example):
+    """A vector, an image and a graph without a batch dimension are examples, too."""
     model = make()
     readers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     with torch.no_grad():
@@ -63,6 +65,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("make, shape", OTHERS.values(), ids=OTHERS)
 def test_other_layers(make, shape):
+    """Dense models of other layers stay as they are, and with dead rows they compute the same."""
     model = make()
     result = compact(model, torch.randn(shape))
     assert not result.kept and result.parameters[0] == result.parameters[1]
@@ -73,6 +76,7 @@ def test_other_layers(make, shape):
 
 
 def test_parameters_by_other_names():
+    """Weights that are used by F.linear, under names of the model's own, are narrowed."""
     model = net(lambda self, x: F.linear(F.linear(x, self.first).relu(), self.second))
     model.first, model.second = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(3, 8))
     with torch.no_grad():
@@ -83,6 +87,7 @@ def test_parameters_by_other_names():
 
 
 def test_a_constant_matrix_in_between():
+    """A product with a buffer between two layers mixes their channels."""
     model = mlp(lambda self, x: self.b((self.a(x) @ self.basis).relu()))
     model.register_buffer("basis", torch.randn(8, 8))
     with torch.no_grad():
@@ -93,12 +98,15 @@ def test_a_constant_matrix_in_between():
 
 
 def test_a_buffer_of_indices_is_not_dead():
+    """An index of 0 in a buffer is not taken for a dead weight."""
     model = mlp(lambda self, x: plain(self, x).gather(1, self.k.expand(len(x), -1)))
     model.register_buffer("k", torch.tensor([[0, 2]]))
     assert not compact(model, X).kept
 
 
 def test_experts_without_a_token():
+    """A model with an expert that the example sends no row to is compacted, and its outputs stay."""
+
     def forward(self, x):
         out = torch.zeros_like(x)
         for i, expert in enumerate((self.a, self.b)):
@@ -115,11 +123,13 @@ def test_experts_without_a_token():
 
 
 def causal(self, x):
+    """A causally masked transformer layer."""
     mask = torch.triu(x.new_full((x.shape[1], x.shape[1]), -torch.inf), 1)
     return self.layer(x, src_mask=mask)
 
 
 def test_masks_of_infinity_are_constants():
+    """A mask of -inf does not count as a failure, and dead units behind it go."""
     model = net(causal, layer=nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     with torch.no_grad():
         model.layer.linear1.weight[:4] = 0
@@ -132,7 +142,10 @@ def test_masks_of_infinity_are_constants():
     "merge", [lambda self: self.w * self.mask, lambda self: self.w + self.up @ self.down]
 )
 def test_weights_that_are_computed_are_not_followed(merge):
-    """A channel for each of their elements would take far more time and memory than the network."""
+    """Dead rows of a computed weight stay and are reported.
+
+    Following a channel for each of its elements would take far more time and memory than the network.
+    """
     model = mlp(lambda self, x: self.b(F.linear(F.linear(x, self.first), merge(self)).relu()), 1024)
     model.first = nn.Parameter(torch.randn(1024, 5))
     model.w = nn.Parameter(torch.randn(1024, 1024))
@@ -149,6 +162,8 @@ def test_weights_that_are_computed_are_not_followed(merge):
     "layer, shape", [(nn.Embedding(9, 5), None), (nn.LSTM(5, 6), (3, 2, 5)), (nn.PReLU(5), (2, 5))], ids=str
 )
 def test_other_layers_whose_weight_is_computed(layer, shape):
+    """Embeddings, LSTMs and PReLUs with a parametrised weight are left as they are."""
+
     class Doubled(nn.Module):
         def forward(self, w):
             return 2 * w
@@ -166,6 +181,7 @@ def test_other_layers_whose_weight_is_computed(layer, shape):
 
 
 def test_sparse_outputs():
+    """A model may return sparse tensors."""
     model = mlp(lambda self, x: (plain(self, x), plain(self, x).to_sparse()))
     with torch.no_grad():
         model.b.weight[:, :2] = 0

@@ -1,4 +1,4 @@
-"""compact: the same outputs from fewer channels, on one network for each way that channels are coupled."""
+"""compact(): the same outputs from fewer channels, for each way in which channels are coupled."""
 
 import copy
 
@@ -18,6 +18,7 @@ from cges_kernels.demo.training import compacted as compacted_by_hand
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_outputs_stay(name, tmp_path):
+    """The outputs are the same, the model is unchanged, and the result trains and can be saved."""
     make, shape, shrinks = ZOO[name]
     model, example = kill(make()).train(), example_of(shape)
     before = copy.deepcopy(model.state_dict())
@@ -25,7 +26,7 @@ def test_the_outputs_stay(name, tmp_path):
     assert_same(result.model, model, example)
     assert shrinks is None or (result.parameters[1] < result.parameters[0]) is shrinks
     assert result.max_difference < 1e-4
-    # what was given is as it was
+    # the model that was given is unchanged
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [m.training for m in model.modules()] == [True] * len(list(model.modules()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -42,15 +43,16 @@ def test_the_outputs_stay(name, tmp_path):
     }
 
 
-# What goes, by hand
+# What goes, worked out by hand
 
 
 def test_a_residual_stream_goes_only_where_nobody_reads_it():
+    """A channel of a stream goes only if no block reads it, and then from all layers that write it."""
     model = ones(residual()).eval()
     with torch.no_grad():
-        model.conv1.weight[:, 0] = 0  # channel 0 of the first stream: read by the second block alone
+        model.conv1.weight[:, 0] = 0  # channel 0 of the first stream: only the second block reads it
         for reader in (model.conv1, model.conv3, model.short):
-            reader.weight[:, 1] = 0  # channel 1: read by none
+            reader.weight[:, 1] = 0  # channel 1: no layer reads it
     result = compact(model, torch.randn(IMAGE))
     after = shapes(result)
     assert after["stem.weight"][0] == after["conv2.weight"][0] == 9
@@ -61,9 +63,10 @@ def test_a_residual_stream_goes_only_where_nobody_reads_it():
 
 
 def test_unread_filters_go_all_the_way_up():
+    """Units that only unread units read go as well; parameters, FLOPs and the report count what is left."""
     model = ones(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)))
     with torch.no_grad():
-        model[4].weight[:, 1:] = 0  # so units 1.. of the second layer are unread, and they alone read ...
+        model[4].weight[:, 1:] = 0  # so units 1.. of the second layer are unread, and only they read ...
         model[2].weight[0, 2:] = 0  # ... units 2.. of the first
     result = compact(model, torch.randn(3, 6))
     assert shapes(result) == {"0.weight": (2, 6), "2.weight": (1, 2), "4.weight": (2, 1)}
@@ -75,6 +78,7 @@ def test_unread_filters_go_all_the_way_up():
 
 @pytest.mark.parametrize("dead", [2, 4])
 def test_a_dead_network_keeps_one_channel(dead):
+    """No layer ends up with 0 channels, whether the middle or the last one is dead."""
     model = ones(nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 5), nn.ReLU(), conv(5, 2)))
     with torch.no_grad():
         model[dead].weight.zero_()
@@ -87,12 +91,15 @@ def test_a_dead_network_keeps_one_channel(dead):
 
 
 def test_compacted_flops_are_those_of_the_demo():
+    """For a LeNet compact() removes as much as the demo's own code for this network."""
     model, x = kill(LeNet(8)), torch.randn(1, 1, 8, 8)
     small = sparsity_report(compact(model, x).model, x).total.flops_compacted
     assert small == sparsity_report(compacted_by_hand(model), x).total.flops_compacted
 
 
 def test_outputs_of_the_model_stay():
+    """Channels that the model returns stay although they are dead, and the report says why."""
+
     def forward(self, x):
         x = F.relu(self.a(x))
         return {"features": x, "answer": [self.b(x)]}
@@ -112,6 +119,7 @@ USED_TWICE = {"tied": (tied, (5, 6), "2"), "called twice": (reused, (5, 4), "aga
 
 @pytest.mark.parametrize("make, shape, layer", USED_TWICE.values(), ids=USED_TWICE)
 def test_constants_stay_where_a_weight_is_used_twice(make, shape, layer):
+    """A constant cannot be folded into a bias that serves two places."""
     model = make()
     with torch.no_grad():
         model.get_submodule(layer).weight[:2] = 0
@@ -123,6 +131,7 @@ def test_constants_stay_where_a_weight_is_used_twice(make, shape, layer):
 
 @pytest.mark.parametrize("make, shape, layer", USED_TWICE.values(), ids=USED_TWICE)
 def test_units_go_everywhere_where_a_weight_is_used_twice(make, shape, layer):
+    """Units unread at every use are removed from each use."""
     model = make()
     with torch.no_grad():
         model.get_submodule(layer).weight[:, :2] = 0
@@ -135,6 +144,7 @@ def test_units_go_everywhere_where_a_weight_is_used_twice(make, shape, layer):
 
 
 def test_kept_modules_keep_their_outputs():
+    """keep= holds a module's outputs, and nothing else."""
     model = kill(LeNet(8))
     free, held = (compact(model, torch.randn(1, 1, 8, 8), keep=keep) for keep in ((), ["conv2"]))
     assert shapes(free)["conv2.weight"][0] < 40 == shapes(held)["conv2.weight"][0]
@@ -143,6 +153,8 @@ def test_kept_modules_keep_their_outputs():
 
 
 def test_a_size_written_into_the_model_is_kept_and_told():
+    """A width that the forward has written out is kept, and the error of the trial is reported."""
+
     def forward(self, x):
         return self.fc(F.relu(self.conv(x)).view(-1, 8 * 36))
 
@@ -153,6 +165,7 @@ def test_a_size_written_into_the_model_is_kept_and_told():
 
 
 def test_few_inputs_of_many_are_picked():
+    """A layer that reads few of the model's inputs picks them, and such a result can be compacted again."""
     model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 2))
     with torch.no_grad():
         model[0].weight[:, 10:] = 0
@@ -168,11 +181,12 @@ def test_few_inputs_of_many_are_picked():
     assert_same(again.model, result.model, torch.randn(3, 100))
 
 
-# What the model is made of
+# Dtypes, modes and memory formats
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
+    """The result has the model's dtype and is smaller."""
     model = kill(residual()).to(dtype)
     result = compact(model, torch.randn(IMAGE, dtype=dtype))
     assert result.parameters[1] < result.parameters[0]
@@ -181,6 +195,8 @@ def test_other_dtypes(dtype):
 
 
 def test_a_dtype_written_into_the_model():
+    """A forward that casts to float32 does not keep channels from going."""
+
     def forward(self, x):
         return self.b(F.relu(self.a(x.float())))
 
@@ -190,6 +206,7 @@ def test_a_dtype_written_into_the_model():
 
 
 def test_modes_and_frozen_weights_stay():
+    """Modules keep their train or eval mode, and frozen weights stay frozen."""
     model = kill(residual())
     model.bn1.eval()
     model.conv1.requires_grad_(False)
@@ -200,6 +217,7 @@ def test_modes_and_frozen_weights_stay():
 
 
 def test_channels_last():
+    """A model in channels_last is narrowed and computes the same."""
     model = kill(residual()).to(memory_format=torch.channels_last)
     result = compact(model, torch.randn(IMAGE))
     assert result.parameters[1] < result.parameters[0]
@@ -207,6 +225,8 @@ def test_channels_last():
 
 
 def test_randomness_in_the_model():
+    """A forward that draws random numbers is compared under equal draws, and the random state is restored."""
+
     def forward(self, x):
         return self.lenet(x) + torch.rand(())
 
@@ -231,6 +251,7 @@ class Detached(nn.Module):
 
 
 def masked():
+    """A Linear whose weight is computed from a mask."""
     return prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.5)
 
 
@@ -246,6 +267,7 @@ def masked():
     ids=["broken", "misfit", "masked", "weight norm", "scripted"],
 )
 def test_what_cannot_be_traced_is_named(layer, message):
+    """The error names the layer and the reason, and the model is unchanged."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(layer))
     before = copy.deepcopy(model[0].state_dict())
     with pytest.raises(ValueError) as error:
@@ -256,6 +278,7 @@ def test_what_cannot_be_traced_is_named(layer, message):
 
 
 def test_what_is_in_front_of_a_detached_tensor_goes_too():
+    """detach() does not end the following of channels."""
     model = kill(nn.Sequential(nn.Linear(3, 9), Detached(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2)))
     result = compact(model, torch.randn(2, 3))
     assert shapes(result)["0.weight"][0] < 9 and shapes(result)["2.weight"][0] < 8
@@ -263,6 +286,8 @@ def test_what_is_in_front_of_a_detached_tensor_goes_too():
 
 
 def test_an_operation_that_no_rule_foresees_holds_what_it_takes(monkeypatch):
+    """Where a rule fails, channels stay and the report names the operation."""
+
     def fail(*args):
         raise IndexError("no such form")
 
@@ -276,6 +301,7 @@ def test_an_operation_that_no_rule_foresees_holds_what_it_takes(monkeypatch):
 
 
 def test_wrong_names_to_keep():
+    """An unknown name, or a single string, is an error."""
     for keep in (["conv3"], "conv1"):
         with pytest.raises(ValueError, match=r"keep: expected a collection of names .* got .*conv"):
             compact(LeNet(8), torch.randn(1, 1, 8, 8), keep=keep)

@@ -15,6 +15,7 @@ from cges_kernels.demo.training import LeNet
 
 
 def test_a_whole_module_is_saved_too():
+    """torch.save of the module itself works."""
     model = nn.Sequential(nn.Linear(100, 70), nn.ReLU(), nn.Linear(70, 2))
     with torch.no_grad():
         model[0].weight[:, 10:] = 0
@@ -25,6 +26,7 @@ def test_a_whole_module_is_saved_too():
 
 
 def test_files_are_plain_and_trained_further(tmp_path):
+    """A file is read with weights_only=True, loads into a dense model's copy, and can be compacted again."""
     model = kill(residual())
     small = compact(model, torch.randn(IMAGE)).model
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
@@ -43,6 +45,7 @@ def test_files_are_plain_and_trained_further(tmp_path):
 
 
 def test_files_of_something_else(tmp_path):
+    """Files that are none, or of another model, are errors that say what was expected."""
     path = tmp_path / "some.pt"
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match=r"some\.pt: expected a file of save_compacted"):
@@ -56,6 +59,7 @@ def test_files_of_something_else(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """When the disk is full the old file stays whole and no temporary file is left."""
     path = tmp_path / "small.pt"
     save_compacted(nn.Linear(2, 3), path)
     old = path.read_bytes()

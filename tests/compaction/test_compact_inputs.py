@@ -1,4 +1,4 @@
-"""What a caller passes is unknown to compact(), whatever its dtype."""
+"""compact() takes inputs for unknown, whatever their dtype: the example's values let no channel go."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from cges_kernels.compaction.unknown import inputs_of_weights
 
 
 def layers(**options):
-    """One layer with four inputs, and one that reads all of its outputs."""
+    """A layer of four inputs, and one that reads all of its outputs."""
     return {"a": nn.Linear(4, 6), "b": nn.Linear(6, 3), **options}
 
 
@@ -67,6 +67,7 @@ def written_into_a_view(self, tokens):
 
 
 def with_table(forward):
+    """A model of this forward, with a table of four rows."""
     scaled = forward in (timestep, multiplied)
     model = net(forward, **layers(**({"scale": nn.Linear(1, 6)} if scaled else {})))
     model.table = nn.Parameter(torch.randn(4, 4))
@@ -90,6 +91,7 @@ INTEGERS = {
 
 
 def other(x):
+    """An input of the same shape and dtype with other values."""
     if x.is_floating_point() or x.is_complex():
         return torch.randn_like(x)
     return ~x if x.dtype == torch.bool else torch.randint(0, 4, x.shape).to(x.dtype)
@@ -97,6 +99,7 @@ def other(x):
 
 @pytest.mark.parametrize("forward", INTEGERS, ids=lambda f: f.__name__)
 def test_a_dense_model_stays_as_it_is(forward):
+    """Examples of zeros, in every dtype and use, remove nothing; other inputs give the same outputs."""
     model, example = with_table(forward), INTEGERS[forward]
     assert all(x.isnan().all() for x in inputs_of_weights(model.eval(), (example, {})).values())
     result = compact(model, example)
@@ -110,6 +113,7 @@ def test_a_dense_model_stays_as_it_is(forward):
     "forward", [f for f in INTEGERS if f not in (timestep, multiplied)], ids=lambda f: f.__name__
 )
 def test_dead_units_still_go(forward):
+    """With the same inputs, units that are really dead go."""
     model, example = with_table(forward), INTEGERS[forward]
     with torch.no_grad():
         model.a.weight[:2] = 0
@@ -120,6 +124,8 @@ def test_dead_units_still_go(forward):
 
 
 def test_what_depends_on_shapes_alone_is_constant():
+    """ones_like and new_full of an input are constants although the input is unknown."""
+
     def forward(self, tokens):
         mask = torch.ones_like(tokens)[:, :4] * tokens.new_full((1,), 2)
         return self.b(self.a(mask.float()))
@@ -138,7 +144,10 @@ ASKING = {
 
 @pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
 def test_a_forward_pass_that_branches_on_an_input_keeps_its_channels(ask):
-    """On this mask the first units are read, on another the last."""
+    """If Python asks for an input's values, nothing is removed and the report says so.
+
+    With this mask the first units are read, with another the last.
+    """
 
     def forward(self, x, mask):
         x = self.a(x).relu()
@@ -166,6 +175,8 @@ NUMBERS = {
 
 @pytest.mark.parametrize("ask", NUMBERS.values(), ids=NUMBERS)
 def test_so_does_one_that_branches_on_a_number(ask):
+    """The same where the branch depends on a number computed from the input."""
+
     def forward(self, x):
         hidden = self.a(x).relu()
         return self.b(hidden[:, :3] if ask(x) else hidden[:, 3:])
@@ -187,6 +198,7 @@ CHOSEN = {
 
 @pytest.mark.parametrize("choose", CHOSEN.values(), ids=CHOSEN)
 def test_channels_that_an_input_chooses_stay(choose):
+    """Any channel may be chosen by an index that the caller gives."""
     model = net(lambda self, x, i: choose(self.a(x), i), a=nn.Linear(4, 6))
     result = compact(model, (torch.randn(2, 4), torch.tensor([[0, 1], [0, 1]])))
     assert shapes(result)["a.weight"] == (6, 4)
@@ -195,6 +207,7 @@ def test_channels_that_an_input_chooses_stay(choose):
 
 
 def test_one_hot_tokens_let_channels_go():
+    """Dead units behind one-hot tokens go."""
     model = net(lambda self, i: self.b(self.a(F.one_hot(i, 4).float()).relu()), **layers())
     with torch.no_grad():
         model.a.weight[:2] = 0
@@ -205,6 +218,7 @@ def test_one_hot_tokens_let_channels_go():
 
 
 def test_what_was_varied_is_told():
+    """The report lists which properties of the example were varied in trials."""
     model = with_table(timestep)
     result = compact(model, INTEGERS[timestep])
     assert result.varied == ("numbers", "integers of tensor 1", "batch")
@@ -213,6 +227,7 @@ def test_what_was_varied_is_told():
 
 
 def test_length_is_varied_where_the_model_takes_it():
+    """Trials with another length are made if the model accepts one."""
     result = compact(with_table(functional_embedding), INTEGERS[functional_embedding])
     assert result.varied == ("integers of tensor 0", "batch", "length")
 
@@ -223,6 +238,8 @@ def test_length_is_varied_where_the_model_takes_it():
     ids=str,
 )
 def test_a_model_that_takes_the_example_alone_is_refused(only):
+    """If the model accepts no other values, they cannot be tried, which is an error."""
+
     def forward(self, x, given):
         if not torch.equal(given, only):
             raise ValueError("this one, please")
@@ -233,6 +250,8 @@ def test_a_model_that_takes_the_example_alone_is_refused(only):
 
 
 def test_token_ids_stay_within_the_smallest_embedding():
+    """Varied integers are valid indices for every embedding of the model."""
+
     def forward(self, tokens, positions):
         return self.b(self.a(self.tokens(tokens) + self.positions(positions)).relu())
 

@@ -1,4 +1,4 @@
-"""Constants inside a network: which there are, and that they go into biases."""
+"""Constants inside a network: which channels are constant, and that they are folded into biases."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from cges_kernels.compaction.unknown import inputs_of_weights
 
 
 def test_a_constant_in_front_of_zero_padding_stays():
+    """Zero padding makes a constant act differently at the borders, so no bias can replace it."""
     result = compact(padded_pair(0.5), torch.randn(1, 1, 6, 6))
     assert shapes(result)["0.weight"] == (2, 1, 3, 3) and result.model[2].bias is None
     assert result.kept["2"] == (
@@ -29,12 +30,14 @@ def test_a_constant_in_front_of_zero_padding_stays():
     ids=["bias 0", "relu of a negative bias", "padding by reflection"],
 )
 def test_a_constant_goes_where_padding_does_not_show_it(model):
+    """A constant of 0, or padding by reflection, has the same effect everywhere."""
     result = compact(model, torch.randn(1, 1, 6, 6))
     assert shapes(result) == {"0.weight": (1, 1, 3, 3), "2.weight": (3, 1, 3, 3)} and not result.kept
     assert_same(result.model, model, torch.randn(2, 1, 6, 6))
 
 
 def test_the_shift_of_a_batch_norm_becomes_a_new_bias():
+    """What batch norm makes of a dead filter is added to the next layer, which gets a bias."""
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU(), conv(2, 3, bias=False)
     )
@@ -44,7 +47,7 @@ def test_the_shift_of_a_batch_norm_becomes_a_new_bias():
         model[1].bias.fill_(1.0)
     result = compact(model, torch.randn(1, 1, 6, 6))
     assert shapes(result) == {"0.weight": (1, 1, 3, 3), "3.weight": (3, 1, 3, 3)}
-    constant = 1 - 0.25 / (1 + 1e-5) ** 0.5  # of the dead filter, behind batch norm
+    constant = 1 - 0.25 / (1 + 1e-5) ** 0.5  # what batch norm makes of the dead filter
     torch.testing.assert_close(result.model[3].bias, constant * model[3].weight[:, 0].sum((1, 2)))
 
 
@@ -54,6 +57,11 @@ def test_the_shift_of_a_batch_norm_becomes_a_new_bias():
     ids=["where", "nan_to_num"],
 )
 def test_what_swallows_nan_is_no_constant(swallow):
+    """An operation that replaces NaN does not fool the search for constants.
+
+    Unknown values are marked with NaN and with infinities, and what stays free of the marks is constant.
+    """
+
     def forward(self, x):
         return self.b(swallow(self.a(x)))
 
@@ -66,6 +74,8 @@ def test_what_swallows_nan_is_no_constant(swallow):
 
 
 def test_a_model_that_refuses_nan():
+    """A model that raises on NaN keeps its channels, and the report says why."""
+
     def forward(self, x):
         if not x.isfinite().all():
             raise ValueError("not finite")
@@ -82,6 +92,8 @@ def test_a_model_that_refuses_nan():
 
 
 def test_a_model_that_fails_on_nan():
+    """A model that merely fails on NaN keeps its constants; the report holds the error."""
+
     def forward(self, x):
         return self.b(F.relu(self.a(x))) + self.table[(3 * x[:, 0].sigmoid()).long()]
 
@@ -96,6 +108,8 @@ def test_a_model_that_fails_on_nan():
 
 
 def test_constants_are_found_through_everything():
+    """Batch norm, pooling, concatenation and arithmetic pass constants on, with the right values."""
+
     def forward(self, x):
         a = F.relu(self.bn(self.conv(x)))
         b = torch.cat([F.max_pool2d(a, 2), a[..., ::2, ::2] * 2], 1)

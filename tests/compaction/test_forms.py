@@ -1,4 +1,4 @@
-"""What models, examples and outputs look like around a network: compact() makes the same of all of them."""
+"""The forms that models, examples and outputs take around a network: compact() treats all of them alike."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ def scaled(self, x, scale=None):
 
 
 def half_unread(forward=scaled):
-    """Of eight units four are read."""
+    """A model of eight units, of which four are read."""
     model = net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 2))
     with torch.no_grad():
         model.b.weight[:, :4] = 0
@@ -42,6 +42,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("args, kwargs", EXAMPLES.values(), ids=EXAMPLES)
 def test_examples(args, kwargs):
+    """An example may be a tensor, tuple, dict, mapping, keywords or some of them together."""
     model = half_unread()
     result = compact(model, *args, **kwargs)
     assert shapes(result) == HALF and not result.kept
@@ -49,6 +50,7 @@ def test_examples(args, kwargs):
 
 
 def test_a_report_takes_the_same_examples():
+    """sparsity_report takes all of these too."""
     model = half_unread()
     given = [X, (X, SCALE), {"x": X, "scale": SCALE}, UserDict(x=X, scale=SCALE)]
     flops = [sparsity_report(model, example).total.flops for example in given]
@@ -78,11 +80,12 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("wrap", OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs(wrap):
+    """A dead output of the model is found, and stays, in any kind of result."""
     model = half_unread(lambda self, x: wrap(self.b(self.a(x).relu())))
     with torch.no_grad():
         model.b.weight[1] = 0
     result = compact(model, X)
-    assert shapes(result) == HALF  # the dead output of the model stays, wherever it lies
+    assert shapes(result) == HALF  # the model's dead output stays, wherever it is in the result
     assert result.kept == {"b": "dead or unread outputs that stay: 1; they are outputs of the model"}
 
 
@@ -90,10 +93,12 @@ def test_outputs(wrap):
 
 
 def compiled_inside():
+    """A compiled module within a model."""
     return nn.Sequential(torch.compile(half_unread()), nn.Identity())
 
 
 def compiled_in_place():
+    """A model compiled by Module.compile."""
     model = half_unread()
     model.compile()
     return model
@@ -108,13 +113,14 @@ WRAPPED = {
 }
 
 
-IN_PLACE = pytest.mark.full("Module.compile, beside torch.compile(module) in the first tier")
+IN_PLACE = pytest.mark.full("Module.compile works too; the first tier has torch.compile(module)")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[IN_PLACE] * (name == "compiled in place")) for name in WRAPPED]
 )
 def test_wrappers(name):
+    """compact() works on the model inside a wrapper and returns it without one."""
     wrapped = WRAPPED[name]()
     result = compact(wrapped, X)
     assert sorted(shapes(result).values()) == sorted(HALF.values())
@@ -123,11 +129,13 @@ def test_wrappers(name):
 
 
 def test_names_to_keep_are_those_inside():
+    """keep= takes the names without the wrapper's prefix."""
     result = compact(nn.DataParallel(half_unread()), X, keep=["a"])
     assert shapes(result)["a.weight"] == (8, 4) and "asked for" in result.kept["a"]
 
 
 def test_distributed_data_parallel(tmp_path):
+    """The same for DistributedDataParallel."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         result = compact(nn.parallel.DistributedDataParallel(half_unread()), X)
@@ -136,10 +144,11 @@ def test_distributed_data_parallel(tmp_path):
     assert shapes(result) == HALF
 
 
-# Layout, hooks, scripts
+# Memory format, hooks, scripts
 
 
 def test_channels_last_stays():
+    """The result's weights are in channels_last as the model's are."""
     model = kill(residual()).to(memory_format=torch.channels_last)
     small = compact(model, torch.randn(IMAGE)).model
     wide = [p for p in small.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
@@ -147,7 +156,7 @@ def test_channels_last_stays():
 
 
 class Watched(nn.Module):
-    """A network that watches itself."""
+    """A model whose layer has one of its own methods as a hook."""
 
     def __init__(self):
         super().__init__()
@@ -163,6 +172,7 @@ class Watched(nn.Module):
 
 
 def test_hooks_run_in_the_result_alone():
+    """compact() runs no hook, and the result has all of them, bound to the copy."""
     model, seen = Watched(), []
     layer = model.inner.b
     layer.register_forward_pre_hook(lambda m, args: seen.append("before"))
@@ -173,7 +183,7 @@ def test_hooks_run_in_the_result_alone():
     assert not seen and not model.seen
     result.model(X).sum().backward()
     assert seen == ["before", "after", "always", "back"]
-    assert result.model.seen == [(3, 4)] and not model.seen  # its own method, of the copy
+    assert result.model.seen == [(3, 4)] and not model.seen  # the hook is the copy's own method
     seen.clear()
     model(X).sum().backward()
     assert seen == ["before", "after", "always", "back"] and model.seen == [(3, 8)]
@@ -183,6 +193,8 @@ FOUND = []
 
 
 def test_a_model_that_needs_its_hooks():
+    """A forward that fails without its hooks is run with them."""
+
     def forward(self, x):
         self.a(x)
         return self.b(FOUND.pop().relu())
@@ -195,7 +207,7 @@ def test_a_model_that_needs_its_hooks():
 
 
 def chain(*sizes, reads=slice(None)):
-    """Linear layers, of which each reads some inputs alone."""
+    """Linear layers that each read only the inputs ``reads``."""
     layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
     with torch.no_grad():
         for layer in layers:
@@ -206,6 +218,7 @@ def chain(*sizes, reads=slice(None)):
 
 
 def convolutions(cls, pool):
+    """Two convolutions and a pooling; the first reads one channel of ninety."""
     model = nn.Sequential(cls(90, 40, 1), nn.ReLU(), cls(40, 2, 1), pool)
     with torch.no_grad():
         model[0].weight[:, 1:] = 0
@@ -222,6 +235,7 @@ SCRIPTED = {
 
 @pytest.mark.parametrize("make, shape", SCRIPTED.values(), ids=SCRIPTED)
 def test_results_are_scripted(make, shape):
+    """torch.jit.script takes the result, layers that pick inputs included."""
     x = torch.randn(shape)
     small = compact(make(), x).model
     with warnings.catch_warnings():
@@ -236,7 +250,7 @@ def test_results_are_scripted(make, shape):
 
 
 class WithProperties(nn.Module):
-    """Sizes that are asked for, and cannot be set."""
+    """A model with properties named like sizes, which cannot be set."""
 
     def __init__(self):
         super().__init__()
@@ -266,6 +280,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("make", [WithProperties, tied, Recurrent])
 def test_files(make, tmp_path):
+    """Models with properties, tied weights and LSTMs pass through a file."""
     model = make()
     with torch.no_grad():
         for p in model.parameters():
@@ -277,7 +292,7 @@ def test_files(make, tmp_path):
     save_compacted(small, tmp_path / "small.pt")
     loaded = load_compacted(make(), tmp_path / "small.pt")
     assert torch.equal(loaded(x), small(x))
-    assert len(list(loaded.parameters())) == len(list(small.parameters()))  # what was tied is
+    assert len(list(loaded.parameters())) == len(list(small.parameters()))  # tied weights are tied again
 
 
 # On a GPU
@@ -286,6 +301,7 @@ def test_files(make, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("make, shape", [(residual, IMAGE), (Recurrent, (3, 5, 4))])
 def test_on_a_gpu(make, shape, tmp_path):
+    """A model on a GPU gives a result there, which computes the same and passes through a file."""
     model, x = kill(make()).cuda(), torch.randn(shape).cuda()
     if make is Recurrent:
         with torch.no_grad():

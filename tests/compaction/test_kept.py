@@ -1,4 +1,4 @@
-"""``kept`` names all that is dead and stays, with a reason that is true, and nothing else."""
+"""``kept``, the report of what is dead and stays: it names all of it with a true reason, and nothing else."""
 
 import pytest
 import torch
@@ -13,30 +13,35 @@ DEAD = "dead or unread outputs that stay: "
 
 
 def gated(self, x):
+    """Half of a layer's outputs times the other half."""
     u, v = self.a(x).chunk(2, -1)
     return self.c(u * v)
 
 
 def split_and_joined(self, x):
+    """Two halves exchanged; the size of the split is written out."""
     u, v = self.a(x).split(4, 1)
     return self.c(torch.cat([v, u], 1))
 
 
 def rotated(self, x):
+    """A rotary embedding's rotation of halves; their sizes are written out."""
     q = self.a(x)
     return self.c(q + torch.cat((-q[..., 4:], q[..., :4]), -1))
 
 
 def pooled(self, x):
+    """Two poolings of one layer, stacked and flattened."""
     return self.c(torch.stack([self.a(x).amax((2, 3)), self.a(x).mean((2, 3))], 1).flatten(1))
 
 
 def shuffled(self, x):
+    """A channel shuffle."""
     return self.c(F.channel_shuffle(self.a(x), 2))
 
 
 def biased_in_parts():
-    """As in BEiT: the bias of q, k and v is that of q and v, and constants between them."""
+    """As in BEiT: the bias of q, k and v is put together from q's and v's, and constants between them."""
 
     def forward(self, x):
         bias = torch.cat([self.q, self.none, self.v])
@@ -81,9 +86,10 @@ DENSE = {
 
 @pytest.mark.parametrize("make, shape", DENSE.values(), ids=DENSE)
 def test_a_dense_model_has_nothing_in_kept(make, shape):
+    """A model without zeros is not narrowed, and nothing is reported."""
     torch.manual_seed(0)
     model = make()
-    with torch.no_grad():  # biases of attention begin as zeros, and so do Conv1D's
+    with torch.no_grad():  # biases of attention and of Conv1D begin as zeros
         for p in model.parameters():
             p[p == 0] = 0.1
     result = compact(model, torch.randn(shape))
@@ -93,15 +99,16 @@ def test_a_dense_model_has_nothing_in_kept(make, shape):
 @pytest.mark.parametrize(
     "forward, width, columns, left",
     [
-        (gated, 4, [1], {"a.weight": (6, 8), "c.weight": (2, 3)}),  # one of each half
+        (gated, 4, [1], {"a.weight": (6, 8), "c.weight": (2, 3)}),  # one unit of each half
         (rotated, 8, [2, 6], {"a.weight": (6, 8), "c.weight": (2, 6)}),
     ],
 )
 def test_pairs_go_together(forward, width, columns, left):
+    """Unread partners of a product go together; where sizes are written out they are reported."""
     model = net(forward, a=nn.Linear(8, 8), c=nn.Linear(width, 2))
     unread(model.c, columns)
     result = compact(model, torch.randn(ROWS))
-    if forward is rotated:  # halves of eight are written into it
+    if forward is rotated:  # its forward has halves of eight written out
         assert shapes(result) == {"a.weight": (8, 8), "c.weight": (2, 8)}
         assert result.kept["a"].startswith(f"{DEAD}2; without them ")
     else:
@@ -110,6 +117,7 @@ def test_pairs_go_together(forward, width, columns, left):
 
 
 def test_a_split_by_numbers_is_told():
+    """A split whose size is written out still computes the same; what stays is reported."""
     model = net(split_and_joined, a=conv(3, 8, 1), c=conv(8, 2, 1))
     unread(model.c, [0])
     result = compact(model, torch.randn(IMAGE))
@@ -119,7 +127,7 @@ def test_a_split_by_numbers_is_told():
 
 
 def test_blocks_alike_are_refused_at_once():
-    """Where the size of a split is written into the code of one block, it is in its like."""
+    """A size that is written into one block's code is known for all blocks of its class after one trial."""
 
     def block(self, x):
         u, v = self.a(x).relu().split(4, 1)
@@ -135,10 +143,12 @@ def test_blocks_alike_are_refused_at_once():
     same.forward = lambda self, x: (seen.append(self is not None), original(self, x))[1]
     result = compact(model, torch.randn(IMAGE))
     assert set(result.kept) == {f"{i}.a" for i in range(6)}
-    assert len(seen) <= 6 * 24  # forward passes, not one more for each block
+    assert len(seen) <= 6 * 24  # the number of forward passes does not grow by a trial for each block
 
 
 def test_a_channel_alone_in_a_product_is_read():
+    """A channel that is selected by its number and multiplied is read, although no layer reads it."""
+
     def forward(self, x):
         x = self.a(x)  # [n, 8, h, w]
         return x[:, 3] @ x[:, 4] + self.c(x).mean(1)
@@ -150,6 +160,7 @@ def test_a_channel_alone_in_a_product_is_read():
 
 
 def test_a_table_for_longer_inputs_is_cut_whole():
+    """A table of which the example uses some rows loses columns in all of its rows."""
     model = net(
         lambda self, x: self.c(self.a(x) + self.table[: x.shape[1]]), a=nn.Linear(8, 6), c=nn.Linear(6, 2)
     )
@@ -162,6 +173,7 @@ def test_a_table_for_longer_inputs_is_cut_whole():
 
 
 def test_what_meets_the_input_is_named():
+    """Units added to the model's input cannot go, and the report names the addition."""
     model = net(lambda self, x: self.c(x + self.a(x)), a=nn.Linear(8, 8), c=nn.Linear(8, 2))
     unread(model.c, [1, 4])
     result = compact(model, torch.randn(ROWS))
@@ -169,6 +181,7 @@ def test_what_meets_the_input_is_named():
 
 
 def test_channels_go_through_padding_around_them():
+    """Padding of height and width does not keep channels from going."""
     model = nn.Sequential(conv(3, 8, 1), nn.ZeroPad2d(2), conv(8, 4), nn.ConstantPad2d(1, 0.5), conv(4, 2))
     unread(model[2], [1, 4])
     result = compact(model, torch.randn(IMAGE))
@@ -177,7 +190,10 @@ def test_channels_go_through_padding_around_them():
 
 
 def test_inputs_are_picked_where_the_layer_is_called_alone():
-    """Else its weight would be taken without the hook that picks."""
+    """A layer whose weight is used by F.linear keeps its inputs.
+
+    Inputs are picked by a hook of the module, which F.linear does not run.
+    """
 
     def forward(self, x):
         return self.called(x) + F.linear(x, self.taken.weight)
@@ -191,6 +207,7 @@ def test_inputs_are_picked_where_the_layer_is_called_alone():
 
 
 def test_the_last_channel_is_named():
+    """The report says that a last channel stays so that the layer is not empty."""
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
     unread(model[2], slice(None))
     result = compact(model, torch.randn(ROWS))

@@ -1,4 +1,4 @@
-"""Layers that no rule of Linear and convolutions covers: what of them goes, and what ``kept`` says stays."""
+"""Layers beyond the rules of Linear and convolutions: which units go, and what ``kept`` reports."""
 
 import pytest
 import torch
@@ -18,6 +18,10 @@ IMAGE, ROWS = (2, 3, 6, 6), (2, 5, 8)
 @pytest.mark.parametrize("cls, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
 def test_dead_units_of_recurrent_layers(cls, gates, options):
+    """Dead units of a recurrent layer go from all gates, and from the layer that reads them.
+
+    With several layers or directions they stay, because these share one hidden_size.
+    """
     width = 2 if "bidirectional" in options else 1
     model = net(
         lambda self, x: self.o(self.r(x)[0]),
@@ -42,6 +46,8 @@ def test_dead_units_of_recurrent_layers(cls, gates, options):
 
 @pytest.mark.parametrize("cls, gates", [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
 def test_dead_units_of_recurrent_cells(cls, gates):
+    """The same for cells that the model calls step by step."""
+
     def forward(self, x):
         state = None
         for t in range(x.shape[1]):
@@ -60,6 +66,7 @@ def test_dead_units_of_recurrent_cells(cls, gates):
 
 
 def test_units_of_a_transposed_linear_go():
+    """Hugging Face's Conv1D, whose weight is [in, out], is narrowed on the right sides."""
     model = nn.Sequential(Conv1D(12, 8), nn.GELU(), Conv1D(4, 12))
     with torch.no_grad():
         model[0].weight[:, :5] = 0
@@ -71,6 +78,7 @@ def test_units_of_a_transposed_linear_go():
 
 
 def test_dead_rows_of_attention_are_named():
+    """Dead rows of a packed q, k, v stay, because heads and channels are laid out along two dims."""
     model = nn.Sequential(Attention(), nn.Linear(8, 3))
     dead(model[0].qkv, [0, 9], also=[model[0].qkv.bias])
     result = compact(model, torch.randn(ROWS))
@@ -80,6 +88,7 @@ def test_dead_rows_of_attention_are_named():
 
 
 def test_dead_rows_of_in_proj_are_named():
+    """Dead rows of MultiheadAttention stay and are reported; the units of the feed-forward layer go."""
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with torch.no_grad():
         model.self_attn.in_proj_weight[[1, 10]] = 0
@@ -91,6 +100,8 @@ def test_dead_rows_of_in_proj_are_named():
 
 
 def test_what_a_weight_is_computed_from_is_named():
+    """A parameter from which a weight is computed keeps dead columns, and is reported."""
+
     def forward(self, x):
         w = self.a.weight
         w = (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)
@@ -106,6 +117,8 @@ def test_what_a_weight_is_computed_from_is_named():
 
 
 def test_a_dead_expert_is_named():
+    """A dead slice of a bare 3-d parameter stays and is reported."""
+
     def forward(self, x):
         return self.c(torch.bmm(x, self.experts).relu())
 
@@ -118,6 +131,7 @@ def test_a_dead_expert_is_named():
 
 
 def test_constants_into_a_depthwise_layer_are_named():
+    """A constant in front of a padded depthwise layer differs at the borders, so it stays."""
     model = nn.Sequential(conv(3, 8, 1), conv(8, 8, groups=8, padding=1), conv(8, 2, 1))
     dead(model[0], [0, 1])
     result = compact(model, torch.randn(IMAGE))
@@ -126,6 +140,7 @@ def test_constants_into_a_depthwise_layer_are_named():
 
 
 def test_zeros_through_a_depthwise_layer_go():
+    """Channels that are 0 leave a depthwise layer along with its groups."""
     model = nn.Sequential(conv(3, 8, 1), conv(8, 8, groups=8, padding=1), conv(8, 2, 1))
     dead(model[0], [0, 1], also=[model[0].bias])
     result = compact(model, torch.randn(IMAGE))
@@ -135,6 +150,7 @@ def test_zeros_through_a_depthwise_layer_go():
 
 
 def test_dead_outputs_of_groups_are_named():
+    """One dead output of a grouped convolution stays, because all groups have one size."""
     model = nn.Sequential(conv(3, 8, 1), conv(8, 8, groups=4), conv(8, 2, 1))
     dead(model[1], [0])
     result = compact(model, torch.randn(IMAGE))
@@ -142,7 +158,7 @@ def test_dead_outputs_of_groups_are_named():
 
 
 def test_scales_of_zero_go():
-    """Network slimming: zeros that are in a batch norm, not in a weight."""
+    """Zero scales of a batch norm count as dead channels, as in network slimming."""
     model = nn.Sequential(conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 2))
     with torch.no_grad():
         model[1].weight[:3] = 0
@@ -153,6 +169,8 @@ def test_scales_of_zero_go():
 
 
 def test_layer_scales_of_zero_go():
+    """So do zeros of a bare parameter that scales channels."""
+
     def forward(self, x):
         return self.c(self.gamma * self.a(x))
 

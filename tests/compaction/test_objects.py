@@ -1,4 +1,4 @@
-"""What examples and outputs lie in, and outputs that show little of what they are made by."""
+"""Examples and outputs within objects, and outputs that show little of how they were computed."""
 
 import dataclasses
 import types
@@ -29,6 +29,8 @@ IN_OBJECTS = [Batch, lambda x: Batch(None, Plain(x)), Plain, lambda x: types.Sim
 
 @pytest.mark.parametrize("wrap", IN_OBJECTS)
 def test_tensors_in_objects_are_inputs(wrap):
+    """Tensors within dataclasses and plain objects are found, varied and given to the smaller model."""
+
     def forward(self, batch):
         return plain(self, batch.x if batch.x is not None else batch.more.x)
 
@@ -42,6 +44,7 @@ def test_tensors_in_objects_are_inputs(wrap):
 
 @pytest.mark.parametrize("wrap", [Plain, Batch, lambda x: types.SimpleNamespace(x=[x]), lambda x: {x}])
 def test_tensors_in_objects_are_outputs(wrap):
+    """A dead output of the model stays, whatever object it is returned in."""
     model = mlp(lambda self, x: wrap(plain(self, x)))
     with torch.no_grad():
         model.b.weight[0] = 0
@@ -54,6 +57,7 @@ def test_tensors_in_objects_are_outputs(wrap):
     "give", [lambda x: x.detach().numpy(), lambda x: x.tolist(), lambda x: float(x.sum())]
 )
 def test_outputs_that_are_no_tensors_any_more(give):
+    """If the model returns arrays, lists or floats, it stays dense and computes the same."""
     model = mlp(lambda self, x: give(plain(self, x)))
     result = compact(model, X)
     np.testing.assert_allclose(result.model(3 * X), model(3 * X), rtol=1e-5)
@@ -61,6 +65,7 @@ def test_outputs_that_are_no_tensors_any_more(give):
 
 
 def test_an_array_is_no_constant():
+    """A NumPy array as input is not followed but reported, and other arrays give the same outputs."""
     model = mlp(lambda self, x: plain(self, torch.from_numpy(x)))
     with torch.no_grad():
         model.a.weight[:2] = 0
@@ -70,6 +75,7 @@ def test_an_array_is_no_constant():
 
 
 def test_sizes_in_outputs_are_compared():
+    """An integer of the output that depends on a width keeps the width."""
     model = mlp(lambda self, x: (plain(self, x), self.a(x).shape[1]))
     with torch.no_grad():
         model.b.weight[:, :2] = 0
@@ -78,6 +84,8 @@ def test_sizes_in_outputs_are_compared():
 
 
 def test_decisions_do_not_hide_what_they_are_made_by():
+    """argmax is compared by what goes into it, or else a wrong removal would not show."""
+
     def forward(self, x):
         x = self.a(x)
         return self.b(x.relu() / x.shape[1]).argmax(1)
@@ -89,6 +97,8 @@ def test_decisions_do_not_hide_what_they_are_made_by():
 
 
 def test_masked_outputs_do_not_hide_the_others():
+    """Huge entries of the output do not widen the tolerance for the others."""
+
     def forward(self, x):
         x = self.a(x).relu()
         out = self.b(x / x.shape[1])

@@ -1,4 +1,4 @@
-"""Layers that the example's forward pass never calls: what they may read later stays, and says so."""
+"""Layers that the example's forward pass never calls: what they may read stays, and that is reported."""
 
 import torch
 from helpers.compacting import assert_same, net, shapes
@@ -10,11 +10,13 @@ NEVER = "takes no part in the forward pass, but may read them"
 
 
 def with_head(self, x):
+    """A forward with an auxiliary head in training mode."""
     x = self.a(x).relu()
     return (self.b(x), self.aux(x)) if self.training else self.b(x)
 
 
 def network(forward, **more):
+    """Eight units of which layer ``b`` reads four, and ``more`` modules."""
     model = net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 2), **more)
     with torch.no_grad():
         model.b.weight[:, :4] = 0
@@ -22,9 +24,10 @@ def network(forward, **more):
 
 
 def test_what_an_auxiliary_head_reads_stays():
+    """Units that only the head reads stay, and both modes give the same outputs."""
     model = network(with_head, aux=nn.Linear(8, 3))
     with torch.no_grad():
-        model.aux.weight[:, 2:] = 0  # so that channels 2 and 3 alone are read by nobody
+        model.aux.weight[:, 2:] = 0  # so that only channels 2 and 3 are read by no layer
     result = compact(model, torch.randn(3, 4))
     assert shapes(result) == {"a.weight": (6, 4), "b.weight": (2, 6), "aux.weight": (3, 6)}
     x = torch.randn(5, 4)
@@ -34,6 +37,7 @@ def test_what_an_auxiliary_head_reads_stays():
 
 
 def test_training_mode_leaves_no_trace():
+    """A trial in training mode changes neither batch norm's statistics nor the modes."""
     model = net(
         lambda self, x: self.b(self.n(self.a(x))), a=nn.Linear(4, 8), n=nn.BatchNorm1d(8), b=nn.Linear(8, 2)
     )
@@ -46,6 +50,8 @@ def test_training_mode_leaves_no_trace():
 
 
 def test_an_optional_branch_holds_what_it_may_read():
+    """Units stay if a layer in a branch not taken could read them."""
+
     def forward(self, x, twice=False):
         x = self.a(x).relu()
         return self.b(x) + self.again(x) if twice else self.b(x)
@@ -59,6 +65,8 @@ def test_an_optional_branch_holds_what_it_may_read():
 
 
 def test_a_branch_of_other_sizes_holds_nothing():
+    """A layer that was not called, of sizes that do not fit, holds nothing."""
+
     def forward(self, x, other=None):
         return self.b(self.a(x).relu()) if other is None else self.other(other)
 
@@ -68,6 +76,8 @@ def test_a_branch_of_other_sizes_holds_nothing():
 
 
 def test_a_parameter_that_takes_no_part_holds_its_size():
+    """A bare parameter that was not used holds units of its size."""
+
     def forward(self, x, scaled=False):
         x = self.a(x).relu()
         return self.b(x * self.scale if scaled else x)
@@ -81,6 +91,8 @@ def test_a_parameter_that_takes_no_part_holds_its_size():
 
 
 def test_a_training_mode_that_fails_is_none():
+    """If the forward fails in training mode, its layers count as never called."""
+
     def forward(self, x, targets=None):
         x = self.a(x).relu()
         if self.training:

@@ -1,6 +1,6 @@
-"""Networks that are not ours: torchvision's, timm's and transformers', small, with random weights.
+"""Networks of other libraries, small and with random weights: torchvision's, timm's and transformers'.
 
-These packages take seconds to import, which only tests that run do.
+These libraries take seconds to import, so only tests that run import them.
 """
 
 import time
@@ -14,8 +14,8 @@ from torch import nn
 from cges_kernels import compact
 from cges_kernels.compaction.running import leaves
 
-FORWARDS = 20  # of the example, that one compact() may take
-SECONDS = 60  # far more than it takes: what walks without end shows
+FORWARDS = 20  # forward passes that one compact() may make
+SECONDS = 60  # far more than it needs: a search without end exceeds it
 
 
 def image(size, channels=3):
@@ -27,6 +27,8 @@ def tokens(**more):
 
 
 def hugging_face(name, task, **sizes):
+    """A function that makes this model of transformers."""
+
     def make():
         torchvision()
         transformers = pytest.importorskip("transformers")
@@ -37,10 +39,13 @@ def hugging_face(name, task, **sizes):
 
 
 def from_torchvision(make):
+    """A function that makes a model of torchvision."""
     return lambda: make((torchvision() or pytest.skip("needs torchvision")).models)
 
 
 def from_timm(name, **options):
+    """A function that makes this model of timm."""
+
     def make():
         torchvision()
         return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
@@ -49,7 +54,7 @@ def from_timm(name, **options):
 
 
 WIDTHS = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
-# name: (how to make it, an example, percent of the parameters that are left at most)
+# name: (how to make it, an example, the percentage of parameters that may be left)
 ZOO = {
     "resnet": (from_torchvision(lambda of: of.ResNet(of.resnet.BasicBlock, [1, 1, 1, 1], 10)), image(32), 45),
     "vit": (from_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2), image(32), 62),
@@ -114,14 +119,16 @@ ZOO = {
         73,
     ),
 }
-FIRST = ("resnet", "vit", "llama")  # one of each package
-OTHERS = pytest.mark.full("more networks of others; helpers.networks has one for each way to couple channels")
+FIRST = ("resnet", "vit", "llama")  # one of each library
+OTHERS = pytest.mark.full(
+    "more networks of other libraries; helpers.networks has one for each way to couple channels"
+)
 NAMES = [name if name in FIRST else pytest.param(name, marks=OTHERS) for name in ZOO]
 
 
 @torch.no_grad()
 def with_structured_zeros(model):
-    """A third of the outputs of each layer dead, its bias with them, and a third of its inputs unread."""
+    """Makes a third of each layer's outputs dead, with their biases, and a third of its inputs unread."""
     for module in model.modules():
         w = getattr(module, "weight", None)
         if isinstance(w, nn.Parameter) and w.dim() > 1 and not isinstance(module, nn.Embedding):
@@ -135,7 +142,7 @@ def with_structured_zeros(model):
 
 @contextmanager
 def counted_forwards(model):
-    """How often a network of this class runs."""
+    """Counts the forward passes of this model's class."""
     cls, seen = type(model), []
     forward = cls.forward
 
@@ -151,21 +158,24 @@ def counted_forwards(model):
 
 
 def run(model, example):
+    """The tensors that the model returns."""
     with torch.no_grad():
         out = model(**example) if isinstance(example, dict) else model(example)
     return [x for x in leaves(out) if isinstance(x, torch.Tensor)]
 
 
 def other(x):
+    """Another input of the same kind."""
     return torch.randn_like(x) if x.is_floating_point() else (x + 1) % 50
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_structured_zeros_go(name):
+    """The result computes the same, is as small as expected, and took few forward passes."""
     torch.manual_seed(0)
     make, example, percent = ZOO[name]
     model = with_structured_zeros(make().eval())
-    run(model, example)  # some networks set themselves up at their first forward pass
+    run(model, example)  # some networks complete themselves in their first forward pass
     start = time.monotonic()
     with counted_forwards(model) as seen:
         result = compact(model, example)
@@ -179,10 +189,11 @@ def test_structured_zeros_go(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dense_network_stays_as_it_is(name):
+    """Without zeros no weight changes and nothing is reported."""
     torch.manual_seed(0)
     make, example, _ = ZOO[name]
     model = make().eval()
-    with torch.no_grad():  # heads and biases that begin as zeros are dead indeed
+    with torch.no_grad():  # heads and biases that begin as zeros would count as dead
         for p in model.parameters():
             p += 0.01 * torch.randn_like(p) * (p == 0)
     result = compact(model, example)

@@ -1,7 +1,7 @@
-"""reference.py's exact mode against truths of its own: CVXPY, optimality conditions, sorting, bisection.
+"""reference.py's exact mode against independent truths: CVXPY, optimality conditions, sorting, bisection.
 
-Everything is float64 unless it says so. Solutions are compared on the scale of the largest |z|: near a
-group's death nothing finer is determined.
+Everything is float64 unless it says so. Solutions are compared on the scale of the largest |z|, because near
+a group's death nothing finer is determined.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from cges_kernels.core.reference import MAX_SWEEPS, SORTED, Thresholds, shrink
 
 
 def coefficients_for(z):
-    """(a, b, c) from nothing to too much for the group ``z``: alive, nearly dead and dead."""
+    """(a, b, c) from nothing to too much for the group ``z``: it stays alive, nearly dies, or dies."""
     n = z.numel()
     for c in (0.0, 0.3):
         norm = soft_magnitude(z, c).norm().item()
@@ -27,6 +27,7 @@ def coefficients_for(z):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_exact_mode_is_the_optimum_that_cvxpy_finds(n):
+    """A solver that knows only the objective finds the same minimiser, and no lower value."""
     cp = pytest.importorskip("cvxpy")
     z = normal(n)
     x, a, b, c = cp.Variable(n), *(cp.Parameter(nonneg=True) for _ in range(3))
@@ -36,7 +37,7 @@ def test_exact_mode_is_the_optimum_that_cvxpy_finds(n):
     for a.value, b.value, c.value in coefficients_for(z):
         problem.solve(solver=cp.CLARABEL)
         got = solve_group(z, a.value, b.value, c.value)
-        # the solver's own tolerance is 1e-8 on the objective, so 1e-4 on x (the objective is curved by 1)
+        # The solver reaches 1e-8 on the objective, whose curvature is 1. That is 1e-4 on x.
         np.testing.assert_allclose(got.numpy(), x.value, rtol=0, atol=1e-4)
         optimum = problem.value
         x.value = got.numpy()
@@ -44,7 +45,7 @@ def test_exact_mode_is_the_optimum_that_cvxpy_finds(n):
 
 
 def violation(x, z, a, b, c):
-    """How far x is from 0 in x - z + the subdifferential of Omega, for one group."""
+    """How far 0 is from the set x - z + subdifferential of Omega(x), for one group."""
     if not x.any():
         return max(soft_magnitude(z, c).norm().item() - a, 0.0)
     t = c + b * x.abs().sum()
@@ -55,20 +56,21 @@ def violation(x, z, a, b, c):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40, 400])
 def test_exact_mode_meets_the_optimality_conditions(n):
+    """To rounding, 0 is in the subdifferential at the solution; for sequential mode it is not."""
     z = normal(n)
     worst_of_sequential = 0.0
     for a, b, c in coefficients_for(z):
         x = solve_group(z, a, b, c)
-        # x is right to a few eps*|z|, which the terms a*x/||x|| and b*||x||_1 magnify
+        # x is right to a few eps*|z|. The terms a*x/||x|| and b*||x||_1 magnify this error.
         magnified = 1 + (a / x.norm().item() if x.any() else 0.0) + b * n
         assert violation(x, z, a, b, c) <= 16 * EPS * z.abs().max().item() * magnified
         sequential = solve_group(z, a, b, c, "sequential")
         worst_of_sequential = max(worst_of_sequential, violation(sequential, z, a, b, c))
-    assert worst_of_sequential > 0.1  # the conditions can fail
+    assert worst_of_sequential > 0.1  # shows that the conditions can fail
 
 
 def threshold_by_sorting(z, b, c):
-    """t = c + b*||soft(z, t)||_1 in closed form: where the k largest |z| stay, (c + b*sum_k) / (1 + b*k)."""
+    """The root of t = c + b*||soft(z, t)||_1: where the k largest |z| stay, (c + b*sum_k) / (1 + b*k)."""
     largest = np.sort(np.abs(z))[::-1]
     t = c
     for k, total in enumerate(np.cumsum(largest), start=1):
@@ -81,16 +83,17 @@ def threshold_by_sorting(z, b, c):
 
 @pytest.mark.parametrize("n", [1, 2, 50, 3000])
 def test_exact_mode_without_group_lasso_is_the_sort_formula(n):
+    """With a = 0 the threshold has a closed form, which holds for b over sixteen orders of magnitude."""
     for b in (1e-8, 1e-3, 0.1, 1.0, 1e3, 1e8):
         for c in (0.0, 0.4):
             z = normal(n)
             _, t = reference.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
-            # the solver stops at 4 eps; the cumulative sum is good to a few more
+            # The solver stops at 4 eps. The cumulative sum is right to a few more.
             assert t.item() == pytest.approx(threshold_by_sorting(z.numpy(), b, c), rel=1e-14, abs=0)
 
 
 def by_bisection(z, a, b, c):
-    """(s, t) of one group by plain bisection on t, in extended precision where there is one."""
+    """(s, t) of one group by plain bisection on t, in extended precision where the machine has one."""
     z = np.abs(z.numpy().astype(np.longdouble))
     a, b, c = map(np.longdouble, (a, b, c))
 
@@ -109,7 +112,11 @@ def by_bisection(z, a, b, c):
 
 
 def hard_groups():
-    """Groups of every kind of trouble as (share of a in the norm, z, a, b, c)."""
+    """Groups that are hard to solve, as (a's share of the norm, z, a, b, c).
+
+    They have heavy tails, equal or nearly equal magnitudes, scales and values of b over many orders, and
+    shares of a down to a hair from the group's death.
+    """
     generator = torch.Generator().manual_seed(5)
     for i in range(60):
         n = int(torch.randint(1, 300, (), generator=generator))
@@ -125,6 +132,7 @@ def hard_groups():
 
 
 def test_exact_mode_is_plain_bisection_on_hard_groups():
+    """On groups that are hard to solve, s and t are those of bisection to 1e-14."""
     for _, z, a, b, c in hard_groups():
         s, t = by_bisection(z, a, b, c)
         got_s, got_t = reference.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
@@ -137,6 +145,7 @@ def test_exact_mode_is_plain_bisection_on_hard_groups():
 
 
 def test_the_exact_threshold_lies_in_its_bracket():
+    """t is never below c, nor above sequential mode's threshold."""
     for _, z, a, b, c in hard_groups():
         _, t = reference.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
         highest = c + b * soft_magnitude(z, c).sum().item()
@@ -144,6 +153,7 @@ def test_the_exact_threshold_lies_in_its_bracket():
 
 
 def test_exact_mode_takes_few_sweeps(monkeypatch):
+    """Newton's method takes few sweeps. Bisection, or a wrong slope, would take far more."""
     group_stats, counts = reference.group_stats, {}
 
     def counted(*args, **options):
@@ -157,14 +167,17 @@ def test_exact_mode_takes_few_sweeps(monkeypatch):
     barely_alive = [n for share, of_share in counts.items() for n in of_share if share > 0.99]
     others = [n for share, of_share in counts.items() for n in of_share if share < 0.99]
     assert max(others) <= 13 and np.mean(others) <= 4.5
-    # one read of the group before the first sweep, and one after each
+    # The group is read once before the first sweep and once after each.
     assert max(barely_alive) <= MAX_SWEEPS + 1 and np.mean(barely_alive) <= 11
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("a", [0.0, 1e-8])
 def test_a_weak_exclusive_lasso_takes_few_sweeps(monkeypatch, a, dtype):
-    """The root is the sequential t then, to rounding: an end of the bracket where a = 0."""
+    """A tiny b converges at once: the root is sequential mode's t to rounding.
+
+    Where a = 0 as well, that is an end of the bracket, where a careless search would go on bisecting.
+    """
     counts = []
 
     def counted(*args, **options):
@@ -184,10 +197,11 @@ def test_a_weak_exclusive_lasso_takes_few_sweeps(monkeypatch, a, dtype):
 
 @pytest.mark.parametrize("b", [1e-6, 0.1, 10.0, 1e6])
 def test_sorting_finds_the_root(b):
+    """Short groups are solved by sorting, and each gets the root that bisection finds."""
     for c in (0.0, 0.3):
         for n in range(2, SORTED + 1):
             z = normal(n, 5, 2) * torch.logspace(-2, 2, 5, dtype=torch.float64)[:, None]
-            z[0, 0] = z[1, 0] = 0.5  # neighbours in order, one root
+            z[0, 0] = z[1, 0] = 0.5  # equal magnitudes: neighbours when sorted
             s, t = reference.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
             assert s.shape == t.shape == (1, 5, 2) and (s == 1).all()
             for i, j in itertools.product(range(5), range(2)):
@@ -198,7 +212,7 @@ def test_sorting_finds_the_root(b):
 
 @pytest.mark.parametrize("n", [2, SORTED, SORTED + 1])
 def test_a_weak_exclusive_lasso_has_its_gradient(n):
-    """In float32 t is c to rounding."""
+    """The gradient by b is right even where float32 rounds t to c, in sorted and longer groups."""
     z = normal(n, 100).float()
     b = torch.tensor(1e-8, requires_grad=True)
     shrink(z, Thresholds(0.0, b, 0.3), prox_mode="exact").abs().sum().backward()
@@ -208,11 +222,11 @@ def test_a_weak_exclusive_lasso_has_its_gradient(n):
 
 
 def test_groups_are_solved_independently_of_each_other():
-    """One that needs many sweeps does not disturb one that needs few."""
+    """A group that needs many sweeps does not change the result of one that needs few."""
     scale = torch.logspace(-3, 3, 30, dtype=torch.float64)
     z = normal(40, 30) * scale
     thresholds = Thresholds(2.0, 0.01, 0.05)
     together = shrink(z, thresholds, prox_mode="exact")
     alone = torch.cat([shrink(column, thresholds, prox_mode="exact") for column in z.split(1, dim=1)], dim=1)
-    # not bit for bit: torch adds a lone column up in another order
+    # Not bit for bit, because torch adds a lone column up in another order.
     assert ((together - alone).abs() <= 16 * EPS * scale).all()

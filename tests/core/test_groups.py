@@ -1,4 +1,4 @@
-"""Group specs and the canonical layout (K1, R1, K2, R2)."""
+"""Group specs, and the canonical layout (K1, R1, K2, R2) that each becomes."""
 
 import itertools
 
@@ -38,7 +38,7 @@ CONTIGUOUS = [
     # one and three kernel dims
     ((16, 8, 3), "channel", (1, 16, 8, 3)),
     ((16, 8, 2, 3, 4), "channel", (1, 16, 8, 24)),
-    # tuples of dims, in any order and from either end
+    # tuples of dims, in any order and counted from either end
     ((16, 8, 3, 5), (0,), (1, 16, 8 * 15, 1)),
     ((16, 8, 3, 5), (1,), (16, 8, 15, 1)),
     ((16, 8, 3, 5), (2, 3), (16 * 8, 15, 1, 1)),
@@ -65,12 +65,13 @@ CONTIGUOUS = [
 
 @pytest.mark.parametrize(("shape", "group_by", "expected"), CONTIGUOUS, ids=str)
 def test_contiguous_layouts(shape, group_by, expected):
+    """A contiguous tensor's layout is the one worked out by hand: neighbours of one kind are merged."""
     assert canonical_layout(torch.empty(shape), group_by) == Layout(*expected)
 
 
 @pytest.mark.parametrize("group_by", SPECS)
 def test_named_specs_without_groups(group_by):
-    """Of one dim and of none, and where nothing is."""
+    """A named spec makes no groups of one dim or none, nor of empty tensors: each element is kept."""
     assert canonical_layout(torch.empty(7), group_by) == Layout(7, 1, 1, 1)
     assert canonical_layout(torch.empty(()), group_by) == Layout(1, 1, 1, 1)
     for shape in ((0,), (0, 5), (5, 0), (3, 0, 2, 2)):
@@ -90,6 +91,7 @@ def test_named_specs_without_groups(group_by):
     ids=str,
 )
 def test_channels_last_layouts(group_by, expected):
+    """Layouts follow the order in memory: channels_last needs no copy and gives other factors."""
     w = torch.empty(16, 8, 3, 5).to(memory_format=torch.channels_last)
     assert canonical_layout(w, group_by) == Layout(*expected)
     w = torch.empty(16, 8, 3, 1, 5).to(memory_format=torch.channels_last_3d)
@@ -106,32 +108,37 @@ def test_channels_last_layouts(group_by, expected):
     ],
 )
 def test_transposed_layouts(group_by, expected):
+    """A transposed matrix has the layout of its memory, with the dims' roles exchanged."""
     assert canonical_layout(torch.empty(48, 64).t(), group_by) == Layout(*expected)
 
 
 @pytest.mark.parametrize(
     ("shape", "view", "group_by", "expected"),
     [
-        ((64, 8, 3, 3), (4, 16, 8, 3, 3), (1,), (4, 16, 8 * 9, 1)),  # grouped convolution: "feature" in each
+        # a grouped convolution: "feature" within each group of channels
+        ((64, 8, 3, 3), (4, 16, 8, 3, 3), (1,), (4, 16, 8 * 9, 1)),
         ((32, 24), (4, 8, 24), (1, 2), (4, 8 * 24, 1, 1)),  # attention heads
         ((80, 30), (4, 20, 30), (0, 2), (1, 4, 20, 30)),  # LSTM units across their four gates
         ((64, 48), (64, -1), "filter", (64, 48, 1, 1)),
-        ((60,), (12, 5), "filter", (12, 5, 1, 1)),  # a view of two dims has groups
-        ((12, 5), (60,), "filter", (60, 1, 1, 1)),  # and one of one dim has none
+        ((60,), (12, 5), "filter", (12, 5, 1, 1)),  # a bias viewed as two dims has groups
+        ((12, 5), (60,), "filter", (60, 1, 1, 1)),  # a matrix viewed as one dim has none
     ],
 )
 def test_view_layouts(shape, view, group_by, expected):
+    """view= gives the layout of the viewed tensor, whether it comes as a tuple or a list."""
     w = torch.empty(shape)
     assert canonical_layout(w, group_by, view) == Layout(*expected)
     assert canonical_layout(w, group_by, list(view)) == canonical_layout(w.view(view), group_by)
 
 
 def test_a_storage_offset_does_not_matter():
+    """A tensor that begins later in its storage has the same layout."""
     w = torch.empty(100)[7 : 7 + 60].view(12, 5)
     assert canonical_layout(w, "filter") == Layout(12, 5, 1, 1)
 
 
 def test_a_layout_knows_its_groups():
+    """num_groups is K1*K2 and group_size is R1*R2."""
     layout = canonical_layout(torch.empty(16, 8, 3, 5), (1, 3))
     assert (layout.num_groups, layout.group_size) == (16 * 3, 8 * 5)
 
@@ -146,7 +153,7 @@ def dense_tensors(draw):
 
 
 def logical_groups(w, group_by):
-    """The group of every element, numbered by its kept coordinates, in memory order."""
+    """Each element's group by the spec's definition, numbered by its kept coordinates, in memory order."""
     kept = [n if d not in reduced_dims(w.dim(), group_by) else 1 for d, n in enumerate(w.shape)]
     if not has_groups(w.dim(), group_by):
         kept = list(w.shape)
@@ -157,7 +164,7 @@ def logical_groups(w, group_by):
 
 
 def groups_of_the_layout(layout):
-    """The same from the documented formula for offset and group."""
+    """Each element's group by the layout's formula for offset and group, in memory order."""
     K1, R1, K2, R2 = layout
     groups = [-1] * (K1 * R1 * K2 * R2)
     for k1, r1, k2, r2 in itertools.product(range(K1), range(R1), range(K2), range(R2)):
@@ -166,7 +173,7 @@ def groups_of_the_layout(layout):
 
 
 def runs(w, group_by):
-    """The kinds of dims in memory order, "K" and "R", one letter a run."""
+    """The kinds of dims in memory order: "K" for kept, "R" for reduced, one letter for each run."""
     reduced = reduced_dims(w.dim(), group_by) if has_groups(w.dim(), group_by) else ()
     dims = sorted((d for d in range(w.dim()) if w.shape[d] > 1), key=w.stride, reverse=True)
     return "".join(kind for kind, _ in itertools.groupby("R" if d in reduced else "K" for d in dims))
@@ -175,6 +182,10 @@ def runs(w, group_by):
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(dense_tensors())
 def test_a_layout_groups_exactly_the_elements_that_the_spec_says(drawn):
+    """Two elements share a group by the layout just when they share one by the spec.
+
+    Shapes, memory orders and specs are random.
+    """
     w, group_by = drawn
     if runs(w, group_by) not in ("", "K", "R", "KR", "RK", "KRK", "RKR", "KRKR"):
         with pytest.raises(ValueError, match="expected at most kept, reduced, kept, reduced"):
@@ -183,11 +194,13 @@ def test_a_layout_groups_exactly_the_elements_that_the_spec_says(drawn):
     layout = canonical_layout(w, group_by)
     pairs = set(zip(logical_groups(w, group_by), groups_of_the_layout(layout), strict=True))
     logical, of_layout = zip(*pairs)
-    assert len(set(logical)) == len(set(of_layout)) == len(pairs) == layout.num_groups  # one to one
+    # groups correspond one to one
+    assert len(set(logical)) == len(set(of_layout)) == len(pairs) == layout.num_groups
     assert layout.num_groups * layout.group_size == w.numel()
 
 
 def test_reduced_dims():
+    """Each named spec reduces the documented dims; negative ones count from the end."""
     assert [reduced_dims(4, spec) for spec in SPECS] == [(0,), (1, 2, 3), (0, 2, 3), (0, 1, 2, 3)]
     assert [reduced_dims(2, spec) for spec in SPECS] == [(0,), (1,), (0,), (0, 1)]
     assert reduced_dims(4, (-1, 1)) == (1, 3)
@@ -195,6 +208,7 @@ def test_reduced_dims():
 
 
 def test_named_specs_make_groups_of_two_dims_or_more():
+    """A named spec never makes one group of a whole bias; a tuple of dims may."""
     assert [has_groups(ndim, "feature") for ndim in range(4)] == [False, False, True, True]
     assert has_groups(1, (0,)) and has_groups(0, ())
 
@@ -218,12 +232,14 @@ NOT_DENSE = {
 
 @pytest.mark.parametrize("w", DENSE.values(), ids=DENSE)
 def test_dense_tensors_are_taken(w):
+    """Every dense, non-overlapping tensor has a layout that covers all its elements."""
     assert is_dense(w)
     assert canonical_layout(w).num_groups * canonical_layout(w).group_size == w.numel()
 
 
 @pytest.mark.parametrize("w", NOT_DENSE.values(), ids=NOT_DENSE)
 def test_tensors_with_gaps_or_overlaps_are_refused(w):
+    """A tensor that the layout's index arithmetic cannot describe is an error that names its strides."""
     assert not is_dense(w)
     with pytest.raises(ValueError, match=r"expected a dense, non-overlapping tensor.*got shape .* strides"):
         canonical_layout(w)
@@ -235,11 +251,12 @@ def test_tensors_with_gaps_or_overlaps_are_refused(w):
         (torch.empty(2, 3, 2, 3, 2), (0, 2, 4)),  # R K R K R
         (torch.empty(2, 3, 2, 3, 2), (1, 3)),  # K R K R K
         (torch.empty(2, 3, 2, 3), (0, 2)),  # R K R K
-        (in_memory_order((2, 3, 4, 5), (0, 2, 1, 3)), (0, 1)),  # R K R K, where contiguous it is R K
+        (in_memory_order((2, 3, 4, 5), (0, 2, 1, 3)), (0, 1)),  # R K R K; a contiguous one would be R K
     ],
     ids=["RKRKR", "KRKRK", "RKRK", "permuted"],
 )
 def test_too_many_alternations_are_refused(w, group_by):
+    """A spec that needs more runs than K R K R is an error that names the shape and the spec."""
     message = r"expected at most kept, reduced, kept, reduced in memory order; permute"
     with pytest.raises(ValueError, match=message) as error:
         canonical_layout(w, group_by)
@@ -268,6 +285,7 @@ def test_too_many_alternations_are_refused(w, group_by):
     ids=str,
 )
 def test_malformed_specs_are_refused(group_by, view, error, message):
+    """Specs and views of wrong types or unknown names are errors that say what was expected."""
     with pytest.raises(error, match=message):
         check_spec(group_by, view)
 
@@ -284,6 +302,7 @@ def test_malformed_specs_are_refused(group_by, view, error, message):
     ids=str,
 )
 def test_dims_that_are_not_there_are_refused(group_by, message):
+    """A dim out of range, or the same dim twice, is an error."""
     with pytest.raises(ValueError, match=message):
         canonical_layout(torch.empty(4, 6), group_by)
 
@@ -300,6 +319,7 @@ def test_dims_that_are_not_there_are_refused(group_by, message):
     ids=["size", "indivisible", "two unknowns", "transposed", "channels_last"],
 )
 def test_views_that_cannot_be_are_refused(w, view):
+    """A view that does not fit the shape or the strides is an error that names both."""
     for function in (lambda: viewed(w, view), lambda: canonical_layout(w, "feature", view)):
         with pytest.raises(ValueError, match=r"view: expected a shape that .* can be viewed as") as error:
             function()
@@ -307,4 +327,5 @@ def test_views_that_cannot_be_are_refused(w, view):
 
 
 def test_a_one_element_tensor_may_be_viewed_without_dims():
+    """The view () is legal for one element."""
     assert canonical_layout(torch.empty(1, 1), "feature", ()) == Layout(1, 1, 1, 1)

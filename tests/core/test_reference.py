@@ -1,6 +1,6 @@
 """reference.py, the truth of all other tests: sequential mode against loops, the update against torch's SGD.
 
-Everything is float64 unless it says so. Exact mode, edges and gradients are in files of their own.
+Everything is float64 unless it says so. Exact mode, edge cases and gradients have files of their own.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.core.reference import Thresholds, shrink
 from cges_kernels.core.updates import sgd_update
 
+# Two to four dims, one row, one column, and long groups.
 SHAPES = [(9, 6), (1, 5), (5, 1), (4, 3, 2), (6, 4, 3, 3), (250, 2)]
 
 
@@ -32,7 +33,7 @@ KEPT = {
 
 
 def by_loops(z, group_by, of_group):
-    """Apply ``of_group`` (list of floats -> list of floats) to every group, found index by index."""
+    """Applies ``of_group`` (a list of floats to a list of floats) to every group, found index by index."""
     groups = {}
     for index in np.ndindex(*z.shape):
         key = tuple(i for d, i in enumerate(index) if KEPT[group_by](d))
@@ -45,7 +46,7 @@ def by_loops(z, group_by, of_group):
 
 
 def thesis(z, a, b, c):
-    """Eq. 7 (l1, then group soft-thresholding), then Eq. 8 (exclusive) of one group, as they are written."""
+    """Eq. 7 (l1, then group lasso) and then Eq. 8 (exclusive lasso) for one group, as in the thesis."""
     w = [math.copysign(max(abs(x) - c, 0.0), x) for x in z]
     norm = math.sqrt(math.fsum(x * x for x in w))
     w = [max(1 - a / norm, 0.0) * x if norm > 0 else 0.0 for x in w]
@@ -55,14 +56,17 @@ def thesis(z, a, b, c):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sequential_mode_is_the_thesis(shape):
-    """Under all three penalties, under each alone, and under so much that groups die."""
+    """The same values and zeros as the thesis's formulas in plain loops.
+
+    The strengths are all three penalties, each alone, and so much that groups die.
+    """
     strengths = ((0.4, 0.02, 0.1), (0.4, 0, 0), (0, 0.05, 0), (0, 0, 0.2), (50, 1, 0))
     for group_by, coefficients in itertools.product(SPECS, strengths):
         z = normal(*shape)
         z.view(-1)[::7] = 0.0
         got = shrink(z, Thresholds(*coefficients), group_by)
         expected = by_loops(z, group_by, partial(thesis, **dict(zip("abc", coefficients))))
-        # a sum of n terms rounds by n/2 ulp at the very worst; n = 500 here, and far less in practice
+        # A sum of n terms rounds by n/2 ulp at the very worst, and by far less in practice; n = 500 here.
         torch.testing.assert_close(got, expected, rtol=0, atol=64 * EPS * z.abs().max().item())
         assert torch.equal(got == 0, expected == 0)
 
@@ -73,6 +77,7 @@ def test_sequential_mode_is_the_thesis(shape):
     dtype=[torch.float32, torch.float64],
 )
 def test_sgd_update_is_torch_sgd_bit_for_bit(options, maximize, dtype):
+    """The update writes the bits of torch.optim.SGD(foreach=False), the momentum buffer included."""
     options = {"lr": 0.1, "weight_decay": 0.01, "maximize": maximize, **options}
     w, buf = normal(7, 5).to(dtype), None
     p = nn.Parameter(w.clone())
@@ -88,6 +93,7 @@ def test_sgd_update_is_torch_sgd_bit_for_bit(options, maximize, dtype):
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_a_step_is_the_update_and_then_the_prox_at_lr_times_the_coefficients(prox_mode):
+    """reference.step is sgd_update followed by shrink, and changes nothing in place."""
     w, grad, buf = normal(7, 5), normal(7, 5), normal(7, 5)
     before = [x.clone() for x in (w, grad, buf)]
     sgd = {"lr": 0.25, "momentum": 0.9, "weight_decay": 0.01}
@@ -105,10 +111,11 @@ def test_a_step_is_the_update_and_then_the_prox_at_lr_times_the_coefficients(pro
     z, new_buf = sgd_update(w, grad, buf, **sgd)
     assert torch.equal(got, shrink(z, Thresholds(0.5, 0.025, 0.1), "filter", None, prox_mode))
     assert torch.equal(got_buf, new_buf)
-    assert all(torch.equal(x, y) for x, y in zip(before, (w, grad, buf)))  # nothing in place
+    assert all(torch.equal(x, y) for x, y in zip(before, (w, grad, buf)))  # nothing was changed in place
 
 
 def test_a_step_accumulates_where_it_is_told_to():
+    """accumulate=float64 gives the bits of the same step on float64 inputs."""
     w, grad, buf = (normal(7, 5).float() for _ in range(3))
     options = {"lr": 0.1, "momentum": 0.9, "group_lasso": 1.0, "exclusive_lasso": 0.1, "l1": 0.1}
     got, got_buf = reference.step(w, grad, buf, accumulate=torch.float64, **options)

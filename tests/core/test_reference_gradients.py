@@ -1,4 +1,4 @@
-"""Gradients through reference.py: of the shrinkage, the penalty and a step."""
+"""Gradients through reference.py: of the shrinkage, of the penalty, and of a step by its learning rate."""
 
 from functools import partial
 
@@ -11,12 +11,14 @@ from cges_kernels.core import reference
 from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.core.reference import Thresholds, shrink
 
+# Thresholds (a, b, c): all three, each pair, and each of a and b alone.
 COMBINATIONS = [(0.5, 0.1, 0.05), (0.5, 0.3, 0), (0.5, 0, 0.05), (0, 0.3, 0.05), (0, 0.1, 0), (0.5, 0, 0)]
 
 
 @pytest.mark.parametrize("thresholds", COMBINATIONS, ids=str)
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_shrink_has_the_right_gradient(prox_mode, thresholds):
+    """gradcheck passes under each combination of penalties, with a dead group among the others."""
     for group_by in (*SPECS, ()):
         z = normal(4, 3, 2)
         z[:, 0, 0] /= 50  # a dead feature group
@@ -26,6 +28,7 @@ def test_shrink_has_the_right_gradient(prox_mode, thresholds):
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_gradients_are_zero_at_dead_and_zero_groups(prox_mode):
+    """A zero group and a group that dies pass no gradient on, and no NaN."""
     for thresholds in COMBINATIONS:
         z = normal(5, 4)
         z[:, 1] = 0.0
@@ -39,6 +42,8 @@ def test_gradients_are_zero_at_dead_and_zero_groups(prox_mode):
 
 @pytest.mark.parametrize("group_by", [*SPECS, ()])
 def test_omega_has_the_right_gradient_and_zero_at_zero_groups(group_by):
+    """gradcheck passes, and where the norm has no derivative the gradient is 0."""
+
     def omega(w):
         return reference.omega(w, group_lasso=0.7, exclusive_lasso=0.3, l1=0.2, group_by=group_by)
 
@@ -54,6 +59,7 @@ def test_omega_has_the_right_gradient_and_zero_at_zero_groups(group_by):
     "coefficients", [{}, {"l1": 0.2}, {"group_lasso": 0.9, "exclusive_lasso": 0.4, "l1": 0.1}]
 )
 def test_step_has_the_right_gradient_with_respect_to_a_tensor_lr(coefficients, prox_mode):
+    """lr scales both the update and the thresholds, and its gradient has both parts."""
     w, grad = normal(5, 4), normal(5, 4)
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     options = {"momentum": 0.9, "weight_decay": 0.1, "prox_mode": prox_mode, **coefficients}

@@ -1,5 +1,5 @@
-// Loads and stores with cache hints. The hints mean nothing here, but kernels go through them wherever they
-// use global memory: a log of them tells how often each byte was read and written.
+// Loads and stores with cache hints. The hints do nothing here, but kernels use these functions for all
+// accesses to global memory. So a log of them tells how often each byte was read and written.
 #pragma once
 #include <cstddef>
 #include <type_traits>

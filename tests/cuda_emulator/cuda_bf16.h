@@ -9,7 +9,7 @@ struct __nv_bfloat16 {
   __nv_bfloat16() = default;
   __nv_bfloat16(float value) {
     const uint32_t wide = std::bit_cast<uint32_t>(value);
-    const bool nan = value != value;  // rounding could carry it into infinity
+    const bool nan = value != value;  // rounding could turn it into infinity
     bits = nan ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
   }
   operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }

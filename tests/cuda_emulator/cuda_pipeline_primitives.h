@@ -1,7 +1,7 @@
-// Asynchronous copies into shared memory, as late as they may be: the bytes come with the wait that covers
-// their batch, and the source is read no sooner. Until then the destination holds poison (NaN), so that who
-// reads it early, or asks for a copy into what others still read, is wrong in every order; who writes there
-// fails.
+// Asynchronous copies into shared memory, made as late as allowed: the source is read, and the bytes arrive,
+// in the wait that covers their batch. Until then the destination holds poison (NaN). So a thread that reads
+// the destination early, or starts a copy into what others still read, gives a wrong result in every order. A
+// thread that writes to the destination makes the launch fail.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -10,17 +10,17 @@ namespace emulator {
 struct Copy {
   void* to;
   const void* from;
-  unsigned bytes, zeros;  // the last `zeros` of the bytes are not read, but 0
-  unsigned batch;         // commits before it
+  unsigned bytes, zeros;  // the last `zeros` bytes are not read but set to 0
+  unsigned batch;         // the number of commits before it
 };
 
-// What the running thread has under way. Refuses what a GPU would not do.
+// The copies of the running thread. What a GPU would not do is refused.
 void add_copy(Copy);
 void commit_copies();
 bool take_copy(size_t prior, Copy*);  // the oldest one that is older than the last `prior` batches
-void overwritten();                   // somebody wrote where a copy was on its way to
+void overwritten();                   // a thread wrote to the destination of a copy under way
 
-// Here and not in emulator.cpp, because the sanitizers must see it. A GPU may read the source from now on.
+// This is not in emulator.cpp, because sanitizers have to see it. A GPU may read the source from here on.
 template <typename Unit>
 void poison(const Copy& copy) {
   for (size_t i = 0; i < copy.bytes / sizeof(Unit); ++i) {

@@ -1,6 +1,6 @@
-// Stands in for the part of the CUDA runtime that this project's kernels use, so that an unchanged .cu file
-// compiles with the host compiler and runs on the CPU: one fiber per CUDA thread, see emulator.cpp. What is
-// not here, kernels do not use; nothing here is faster than it is simple.
+// Stands in for the part of the CUDA runtime that this project's kernels use. An unchanged .cu file compiles
+// with the host compiler and runs on the CPU, with one fiber for each CUDA thread; see emulator.cpp. Only
+// what the kernels use is here, and it is written to be simple rather than fast.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -38,7 +38,7 @@ EMULATOR_VECTORS(unsigned, uint)
 EMULATOR_VECTORS(float, float)
 #undef EMULATOR_VECTORS
 
-// The scheduler sets these whenever it goes on in another fiber.
+// The scheduler sets these whenever it switches to another fiber.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -46,7 +46,7 @@ constexpr int warpSize = 32;
 // ---- what kernels call
 
 namespace emulator {
-// Where a thread is.
+// Where a thread has stopped.
 enum class Stop : unsigned char {
   running,
   syncthreads,
@@ -64,14 +64,14 @@ enum class Stop : unsigned char {
 };
 
 unsigned char* shared_memory();               // the block's own dynamic shared memory
-unsigned char* shared_memory(unsigned rank);  // that of a block of the same cluster
+unsigned char* shared_memory(unsigned rank);  // that of another block of the cluster
 unsigned cluster_rank();
 unsigned cluster_size();
 int barrier(Stop, int predicate = 0);
-// Every lane of the mask gets the value of its source lane; in a vote, the ballot.
+// Each lane of the mask gets the value of its source lane, or the ballot in a vote.
 uint64_t exchange(Stop, unsigned mask, uint64_t value = 0, unsigned source = 0);
 void sleep();
-void may_switch();  // another thread may go first: called wherever threads can see each other's work
+void may_switch();  // lets other threads go first; called wherever threads can see each other's work
 void trap();
 
 template <typename T>
@@ -114,7 +114,7 @@ inline int __all_sync(unsigned mask, int p) {
   return emulator::exchange(emulator::Stop::all, mask, p != 0) == mask;
 }
 
-// Here and not in emulator.cpp, because TSan must see them.
+// These are not in emulator.cpp, because TSan has to see them.
 template <emulator::Word T>
 T atomicAdd(T* p, emulator::Same<T> value) {
   emulator::may_switch();
@@ -210,7 +210,7 @@ struct cudaFuncAttributes {
 };
 
 const char* cudaGetErrorName(cudaError_t);
-const char* cudaGetErrorString(cudaError_t);  // of a failed launch: what went wrong in it
+const char* cudaGetErrorString(cudaError_t);  // for a failed launch: what went wrong in it
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);

@@ -1,5 +1,4 @@
-// The emulated device: what can be asked of it and set, what it holds, and how it refuses. Part of
-// emulator.cpp.
+// The emulated device: its settings, its limits, and how it refuses a call. Part of emulator.cpp.
 #pragma once
 #include <algorithm>
 #include <mutex>
@@ -46,7 +45,7 @@ struct FunctionAttributes {
   int shared_memory = 48 << 10, largest_cluster = 8;
 };
 std::unordered_map<const void*, FunctionAttributes> functions;
-std::mutex one_launch;  // at a time in a process
+std::mutex one_launch;  // one launch at a time in a process
 cudaError_t last_error = cudaSuccess, message_of = cudaSuccess;
 
 cudaError_t result(cudaError_t error) {
@@ -66,7 +65,7 @@ cudaError_t give(int* place, long long value) {
 // A driver serves the minor versions of its own major version too.
 bool driver_serves() { return setting("driver_version") / 1000 >= setting("runtime_version") / 1000; }
 
-// Null where the launch does not have it.
+// Null where the launch does not have this attribute.
 const cudaLaunchAttributeValue* find(const cudaLaunchConfig_t& config, cudaLaunchAttributeID id) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == id) return &config.attrs[i].val;
@@ -74,7 +73,7 @@ const cudaLaunchAttributeValue* find(const cudaLaunchConfig_t& config, cudaLaunc
   return nullptr;
 }
 
-// 0 where the attributes ask for what cannot be.
+// The number of blocks of a cluster; 0 where the attributes ask for a cluster that is impossible.
 unsigned cluster_size_of(const cudaLaunchConfig_t& config) {
   const auto* value = find(config, cudaLaunchAttributeClusterDimension);
   if (!value) return 1;
@@ -87,14 +86,14 @@ bool is_cooperative(const cudaLaunchConfig_t& config) {
   return value && value->cooperative;
 }
 
-// How many blocks a multiprocessor holds at once.
+// The number of blocks that a multiprocessor holds at once.
 size_t blocks_held(size_t threads, size_t shared) {
   const size_t each = shared + setting("reserved_shared_memory");
   const size_t by_memory = each ? setting("shared_memory_per_multiprocessor") / each : 32;
   return std::min({by_memory, 2048 / threads, size_t(32)});
 }
 
-// How many clusters the device holds at once; of one block each where a launch has none.
+// The number of clusters that the device holds at once. A launch without clusters has clusters of one block.
 size_t clusters_held(const cudaLaunchConfig_t& config) {
   const size_t threads = size_t(config.blockDim.x) * config.blockDim.y * config.blockDim.z;
   const size_t blocks = blocks_held(threads, config.dynamicSmemBytes) * setting("multiprocessors");

@@ -1,12 +1,13 @@
-// Runs CUDA kernels on the calling thread: one fiber per CUDA thread, a few blocks interleaved, in an order
-// drawn from a seed. A fiber runs until it must wait (barriers, exchanges in a warp) or may (atomics,
-// fences); then one of those that can go on is drawn. What cannot end (a barrier that not all reach, a spin
-// for what never comes) ends the launch with cudaErrorLaunchFailure and a message, and its fibers are dropped
-// where they stand, without destructors.
+// Runs CUDA kernels on the calling thread, with one fiber for each CUDA thread and a few blocks interleaved.
+// The order is drawn from a seed. A fiber runs until it has to wait (at barriers and exchanges in a warp) or
+// may be interrupted (at atomics and fences). Then one of the fibers that can go on is drawn. A launch that
+// cannot end, because not all threads reach a barrier or a spin waits for what never comes, fails with
+// cudaErrorLaunchFailure and a message. Its fibers are dropped where they are, without running destructors.
 //
-// Stricter than a GPU: a barrier or an exchange does not complete without threads that have ended, every mask
-// names lanes that exist, a vote and a shuffle of one mask do not pair. A spin must call __nanosleep or an
-// atomic, or it hangs. Shared memory starts as NaN, and ends with its block.
+// The emulator is stricter than a GPU. A barrier or an exchange does not complete without threads that have
+// ended, a mask may only name lanes that exist, and a vote does not pair with a shuffle of the same mask. A
+// spin has to call __nanosleep or an atomic, or else it hangs. Shared memory begins as NaN and is freed with
+// its block.
 #include "emulator.h"
 
 #include <array>
@@ -73,7 +74,7 @@ uint64_t exchange(Stop stop, unsigned mask, uint64_t value, unsigned source) {
     for (unsigned left = mask; left; left &= left - 1) f(lanes[std::countr_zero(left)]);
   };
   Fiber& first = lanes[std::countr_zero(mask)];
-  synchronise(me, &first, for_each);  // what was released to it before, it knows already
+  synchronise(me, &first, for_each);  // what was released there before is known to it already
   uint64_t values[warpSize], ballot = 0;
   for_each([&](Fiber& fiber) {
     values[lane(fiber)] = fiber.value;
@@ -98,7 +99,7 @@ void may_switch() {
   look();
 }
 
-// ---- asynchronous copies and the log, out of TSan's sight: the host's memory, whoever uses it
+// ---- asynchronous copies and the log, which are the host's memory and hidden from TSan
 
 namespace {
 

@@ -1,9 +1,9 @@
-// Fibers: stacks of their own, and a switch between them that costs a few nanoseconds (no system call).
+// Fibers have a stack each. Switching between them costs a few nanoseconds, because it needs no system call.
 //
-// AddressSanitizer is told of every switch. ThreadSanitizer takes each fiber for a thread, and a switch for
-// no synchronisation at all; the edges that CUDA gives are drawn by hand (`synchronise`). For that,
-// emulator.cpp is compiled WITHOUT -fsanitize=thread, so that its own data stays unseen, but with
-// -DEMULATOR_TSAN.
+// AddressSanitizer is told of every switch. ThreadSanitizer takes each fiber for a thread, and does not take
+// a switch for a synchronisation. The synchronisation that CUDA guarantees is told to it by hand
+// (`synchronise`). For that, emulator.cpp is compiled WITHOUT -fsanitize=thread, so that TSan does not see
+// the emulator's own data, but with -DEMULATOR_TSAN.
 #pragma once
 #include <sys/mman.h>
 
@@ -37,7 +37,7 @@ namespace emulator {
 
 constexpr size_t kPage = 4096, kStack = 256 << 10;  // kernels may take 32 KB of parameters by value
 
-// A place to go on from: a fiber's, or that of the host on its own stack.
+// A place to continue at: a fiber's, or the host's on its own stack.
 struct Context {
   void* stack_pointer = nullptr;
   const void* stack = nullptr;
@@ -46,7 +46,7 @@ struct Context {
   void* tsan_thread = nullptr;
 };
 
-// Pushes what a callee must preserve, changes stacks, pops the same.
+// Pushes the registers that a callee must preserve, changes stacks, and pops them from the other.
 extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void** from, void* to);
 #ifndef __x86_64__
 #error "the emulator switches stacks on x86-64 only"
@@ -63,9 +63,9 @@ emulator_switch:
   ret
 )");
 
-inline Context* left = nullptr;  // by the last switch
+inline Context* left = nullptr;  // the context that the last switch left
 
-// The first thing after a switch, in the context gone to.
+// Called first after a switch, in the context that was switched to.
 inline void arrive([[maybe_unused]] Context& here) {
   IF_ASAN(__sanitizer_finish_switch_fiber(here.asan_stack, &left->stack, &left->stack_size);)
 }
@@ -78,17 +78,19 @@ inline void switch_to(Context& from, Context& to, [[maybe_unused]] bool for_ever
   arrive(from);
 }
 
-// What others will know once they acquire `token`; and to learn everything that was released there.
+// release() publishes what this context did until now; a context that calls acquire() with the same token
+// knows it from then on.
 inline void release([[maybe_unused]] void* token) { IF_TSAN(__tsan_release(token);) }
 inline void acquire([[maybe_unused]] void* token) { IF_TSAN(__tsan_acquire(token);) }
 
-// To TSan, what follows on this stack is done by `context`.
+// For TSan, `context` does what follows on this stack.
 inline void pose_as([[maybe_unused]] Context& context) {
   IF_TSAN(__tsan_switch_to_fiber(context.tsan_thread, __tsan_switch_to_fiber_no_sync);)
 }
 
-// Each of them knows what all of them did until now. Done for all at once, when the last has come: were each
-// to release as it comes and acquire as it goes, a slow one would learn what a fast one did since.
+// Makes each context know what all of them did until now. It is done for all at once when the last one has
+// come. If each released when it comes and acquired when it goes, a slow one would also learn what a fast one
+// did after the barrier, and a race would be hidden.
 template <typename ForEach>
 void synchronise([[maybe_unused]] Context& me, [[maybe_unused]] void* token,
                  [[maybe_unused]] ForEach for_each) {
@@ -96,7 +98,7 @@ void synchronise([[maybe_unused]] Context& me, [[maybe_unused]] void* token,
           for_each([&](Context& other) { pose_as(other), acquire(token); }); pose_as(me);)
 }
 
-// Fibers to be had, with stacks that are used again: the last one given back is warm.
+// A pool of fibers. Stacks are used again, and the last one given back first, because it is in the cache.
 class Fibers {
  public:
   // The first switch to `fiber` will call `entry`, which must not return.
@@ -104,23 +106,24 @@ class Fibers {
     if (spare_.empty()) spare_.push_back(create());
     fiber = spare_.back();
     spare_.pop_back();
-    // Fibers stop at like depths: without an offset they would share the same few sets of the cache.
+    // Fibers stop at similar depths of their stacks. Without an offset they would share the same few sets of
+    // the cache.
     const uintptr_t end = reinterpret_cast<uintptr_t>(fiber.stack) + kStack;
     void** top = reinterpret_cast<void**>(end - end / kPage % 32 * 128);
-    *--top = nullptr;  // where entry would return to
+    *--top = nullptr;  // the address to which entry would return
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     fiber.stack_pointer = top;
     release(this);
     pose_as(fiber);
-    acquire(this);  // what the host did until now
+    acquire(this);  // the fiber knows what the host did until now
     pose_as(host);
   }
 
   void give_back(const Context& fiber, [[maybe_unused]] bool in_the_middle) {
     IF_ASAN(if (in_the_middle) __asan_unpoison_memory_region(fiber.stack, kStack);)
-    // To TSan a fiber is one thread, and what one thread does is in order: blocks of one launch must not
-    // share it.
+    // TSan takes a fiber for one thread, whose actions are in order. So blocks of one launch must not use the
+    // same fiber.
     IF_TSAN(if (used_.size() < kMostThreads) return used_.push_back(fiber);)
     spare_.push_back(fiber);
   }
@@ -131,7 +134,7 @@ class Fibers {
   }
 
  private:
-  static Context create() {  // the page below the stack is out of bounds
+  static Context create() {  // the page below the stack is not accessible
     void* p = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED || mprotect(p, kPage, PROT_NONE) != 0) throw std::bad_alloc();
     Context fiber;

@@ -1,5 +1,5 @@
-// The grid that runs: its fibers, in which order they go on, where they meet, how it begins and ends.
-// Part of emulator.cpp.
+// The grid that runs: its fibers, the order in which they go on, their barriers, and how a launch begins and
+// ends. Part of emulator.cpp.
 #pragma once
 #include <cstdarg>
 #include <cstdio>
@@ -17,13 +17,13 @@
 namespace emulator {
 namespace {
 
-// In the order of Stop.
+// In the order of the enum Stop.
 constexpr const char* kStopNames[] = {
     "work",         "__syncthreads", "__syncthreads_and", "__syncthreads_or",
     "cluster.sync", "__syncwarp",    "__shfl_sync",       "__shfl_xor_sync",
     "__any_sync",   "__all_sync",    "__ballot_sync",     "an atomic, a fence or __nanosleep",
     "their end"};
-constexpr unsigned kPatience = 1 << 24;  // how often spins may look while no block starts or ends
+constexpr unsigned kPatience = 1 << 24;  // how often spins may look at memory while no block starts or ends
 
 struct Block;
 struct Cluster;
@@ -32,19 +32,19 @@ struct Fiber : Context {
   Block* block;
   uint3 index;
   Stop stop = Stop::running;
-  uint64_t value;            // what it brings to an exchange, then what it gets
-  unsigned source;           // the lane it wants it from
-  std::vector<Copy> copies;  // asynchronous ones under way, oldest first
-  unsigned batches = 0;      // commits until now
+  uint64_t value;            // what it gives to an exchange, then what it gets
+  unsigned source;           // the lane from which it wants a value
+  std::vector<Copy> copies;  // asynchronous copies under way, oldest first
+  unsigned batches = 0;      // the number of commits until now
 };
 
 struct Warp {
-  struct Group {  // lanes that have come to an exchange, while others have not
+  struct Group {  // lanes at an exchange that others have not reached
     Stop stop;
     unsigned mask, arrived;
   };
   Group groups[warpSize];
-  unsigned waiting = 0;  // groups
+  unsigned waiting = 0;  // the number of groups
 };
 
 struct Barrier {
@@ -60,27 +60,27 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Fiber*> ready;
-  unsigned ended = 0;  // fibers
+  unsigned ended = 0;  // the number of fibers that have ended
   unsigned char* shared;
   Barrier barrier;
-  bool slow;  // seldom has its turn
+  bool slow;  // a slow block seldom has its turn, so that blocks drift apart
 };
 
 struct Cluster {
   std::vector<Block> blocks;
-  unsigned ended = 0;  // blocks
+  unsigned ended = 0;  // the number of blocks that have ended
   Barrier barrier;
 };
 
-// The launch that runs; there is one at a time in a process.
+// The launch that runs. There is one at a time in a process.
 Fibers fibers;
 Context host;
 Kernel kernel;
 size_t shared_bytes;
 std::vector<std::unique_ptr<Cluster>> in_flight;
 Fiber* current;
-Block* turn;            // goes on alone until all of it waits, or by chance
-unsigned ready, looks;  // fibers that can go on; looks of spins since a block started or ended
+Block* turn;            // goes on alone until all of its fibers wait, or chance ends its turn
+unsigned ready, looks;  // fibers that can go on; looks by spins since a block started or ended
 bool failed;
 std::string message;
 uint64_t random_state;
@@ -103,7 +103,7 @@ void make_ready(Fiber& fiber, Stop stop = Stop::running) {
   ++ready;
 }
 
-// One of those that can go on; null if none can.
+// A fiber that can go on, drawn at random; null if none can.
 Fiber* draw() {
   if (ready == 0) return nullptr;
   if (!turn || turn->ready.empty() || random_below(64) == 0) {
@@ -119,7 +119,7 @@ Fiber* draw() {
   return fiber;
 }
 
-// Goes on in `to`, or in the host's loop.
+// Continues in `to`, or in the host's loop where it is null.
 void go_on(Context& from, Fiber* to, bool for_ever = false) {
   current = to;
   if (to) {
@@ -132,7 +132,7 @@ void go_on(Context& from, Fiber* to, bool for_ever = false) {
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
   Fiber& me = *current;
-  pose_as(host);  // so that the text is not taken for data of the kernel
+  pose_as(host);  // so that TSan does not take the text for the kernel's data
   char text[256];
   va_list arguments;
   va_start(arguments, format);
@@ -160,7 +160,7 @@ void entry() {
   release(&block);
   const bool last = ++block.ended == block.fibers.size();
   if (last) {
-    acquire(&block);  // so that whoever still uses this memory races, or uses it after it was freed
+    acquire(&block);  // a thread that still uses this memory races with this, or uses it after it was freed
     free(std::exchange(block.shared, nullptr));
     ++block.cluster->ended;
   }
@@ -226,7 +226,7 @@ void start_cluster(unsigned first, unsigned size) {
 void drop(Cluster& cluster) {
   for (Block& block : cluster.blocks) {
     for (Fiber& fiber : block.fibers) {
-      if (failed) {  // it has not come to its end, where it would have done this
+      if (failed) {  // the fiber has not reached its end, where it would have done this
         pose_as(fiber);
         release(&in_flight);
         pose_as(host);

@@ -1,6 +1,6 @@
-// Small kernels that are right, and wrong in one way each where `planted`: what the emulator and the
-// sanitizers must let pass, and what they must catch. A library for test_cuda_emulator.py, and a program for
-// the sanitizers.
+// Small kernels that are right, or each wrong in one way if `planted`. The emulator and the sanitizers have
+// to accept the right ones and to notice the faults. This file is a library for test_cuda_emulator.py, and a
+// program for the sanitizers.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) sum_blocks(const __grid_constant__ T
   if (threadIdx.x == 0) task.out[blockIdx.x] = total;
 }
 
-// The lanes of a warp give each other their numbers.
+// The lanes of a warp exchange their numbers. Planted: without waiting for each other.
 __global__ void swap_in_warp(const __grid_constant__ Task task) {
   float* numbers = shared_floats();
   numbers[threadIdx.x] = task.in[threadIdx.x];
@@ -31,7 +31,7 @@ __global__ void swap_in_warp(const __grid_constant__ Task task) {
   task.out[threadIdx.x] = numbers[threadIdx.x ^ 1];
 }
 
-// The blocks of a cluster give each other their sums.
+// The blocks of a cluster exchange their sums. Planted: without waiting for each other.
 __global__ void sum_clusters(const __grid_constant__ Task task) {
   float* partial = shared_floats();
   const cg::cluster_group cluster = cg::this_cluster();
@@ -41,11 +41,12 @@ __global__ void sum_clusters(const __grid_constant__ Task task) {
   float total = 0;
   for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank)
     total += *cluster.map_shared_rank(partial, rank);
-  cluster.sync();  // or a block would end while others read
+  cluster.sync();  // otherwise a block could end while others read its memory
   if (threadIdx.x == 0) task.out[blockIdx.x] = total;
 }
 
-// Blocks that come first fill the slots; those that come later wait for them and add the slots up.
+// Blocks that come first fill the slots. Those that come later wait for them and add the slots up. Planted:
+// they do not wait.
 __global__ void hand_over(const __grid_constant__ Task task) {
   float* partial = shared_floats();
   unsigned* ticket = reinterpret_cast<unsigned*>(partial + 2);
@@ -67,7 +68,7 @@ __global__ void hand_over(const __grid_constant__ Task task) {
   if (threadIdx.x == 0) task.out[*ticket] = total;
 }
 
-// out[0]: how many blocks came before the first.
+// out[0] is the number of blocks that came before the first one.
 __global__ void take_ticket(const __grid_constant__ Task task) {
   if (threadIdx.x == 0) task.out[blockIdx.x] = float(atomicAdd(&task.counters[0], 1u));
 }
@@ -89,7 +90,7 @@ __global__ void diverge_at_shuffle(const __grid_constant__ Task task) {
 
 __global__ void diverge_at_barrier(const __grid_constant__ Task task) {
   if (task.planted && threadIdx.x == 40) {
-    __shfl_sync(0x300, 1, 8);  // of lanes 8 and 9
+    __shfl_sync(0x300, 1, 8);  // an exchange of lanes 8 and 9 only
   } else {
     __syncthreads();
   }
@@ -113,7 +114,7 @@ __global__ void spin(const __grid_constant__ Task task) {
 }
 
 __global__ void stop(const __grid_constant__ Task task) {
-  float large[256];  // which ASan fences
+  float large[256];  // ASan fences this array on the fiber's stack
   for (unsigned i = 0; i < 256; ++i) large[i] = task.in[i % kThreads];
   if (task.planted && threadIdx.x == 5) __trap();
   __syncthreads();
@@ -125,7 +126,7 @@ struct Large {
 };
 __global__ void take_large(const Large) {}
 
-// Every vote, exchange and atomic that kernels use, once; out[i] is the number of those that were wrong.
+// Uses every vote, exchange and atomic that kernels use once; out[i] is the number of wrong results.
 __global__ void use_all(const __grid_constant__ Task task) {
   const unsigned lane = threadIdx.x % 32, low = lane < 16 ? 0xffffu : 0xffff0000u;
   unsigned* shared = reinterpret_cast<unsigned*>(emulator::shared_memory());
@@ -155,7 +156,7 @@ __global__ void use_all(const __grid_constant__ Task task) {
 struct Check {
   const char* name;
   void (*kernel)(Task);
-  float expected;  // of out[first] to out[last], after the last launch
+  float expected;  // the value of out[first] to out[last] after the last launch
   unsigned blocks = 1, cluster = 1, outs = kThreads, shared = kThreads * sizeof(float);
   unsigned first = 0, last = 0, launches = 1;
   int cooperative = 0;
@@ -206,7 +207,7 @@ const Check checks[] = {
     {"copy_past_shared", copy_past_shared, 6},
     {"copy_past_global", copy_past_global, 60 + 61 + 62 + 63},
     {"copy_without_wait", copy_without_wait, 6},
-    {"copy_with_zeros", copy_with_zeros, 60 + 61},  // and the low half of 62, which is 0
+    {"copy_with_zeros", copy_with_zeros, 60 + 61},  // and the low half of 62, whose bits are 0
     {"copy_only_zeros", copy_only_zeros, 0},
 };
 
@@ -225,7 +226,7 @@ cudaError_t launch(const Check& check, const Task& task) {
   return cudaLaunchKernelEx(&config, check.kernel, task);
 }
 
-// Launches the kernel of that name: 0 where it ran and was right, -1 where it was wrong, else the error.
+// Launches the kernel of this name. Returns 0 if its result is right, -1 if it is wrong, or the error.
 EMULATOR_API int check(const char* name, bool planted, int seed) {
   for (const Check& check : checks) {
     if (std::string(check.name) != name) continue;
@@ -258,7 +259,7 @@ EMULATOR_API void add_bfloat16(const float2* a, const float2* b, __nv_bfloat162*
   }
 }
 
-// Copies its parameters to where an earlier launch may have left arrays behind.
+// Copies its parameters to a stack where an earlier launch may have left arrays behind.
 bool launch_large() {
   cudaLaunchConfig_t config = {};
   config.gridDim = kBlocks;
@@ -266,13 +267,13 @@ bool launch_large() {
   return cudaLaunchKernelEx(&config, take_large, Large{}) == cudaSuccess;
 }
 
-// planted NAME right|wrong SEEDS [BLOCKS_IN_FLIGHT]
+// Usage: planted NAME right|wrong SEEDS [BLOCKS_IN_FLIGHT]
 int main(int argc, char** argv) {
   if (argc < 4) return 2;
   if (argc > 4) emulator_set("blocks_in_flight", std::atoi(argv[4]));
   bool right = true;
   for (int seed = 0; seed < std::atoi(argv[3]); ++seed) {
-    emulator_trace(seed % 2);  // which the sanitizers must not see
+    emulator_trace(seed % 2);  // the sanitizers must not see the log
     right &= check(argv[1], std::string(argv[2]) == "wrong", seed) == 0;
     if (!launch_large()) return 3;
   }

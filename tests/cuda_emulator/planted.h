@@ -1,4 +1,4 @@
-// What the planted kernels share.
+// What the planted kernels share: their arguments, and the sum over a block.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,7 +10,7 @@ struct Task {
 };
 
 constexpr unsigned kThreads = 64, kBlocks = 8, kCluster = 4;
-constexpr float kBlockSum = kThreads * (kThreads - 1) / 2;  // of in[i % kThreads] = i
+constexpr float kBlockSum = kThreads * (kThreads - 1) / 2;  // the sum of in[], where in[i] = i
 
 __device__ inline float* shared_floats() { return reinterpret_cast<float*>(emulator::shared_memory()); }
 

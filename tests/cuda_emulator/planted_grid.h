@@ -1,4 +1,5 @@
-// Planted kernels with asynchronous copies, and those of a cooperative grid, whose blocks wait for each other.
+// Planted kernels with asynchronous copies, and those of a cooperative grid, whose blocks wait for each
+// other.
 #pragma once
 #include <cuda_pipeline_primitives.h>
 
@@ -6,8 +7,8 @@
 
 constexpr unsigned kStages = 8, kSlots = 4;
 
-// A ring of slots that asynchronous copies fill ahead; each thread adds up what its neighbour copied.
-// Planted: a slot is read a stage before its bytes are sure to be there.
+// A ring of slots that asynchronous copies fill ahead of time. Each thread adds up what its neighbour copied.
+// Planted: a slot is read one stage before its bytes are sure to be there.
 __global__ void ring(const __grid_constant__ Task task) {
   const auto slot = [](unsigned stage) { return shared_floats() + stage % kSlots * kThreads; };
   const auto fetch = [&](unsigned stage) {
@@ -15,22 +16,22 @@ __global__ void ring(const __grid_constant__ Task task) {
       const float* from = &task.in[(threadIdx.x + stage) % kThreads];
       __pipeline_memcpy_async(&slot(stage)[threadIdx.x], from, sizeof(float));
     }
-    __pipeline_commit();  // without copies too, so that a stage remains a batch
+    __pipeline_commit();  // a stage without copies commits too, so that each stage is one batch
   };
   for (unsigned stage = 0; stage < kSlots - 1; ++stage) fetch(stage);
   float total = 0;
   for (unsigned stage = 0; stage < kStages; ++stage) {
     __pipeline_wait_prior(kSlots - (task.planted ? 1 : 2));
     __syncthreads();
-    fetch(stage + kSlots - 1);  // where all have read in the stage before
+    fetch(stage + kSlots - 1);  // into a slot that all threads have read in the stage before
     total += slot(stage)[threadIdx.x ^ 1];
   }
   __pipeline_wait_prior(0);
   __stcs(&task.out[blockIdx.x * kThreads + threadIdx.x], total);
 }
 
-// Asynchronous copies of what a neighbour writes. Planted: they are issued before it is sure to be written,
-// which goes well here, where they read at the wait, and not on every GPU.
+// Asynchronous copies of what a neighbour writes. Planted: they are issued before that is sure to be written.
+// Here this gives a right result, because the source is read in the wait, but not on every GPU.
 __global__ void copy_fresh(const __grid_constant__ Task task) {
   float* source = task.out + kThreads;
   __stcg(&source[threadIdx.x], task.in[threadIdx.x]);
@@ -54,7 +55,7 @@ __global__ void copy_overwritten(const __grid_constant__ Task task) {
   task.out[threadIdx.x] = shared_floats()[threadIdx.x];
 }
 
-// Planted: a copy is issued into what is still read.
+// Planted: a copy is issued into memory that is still read.
 __global__ void copy_into_use(const __grid_constant__ Task task) {
   float* mine = &shared_floats()[threadIdx.x];
   const auto fetch = [&] {
@@ -70,8 +71,8 @@ __global__ void copy_into_use(const __grid_constant__ Task task) {
   task.out[threadIdx.x] = first + *mine;
 }
 
-// The sums of all blocks, each weighted by its block's number, reach all blocks; counters are 0 before and
-// after. `early`: does not wait for them. `left`: leaves the counters as they are.
+// The sums of all blocks, each weighted by its block's number, reach all blocks. Counters are 0 before and
+// after. `early` means not to wait for the sums, and `left` to leave the counters as they are.
 __device__ inline void share_sums(const Task& task, bool early, bool left) {
   const float own = block_sum(__ldcs(&task.in[threadIdx.x]), shared_floats());
   if (threadIdx.x == 0) {
@@ -86,9 +87,9 @@ __device__ inline void share_sums(const Task& task, bool early, bool left) {
   if (threadIdx.x != 0) return;
   task.out[blockIdx.x] = total;
   if (left || atomicAdd(&task.counters[1], 1u) + 1 < gridDim.x) return;
-  task.counters[0] = task.counters[1] = 0;  // the last block: all others have seen theirs
+  task.counters[0] = task.counters[1] = 0;  // this is the last block, and all others have read the sums
 }
-// Planted: a block applies the sums before all of them have come.
+// Planted: a block uses the sums before all of them are there.
 __global__ void sum_grid(const __grid_constant__ Task task) { share_sums(task, task.planted, false); }
 // Planted: the next launch finds the counters of this one, and takes its sums for its own.
 __global__ void sum_grid_again(const __grid_constant__ Task task) { share_sums(task, false, task.planted); }
@@ -124,7 +125,7 @@ __global__ void copy_without_wait(const __grid_constant__ Task task) {
 __global__ void copy_with_zeros(const __grid_constant__ Task task) {
   copy_four(task, shared_floats(), task.in + kThreads - 4, 16, true, 6);
 }
-// Where all become 0, the source may be the array's end: nothing of it is read.
+// If all bytes become 0, the source may be the array's end, because nothing of it is read.
 __global__ void copy_only_zeros(const __grid_constant__ Task task) {
   copy_four(task, shared_floats(), task.in + kThreads, 16, true, task.planted ? 6 : 16);
 }

@@ -1,4 +1,5 @@
-// Kernels whose accesses are known, for the log of them, and the size that a cooperative grid may have.
+// Kernels whose accesses are known, to test the log of accesses; and the size that a cooperative grid may
+// have.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
@@ -9,7 +10,7 @@
 #include "emulator.h"
 #include "planted.h"
 
-// Each thread copies one element. Planted: one thread reads the first element too.
+// Each thread copies one element. Planted: one thread also reads the first element.
 template <typename T>
 __global__ void copy_by_hint(const void* from, void* to, bool planted) {
   const T* in = static_cast<const T*>(from);
@@ -36,7 +37,7 @@ __global__ void copy_asynchronously(const void* from, void* to, bool planted) {
 struct Copier {
   const char* name;
   void (*kernel)(const void*, void*, bool);
-  unsigned bytes;  // of an element
+  unsigned bytes;  // the size of an element
 };
 const Copier copiers[] = {
     {"uint4", copy_by_hint<uint4>, 16},
@@ -53,7 +54,8 @@ const Copier copiers[] = {
     {"asynchronous float", copy_asynchronously<float>, 4},
 };
 
-// Copies so many bytes, a multiple of kThreads elements: an error, or -2 where there is no such copier.
+// Copies this number of bytes, a multiple of kThreads elements. Returns an error, or -2 if there is no such
+// copier.
 EMULATOR_API int copy(const char* name, const void* from, void* to, unsigned bytes, bool planted) {
   for (const Copier& copier : copiers) {
     if (std::string(copier.name) != name) continue;

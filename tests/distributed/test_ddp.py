@@ -1,6 +1,7 @@
 """DistributedDataParallel: each rank makes the same step from the same averaged gradients, to the bit.
 
-The file itself is the training, and the tests start it as a user would: torchrun, with tests/ in PYTHONPATH.
+This file is also the training program. The tests start it as a user would, by torchrun, with tests/ in
+PYTHONPATH.
 """
 
 import json
@@ -20,14 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from cges_kernels import ProxSGD, sparsity_param_groups, sparsity_report
 
 RANKS, STEPS = 2, 50
-HANG = 60  # seconds until a rank that waits in vain for another gives up
+HANG = 60  # seconds after which a rank gives up waiting for another
 
 
 def train(device, backend, prox_mode, as_bucket_views):
-    """Train on a different random half of the data per rank; returns what the ranks must agree on."""
+    """Trains on a different random half of the data on each rank; returns what the ranks must agree on."""
     torch.manual_seed(0)
     images, labels = torch.randn(256, 1, 8, 8), torch.randint(4, (256,))
-    images += 2 * torch.eye(8)[2 * labels][:, None, None]  # the label lights up one column
+    images += 2 * torch.eye(8)[2 * labels][:, None, None]  # the label brightens one column
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
         nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 4),
@@ -51,6 +52,7 @@ def train(device, backend, prox_mode, as_bucket_views):
 
 
 def main(device, backend, prox_mode, as_bucket_views):
+    """Trains, and prints how the two ranks compare."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=HANG))
     mine = train(device, backend, prox_mode, as_bucket_views == "views")
     everyone = [None] * RANKS
@@ -68,8 +70,10 @@ def main(device, backend, prox_mode, as_bucket_views):
 
 
 def torchrun(*options):
+    """Runs this file on RANKS ranks with these arguments, and returns its report."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    # A package that is not installed is found from here; and torchrun would set the threads, and say so.
+    # The path finds a package that is not installed. Unless the threads are set, torchrun sets them and
+    # prints that.
     path = os.pathsep.join(filter(None, [PATHS, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -80,11 +84,12 @@ def torchrun(*options):
 
 
 def assert_ranks_agree(report):
+    """All tensors are equal, and the training was one that could tell: it learnt, and groups died."""
     assert report["same"] == report["tensors"] > 10
     one, other = report["losses"]
-    assert one != other  # the ranks did see different data
-    assert sum(one[-5:]) < 0.7 * sum(one[:5])  # and learnt
-    assert report["dead"][0] == 0 and len(set(report["dead"])) > 5  # groups died on the way
+    assert one != other  # the ranks saw different data
+    assert sum(one[-5:]) < 0.7 * sum(one[:5])  # and the model learnt
+    assert report["dead"][0] == 0 and len(set(report["dead"])) > 5  # groups died during training
 
 
 needs_gloo = pytest.mark.skipif(
@@ -96,11 +101,18 @@ needs_gloo = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "prox_mode, gradients",
     [
-        ("sequential", "views"),  # gradients lie in the buckets that ranks average
-        pytest.param("exact", "own", marks=pytest.mark.full("a second launch: exact mode, gradients apart")),
+        ("sequential", "views"),  # gradients are views of the buckets that ranks average
+        pytest.param(
+            "exact",
+            "own",
+            marks=pytest.mark.full(
+                "exact mode, and gradients in memory of their own; a launch of torchrun takes seconds"
+            ),
+        ),
     ],
 )
 def test_ranks_agree_to_the_bit(prox_mode, gradients):
+    """Parameters and buffers of two ranks are equal after training."""
     assert_ranks_agree(torchrun("cpu", FASTEST, prox_mode, gradients))
 
 
@@ -108,7 +120,7 @@ def test_ranks_agree_to_the_bit(prox_mode, gradients):
 @needs_gloo
 @pytest.mark.parametrize("executor", ["cuda", "triton"])
 def test_ranks_agree_to_the_bit_on_a_gpu(executor):
-    """Both ranks on one GPU, which gloo allows."""
+    """The same with both ranks on one GPU, which gloo allows."""
     assert_ranks_agree(torchrun("cuda", executor, "sequential", "views"))
 
 

@@ -1,7 +1,7 @@
 """Parameters that are sharded over ranks: every case of sharded_cases/, in processes that torchrun starts.
 
-A launch takes seconds, so there is one per number of ranks, for all the cases that are to run. The first tier
-has two: two ranks for all but most of the matrix, and four for what cannot be seen by fewer.
+A launch takes seconds, so there is one for each number of ranks, for all cases that are to run. The first
+tier has two: two ranks for all cases but most of the matrix, and four ranks for what fewer cannot show.
 """
 
 import json
@@ -25,7 +25,7 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 LIMIT = 170  # seconds for a launch; a collective that hangs gives up earlier
 
 
-# On GPUs. The last is not for gloo, whose only sure collective there is all_reduce.
+# Cases for GPUs. The last one does not run with gloo, of which only all_reduce is sure to work on a GPU.
 ON_GPUS = {
     1: ("rows-feature", "sums-over-one-rank", "a-model-under-fully-shard"),
     2: (
@@ -39,18 +39,19 @@ ON_GPUS = {
 
 
 def why_full(world, name):
-    """Of a case on the CPU, None where it is of the first tier."""
+    """The reason why a case on the CPU is left out of the first tier, or None."""
     if getattr(CASES[world][name], "func", None) is matrix:
-        # Sharded rows meet every spec; of the other placements filters, which most of them cut.
+        # Sharded rows run with every spec. Other placements run with filters, which most of them cut.
         if world != 2 or not (name.startswith("rows") or name.endswith("filter")):
-            return "the rest of all placements by all specs"
+            return "the rest of the product of placements and specs"
     elif world == 1:
-        return "meshes of one rank, beside those of two and four"
+        return "meshes of one rank; the first tier has those of two and four"
     elif world == 4 and name in CASES[2]:
-        return "on meshes of two dims what two ranks see on one"
+        return "meshes of two dims; the first tier runs the case on a mesh of one dim"
 
 
 def every_case():
+    """Parameters of test_sharded: ((number of ranks, device, backend), name of the case)."""
     for world, cases in CASES.items():
         for name in cases:
             reason = why_full(world, name)
@@ -64,7 +65,10 @@ def every_case():
 
 @pytest.fixture(scope="module")
 def launched(request, tmp_path_factory):
-    """By number of ranks, device and backend: what went wrong on each rank, by case, and what was printed."""
+    """A function that returns what went wrong on each rank, by case, and what was printed.
+
+    It launches once for each (number of ranks, device, backend).
+    """
     done = {}
 
     def launch(ranks):
@@ -96,6 +100,7 @@ def launched(request, tmp_path_factory):
 
 @pytest.mark.parametrize("ranks, name", list(every_case()))
 def test_sharded(ranks, name, launched):
+    """The case passed on every rank."""
     world, _, backend = ranks
     if backend == "nccl" and not dist.is_nccl_available():
         pytest.skip("needs a torch with NCCL")

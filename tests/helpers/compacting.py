@@ -1,4 +1,4 @@
-"""What tests of compact() do with networks: make them, kill channels, compare a copy with its original."""
+"""What tests of compact() share: they make networks, kill channels, and compare a copy with its original."""
 
 import copy
 
@@ -27,20 +27,23 @@ def conv(into, out, size=3, **options):
 
 
 def mlp(forward, width=8, **more):
+    """Two Linear layers, ``a`` and ``b``, and ``more`` modules, under a forward of the caller's."""
     return net(forward, a=nn.Linear(5, width), b=nn.Linear(width, 3), **more)
 
 
 def plain(self, x):
+    """The forward of a network of mlp(): b(relu(a(x)))."""
     return self.b(self.a(x).relu())
 
 
 def example_of(shape):
+    """An input of ``shape``, or a batch of tokens where it is None."""
     return torch.randint(20, (4, 5)) if shape is None else torch.randn(shape)
 
 
 @torch.no_grad()
 def kill(model, outputs=0.3, inputs=0.3):
-    """Zero some outputs and some inputs of every weight; let batch norms shift and scale."""
+    """Zeroes random outputs and inputs of every weight, and gives batch norms random shifts and scales."""
     for layer in regularised_weights(model):
         w = layer.blocked()  # [blocks, out, in, taps]
         w[torch.rand(w.shape[:2]) < outputs] = 0
@@ -54,7 +57,7 @@ def kill(model, outputs=0.3, inputs=0.3):
 
 
 def ones(model):
-    """Every weight 1 and every bias 0, to make out by hand what is left."""
+    """Sets every weight to 1 and every bias to 0, so that what is left can be worked out by hand."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.fill_(float(name.endswith("weight")))
@@ -62,7 +65,7 @@ def ones(model):
 
 
 def padded_pair(bias, padding_mode="zeros", activation=None):
-    """A dead filter (the first of two) with ``bias`` in front of a padded convolution."""
+    """A convolution whose first filter is dead, but for its ``bias``, in front of a padded convolution."""
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3),
         activation or nn.Identity(),
@@ -79,11 +82,12 @@ def leaves(out):
 
 
 def shapes(result):
+    """The shapes of the weights of a compacted model."""
     return {name: tuple(p.shape) for name, p in result.model.named_parameters() if p.dim() > 1}
 
 
 def assert_same(small, model, example):
-    """The outputs on ``example`` and on other inputs, in float64."""
+    """Compares the outputs of both models in float64, on ``example`` and on other inputs."""
     small, model = (copy.deepcopy(m).double().eval() for m in (small, model))
     for scale in (1, 3):
         x = (example * scale + (scale > 1)).double() if example.is_floating_point() else example.flip(0)
@@ -92,7 +96,7 @@ def assert_same(small, model, example):
 
 
 class Attention(nn.Module):
-    """q, k and v of one Linear, as in a vision transformer."""
+    """Self-attention whose q, k and v come from one Linear, as in a vision transformer."""
 
     def __init__(self, heads=2):
         super().__init__()
@@ -107,12 +111,14 @@ class Attention(nn.Module):
 
 
 def unread(layer, columns):
+    """Zeroes ``columns`` of a layer's weight, so that nothing reads these inputs."""
     with torch.no_grad():
         layer.weight[:, columns] = 0
 
 
 @torch.no_grad()
 def dead(layer, rows, also=()):
+    """Zeroes ``rows`` of a layer's weight and of the parameters in ``also``."""
     layer.weight[rows] = 0
     for p in also:
         p[rows] = 0

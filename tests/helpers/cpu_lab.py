@@ -1,4 +1,4 @@
-"""A CPU in the place of the GPU that benchmarks measure, and rows whose times are made up."""
+"""Stands a CPU in for the GPU that benchmarks measure, and makes up rows of times."""
 
 import os
 
@@ -10,7 +10,7 @@ NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 class CpuLab(lab.Lab):
-    """A CPU in the place of the GPU, with an L2 small enough that tensors rotate."""
+    """A lab on the CPU, with so small an L2 cache that tensors rotate through several sets."""
 
     device, copy_bytes, warm_up, seconds, l2_bytes, most_sets = "cpu", 2**12, 0.0, 0.0, 1024, 8
 
@@ -34,5 +34,5 @@ class CpuLab(lab.Lab):
 
 
 def steady(**ms):
-    """What a run of contenders that take these times brings."""
+    """The function that a measured run would be, for contenders whose times in ms are made up."""
     return lambda: [{name: [value / 1e3] * 5 for name, value in ms.items()}]

@@ -1,4 +1,9 @@
-"""What tests of the CUDA executor share: its paths, parameters and optimizers that take them."""
+"""What tests of the CUDA executor share: shapes for each of its paths, parameters, and optimizers.
+
+A path is a way in which blocks work on groups. "rows" keeps them in registers, "tile" in one block's shared
+memory, and "shared" in the shared memory of several blocks. "ticket" cuts groups that no blocks can hold into
+chunks, and reads these more than once.
+"""
 
 import pytest
 import torch
@@ -17,15 +22,16 @@ needs_cuda = pytest.mark.skipif(
 on_emulator = pytest.mark.skipif(not INTERPRETED, reason="looks into the device, as only the emulator allows")
 PENALTY = dict(group_lasso=0.3, exclusive_lasso=0.001, l1=0.02)
 PLAIN = dict(momentum=0.9, weight_decay=0.1)
-# What takes the general path, a reason each.
+# Options that keep a step off the specialised kernels and on the general one, for one reason each.
 GENERAL = (
     *(dict(momentum=0.9, nesterov=True), dict(momentum=0.9, prox_mode="exact"), dict(momentum=0.0)),
     *(dict(momentum=0.9, freeze_zeros=freeze) for freeze in ("group", "element")),
 )
-# Shapes that take a path each where there is so little shared memory: a tile, a shared panel, tickets.
+# With shared memory limited to LIMIT, each of these shapes takes one path.
 LIMIT = 9000  # bytes
 TILE, SHARED, TICKET = (16, 12), (150, 20), (900, 20)
-# Groups of whole accesses, of a part of a warp to all of a block, and of odd lengths; of one; none at all.
+# Rows of whole vector accesses, worked on by a part of a warp up to a whole block; rows of odd lengths;
+# groups of one element; and a tensor without groups.
 ROWS = [
     (70, 8),
     (9, 48),
@@ -39,9 +45,9 @@ ROWS = [
     (300, 1),
     (77,),
 ]
-# Of each kind of tile one or two: columns of whole accesses, of odd lengths, more than a block's threads can
-# span; adjacent columns of one group, odd and even; matrices side by side; rows too long for registers; no
-# groups at all.
+# One or two for each kind of tile: columns of whole vector accesses, of odd lengths, and more of them than a
+# block's threads can span; adjacent columns of one group, an odd and an even number; matrices side by side;
+# rows too long for registers; and a tensor without groups.
 TILES = [
     ("feature", (64, 48)),
     ("feature", (131, 67)),
@@ -57,13 +63,13 @@ TILES = [
 
 
 def path_of(shape, group_by="filter", dtype=torch.float32):
-    """Which paths work on a tensor: of "rows", "tile", "shared", "ticket"."""
+    """The set of paths that work on a tensor: of "rows", "tile", "shared" and "ticket"."""
     counts = paths(shape, group_by, dtype)
     return {name for name, count in zip(("rows", "tile", "shared", "ticket"), counts) if count}
 
 
 def parameter(shape, dtype=torch.float32, offset=0):
-    """Of normal weights, some of them 0 and a row too, so many elements beyond where memory begins."""
+    """Normal weights, some of them and the last row 0, that begin ``offset`` elements into their memory."""
     memory = torch.empty(offset + fresh(shape).numel(), dtype=dtype)
     w = memory[offset:].view(shape).copy_(fresh(shape, dtype))
     w[torch.rand(shape) < 0.2] = 0.0
@@ -72,6 +78,7 @@ def parameter(shape, dtype=torch.float32, offset=0):
 
 
 def optimizer_of(params, **options):
+    """A ProxSGD on the CUDA executor, under PENALTY over filters unless options say otherwise."""
     options = {"lr": 0.1, "group_by": "filter", **PENALTY, **options}
     return ProxSGD(params, backend=BACKEND, **options)
 
@@ -81,6 +88,7 @@ def parameters_of(groups):
 
 
 def give_grads_at(params, dtype=torch.float32, offset=0):
+    """Gives each parameter a random gradient that begins ``offset`` elements into its memory."""
     for p in params:
         p.grad = parameter(p.shape, dtype, offset).detach()
 
@@ -91,6 +99,7 @@ def most(dtype):
 
 
 def rows(dtype):
+    """The shapes of ROWS that a block's registers hold in this dtype."""
     return [shape for shape in ROWS if shape[-1] <= most(dtype)]
 
 
@@ -100,17 +109,19 @@ def paths(shape, group_by="feature", dtype=torch.float32):
 
 
 def paths_together(shapes, group_by="feature", dtype=torch.float32):
+    """As paths(), for several tensors in one launch."""
     layouts = [grouped_layout(torch.empty(shape, dtype=dtype), group_by, None) for shape in shapes]
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
     return BUILT["cuda"].cuda_paths(layouts, number, 0)
 
 
 def model(dtype=torch.float32, offset=0, tiles=TILES):
+    """Param groups with one parameter for each of ``tiles``."""
     return [{"params": [parameter(shape, dtype, offset)], "group_by": spec} for spec, shape in tiles]
 
 
 def trained(shapes, steps=3, dtype=torch.float32, **options):
-    """Parameters and buffers after some steps from the same numbers."""
+    """The parameters and momentum buffers after some steps that always begin from the same numbers."""
     params = parameters(shapes, dtype)
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, **{**PENALTY, **options})
     for step in range(steps):

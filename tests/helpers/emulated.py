@@ -1,7 +1,7 @@
-"""The extension once more, its CUDA kernels compiled for the CPU: backend="cuda" then takes CPU tensors.
+"""Builds the extension with its CUDA kernels compiled for the CPU, so that backend="cuda" serves CPU tensors.
 
-`PYTHONPATH=tests python -m helpers.emulated` builds it, in build/emulated. Blocks have 64 threads there:
-two warps, so that every barrier matters, and no more fibers than that takes.
+`PYTHONPATH=tests python -m helpers.emulated` builds it in build/emulated. Blocks have 64 threads there. That
+makes two warps, so that barriers between warps matter, and keeps the number of fibers small.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FOLDER = CSRC.parent / "build" / "emulated"
 THREADS = 64
 NAME = "_C_emulated"
 KERNELS = (CSRC / "cuda" / "launch.cu", CSRC / "cuda" / "cut.cpp")
-# The sanitizer that this process runs under, whose library is preloaded: "address,undefined" or "thread".
+# The sanitizer whose library is preloaded into this process: "address,undefined" or "thread".
 SANITIZE = os.environ.get("CGES_SANITIZE") or None
 
 
 def build_extension(sanitize: str | None = None, threads: int = THREADS) -> Path:
-    """Compiles what is not up to date, for blocks of so many threads.
+    """Compiles what is not up to date, for blocks of ``threads`` threads.
 
-    Kernels alone are sanitized; what is around them is compiled once.
+    Only the kernels are compiled with the sanitizer; everything else is compiled once, without it.
     """
     from torch.utils.cpp_extension import include_paths
 
@@ -50,7 +50,8 @@ def build_extension(sanitize: str | None = None, threads: int = THREADS) -> Path
 
 
 def load(threads: int = THREADS) -> ModuleType:
-    # each of a name of its own: Python would take the second for the first
+    """Builds the extension and imports it."""
+    # Each build has its own name, or else Python would take the second for the first.
     spec = importlib.util.spec_from_file_location(f"{NAME}_{threads}", build_extension(SANITIZE, threads))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,15 +59,15 @@ def load(threads: int = THREADS) -> ModuleType:
 
 
 def limit_device(**most: int) -> None:
-    """The CUDA executor's shared_bytes and multiprocessors, so that small groups count as large."""
+    """Limits the CUDA executor's shared_bytes and multiprocessors, so that small groups count as large."""
     from cges_kernels.backends import extension, unplanned
 
     extension.BUILT["cuda"].limit_device(**most)
-    unplanned.forget()  # what is kept was cut by another limit
+    unplanned.forget()  # plans that are kept were cut for other limits
 
 
 class Device:
-    """The emulated device's attributes, and what tests may do to it; emulator.h lists the names."""
+    """The emulated device: its attributes by name, and controls for tests. emulator.h lists the names."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
@@ -84,9 +85,11 @@ class Device:
         self._library.emulator_reset()
 
     def accesses(self, work: Callable[[], object]) -> torch.Tensor:
-        """What kernels read and write while `work` runs, through cache hints (__ldcs and the like) and by
-        asynchronous copies. A row for each access, in order: address, bytes, 0 for a read or 1 for a write,
-        blockIdx.x, threadIdx.x (int64)."""
+        """The accesses to global memory that kernels make while `work` runs, in order.
+
+        Seen are accesses through cache hints (__ldcs and the like) and asynchronous copies. Each row of int64
+        holds address, bytes, 0 for a read or 1 for a write, blockIdx.x and threadIdx.x.
+        """
         self._library.emulator_trace(1)
         try:
             work()
@@ -99,9 +102,9 @@ class Device:
 
 
 def traffic(accesses: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each byte of a tensor without gaps was read, and how often written (int64), of such accesses.
+    """How often each byte of ``tensor``, which has no gaps, was read and how often it was written (int64).
 
-    Accesses of other memory do not count, nor do bytes of theirs beyond the tensor's.
+    Accesses of other memory, and bytes beyond the tensor, do not count.
     """
     size = tensor.numel() * tensor.itemsize
 

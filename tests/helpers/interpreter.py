@@ -1,8 +1,9 @@
-"""Triton's interpreter, made several times faster, and its sums like a GPU's.
+"""Patches Triton's interpreter: it becomes several times faster, and adds in the order of a GPU.
 
-It patches triton.language anew at every nested call; once per launch and module is enough, for nothing undoes
-it before the launch ends. It computes for every integer operation whether it overflows and never tells, and
-builds a table of types at every look into it.
+The interpreter patches triton.language anew at every nested call, although nothing undoes the patch before
+the launch ends: once per launch and module is enough. For every integer operation it computes whether the
+result overflows, and never reports it. And it builds a table of types at every lookup. All three are avoided
+here.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ _np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 def patch_once(fn):
+    """Patches triton.language once per module and launch."""
     if fn.__module__ in _patched:
         return interpreter._LangPatchScope()
     _patched.add(fn.__module__)
@@ -25,17 +27,23 @@ def patch_once(fn):
 
 
 def launch(self, *args, **kwargs):
+    """A launch that begins with nothing patched, and is silent about a kernel's divisions by zero."""
     _patched.clear()
     with np.errstate(all="ignore"):  # a kernel may divide by zero
         return _launch(self, *args, **kwargs)
 
 
 def np_dtype(dtype):
+    """The NumPy type of a Triton type, remembered."""
     return _np_dtype(tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar)
 
 
 def tree_sum(self, x):
-    """NumPy adds along the first axis, as the kernels do, one by one; along contiguous memory in a tree."""
+    """Sums in a tree, as a GPU does, instead of one element after the other.
+
+    NumPy adds one by one along the first axis, and pairwise along contiguous memory; Fortran order makes the
+    kernels' axis the contiguous one.
+    """
     return self.to_tensor(
         np.sum(np.asfortranarray(x.handle.data), axis=self.axis, keepdims=self.keep_dims), x.dtype
     )

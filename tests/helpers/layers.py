@@ -1,4 +1,4 @@
-"""Layers of other libraries."""
+"""Layers that other libraries define, written out so that tests do not need these libraries."""
 
 import torch
 from torch import nn

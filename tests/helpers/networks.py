@@ -1,4 +1,4 @@
-"""Small networks, one for each way that channels are coupled."""
+"""Small networks for compact(), one for each way in which channels are coupled."""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,8 @@ from cges_kernels.demo.training import LeNet
 
 
 def residual():
+    """Sums of residual blocks, with and without a convolution in the shortcut."""
+
     def forward(self, x):
         x = F.relu(self.bn1(self.stem(x)))
         x = F.relu(x + self.bn3(self.conv2(F.relu(self.bn2(self.conv1(x))))))
@@ -37,6 +39,8 @@ def residual():
 
 
 def concatenation():
+    """Concatenated channels, as in a DenseNet, and two branches joined in reverse order."""
+
     def forward(self, x):
         x = F.relu(self.stem(x))
         for layer in self.dense:
@@ -50,7 +54,7 @@ def concatenation():
 
 
 def concatenated_input():
-    """Beside the model's input, whose channels stay."""
+    """Channels concatenated with the model's input, which has to keep its own."""
 
     def forward(self, x):
         return self.head(torch.cat([x, F.relu(self.body(x))], 1))
@@ -59,6 +63,8 @@ def concatenated_input():
 
 
 def depthwise():
+    """Depthwise convolutions between pointwise ones, as in a MobileNet, then a flattened Linear."""
+
     def block(i, o):
         return [
             nn.Conv2d(i, i, 3, groups=i, padding=1, bias=False),
@@ -79,6 +85,8 @@ def depthwise():
 
 
 def squeeze_and_excite():
+    """Channels scaled by a gate that is computed from the same channels."""
+
     def forward(self, x):
         x = F.relu(self.conv(x))
         return self.head(x * torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))))
@@ -87,6 +95,8 @@ def squeeze_and_excite():
 
 
 def padded_shortcut():
+    """A shortcut padded with zero channels in front and behind."""
+
     def forward(self, x):
         x = F.relu(self.stem(x))
         short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
@@ -98,11 +108,14 @@ def padded_shortcut():
 
 
 def transformer():
+    """A transformer's encoder layer between two Linears."""
     layer = nn.TransformerEncoderLayer(8, 2, 24, batch_first=True)
     return nn.Sequential(nn.Linear(5, 8), layer, nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 3))
 
 
 def embedded():
+    """An embedding in front of three Linears."""
+
     def forward(self, tokens):
         return self.c(F.relu(self.b(F.relu(self.a(self.embedding(tokens))).mean(1))))
 
@@ -112,11 +125,13 @@ def embedded():
 
 
 def flattened_last():
-    """Flattened with the channels innermost."""
+    """A Flatten whose channels are innermost."""
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3))
 
 
 def reused():
+    """A layer that is called twice."""
+
     def forward(self, x):
         x = F.relu(self.first(x))
         for _ in range(2):
@@ -128,6 +143,7 @@ def reused():
 
 
 def tied():
+    """Two layers that share a weight."""
     model = nn.Sequential(
         *(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU()),
         *(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3)),
@@ -137,7 +153,7 @@ def tied():
 
 
 def mixing():
-    """Operations over all channels."""
+    """Operations that mix all channels: softmax, mean, and maximum."""
 
     def forward(self, x):
         a = self.a(x).softmax(1)
@@ -149,7 +165,7 @@ def mixing():
 
 
 def functional():
-    """A weight that is used beside its module, and one without it."""
+    """A weight used by its module and by F.linear, and one used by F.linear only."""
 
     def forward(self, x):
         x = F.relu(self.a(x))
@@ -162,7 +178,8 @@ def functional():
 IMAGE = (2, 3, 10, 10)
 
 
-# name: (the network, an example's shape, whether it gets smaller, None where that depends on the zeros)
+# name: (the network, the shape of an example, whether it must get smaller). None stands for a network that
+# may or may not, depending on which zeros are drawn.
 ZOO = {
     "lenet": (lambda: LeNet(8), (2, 1, 8, 8), True),
     "pooled": (lambda: LeNet(28), (1, 1, 28, 28), True),
@@ -217,6 +234,6 @@ ZOO = {
     "recurrent": (
         lambda: net(lambda self, x: self.b(self.a(x)[0]), a=nn.LSTM(4, 6), b=nn.Linear(6, 3)),
         (3, 2, 4),
-        None,  # a unit goes where chance zeroes all that it makes
+        None,  # a unit goes only where all that produces it happens to be zero
     ),
 }

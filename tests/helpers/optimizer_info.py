@@ -1,4 +1,4 @@
-"""ProxSGD as an OptimizerInfo: what torch's tests need to know of an optimizer; and their problem."""
+"""Describes ProxSGD as an OptimizerInfo for torch's own tests, and holds the problem that they solve."""
 
 import copy
 from unittest import mock
@@ -12,9 +12,9 @@ from torch.optim import SGD
 from cges_kernels import ProxSGD
 
 pytest.importorskip("expecttest", reason="torch.testing's internals need expecttest, of the extra `test`")
-TESTED = "2.13"  # the torch whose internals these are; another may have changed them
+TESTED = "2.13"  # the torch version whose internals are used here; another may have changed them
 try:
-    # The import would freeze the flags of torch.backends for every other test of the process.
+    # Without the mock this import would freeze torch.backends' flags for all tests of the process.
     with mock.patch("torch.backends.disable_global_flags"):
         from torch.testing._internal import common_optimizers as torchs
     from torch.testing._internal.common_optimizers import OptimizerInfo, OptimizerInput
@@ -28,6 +28,7 @@ try:
     ]
 
     def inputs(device, dtype=None):
+        """The options that torch tries on its SGD, and PENALTIES; capturable too on a GPU."""
         more = [OptimizerInput(None, copy.deepcopy(options), desc=str(options)) for options in PENALTIES]
         if device != "cpu":
             more.append(OptimizerInput(None, dict(capturable=True, momentum=0.9), desc="capturable"))
@@ -51,7 +52,7 @@ except (ImportError, AttributeError, TypeError) as error:
 
 
 def every_config(backend, skip=("differentiable",)):
-    """torch's helper: each input with all flags False, and with each flag alone True."""
+    """Every input's options with all of torch's flags False, and with each flag alone True."""
     found = torchs._get_optim_inputs_including_global_cliquey_kwargs(
         device_of(backend), torch.float32, INFO, skip=skip
     )
@@ -59,7 +60,7 @@ def every_config(backend, skip=("differentiable",)):
 
 
 def make(backend, params, **options):
-    """ProxSGD on ``backend``, except where options, also those of a param group, ask for the reference."""
+    """A ProxSGD on ``backend``, but "auto" where some option asks for the reference."""
     params = list(params)
     everyone = [options, *(group for group in params if isinstance(group, dict))]
     unfused = any(o.get("foreach") or o.get("differentiable") or o.get("fused") is False for o in everyone)
@@ -67,7 +68,7 @@ def make(backend, params, **options):
 
 
 class Problem:
-    """torch's usual one: the least squares of weight @ x + bias."""
+    """The problem of torch's own tests: least squares of weight @ x + bias."""
 
     def __init__(self, transposed=False):
         weight = torch.randn(5, 10).t() if transposed else torch.randn(10, 5)
@@ -75,7 +76,7 @@ class Problem:
         self.x = torch.randn(5)
 
     def loss(self):
-        """Fresh gradients, and the loss."""
+        """Computes fresh gradients and returns the loss."""
         for p in self.params:
             p.grad = None
         loss = (self.params[0].mv(self.x) + self.params[1]).square().sum()
@@ -89,4 +90,5 @@ class Problem:
         return other
 
     def named(self, with_names):
+        """The parameters, with names where asked for."""
         return [(f"name{i}", p) for i, p in enumerate(self.params)] if with_names else self.params

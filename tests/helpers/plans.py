@@ -1,4 +1,4 @@
-"""Step plans without an executor: what they gather, and whether they keep a gradient's memory."""
+"""Step plans without an executor: what they gather, and whether they keep a gradient's memory alive."""
 
 import ctypes
 import gc
@@ -26,6 +26,7 @@ def parameters(shapes=SHAPES):
 
 
 def make_plan(Plan, *groups, momentum=0.9, rule=SGD):
+    """A plan over ``groups``, with lr 0.1."""
     layouts = [[grouped_layout(p, "feature", None) for p in group] for group in groups]
     plan = Plan(groups, layouts, rule.name)
     options = {"momentum": momentum} if rule is SGD else {}
@@ -35,7 +36,7 @@ def make_plan(Plan, *groups, momentum=0.9, rule=SGD):
 
 
 def run(plan):
-    """Runs a gathered step that does nothing; its table as a list of rows."""
+    """Runs a gathered step that does nothing, and returns the rows of its table."""
     tables = []
     plan.run(tables.append)
     (table,) = tables
@@ -48,23 +49,25 @@ def run(plan):
 
 
 def memory(address, n):
-    """The n floats that lie there."""
+    """The n floats at this address."""
     return torch.tensor((ctypes.c_float * n).from_address(address)[:])
 
 
 def snapshot(params, state):
+    """The versions and values of parameters, and what the state holds, to compare later."""
     return [(p._version, p.tolist()) for p in params], {p: dict(entry) for p, entry in state.items()}
 
 
 def watched(p):
-    """Gives p a gradient whose memory tells whether it is alive after p has let go of it."""
+    """Gives p a gradient, and returns a reference that tells whether the gradient's memory is alive."""
     array = np.ones(tuple(p.shape), np.float32)
     p.grad = torch.from_numpy(array)
     return weakref.ref(array)
 
 
 def is_alive(p, watch):
+    """Whether the memory behind ``watch`` is still held after p has dropped its gradient."""
     p.grad = None
-    if watch() is not None:  # then it may be garbage; collecting takes its time
+    if watch() is not None:  # it may be garbage that was not collected yet
         gc.collect()
     return watch() is not None

@@ -1,4 +1,4 @@
-"""The repository, and Python in a process of its own."""
+"""The repository's folder, and Python programs in processes of their own."""
 
 import os
 import subprocess
@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# PYTHONPATH of a process that imports the package, bench and these helpers, installed or not.
+# The PYTHONPATH for a process that imports the package, bench and these helpers, installed or not.
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 def run_python(code, cwd, **env):
+    """Runs code in a new process, which must succeed, and returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,

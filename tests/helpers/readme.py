@@ -1,4 +1,4 @@
-"""The README's code, and a net for it to train."""
+"""The README's Python code, and a network for it to train."""
 
 import re
 

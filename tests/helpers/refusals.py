@@ -1,4 +1,4 @@
-"""Bad input: an optimizer in the middle of training refuses it, writes nothing, and goes on afterwards."""
+"""Bad input in the middle of training: the optimizer refuses it, writes nothing, and goes on afterwards."""
 
 import contextlib
 
@@ -17,7 +17,7 @@ def parameters(seed=0, dtype=torch.float32):
 
 
 def started(backend, **options):
-    """An optimizer in the middle of training: buffers and gradients are there."""
+    """An optimizer in the middle of training: it has momentum buffers and the gradients of its next step."""
     params = parameters()
     optimizer = ProxSGD(params, **{**OPTIONS, **options}, backend=backend)
     steps.give_grads(params, 0)
@@ -27,7 +27,7 @@ def started(backend, **options):
 
 
 def as_bytes(x):
-    """A tensor down to the bit, its dtype and its strides; anything else as it is."""
+    """A tensor's bits, dtype and strides, to compare; the repr of anything else."""
     if not isinstance(x, torch.Tensor):
         return repr(x)
     if x.layout != torch.strided or x.device.type == "meta":
@@ -37,6 +37,7 @@ def as_bytes(x):
 
 
 def snapshot(optimizer):
+    """All that a refused step must leave as it was."""
     groups = [{k: repr(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     buffers = {id(p): {k: as_bytes(v) for k, v in s.items()} for p, s in optimizer.state.items() if s}
@@ -45,7 +46,7 @@ def snapshot(optimizer):
 
 @contextlib.contextmanager
 def rejected(optimizer, error, *words):
-    """An ``error`` whose text has every one of ``words`` (regular expressions), and nothing written."""
+    """Expects an ``error`` that matches each of ``words`` (regular expressions), and nothing written."""
     before = snapshot(optimizer)
     with pytest.raises(error) as caught:
         yield
@@ -55,7 +56,7 @@ def rejected(optimizer, error, *words):
 
 
 def assert_recovers(optimizer, params, backend, **options):
-    """After the cause is gone the next step is the one of an optimizer that never failed."""
+    """Once the cause is gone, the next step gives the bits of an optimizer that never failed."""
     twin, others = started(backend, **options)
     optimizer.step()
     twin.step()

@@ -1,4 +1,4 @@
-"""What tests of the reference's shrinkage share: normal values in float64, and one group at a time."""
+"""What tests of the reference's shrinkage share: normal values in float64, and the prox of a single group."""
 
 import torch
 
@@ -12,6 +12,7 @@ def normal(*shape):
 
 
 def soft_magnitude(z, t):
+    """The magnitude of soft(z, t)."""
     return (z.abs() - t).clamp_min(0)
 
 

@@ -1,6 +1,7 @@
-"""Two tiers of tests: `make test` runs in minutes what sees a break, `make test-full` everything.
+"""The two tiers of tests: `make test` runs the first in minutes, `make test-full` runs both.
 
-A test marked `full` is of the second tier alone; the mark's argument says what the test buys.
+The first tier has to notice any break of the code. A test marked `full` belongs to the second tier alone, and
+the mark's argument says what the test adds.
 """
 
 import itertools
@@ -10,19 +11,19 @@ from helpers.right import INTERPRETED
 
 from cges_kernels import available_backends
 
-TILES = ("whole", "pieces")  # what conftest.py's fixture `tiles` takes
+TILES = ("whole", "pieces")  # the parameters of conftest.py's fixture `tiles`
 
 
 def covering(**options):
     """Parametrises by the product of these lists, of which the first tier runs a covering array.
 
-    Breaks mostly show for one value or for a pair of them: in a covering array each pair of values of two
-    options comes together at least once. Of two options that is their product. On a GPU kernels take no
-    time, and all of the product is of the first tier. `tiles` is conftest.py's fixture; tensors are made
-    where the executor named by `executor` serves them.
+    Most breaks show for one value of an option or for one pair of values of two. A covering array holds each
+    such pair at least once; for only two options it is the whole product. On a GPU, where kernels are fast,
+    the first tier runs the whole product. The option `tiles` is conftest.py's fixture. Tensors are made where
+    the executor named by `executor` serves them.
     """
     rows = ()
-    if INTERPRETED and all(options.values()):  # not so where no executor can run
+    if INTERPRETED and all(options.values()):  # an option has no values where no executor can run
         from allpairspy import AllPairs
 
         rows = AllPairs([range(len(option)) for option in options.values()])
@@ -30,13 +31,14 @@ def covering(**options):
 
 
 def each_value(**options):
-    """As covering(), for options that do not meet in the code: each value comes at least once."""
+    """Like covering(), for options that do not interact: the first tier runs each value at least once."""
     sizes = [len(option) for option in options.values()]
     rows = {tuple(i % n for n in sizes) for i in range(max(sizes))} if all(sizes) else set()
     return _of_product(rows, options, "each value once")
 
 
 def _of_product(first_tier, options, which):
+    """The parametrisation by a whole product, in which rows outside of ``first_tier`` are marked `full`."""
     rest = pytest.mark.full(f"the rest of a product, of which the first tier runs {which}")
     values = [list(option) for option in options.values()]
     cases = [
@@ -52,18 +54,19 @@ def _of_product(first_tier, options, which):
 
 
 def fused_backends():
-    """What a covering array takes for the executors that can run here, the reference apart."""
+    """The executors that can run here, except the reference: a list for covering()."""
     return [name for name in available_backends() if name != "reference"]
 
 
 def identity(value):
+    """The part of a test's id that stands for this value."""
     if isinstance(value, dict):
         return ",".join(f"{key}={x}" for key, x in value.items()) or "none"
     return getattr(value, "__name__", getattr(value, "name", str(value))).removeprefix("torch.")
 
 
 def check_reasons(items):
-    """UsageError where a test is left out of the first tier without a reason."""
+    """Raises UsageError where a test is marked `full` without a reason."""
     for item in items:
         for mark in item.iter_markers("full"):
             if not (mark.args and str(mark.args[0]).strip()):

@@ -1,4 +1,4 @@
-"""What tests of the Triton executor share: small tensors and steps, and a log of launches."""
+"""What tests of the Triton executor share: small tensors, steps, and a record of launches."""
 
 from types import SimpleNamespace
 
@@ -15,26 +15,29 @@ needs_triton = pytest.mark.skipif(BACKEND not in available_backends(), reason="n
 
 WHOLE, SPLIT = "whole_groups", "split_groups"
 PENALTY = dict(group_lasso=0.2, exclusive_lasso=0.01, l1=0.05)
-MIXED = [(6, 5), (70, 5), (9,), (0, 3), (40, 20), (3, 90), (4, 3, 3, 3)]  # groups that fit SMALL, and longer
+# groups that fit the tile SMALL, and longer ones
+MIXED = [(6, 5), (70, 5), (9,), (0, 3), (40, 20), (3, 90), (4, 3, 3, 3)]
 
 
 def optimizer_of(params, **options):
+    """A ProxSGD with momentum on the Triton executor."""
     return ProxSGD(params, **{"lr": 0.3, "momentum": 0.9, "backend": BACKEND, **options})
 
 
 def steps_of(params, steps=2, **options):
-    """All that a few steps leave behind."""
+    """All parameters and states after a few steps."""
     optimizer = optimizer_of(params, **options)
     train(optimizer, params, range(steps))
     return everything(optimizer)
 
 
 def tables_of(optimizer):
+    """The tables of addresses that the executor keeps for this optimizer."""
     return [tables for _, tables in optimizer._planner.plans[BACKEND]._executor.tables]
 
 
 class Noted:
-    """A kernel whose launches are written down."""
+    """A kernel that notes each launch in a log and then makes it."""
 
     def __init__(self, name, log):
         self.name, self.kernel, self.log = name, getattr(executor, name), log

@@ -1,8 +1,8 @@
-"""torchvision, also where its compiled operations do not fit the torch at hand.
+"""Imports torchvision even where its compiled operations do not fit the installed torch.
 
-A torchvision that was built for CUDA does not load them beside a torch for the CPU, and then not even its
-networks can be imported, nor what imports torchvision where it finds it: timm, transformers, lightning. None
-needs the operations.
+A torchvision built for CUDA cannot load its operations beside a torch for the CPU. Then its networks cannot
+be imported either, nor libraries that import torchvision when they find it: timm, transformers, lightning.
+None of them needs these operations here, so stand-ins are declared.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ WITH_GRADIENTS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "defor
 
 
 def torchvision():
-    """The module, None where it is not installed; to be called before what imports it."""
+    """The module, or None where it is not installed. Call this before importing a library that uses it."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:

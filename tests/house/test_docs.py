@@ -27,6 +27,7 @@ def batches(count):
 
 
 def test_use(capsys):
+    """The first example trains a network as it stands, prints a report, and what it makes small computes the same."""
     (use,) = blocks("README.md")
     model, data = Net(), batches(3)
     scope = {"model": model, "data": data, "loss_fn": nn.CrossEntropyLoss()}
@@ -39,6 +40,7 @@ def test_use(capsys):
 
 
 def test_equivalent_pytorch():
+    """The few lines of plain PyTorch compute the same step as prox."""
     equivalent, _ = blocks("docs/penalties.md")
     z = torch.randn(40, 30, dtype=torch.float64)
     scope = {"torch_sgd_update": lambda w: w, "w": z, "lr": 0.5}
@@ -50,6 +52,7 @@ def test_equivalent_pytorch():
 
 
 def test_the_authors_configuration():
+    """The configuration of the method's authors is cges_param_groups with their factors."""
     _, authors = blocks("docs/penalties.md")
     scope = {"model": Net(), "ProxSGD": ProxSGD, "torch": torch}
     scope["sparsity_param_groups"] = sparsity_param_groups
@@ -76,6 +79,7 @@ def test_fractions_left_by_the_modes():
 
 
 def test_groups_of_a_reshaped_weight():
+    """Weak heads and LSTM units become zero as the groups that the page says they are, and nothing else does."""
     (views,) = blocks("docs/groups.md")
     attention, lstm = nn.MultiheadAttention(64, 4), nn.LSTM(8, 32)
     scope = {"attention": attention, "lstm": lstm, "ProxSGD": ProxSGD}
@@ -93,6 +97,7 @@ def test_groups_of_a_reshaped_weight():
 
 @pytest.mark.full("trains for seconds, as the page on going from dense to small does")
 def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
+    """The code reaches the density it asks for, and its small network computes the same."""
     pytest.importorskip("matplotlib")
     small, rounds = blocks("docs/smaller.md")
     monkeypatch.chdir(tmp_path)
@@ -120,10 +125,12 @@ def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_are_those_of_the_results():
+    """The tables are those that are made from bench/results."""
     assert readme.with_tables(README, *readme.reports()) == README, "run `make readme-table`"
 
 
 def test_the_readme_stays_short():
+    """A newcomer reads it once."""
     assert README.count("\n") <= 160
 
 
@@ -146,6 +153,7 @@ BREAKS = {
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: `make docs` does")
 @pytest.mark.parametrize("broken", BREAKS)
 def test_the_site(broken, tmp_path):
+    """A dead link or anchor, a missing picture, and a public name without text fail the build."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "*.so"))
     name, old, new = BREAKS[broken]

@@ -1,4 +1,4 @@
-"""The house: which room of the package and of csrc knows which, and that C++ and Python agree."""
+"""The repository's structure: which part may import which, and that C++ and Python agree."""
 
 import ast
 import graphlib
@@ -18,7 +18,7 @@ from cges_kernels.core.rules import RULES, STEP
 PACKAGE = ROOT / "cges_kernels"
 CSRC = ROOT / "csrc"
 
-# Every room, and those that it may import from beside itself.
+# Each room, a folder or module of the package, and the other rooms that it may import from.
 ROOMS = {
     "core": set(),
     "backends": {"core"},
@@ -40,14 +40,14 @@ INCLUDES = {
 
 
 def modules():
-    """Each module by name, such as core.groups, as far as rooms have rules; a package is its __init__."""
+    """Each module of a room by its dotted name, such as core.groups; a package stands for its __init__.py."""
     paths = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
     return {name: PACKAGE / path for name, path in names.items() if name.split(".")[0] in ROOMS}
 
 
 def imports(name, path, known):
-    """The modules of this package that a module imports, also within functions and for types."""
+    """The modules of this package that a module imports, including imports within functions and for types."""
     here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Name) and node.id in ("import_module", "__import__"):
@@ -66,16 +66,18 @@ def imports(name, path, known):
 
 
 def graph(files):
+    """{module: the other modules that it imports}."""
     return {name: set(imports(name, path, files)) - {name} for name, path in files.items()}
 
 
 def test_every_file_of_the_package_is_in_a_room():
+    """A new file or folder of the package has to be added to ROOMS, and so to the rules."""
     rest = {path.name for path in PACKAGE.iterdir()} - {f"{room}.py" for room in ROOMS} - set(ROOMS)
     assert rest - {"__pycache__"} == {"__init__.py", "demo", "py.typed"}
 
 
 def test_imports_go_one_way():
-    """And every permission is used."""
+    """Each room imports from exactly the rooms in ROOMS: no other, and no permission is left unused."""
     found = {room: set() for room in ROOMS}
     for name, others in graph(modules()).items():
         found[name.split(".")[0]] |= {other.split(".")[0] for other in others}
@@ -83,18 +85,20 @@ def test_imports_go_one_way():
 
 
 def test_imports_have_no_circles():
+    """No module imports itself by way of others."""
     found = graph(modules())
     assert found["backends.planner"] >= {"core.checks", "backends.plan", "backends.registry"}
-    assert "distributed.sharded" in found["proximal"]  # within a function
+    assert "distributed.sharded" in found["proximal"]  # imported within a function
     tuple(graphlib.TopologicalSorter(found).static_order())
 
 
 def test_test_modules_import_helpers_and_not_each_other():
+    """Test modules share code through helpers only, and no two have the same name."""
     paths = list((ROOT / "tests").rglob("*.py"))
     tests = {path.stem for path in paths if path.stem.startswith("test_")}
     assert len(tests) == sum(
         path.stem.startswith("test_") for path in paths
-    )  # pytest tells modules of several folders apart by name alone
+    )  # pytest tells modules of different folders apart by name alone
     for path in paths:
         found = set(re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert not found & tests, path
@@ -102,11 +106,13 @@ def test_test_modules_import_helpers_and_not_each_other():
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU products are of the first tier")
 def test_the_first_tier_stays_one_that_people_run(request):
+    """The first tier has at most 3000 cases, so that it stays a matter of minutes."""
     if request.config.option.markexpr == "not full":
         assert len(request.session.items) <= 3000
 
 
 def test_circles_and_wrong_ways_are_seen(tmp_path):
+    """The checks above notice a circle, an import in a function, a relative import and import_module."""
     for name, text in (("a", "from .b import x"), ("b", "def f():\n    from . import a")):
         (tmp_path / f"{name}.py").write_text(text)
     files = {f"core.{name}": tmp_path / f"{name}.py" for name in "ab"}
@@ -121,6 +127,7 @@ def test_circles_and_wrong_ways_are_seen(tmp_path):
 
 
 def test_includes_go_one_way():
+    """Each folder of csrc includes from exactly those in INCLUDES, and kernels include no torch."""
     files = [path for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".inc")]
     assert len(files) > 20
     found = {room: set() for room in INCLUDES}
@@ -134,12 +141,13 @@ def test_includes_go_one_way():
                 found[room].add(name.split("/")[0])
             else:
                 assert name.split("/")[0] not in INCLUDES, f"{path}: {name}"
-            if room in ("common", "cuda"):  # compiled by nvcc and by the tests, without torch
+            if room in ("common", "cuda"):  # these are compiled by nvcc and by the tests, without torch
                 assert not re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", name), f"{path}: {name}"
     assert {room: others - {room} for room, others in found.items()} == INCLUDES
 
 
 def test_the_design_pages_name_files_that_exist():
+    """Every file that a design page names in backquotes is there."""
     pages = list((ROOT / "docs" / "design").glob("*.md"))
     assert len(pages) > 1
     for page in pages:
@@ -160,6 +168,7 @@ def test_the_design_pages_name_files_that_exist():
 
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 def test_c_plus_plus_and_python_say_the_same():
+    """Enums, constants, states and options that both languages hold have the same names and values."""
     assert BUILT["cpu"].phases == {phase.name: int(phase) for phase in Phase}
     assert BUILT["cpu"].max_sweeps == MAX_SWEEPS and BUILT["cpu"].sorted == SORTED
     assert BUILT["cpu"].states == {name: list(rule.states) for name, rule in RULES.items()}
@@ -171,7 +180,10 @@ def test_c_plus_plus_and_python_say_the_same():
 @pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
 def test_the_extension_has_no_output_streams():
-    """Where a toolchain links the C++ library statically, the first use of one crashes; see common/text.h."""
+    """No C++ output stream is in the extension.
+
+    Where a toolchain links the C++ library statically, the first use of one crashes; see common/text.h.
+    """
     listing = subprocess.run(["nm", "-C", BUILT["cpu"].__file__], capture_output=True, text=True, check=True)
     symbols = listing.stdout.splitlines()
     assert any("cges::StepPlan::gather" in x for x in symbols)

@@ -1,4 +1,8 @@
-"""The package installs and imports where a compiler, the extension, Triton or a GPU is missing."""
+"""The package installs and imports where a compiler, the extension, Triton or a GPU is missing.
+
+setup.py decides what is built from the environment that it is given, so most tests hand it one that is made
+up.
+"""
 
 import importlib.util
 import os
@@ -15,9 +19,10 @@ from torch.utils import cpp_extension
 
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py as a module, with the repository as working directory, as a build has it."""
+    """setup.py as a module, with the repository as the working directory, as in a build."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("CXX", os.environ.get("CXX", ""))  # put back what build_options sets
+    # registered here so that monkeypatch undoes what build_options sets
+    monkeypatch.setenv("CXX", os.environ.get("CXX", ""))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     for name in ("CUDA_HOME", "_check_cuda_version"):
@@ -30,7 +35,7 @@ def build(monkeypatch):
 
 @pytest.fixture
 def fake_path(tmp_path):
-    """A PATH with one executable, called clang++, that nothing runs."""
+    """A PATH with one executable, called clang++, which must not run."""
     compiler = tmp_path / "clang++"
     compiler.write_text("#!/bin/sh\nexit 1\n")
     compiler.chmod(0o755)
@@ -38,6 +43,7 @@ def fake_path(tmp_path):
 
 
 def test_no_compiler_means_no_extension_and_one_line(build, tmp_path, capsys):
+    """Without a compiler the package is pure Python, and one warning says so."""
     assert build.build_options({"PATH": str(tmp_path), "CXX": "no-such-compiler"}) == {}
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1
@@ -45,6 +51,7 @@ def test_no_compiler_means_no_extension_and_one_line(build, tmp_path, capsys):
 
 
 def test_compiler_choice(build, fake_path):
+    """CXX is taken if it exists, with its arguments; otherwise a compiler on PATH."""
     assert build.find_compiler({"PATH": fake_path}) == "clang++"
     assert build.find_compiler({"PATH": fake_path, "CXX": "no-such-compiler"}) == "clang++"
     wrapped = "clang++ --driver-mode=g++"
@@ -52,11 +59,13 @@ def test_compiler_choice(build, fake_path):
 
 
 def test_extension_can_be_left_out_silently(build, fake_path, capsys):
+    """CGES_EXT=0 leaves the extension out without a warning."""
     assert build.build_options({"PATH": fake_path, "CGES_EXT": "0"}) == {}
     assert capsys.readouterr().err == ""
 
 
 def test_extension_flags(build, fake_path):
+    """The extension is compiled and linked with OpenMP, for any machine, and without fast-math."""
     (extension,) = build.build_options({"PATH": fake_path})["ext_modules"]
     flags = extension.extra_compile_args["cxx"]
     assert extension.name == "cges_kernels.backends._C"
@@ -66,7 +75,7 @@ def test_extension_flags(build, fake_path):
 
 
 def fake_toolkit(folder, release):
-    """A CUDA toolkit whose nvcc only tells its version."""
+    """A CUDA toolkit whose nvcc can only tell its version."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     (folder / "lib64").mkdir()
@@ -77,6 +86,7 @@ def fake_toolkit(folder, release):
 
 
 def test_cuda_is_built_wherever_nvcc_is(build, fake_path, tmp_path):
+    """nvcc alone decides whether the CUDA executor is built, not a GPU; CGES_CUDA=0 leaves it out."""
     home = fake_toolkit(tmp_path / "cuda", "13.0")
     (extension,) = build.build_options({"PATH": fake_path, "CUDA_HOME": home})["ext_modules"]
     assert {"csrc/cuda/launch.cu", "csrc/cuda/cut.cpp", "csrc/plan/cuda_executor.cpp"} <= set(
@@ -93,6 +103,7 @@ def test_cuda_is_built_wherever_nvcc_is(build, fake_path, tmp_path):
 
 
 def test_the_architectures_are_the_users_choice(build, fake_path, tmp_path, monkeypatch):
+    """A TORCH_CUDA_ARCH_LIST that the user has set is kept."""
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     build.build_options({"PATH": fake_path, "CUDA_HOME": fake_toolkit(tmp_path / "cuda", "12.8")})
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
@@ -104,6 +115,10 @@ def test_the_architectures_are_the_users_choice(build, fake_path, tmp_path, monk
 def test_torch_asks_for_its_own_cuda_but_not_where_only_that_would_stop_the_build(
     build, fake_path, tmp_path, monkeypatch, torchs, is_asked
 ):
+    """torch's check of nvcc's version stays where it would not stop the build.
+
+    It is dropped where nvcc has another major version than torch's CUDA.
+    """
     monkeypatch.setattr(torch.version, "cuda", torchs)
     asks = cpp_extension._check_cuda_version
     build.build_options({"PATH": fake_path, "CUDA_HOME": fake_toolkit(tmp_path / "cuda", "13.0")})
@@ -111,6 +126,7 @@ def test_torch_asks_for_its_own_cuda_but_not_where_only_that_would_stop_the_buil
 
 
 def test_cuda_that_is_demanded_and_not_there_is_an_error(build, fake_path, tmp_path, monkeypatch):
+    """CGES_CUDA=1 without a recent nvcc stops the build; without the demand CUDA is left out."""
     monkeypatch.setattr(build, "CUDA_FOLDER", str(tmp_path / "nowhere"))
     demanded = {"PATH": fake_path, "CGES_CUDA": "1"}
     with pytest.raises(SystemExit, match=r"expected nvcc >= 12\.8, found none on PATH"):
@@ -123,12 +139,14 @@ def test_cuda_that_is_demanded_and_not_there_is_an_error(build, fake_path, tmp_p
 
 
 def test_build_without_torch_says_what_to_do(build, fake_path, monkeypatch):
+    """A build without torch tells how to install without build isolation."""
     monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
     with pytest.raises(SystemExit, match="pip install --no-build-isolation"):
         build.build_options({"PATH": fake_path})
 
 
 def test_import_is_light():
+    """Importing the package loads no optional library and does not initialise CUDA."""
     run_python(
         "import sys, torch\n"
         "before = set(sys.modules)\n"
@@ -147,7 +165,10 @@ def test_import_is_light():
     ids=["installed", "checkout"],
 )
 def test_the_version_is_that_of_the_installed_package(found, version):
-    """As pyproject.toml has it, which test_wheel.py shows; a checkout need not be installed."""
+    """__version__ is the installed package's, or "0+unknown" in a checkout that is not installed.
+
+    That the installed version is pyproject.toml's is shown in test_wheel.py.
+    """
     run_python(
         "from importlib import metadata\n"
         "real = metadata.version\n"
@@ -163,6 +184,7 @@ def test_the_version_is_that_of_the_installed_package(found, version):
 
 
 def test_works_without_the_extension():
+    """Where the extension cannot be imported, the reference serves."""
     run_python(
         "import sys\n"
         "sys.modules['cges_kernels.backends._C'] = None\n"
@@ -175,8 +197,9 @@ def test_works_without_the_extension():
     )
 
 
-@pytest.mark.full("a whole pip install; the first tier sees what it would build")
+@pytest.mark.full("a whole pip install works; the first tier checks only what setup.py would build")
 def test_pip_install_without_the_extension(tmp_path):
+    """pip installs the package without a compiler, typed and without binaries, and it runs from there."""
     pytest.importorskip("pip")
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()

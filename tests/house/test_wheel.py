@@ -1,4 +1,4 @@
-"""`make wheel`: what is in the sdist and in the wheel, and that wheels work where they are installed."""
+"""`make wheel`: what the sdist and the wheel hold, and that wheels work where they are installed."""
 
 import json
 import os
@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 from helpers.programs import ROOT
 
-VERSION = "7.8.9"  # of the copy that is built
+VERSION = "7.8.9"  # the version given to the copy that is built
 PIP_OPTIONS = ("--no-index", "--no-deps", "--disable-pip-version-check")
 LEFT_HERE = (".*", "build", "dist", "__pycache__", "*.egg-info", "*.so", "demo_out", "accuracy_out")
 
 pytestmark = [
-    pytest.mark.full("builds an sdist and wheels, and installs them"),
+    pytest.mark.full(
+        "the sdist and the wheels hold the right files and work when installed; they take long to build"
+    ),
     pytest.mark.xdist_group("wheel"),
 ]
 
-# Run by the Python that the wheel is installed in.
+# Run by the Python of the environment in which the wheel is installed.
 PROBE = """\
 import json, sys
 sys.modules["triton"] = None  # as where it is not installed
@@ -53,6 +55,7 @@ STEPPED = [[2.5, 0.0], [0.5, 0.0]]
 
 
 def run(*command, cwd, **env):
+    """Runs a command, which must succeed, and returns what it printed."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -67,8 +70,9 @@ def run(*command, cwd, **env):
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """The folder with what `make wheel` built of a copy, without the extension."""
-    pytest.importorskip("build.__main__")  # `build` alone may be the folder of that name
+    """The folder with what `make wheel` built from a copy of the repository, without the extension."""
+    # `build` alone may be found as the repository's folder of that name
+    pytest.importorskip("build.__main__")
     if shutil.which("make") is None:
         pytest.skip("needs make")
     copy = tmp_path_factory.mktemp("wheel") / "copy"
@@ -77,7 +81,7 @@ def dist(tmp_path_factory):
     text, count = re.subn(r'^version = ".*"$', f'version = "{VERSION}"', pyproject.read_text(), flags=re.M)
     assert count == 1
     pyproject.write_text(text)
-    # What a checkout has after builds and tests.
+    # Leftovers that a checkout holds after builds and tests.
     for name in (
         "cges_kernels/backends/_C.so",
         "tests/cuda_emulator/plain.so",
@@ -91,11 +95,11 @@ def dist(tmp_path_factory):
 
 
 def probe(wheel, folder):
-    """What PROBE says in a virtual environment with the wheel, which sees torch of this one."""
+    """What PROBE prints in a virtual environment with this wheel, which finds torch in the present one."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", *PIP_OPTIONS, wheel, cwd=folder)
-    # Named in a .pth file, a folder's own .pth files are not read: an editable install stays out.
+    # A folder named in a .pth file has its own .pth files ignored. That keeps an editable install out.
     (packages,) = folder.glob("lib/python*/site-packages")
     here = [path for path in sys.path if path.endswith("-packages")]
     (packages / "here.pth").write_text("\n".join(here))
@@ -107,16 +111,19 @@ def probe(wheel, folder):
 
 @pytest.fixture(scope="module")
 def probed(dist, tmp_path_factory):
+    """What PROBE prints for the wheel without the extension."""
     (wheel,) = dist.glob("*.whl")
     return probe(wheel, tmp_path_factory.mktemp("installed"))
 
 
 def names_in(wheel):
+    """The names of the files in a wheel."""
     with zipfile.ZipFile(wheel) as file:
         return set(file.namelist())
 
 
 def test_the_sdist_has_what_a_build_needs_and_nothing_that_was_built(dist):
+    """The sdist holds all sources and build files, and no results, objects or hidden files."""
     (path,) = dist.glob("*.tar.gz")
     assert path.name == f"cges_kernels-{VERSION}.tar.gz"
     with tarfile.open(path) as tar:
@@ -131,6 +138,7 @@ def test_the_sdist_has_what_a_build_needs_and_nothing_that_was_built(dist):
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(dist):
+    """Only the package and its metadata are installed, and all of its modules are."""
     (path,) = dist.glob("*.whl")
     names = names_in(path)
     info = f"cges_kernels-{VERSION}.dist-info"
@@ -142,16 +150,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
 
 
 def test_an_installed_wheel_takes_a_step(probed):
+    """Without the extension and Triton, the reference serves and steps correctly."""
     assert probed["backends"] == ["reference"]
     assert probed["answers"]["auto"] == STEPPED
 
 
 def test_a_wheel_with_the_extension_takes_a_step_with_it(dist, tmp_path):
-    """Built of what is in the sdist, for the CPU alone."""
+    """A wheel built from the sdist with the extension, for the CPU only, serves and steps correctly."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
     (sdist,) = dist.glob("*.tar.gz")
-    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja's folder
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
     options = ("--no-build-isolation", *PIP_OPTIONS, "--wheel-dir", tmp_path)
     env = {"CGES_EXT": "1", "CGES_CUDA": "0", "PATH": here}
     run(sys.executable, "-m", "pip", "wheel", *options, sdist, cwd=tmp_path, **env)
@@ -172,4 +181,5 @@ def test_a_wheel_with_the_extension_takes_a_step_with_it(dist, tmp_path):
     ],
 )
 def test_a_backend_that_a_wheel_lacks_says_how_to_get_it(probed, missing, cure):
+    """Asking for a missing executor is an error that says what to install."""
     assert re.fullmatch(f"backend='{missing}' cannot serve: .*{cure}", probed["answers"][missing])

@@ -1,4 +1,4 @@
-"""Mutants: small breaks of the project, by area. run.py says whether the tests see them."""
+"""Mutants: small deliberate breaks of the project, by area. run.py tells whether the tests see them."""
 
 from . import adamw, compaction, cpu, cuda, distributed, formulas, plan, python, reporting, training, triton
 

@@ -1,4 +1,4 @@
-"""AdamW's update in every executor, its states and its count of steps."""
+"""Breaks of AdamW's update in every executor, of its states and of its count of steps."""
 
 from .mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""Smaller networks that compute the same: cges_kernels/compaction."""
+"""Breaks of cges_kernels/compaction, which makes smaller networks that compute the same."""
 
 from .mutant import Mutant
 

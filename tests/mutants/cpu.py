@@ -1,4 +1,4 @@
-"""The CPU executor, csrc/cpu: bounds, the order of sums, tails, and what threads share."""
+"""Breaks of the CPU executor, csrc/cpu: bounds, the order of sums, tails, and what threads share."""
 
 from .mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""The CUDA executor, csrc/cuda: bounds, barriers, the ring, counters, what is known to be plain."""
+"""Breaks of the CUDA executor, csrc/cuda: bounds, barriers, the ring of copies, counters, the plain path."""
 
 from .mutant import Mutant
 

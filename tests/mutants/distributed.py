@@ -1,4 +1,4 @@
-"""Parameters sharded over ranks: cges_kernels/distributed."""
+"""Breaks of cges_kernels/distributed, which steps parameters that are sharded over ranks."""
 
 from .mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""The formulas that all C++ executors share: csrc/common."""
+"""Breaks of the formulas that all C++ executors share, csrc/common."""
 
 from .mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""What a mutant is."""
+"""The definition of a mutant."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """One small break. In ``file`` the text ``old``, which stands there exactly once, becomes ``new``."""
+    """One small break: in ``file`` the text ``old``, which occurs exactly once, is replaced by ``new``."""
 
-    name: str  # what is broken then
+    name: str  # says what is broken; results are filed under it
     file: str  # relative to the repository's root
     old: str
     new: str
-    seen_by: tuple[str, ...]  # test modules, anywhere in tests/, that should see it; * stands for anything
-    hangs: bool = False  # its tests may wait for ever
-    sanitizer: bool = False  # a race that ThreadSanitizer alone can see
+    # names of test modules anywhere in tests/ that should notice it, with * for any characters
+    seen_by: tuple[str, ...]
+    hangs: bool = False  # whether its tests may wait for ever
+    sanitizer: bool = False  # whether it is a race that only ThreadSanitizer can see

@@ -1,4 +1,4 @@
-"""What surrounds the kernels in C++, csrc/plan and bindings.cpp: what a step compares, checks and keeps."""
+"""Breaks of csrc/plan and bindings.cpp: what a step compares, checks and keeps around the kernels."""
 
 from .mutant import Mutant
 

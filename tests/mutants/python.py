@@ -1,4 +1,4 @@
-"""What is in Python for every executor: the reference, groups, checks, the optimizer, plans, state."""
+"""Breaks of the Python that all executors share: reference, groups, checks, optimizer, plans, state."""
 
 from .mutant import Mutant
 

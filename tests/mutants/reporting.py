@@ -1,4 +1,4 @@
-"""Reports, their history and tables: cges_kernels/reporting."""
+"""Breaks of cges_kernels/reporting: reports, their history, and tables."""
 
 from .mutant import Mutant
 

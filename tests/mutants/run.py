@@ -1,23 +1,23 @@
-"""Breaks the project in one place at a time, and says whether its tests see that.
+"""Breaks the project in one place at a time, and tells whether its tests notice.
 
     python tests/mutants/run.py [NAME or AREA ...] [--suite test|full] [--copy N] [--commit ...]
 
-Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. What it breaks is built there,
-the tests that should see it run there, and the file is put back. Results go line by line into results.csv; a
-mutant that was killed, by this suite and at this commit, is passed by, so that a run which was interrupted
-goes on. Two runs of different areas, with a copy each, may go on at the same time. Run it where all tests
-pass: one that fails without a mutant, too, would count as seeing each.
+Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. There the parts that it affects
+are built, the tests that should see it run, and the file is restored. Results are added to results.csv, one
+line for each mutant. A mutant that this suite has killed at this commit is skipped, so that an interrupted
+run can be continued. Two runs over different areas may go on at the same time, each in a copy of its own. Run
+this only where all tests pass: a test that fails without a mutant would count as seeing every one.
 
 Outcomes:
 
-    killed              a test failed, or the process crashed: the first failing test is told
-    timeout             the tests did not end within the limit: killed, if the mutant says that it hangs
-    survived            no test failed: one is missing
+    killed              a test failed or the process crashed; the first failing test is noted
+    timeout             the tests did not end within the limit; killed, if the mutant says that it hangs
+    survived            no test failed, so one is missing
     does not build, ran nothing
-                        no break that a user could meet: the mutant should be another one
+                        not a break that a user could meet; the mutant should be replaced
 
-The exit status is 1 where others than killed ones are among them. The suite "test" leaves out races that
-ThreadSanitizer alone can see.
+The exit status is 1 unless all are killed. The suite "test" leaves out races that only ThreadSanitizer can
+see.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ from mutants.mutant import Mutant
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COPIES = ROOT / "build" / "mutants"
-COPY = COPIES / "1"  # or another one
+COPY = COPIES / "1"  # --copy chooses another one
 RESULTS = HERE / "results.csv"
 COLUMNS = ("mutant", "suite", "commit", "outcome", "test", "seconds")
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-SUITES = {"test": ["-m", "not full"], "full": []}  # what pytest is told besides
+SUITES = {"test": ["-m", "not full"], "full": []}  # more arguments for pytest
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONDONTWRITEBYTECODE": "1",  # it goes by whole seconds: too coarse for files that change back
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja
+    # Cached bytecode is checked by whole seconds, too coarse for files that change and change back.
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where ninja is
     "CGES_CUDA": "0",
 }
 EXTENSION = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
@@ -59,14 +60,14 @@ EMULATED = (
     sys.executable,
     "-m",
     "helpers.emulated",
-)  # the same once more, with the CUDA kernels, for the tests
+)  # the extension with the CUDA kernels compiled for the emulator
 
 
 def refresh() -> None:
-    """Bring the copy up to date. What is equal keeps its time, and what was built of it stays."""
+    """Brings the copy up to date. Equal files keep their times, and with them what was built from them."""
     listed = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
     names = {name for name in listed.split("\0") if (ROOT / name).is_file()}
-    copied = COPY / "build" / "copied"  # names, to tell what has gone since
+    copied = COPY / "build" / "copied"  # the names copied last, to find files that are gone since
     for name in set(copied.read_text().splitlines()) - names if copied.exists() else ():
         (COPY / name).unlink(missing_ok=True)
     for name in names:
@@ -80,7 +81,7 @@ def refresh() -> None:
 
 @contextmanager
 def broken(mutant: Mutant) -> Iterator[None]:
-    """The copy with the mutant in it, then as it was; with a new time, for builds go by that."""
+    """Puts the mutant into the copy and takes it out again, with new times so that builds notice."""
     path = COPY / mutant.file
     whole = path.read_text(encoding="utf-8")
     if whole.count(mutant.old) != 1:
@@ -93,7 +94,7 @@ def broken(mutant: Mutant) -> Iterator[None]:
 
 
 def run(*command: str, limit: float | None = None, **environment: str) -> tuple[int | None, str]:
-    """Exit status (None: it was stopped at the limit) and output of a command in the copy."""
+    """The exit status (None if it was stopped at the limit) and the output of a command in the copy."""
     process = subprocess.Popen(
         command,
         cwd=COPY,
@@ -102,7 +103,7 @@ def run(*command: str, limit: float | None = None, **environment: str) -> tuple[
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
-        start_new_session=True,  # so that all that it starts can be stopped with it
+        start_new_session=True,  # so that its children can be stopped with it
     )
     try:
         printed, _ = process.communicate(timeout=limit)
@@ -116,21 +117,24 @@ def run(*command: str, limit: float | None = None, **environment: str) -> tuple[
 
 
 def built_from(file: str) -> set[tuple[str, ...]]:
-    """What is to be built when a file has changed."""
+    """The builds that a change of this file makes necessary."""
     if not file.startswith("csrc/"):
         return set()
     return {EMULATED} if file.startswith("csrc/cuda/") else {EXTENSION, EMULATED}
 
 
 def needed_for(mutant: Mutant) -> set[tuple[str, ...]]:
-    """What its tests need. The emulator takes long to build: what is in C++ needs it only where CUDA is about."""
+    """The builds that the mutant's tests need.
+
+    The emulator takes long to build. Breaks of C++ code need it only if the CUDA executor is about.
+    """
     file = mutant.file
     cuda = file.startswith("csrc/cuda/") or any("cuda" in name for name in mutant.seen_by)
     return {EXTENSION} if file.startswith("csrc/") and not cuda else {EXTENSION, EMULATED}
 
 
 def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
-    """What its tests make of the copy, and the first test that failed."""
+    """The outcome of the mutant's tests in the copy, and the first test that failed."""
     files = [str(p.relative_to(ROOT)) for x in mutant.seen_by for p in HERE.parent.rglob(f"{x}.py")]
     chosen = [*SUITES[suite], *(["-k", "thread"] if mutant.sanitizer else [])]
     command = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen, *files)
@@ -148,7 +152,7 @@ def outcome_of(mutant: Mutant, suite: str, limit: float) -> tuple[str, str]:
 
 
 def judge(mutant: Mutant, stale: set[tuple[str, ...]], suite: str, limit: float) -> tuple[str, str]:
-    """The outcome, and the first test that failed; builds what is stale and needed."""
+    """The outcome and the first test that failed; builds first what is stale and needed."""
     with broken(mutant):
         affected, needed = built_from(mutant.file), needed_for(mutant)
         for command in sorted((stale | affected) & needed):
@@ -157,12 +161,12 @@ def judge(mutant: Mutant, stale: set[tuple[str, ...]], suite: str, limit: float)
                 stale |= affected
                 return "does not build", printed.strip().rpartition("\n")[2]
         stale -= needed
-        stale |= affected  # as soon as the file is put back
+        stale |= affected  # because the file is about to be restored
         return outcome_of(mutant, suite, limit)
 
 
 def earlier(suite: str, commit: str) -> dict[str, str]:
-    """The outcome of each mutant that has one, the last of several."""
+    """The last outcome filed for each mutant under this suite and commit."""
     if not RESULTS.exists():
         return {}
     with RESULTS.open(newline="", encoding="utf-8") as file:
@@ -171,6 +175,7 @@ def earlier(suite: str, commit: str) -> dict[str, str]:
 
 
 def main() -> int:
+    """Tries the mutants chosen on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     head = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants, or areas of them (all)")
@@ -179,7 +184,8 @@ def main() -> int:
     parser.add_argument("--commit", default=head, help=f"what results are filed under ({head})")
     parser.add_argument("--copy", default="1", help="in which copy: two runs at a time need two (1)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started is stopped, and put back
+    # so that children are stopped and the file is restored
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     areas = {area.__name__.rpartition(".")[2]: area for area in AREAS}
     if unknown := sorted(set(args.names) - areas.keys() - {mutant.name for mutant in MUTANTS}):
         parser.error(f"expected names of mutants or of {', '.join(areas)}, got {unknown}")

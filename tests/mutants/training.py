@@ -1,4 +1,4 @@
-"""Schedules, control of the density, pruning and recipes: cges_kernels/training."""
+"""Breaks of cges_kernels/training: schedules, control of the density, pruning, and recipes."""
 
 from .mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""The Triton executor: formulas, masks, counters, the tables on the device, how tensors are cut."""
+"""Breaks of the Triton executor: formulas, masks, counters, tables on the device, how tensors are cut."""
 
 from .mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""What ProxAdamW refuses, and what changes in place or is shared behind it."""
+"""What ProxAdamW refuses, and how it treats betas, counts and states that are changed or shared."""
 
 import copy
 
@@ -38,6 +38,7 @@ from cges_kernels import ProxAdamW, ProxSGD, available_backends
     ids=str,
 )
 def test_bad_options(options, error, text):
+    """Options that torch's AdamW refuses, or that no fused executor serves, fail in the constructor."""
     with pytest.raises(error, match=text):
         ProxAdamW(parameters(), **options)
 
@@ -54,6 +55,7 @@ def test_bad_options(options, error, text):
     ids=["no exp_avg", "no step", "number", "two steps", "one memory"],
 )
 def test_bad_states(checked_backend, break_it, error, text):
+    """A state with a part missing, malformed or aliased is an error, and no parameter has changed."""
     if checked_backend == "reference" and error is ValueError:
         pytest.skip("the reference writes one after the other, as torch's for-loop does")
     optimizer, params = started_adamw(checked_backend)
@@ -66,6 +68,7 @@ def test_bad_states(checked_backend, break_it, error, text):
 
 
 def test_a_file_whose_moments_do_not_fit_loads_nothing(checked_backend):
+    """load_state_dict refuses a moment of another shape and leaves the optimizer as it was."""
     optimizer, _ = started_adamw(checked_backend)
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][0]["exp_avg_sq"] = torch.ones(3)
@@ -75,11 +78,12 @@ def test_a_file_whose_moments_do_not_fit_loads_nothing(checked_backend):
     assert_same_bits(everything(optimizer), before)
 
 
-# What changes in place, what is shared, what is another's
+# Betas changed in place, shared counts, and states of other optimizers
 
 
 @each_value(executor=available_backends(), kind=[list, torch.tensor])
 def test_betas_that_change_in_place_are_seen(executor, kind):
+    """Betas changed in place, in a list or as tensors, are used and checked in the next step."""
     params, others = parameters(), parameters()
     device = device_of(executor)
     betas = [0.9, 0.99]
@@ -107,6 +111,8 @@ def test_betas_that_change_in_place_are_seen(executor, kind):
 
 
 def test_a_step_is_differentiable_by_all_that_torchs_is():
+    """Gradients by lr, both betas and weight decay are those of torch's AdamW."""
+
     def gradients(make):
         given = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.1, 0.8, 0.9, 0.2)]
         lr, beta1, beta2, weight_decay = given
@@ -125,6 +131,7 @@ def test_a_step_is_differentiable_by_all_that_torchs_is():
 
 
 def test_a_count_shared_by_two_parameters_is_refused(fused_backend):
+    """Two parameters with one tensor as their step would count twice a step; that is an error."""
     optimizer, params = started_adamw(fused_backend)
     optimizer.state[params[1]]["step"] = optimizer.state[params[0]]["step"]
     before = [p.detach().clone() for p in params]
@@ -135,6 +142,7 @@ def test_a_count_shared_by_two_parameters_is_refused(fused_backend):
 
 
 def test_fused_counts_in_float32(checked_backend):
+    """With fused=True steps are counted in float32 as in torch, otherwise in the default dtype."""
     before = torch.get_default_dtype()
     try:
         for default in (torch.float32, torch.float64):
@@ -148,6 +156,7 @@ def test_fused_counts_in_float32(checked_backend):
 
 
 def test_another_optimizers_state_is_refused():
+    """Neither ProxAdamW nor ProxSGD loads the other's state."""
     params, others = parameters(), parameters()
     sgd, ours = ProxSGD(params, lr=0.1, momentum=0.9), ProxAdamW(others, lr=0.1)
     train(sgd, params, range(1))
@@ -161,6 +170,7 @@ def test_another_optimizers_state_is_refused():
 
 @pytest.mark.parametrize("left", ["step", "exp_avg"])
 def test_a_file_that_lacks_some_of_a_state_is_refused(fastest_backend, left):
+    """A state with only a step or only one moment is an error at loading or in the next step."""
     optimizer, _ = started_adamw(fastest_backend)
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][1] = {left: state["state"][1][left]}
@@ -170,6 +180,7 @@ def test_a_file_that_lacks_some_of_a_state_is_refused(fastest_backend, left):
 
 
 def test_entries_of_state_may_be_replaced(checked_backend):
+    """Replaced states take effect as in torch's AdamW, and the caller's own keys are kept."""
     results = []
     for make, option in ((AdamW, dict(foreach=False)), (ProxAdamW, dict(backend=checked_backend))):
         params = parameters()

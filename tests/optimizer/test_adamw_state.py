@@ -1,4 +1,4 @@
-"""What ProxAdamW keeps of a parameter and counts; overflows, refusals, files; what is around it."""
+"""ProxAdamW's states and counts of steps: names, overflows, files, copies, and counting on the GPU."""
 
 import copy
 import pickle
@@ -26,6 +26,7 @@ from cges_kernels import ProxAdamW, available_backends, explain, prune_to_densit
 
 
 def test_state_is_named_and_placed_as_torchs(checked_backend):
+    """The state has torch's keys, shapes, strides and dtypes, with the step on the CPU."""
     optimizer, params = started_adamw(checked_backend)
     for p in params:
         entry = optimizer.state[p]
@@ -37,6 +38,7 @@ def test_state_is_named_and_placed_as_torchs(checked_backend):
 
 
 def test_parameters_that_join_late_have_their_own_corrections(backend):
+    """Each parameter counts its own steps, also one whose gradient comes late."""
     params, twins = parameters(), parameters()
     optimizer = ProxAdamW(params, lr=0.1, backend=backend)
     alone = [ProxAdamW([p], lr=0.1, backend="reference") for p in twins]
@@ -58,6 +60,7 @@ def test_parameters_that_join_late_have_their_own_corrections(backend):
 
 @pytest.mark.parametrize("make", [AdamW, Adam])
 def test_training_begun_with_torch_goes_on_here_and_back(checked_backend, make):
+    """A file of torch's AdamW or Adam loads, training goes on as with torch, and the file goes back."""
     params = parameters()
     theirs = make(params, lr=0.02, weight_decay=0.1, foreach=False)
     train(theirs, params, range(3))
@@ -77,6 +80,7 @@ def test_training_begun_with_torch_goes_on_here_and_back(checked_backend, make):
 
 
 def test_a_step_that_is_a_number_loads_as_torchs_does(fastest_backend):
+    """A file of an old version of torch, with the step as a plain number, loads."""
     optimizer, params = started_adamw(fastest_backend)
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():
@@ -88,11 +92,12 @@ def test_a_step_that_is_a_number_loads_as_torchs_does(fastest_backend):
 
 
 def test_copies_and_pickles_go_on_as_the_original(checked_backend):
+    """A deep copy and an unpickled optimizer take the next step with the same bits."""
     optimizer, params = started_adamw(checked_backend)
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         theirs = again.param_groups[0]["params"]
         for p, q in zip(params, theirs):
-            p.data.copy_(q)  # the second finds them moved on by the first
+            p.data.copy_(q)  # the first round has moved the originals on
         state = copy.deepcopy(optimizer.state_dict())
         train(again, theirs, [3])
         train(optimizer, params, [3])
@@ -101,6 +106,7 @@ def test_copies_and_pickles_go_on_as_the_original(checked_backend):
 
 
 def test_the_default_dtype_is_that_of_the_count(fastest_backend):
+    """Under another default dtype the step has that dtype, as in torch."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -112,6 +118,7 @@ def test_the_default_dtype_is_that_of_the_count(fastest_backend):
 
 
 def test_versions_move_on(checked_backend):
+    """A step bumps the versions of the parameter and of all its states, and keeps the state's tensors."""
     optimizer, params = started_adamw(checked_backend)
     kept = [params[0], *optimizer.state[params[0]].values()]
     before = [x._version for x in kept]
@@ -125,6 +132,7 @@ def test_versions_move_on(checked_backend):
 
 @covering(first=[True, False], fused=[True, None], executor=fused_backends())
 def test_a_step_that_overflows_does_not_count(executor, first, fused):
+    """A step with found_inf set changes no weight, no state and no count."""
     params = parameters(dtype=torch.float32)
     optimizer = ProxAdamW(params, lr=0.1, **PENALTY, backend=executor, fused=fused)
     if not first:
@@ -147,6 +155,7 @@ def test_a_step_that_overflows_does_not_count(executor, first, fused):
 
 @each_value(executor=fused_backends(), fused=[True, None])
 def test_a_scaler_and_a_plain_run_agree(executor, fused):
+    """Training under a GradScaler, with overflows, gives the bits of training without."""
     params, twins = (parameters(dtype=torch.float32) for _ in range(2))
     ours = ProxAdamW(params, lr=0.1, **PENALTY, backend=executor, fused=fused)
     plain = ProxAdamW(twins, lr=0.1, **PENALTY, backend=executor, fused=fused)
@@ -160,21 +169,23 @@ def test_a_scaler_and_a_plain_run_agree(executor, fused):
             params[0].grad[0, 0] = float("inf")
         else:
             plain.step()
-        scaler.scale(torch.zeros(()))  # which makes its scale
+        scaler.scale(torch.zeros(()))  # makes the scaler create its scale
         scaler.step(ours)
         scaler.update()
     assert_same_bits(everything(ours), everything(plain))
 
 
-# What is around it
+# Functions that take an optimizer
 
 
 def test_explain_and_penalty(fastest_backend):
+    """explain() and penalty() take a ProxAdamW."""
     optimizer, _ = started_adamw(fastest_backend)
     assert "0.02" in str(explain(optimizer)) and float(optimizer.penalty()) > 0
 
 
 def test_pruned_weights_lose_both_moments(fastest_backend):
+    """Weights that prune_to_density removed stay 0, and so do both of their moments."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
     optimizer = ProxAdamW(
         [{"params": [m.weight for m in model]}, {"params": [m.bias for m in model]}],
@@ -196,7 +207,7 @@ def test_pruned_weights_lose_both_moments(fastest_backend):
             assert m.weight[~zeros].all()
 
 
-# On a GPU the count of steps lies there, if the options say so
+# On a GPU the count of steps lies in its memory if the options say so.
 
 
 KERNELS = [name for name in available_backends() if name in ("cuda", "triton")]
@@ -205,6 +216,7 @@ KERNELS = [name for name in available_backends() if name in ("cuda", "triton")]
 @pytest.mark.gpu
 @pytest.mark.parametrize("executor", KERNELS)
 def test_the_gpu_counts(executor):
+    """With fused or capturable the count lies on the GPU, and an overflow there changes nothing."""
     for option in ("fused", "capturable"):
         params, twins = (parameters(dtype=torch.float32) for _ in range(2))
         ours = ProxAdamW(params, lr=0.1, **PENALTY, backend=executor, **{option: True})
@@ -219,13 +231,14 @@ def test_the_gpu_counts(executor):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     before = everything(ours)
     ours.grad_scale, ours.found_inf = (torch.ones(1, device="cuda") for _ in range(2))
-    train(ours, params, [5])  # an overflow
+    train(ours, params, [5])
     assert_same_bits(everything(ours), before)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("executor", KERNELS)
 def test_replays_of_a_captured_step_count(executor):
+    """Each replay of a CUDA graph counts as a step and uses that count."""
     params, twins = (parameters(dtype=torch.float32) for _ in range(2))
     ours = ProxAdamW(params, lr=0.1, **PENALTY, backend=executor, capturable=True)
     plain = ProxAdamW(twins, lr=0.1, **PENALTY, backend=executor, capturable=True)

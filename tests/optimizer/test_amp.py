@@ -1,4 +1,4 @@
-"""Gradient scalers: unscaling inside the step, and steps that overflow, which change nothing at all."""
+"""Gradient scalers: unscaling inside the step, and steps that overflow, which must change nothing at all."""
 
 import copy
 import io
@@ -22,6 +22,7 @@ SHAPES = [(33, 7), (20,), (5, 3, 2, 2), ()]
 
 
 def pair_of_optimizers(backend, **options):
+    """Equal parameters twice, and a fused optimizer for each."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     made = [ProxSGD(x, backend=backend, fused=True, **OPTIONS, **options) for x in (params, twins)]
@@ -29,13 +30,14 @@ def pair_of_optimizers(backend, **options):
 
 
 def backward(scaler, params, inputs):
-    """Leaves gradients, scaled as the scaler says: those of the sum of p * x, which are x."""
+    """Leaves gradients of sum(p * x), which are x, multiplied by the scaler's scale."""
     loss = sum((p * x).sum() for p, x in zip(params, inputs))
     (loss if scaler is None else scaler.scale(loss)).backward()
 
 
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_a_scaler_leaves_unscaling_to_the_step(fused_backend, prox_mode):
+    """A scaled step gives the bits of a plain one, and leaves the gradients scaled."""
     params, twins, ours, plain = pair_of_optimizers(fused_backend, prox_mode=prox_mode)
     scaler = torch.amp.GradScaler(device_of(fused_backend), init_scale=SCALE)
     for _ in range(4):
@@ -50,13 +52,14 @@ def test_a_scaler_leaves_unscaling_to_the_step(fused_backend, prox_mode):
         assert_same_bits(everything(ours), everything(plain))
         assert all(
             torch.equal(p.grad, g) for p, g in zip(params, scaled)
-        )  # unscaled in the kernel, not in place
+        )  # gradients are unscaled within the kernel, not in memory
         scaler.update()
     assert not hasattr(ours, "grad_scale") and any((p == 0).any() for p in params)
 
 
 @covering(bad=[float("inf"), float("nan")], first=[True, False], executor=fused_backends())
 def test_a_step_that_overflows_changes_nothing(executor, first, bad):
+    """Weights, buffers and gradients stay, in a first step or a later one, and the scale is halved."""
     params, _, ours, _ = pair_of_optimizers(executor)
     scaler = torch.amp.GradScaler(device_of(executor), init_scale=SCALE)
     if not first:
@@ -72,10 +75,11 @@ def test_a_step_that_overflows_changes_nothing(executor, first, bad):
     scaler.update()
     assert snapshot(ours) == before
     assert scaler.get_scale() == SCALE / 2
-    assert not first or not any(ours.state.values())  # no momentum buffer, then, is there either
+    assert not first or not any(ours.state.values())  # an overflow in the first step makes no momentum buffer
 
 
 def test_after_an_overflow_steps_go_on_as_if_it_had_not_been(fused_backend):
+    """Skipped steps leave no trace in the later ones."""
     params, twins, ours, plain = pair_of_optimizers(fused_backend)
     scaler = torch.amp.GradScaler(device_of(fused_backend), init_scale=SCALE)
     for overflows in (True, False, True, False):
@@ -95,7 +99,7 @@ def test_after_an_overflow_steps_go_on_as_if_it_had_not_been(fused_backend):
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_any_scale_divides(backend, shape):
-    """A scale that is no power of two, set by hand, beside the reference on the quotient."""
+    """A scale of 3, which is no power of two, gives the reference's step on the quotient."""
     params, scale = parameters(SHAPES, torch.float32), torch.full(shape, 3.0, device=device_of(backend))
     expected, buffers = [p.detach().clone() for p in params], [None] * len(params)
     optimizer = ProxSGD(params, backend=backend, **OPTIONS)
@@ -112,7 +116,7 @@ def test_any_scale_divides(backend, shape):
 
 
 def test_16_bit_gradients_are_unscaled_in_32_bits(fused_backend):
-    """2^-20 is nothing in fp16 unless the division is done in fp32."""
+    """The division is done in fp32: its result, 2^-20, would lose bits in fp16."""
     p = nn.Parameter(torch.ones(64, dtype=torch.float16))
     optimizer = ProxSGD([p], lr=2.0**15, backend=fused_backend, fused=True)
     p.grad = torch.full_like(p, 2.0**-10)
@@ -123,7 +127,7 @@ def test_16_bit_gradients_are_unscaled_in_32_bits(fused_backend):
 
 
 def test_steps_do_not_follow_the_default_dtype(fused_backend):
-    """In half precision the scale would be infinite."""
+    """Under a default dtype of half precision the scale of 2^16 is not rounded to infinity."""
     p = nn.Parameter(torch.ones(4, 3, dtype=torch.float32))
     p.grad = torch.ones_like(p)
     before = torch.get_default_dtype()
@@ -142,6 +146,7 @@ def test_steps_do_not_follow_the_default_dtype(fused_backend):
 
 @pytest.mark.parametrize("fused", [True, None])
 def test_unscale_then_clip(fused_backend, fused):
+    """scaler.unscale_ and clipping before the step work as in plain training, with fused=True or None."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     ours = ProxSGD(params, backend=fused_backend, fused=fused, **OPTIONS)
@@ -167,6 +172,7 @@ def test_unscale_then_clip(fused_backend, fused):
 
 
 def test_only_fused_true_says_that_it_unscales(fused_backend):
+    """GradScaler hands unscaling over by a flag, which only fused=True sets, as in torch."""
     params = parameters(SHAPES, torch.float32)
     flags = {
         fused: hasattr(ProxSGD(params, backend=backend, fused=fused), "_step_supports_amp_scaling")
@@ -176,6 +182,7 @@ def test_only_fused_true_says_that_it_unscales(fused_backend):
 
 
 def test_the_flag_outlives_copies_and_files(fused_backend):
+    """Deep copies and unpickled optimizers have the flag too."""
     optimizer = ProxSGD(parameters(), fused=True, backend=fused_backend)
     file = io.BytesIO()
     torch.save(optimizer, file)
@@ -186,7 +193,7 @@ def test_the_flag_outlives_copies_and_files(fused_backend):
 
 @pytest.mark.gpu
 def test_overflow_is_decided_on_the_gpu(fused_backend):
-    """Once there are momentum buffers the host waits for nothing."""
+    """Once there are momentum buffers, an overflow makes no step wait for the GPU."""
     if fused_backend == "cpu":
         pytest.skip("it has no GPU to wait for")
     params, _, ours, _ = pair_of_optimizers(fused_backend)

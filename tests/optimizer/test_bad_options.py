@@ -1,4 +1,4 @@
-"""Bad hyperparameters: the error says what was expected and what came, and nothing has been written."""
+"""Bad hyperparameters: the error says what was expected and what was given, and nothing has been written."""
 
 import copy
 
@@ -12,7 +12,7 @@ from cges_kernels import ProxSGD, penalty, prox, prox_
 
 NAN, INF = float("nan"), float("inf")
 
-# (options, error, what it says)
+# (options, error, regular expressions that its text matches)
 BAD_OPTIONS = [
     *((dict([(name, value)]), ValueError, [name, "expected .*>= 0", f"got {value}"])
       for name in ("group_lasso", "exclusive_lasso", "l1") for value in (-0.5, NAN, INF, -INF)),
@@ -61,11 +61,16 @@ BAD_OPTIONS = [
 
 @pytest.fixture(params=BAD_OPTIONS, ids=lambda case: "-".join(f"{k}={v}" for k, v in case[0].items()))
 def bad(request):
+    """One of BAD_OPTIONS."""
     return request.param
 
 
 def test_refused(fastest_backend, bad):
-    """By the constructor; in training, in a new param group, in one changed by hand, and in a checkpoint."""
+    """Each bad option is refused by the constructor, and in training in four ways.
+
+    In a new param group, in a param group changed by hand (twice: a failed step must not make the next one
+    succeed), and in a checkpoint. Once the cause is gone, training goes on as if nothing had happened.
+    """
     options, error, words = bad
     params = parameters()
     before = [as_bytes(p) for p in params]
@@ -85,7 +90,7 @@ def test_refused(fastest_backend, bad):
     group = optimizer.param_groups[0]
     good = {key: group[key] for key in options}
     group.update(options)
-    for _ in range(2):  # the second attempt is no better
+    for _ in range(2):  # a failed attempt must not make the next one succeed
         with rejected(optimizer, error, *words):
             optimizer.step()
     group.update(good)
@@ -100,6 +105,7 @@ def test_refused(fastest_backend, bad):
 
 
 def test_load_state_dict_refuses_full_values_that_no_schedule_could_use():
+    """The values that a schedule starts from, initial_*, are checked as well."""
     optimizer, params = started("cpu")
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0]["initial_l1"] = "x"
@@ -109,6 +115,7 @@ def test_load_state_dict_refuses_full_values_that_no_schedule_could_use():
 
 
 def test_load_state_dict_refuses_a_backend_that_cannot_serve():
+    """A file's flags are refused if they contradict the optimizer's backend."""
     optimizer, params = started("cpu")
     with rejected(optimizer, RuntimeError, "foreach=True takes the reference executor", "got backend='cpu'"):
         optimizer.load_state_dict(ProxSGD(parameters(), foreach=True, backend="reference").state_dict())
@@ -116,12 +123,15 @@ def test_load_state_dict_refuses_a_backend_that_cannot_serve():
 
 
 def test_a_flag_as_text_is_refused_where_nothing_steps():
+    """capturable="no" is an error at once; as text it would count as true."""
     with pytest.raises(TypeError, match="capturable: expected a bool, got 'no'"):
         ProxSGD(parameters(), capturable="no")
 
 
 def test_step_refuses_a_tensor_lr_made_negative_in_place(checked_backend):
-    lr = torch.tensor(0.1, dtype=torch.float64)  # kernels read float32 ones, which no one checks
+    """A learning rate that the host reads is checked in each step."""
+    # float64: kernels read float32 tensors themselves, without a check
+    lr = torch.tensor(0.1, dtype=torch.float64)
     optimizer, params = started(checked_backend, lr=lr)
     lr.neg_()
     with rejected(optimizer, ValueError, "Invalid learning rate", "-0.1"):
@@ -131,6 +141,7 @@ def test_step_refuses_a_tensor_lr_made_negative_in_place(checked_backend):
 
 
 def test_step_refuses_when_the_last_group_is_faulty(checked_backend):
+    """The earlier param groups have not been stepped when a later one is refused."""
     params = parameters()
     optimizer = ProxSGD([{"params": [p]} for p in params], **OPTIONS, backend=checked_backend)
     give_grads(params, 0)
@@ -150,8 +161,9 @@ FUNCTIONAL = [
 
 @pytest.mark.parametrize("case", FUNCTIONAL, ids=lambda case: str(case[0]))
 def test_functions_refuse(fastest_backend, case):
+    """prox, prox_ and penalty refuse the same, and prox_ does not write its first tensor either."""
     options, error, words = case
-    tensors = [torch.randn(4, 3), torch.randn(6)]  # the spec fails for the last
+    tensors = [torch.randn(4, 3), torch.randn(6)]  # a bad spec is one for the last tensor only
     before = [as_bytes(w) for w in tensors]
     w = tensors[1]
     if "view" in options:

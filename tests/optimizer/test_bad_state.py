@@ -1,4 +1,4 @@
-"""Gradients and momentum buffers that a step cannot take: refused, and nothing has been written."""
+"""Gradients and momentum buffers that a step cannot take are refused, and nothing has been written."""
 
 import pytest
 import torch
@@ -43,7 +43,11 @@ BAD_GRADS = [
 @pytest.mark.parametrize("spoil,words", BAD_GRADS, ids=[case[0].__name__ for case in BAD_GRADS])
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_step_refuses_a_gradient(checked_backend, momentum, spoil, words):
-    """The last of several parameters is the faulty one; the first has its first gradient here."""
+    """A gradient that does not fit is refused in every attempt.
+
+    The faulty parameter is the last of several, so that the others could have been stepped before it. The
+    first has its first gradient here, so that its buffer could have been made.
+    """
     if checked_backend == "reference" and spoil in (double, other_dtype_of_grad):
         pytest.skip("it steps these, as torch's for-loop SGD does: test_executor_choice.py")
     params = [nn.Parameter(p.detach()) for p in (*parameters(), torch.randn(4, 3))]
@@ -60,6 +64,7 @@ def test_step_refuses_a_gradient(checked_backend, momentum, spoil, words):
 @needs_cpu
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_step_writes_neither_fused_nor_reference_groups_when_one_is_faulty(faulty):
+    """A fault in a group of one executor stops the groups of the other as well, in either order."""
     params = parameters()
     groups = [{"params": params[:1]}, {"params": params[1:], "foreach": True}]
     optimizer = ProxSGD(groups, **OPTIONS)
@@ -73,6 +78,7 @@ def test_step_writes_neither_fused_nor_reference_groups_when_one_is_faulty(fault
 
 @pytest.mark.parametrize("options", [dict(fused=True), dict(backend="cpu")])
 def test_a_gradient_of_another_dtype_is_refused_where_the_reference_may_not_step(options):
+    """Such gradients need the reference; where options exclude it, the constructor says so."""
     p = nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16))
     p.grad_dtype = torch.float32
     with pytest.raises(
@@ -93,11 +99,12 @@ BAD_BUFFERS = {
 
 @pytest.mark.parametrize("case", BAD_BUFFERS.values(), ids=BAD_BUFFERS)
 def test_step_refuses_a_momentum_buffer(checked_backend, case):
+    """A buffer of another shape, layout, device or type is refused in every attempt."""
     make, error, words = case
     optimizer, params = started(checked_backend)
     good = optimizer.state[params[2]]["momentum_buffer"]
     optimizer.state[params[2]]["momentum_buffer"] = make(params[2])
-    for _ in range(2):  # the second attempt must not forget what the first saw
+    for _ in range(2):  # the second attempt has to look again
         with rejected(optimizer, error, r"params'\]\[2\]", *words):
             optimizer.step()
     optimizer.state[params[2]]["momentum_buffer"] = good
@@ -107,7 +114,10 @@ def test_step_refuses_a_momentum_buffer(checked_backend, case):
 @pytest.mark.parametrize("spoil", [lambda b: torch.zeros(7), lambda b: b.double()], ids=["shape", "dtype"])
 @needs_cpu
 def test_step_refuses_a_momentum_buffer_changed_in_place(spoil):
-    """The object is the same, its memory is another: what `buf.data = buf.data.to(...)` does."""
+    """A buffer that is the same object with other memory is checked again.
+
+    `buf.data = buf.data.to(...)` makes one.
+    """
     optimizer, params = started("cpu")
     buf = optimizer.state[params[2]]["momentum_buffer"]
     good = buf.data
@@ -121,6 +131,7 @@ def test_step_refuses_a_momentum_buffer_changed_in_place(spoil):
 
 @pytest.mark.parametrize("which", ["parameter", "gradient", "momentum_buffer"])
 def test_a_step_of_freed_memory_is_refused(checked_backend, which):
+    """Memory that was freed behind a tensor is an error instead of a crash."""
     optimizer, params = started(checked_backend)
     p = params[0]
     freed = {"parameter": p, "gradient": p.grad, "momentum_buffer": optimizer.state[p]["momentum_buffer"]}

@@ -1,4 +1,4 @@
-"""Tensors that cannot be parameters, and the same memory twice: refused, and nothing has been written."""
+"""Tensors that cannot be parameters, and the same memory twice, are refused, and nothing has been written."""
 
 import warnings
 
@@ -12,6 +12,7 @@ from cges_kernels import ProxSGD, penalty, prox, prox_
 
 
 def base():
+    """24 numbers to make views of."""
     return torch.arange(24.0)
 
 
@@ -36,11 +37,13 @@ BAD_TENSORS = {
 
 @pytest.fixture(params=BAD_TENSORS.values(), ids=BAD_TENSORS)
 def bad_tensor(request):
+    """One of BAD_TENSORS: the tensor, the error, and what its text matches."""
     make, error, words = request.param
     return make(), error, words
 
 
 def test_optimizer_refuses_a_tensor(fastest_backend, bad_tensor):
+    """The constructor and add_param_group refuse it, and training goes on."""
     w, error, words = bad_tensor
     with pytest.raises(error) as caught:
         ProxSGD([*parameters(), w], **OPTIONS, backend=fastest_backend)
@@ -53,6 +56,7 @@ def test_optimizer_refuses_a_tensor(fastest_backend, bad_tensor):
 
 
 def test_step_refuses_a_tensor_put_into_a_param_group(checked_backend, bad_tensor):
+    """A step checks parameters that were put into a param group by hand."""
     w, error, words = bad_tensor
     if not isinstance(w, torch.Tensor):
         pytest.skip("torch.optim.Optimizer itself walks over these")
@@ -68,6 +72,7 @@ def test_step_refuses_a_tensor_put_into_a_param_group(checked_backend, bad_tenso
 
 
 def test_functions_refuse_a_tensor(checked_backend, bad_tensor):
+    """prox_ names the bad tensor of its list and has changed none of the others."""
     w, error, words = bad_tensor
     tensors = [p.detach() for p in parameters()]
     before = [as_bytes(x) for x in tensors]
@@ -81,6 +86,7 @@ def test_functions_refuse_a_tensor(checked_backend, bad_tensor):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", ["integer", "complex", "sparse", "meta", "no tensor"])
 def test_prox_and_penalty_refuse_a_tensor(name, requires_grad):
+    """With and without gradients, which take different code, the error is the same."""
     make, error, words = BAD_TENSORS[name]
     w = make()
     if requires_grad and name in ("complex", "sparse", "meta"):
@@ -94,6 +100,7 @@ def test_prox_and_penalty_refuse_a_tensor(name, requires_grad):
 
 @pytest.mark.parametrize("name", ["gaps", "overlapping", "expanded"])
 def test_prox_treats_a_tensor_with_gaps_the_same_with_and_without_gradients(name):
+    """prox gives the same values or the same error in both cases."""
     w = BAD_TENSORS[name][0]()
     outcomes = []
     for x in (w, w.detach().requires_grad_()):
@@ -108,6 +115,7 @@ def test_prox_treats_a_tensor_with_gaps_the_same_with_and_without_gradients(name
     "function", [prox, lambda w, **options: prox_([w], **options)], ids=["prox", "prox_"]
 )
 def test_a_tensor_whose_memory_is_freed_is_refused(checked_backend, function):
+    """prox and prox_ raise an error instead of reading freed memory."""
     w = torch.ones(3, 4)
     w.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="expected a tensor with memory, got one whose memory is freed"):
@@ -115,6 +123,7 @@ def test_a_tensor_whose_memory_is_freed_is_refused(checked_backend, function):
 
 
 def test_lazy_parameters_are_refused_before_the_first_batch(checked_backend):
+    """The error says to run one batch, after which the parameter is taken."""
     lazy = nn.LazyLinear(3)
     with pytest.raises(
         ValueError, match=r"\[0\].*expected an initialised parameter, got a lazy one.*run one batch"
@@ -126,14 +135,15 @@ def test_lazy_parameters_are_refused_before_the_first_batch(checked_backend):
     ProxSGD(lazy.parameters(), **OPTIONS, backend=checked_backend).step()
 
 
-# The same memory twice
+# The same memory given twice
 
 
 def test_the_same_tensor_twice_is_refused(checked_backend):
+    """The constructor and add_param_group refuse it, in one param group or in two."""
     optimizer, params = started(checked_backend)
     p, q = parameters(seed=1)[:2]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.optim warns of this one before it is refused
+        warnings.simplefilter("ignore")  # torch.optim warns before we refuse
         with pytest.raises(ValueError, match=r"\['params'\]\[2\].*expected each .*once, got the same"):
             ProxSGD([p, q, p], **OPTIONS, backend=checked_backend)
         with rejected(optimizer, ValueError, "expected each .*once", "got the same"):
@@ -146,6 +156,7 @@ def test_the_same_tensor_twice_is_refused(checked_backend):
 
 
 def test_step_refuses_a_tensor_put_in_twice(checked_backend):
+    """A step notices a parameter that was put into its group a second time by hand."""
     optimizer, params = started(checked_backend)
     optimizer.param_groups[0]["params"].append(params[0])
     with rejected(optimizer, ValueError, r"\['params'\]\[3\].*expected each .*once", "got the same"):
@@ -155,6 +166,7 @@ def test_step_refuses_a_tensor_put_in_twice(checked_backend):
 
 
 def test_step_refuses_a_tensor_put_into_two_groups(checked_backend):
+    """A step notices a parameter that was put into a second group by hand."""
     params = parameters()
     optimizer = ProxSGD([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS, backend=checked_backend)
     give_grads(params, 0)
@@ -175,6 +187,7 @@ SAME_MEMORY = {
 
 @pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
 def test_prox_in_place_refuses_overlapping_memory(fastest_backend, views):
+    """Views that overlap in any way are refused before anything is written."""
     x = base()
     with pytest.raises(ValueError, match=r"tensors\[1\].*expected each tensor once, got .*tensors\[0\]"):
         prox_(views(x), l1=0.1, backend=fastest_backend)
@@ -183,13 +196,14 @@ def test_prox_in_place_refuses_overlapping_memory(fastest_backend, views):
 
 @pytest.mark.parametrize("views", SAME_MEMORY.values(), ids=SAME_MEMORY)
 def test_optimizer_refuses_overlapping_memory(fastest_backend, views):
-    """Two parameters, one memory: a fused pass would update it twice at once."""
+    """Two parameters that overlap are refused: a fused pass would update the memory twice at once."""
     x = base()
     with pytest.raises(ValueError, match=r"\['params'\]\[1\].*expected each .*once"):
         ProxSGD([nn.Parameter(v) for v in views(x)], **OPTIONS, backend=fastest_backend)
 
 
 def test_neighbours_in_one_storage_are_fine(checked_backend):
+    """Views that lie side by side, empty ones among them, do not count as overlapping."""
     x = base()
     wanted = prox(x, l1=0.5)
     prox_([x[12:], x[:0], x[:5], x[5:12], x[12:12]], l1=0.5, backend=checked_backend)

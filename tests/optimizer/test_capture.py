@@ -12,12 +12,13 @@ from cges_kernels import CoefficientWarmup, ProxSGD, available_backends, proxima
 from cges_kernels.backends.planner import IN_KERNELS
 
 SHAPES = [(33, 7), (20,), (5, 3, 2, 2)]
-# Powers of two and their like: products are exact in any order and precision.
+# Numbers of few bits, so that products are exact in any order and precision.
 NUMBERS = dict(lr=0.125, group_lasso=0.75, exclusive_lasso=0.03125, l1=0.25)
 SGD = dict(momentum=0.5, weight_decay=0.25)
 
 
 def as_tensors(numbers, device):
+    """The same numbers as float32 tensors."""
     return {k: torch.tensor(v, dtype=torch.float32, device=device) for k, v in numbers.items()}
 
 
@@ -27,7 +28,7 @@ def as_tensors(numbers, device):
     executor=[name for name in IN_KERNELS if name in available_backends()],
 )
 def test_tensors_are_the_numbers_that_they_hold(executor, prox_mode, dtype):
-    """All of them, and each one alone; changed in place between steps."""
+    """Tensors, all together or each alone, give the bits of numbers, also changed in place."""
     every = as_tensors(NUMBERS, device_of(executor))
     for chosen in (list(NUMBERS), *([key] for key in NUMBERS)):
         params = parameters(SHAPES, dtype)
@@ -48,6 +49,7 @@ def test_tensors_are_the_numbers_that_they_hold(executor, prox_mode, dtype):
 
 
 def test_no_step_waits_for_a_tensor(kernel_backend, monkeypatch):
+    """The host never asks for the value of a tensor that the kernels can read."""
     params = parameters(SHAPES, torch.float32)
     tensors = as_tensors(NUMBERS, device_of(kernel_backend))
     ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
@@ -64,6 +66,7 @@ def test_no_step_waits_for_a_tensor(kernel_backend, monkeypatch):
 
 
 def test_another_tensor_takes_the_place_of_one(kernel_backend):
+    """A tensor that is replaced by another tensor, or by a number, takes effect in the next step."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     tensors = as_tensors(NUMBERS, device_of(kernel_backend))
@@ -80,6 +83,7 @@ def test_another_tensor_takes_the_place_of_one(kernel_backend):
 
 
 def test_tensors_that_kernels_cannot_read_are_read_by_the_host(fused_backend):
+    """float64 tensors on the CPU take effect, also when changed in place."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     tensors = {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in NUMBERS.items()}
@@ -96,6 +100,7 @@ def test_tensors_that_kernels_cannot_read_are_read_by_the_host(fused_backend):
 
 @pytest.mark.parametrize("key", ["momentum", "dampening", "weight_decay"])
 def test_other_tensors_are_read_by_the_host(fused_backend, key):
+    """Momentum, dampening and weight decay may be tensors as well."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     value = torch.tensor(0.25, device=device_of(fused_backend))
@@ -111,6 +116,7 @@ def test_other_tensors_are_read_by_the_host(fused_backend, key):
 
 
 def test_schedulers_change_tensors_in_place(kernel_backend):
+    """Schedules write into the tensor, so that a graph that reads it follows."""
     params = parameters(SHAPES, torch.float32)
     tensors = as_tensors(NUMBERS, device_of(kernel_backend))
     ours = ProxSGD(params, **SGD, **tensors, backend=kernel_backend)
@@ -126,7 +132,7 @@ def test_schedulers_change_tensors_in_place(kernel_backend):
 
 
 class Capture:
-    """A step that believes that it goes into a graph, and what is refused before it does anything."""
+    """A step that is made to believe that it is captured, and has to fail before it does anything."""
 
     def __init__(self, kernel_backend, monkeypatch, **options):
         self.params = parameters(SHAPES, torch.float32)
@@ -144,12 +150,14 @@ class Capture:
 
 
 def test_the_first_step_is_not_for_a_graph(kernel_backend, monkeypatch):
+    """A first step allocates tables and buffers, which a graph must not."""
     Capture(kernel_backend, monkeypatch).fails_with(
         "expected a step of the same parameters and options before"
     )
 
 
 def test_momentum_cannot_begin_in_a_graph(kernel_backend, monkeypatch):
+    """A missing momentum buffer is an error: every replay would start it anew."""
     capture = Capture(kernel_backend, monkeypatch)
     capture.optimizer.step()
     del capture.optimizer.state[capture.params[2]]["momentum_buffer"]
@@ -157,6 +165,7 @@ def test_momentum_cannot_begin_in_a_graph(kernel_backend, monkeypatch):
 
 
 def test_a_graph_leaves_no_parameter_out(kernel_backend, monkeypatch):
+    """A parameter without a gradient is an error: replays would always skip it."""
     capture = Capture(kernel_backend, monkeypatch)
     capture.optimizer.step()
     capture.params[1].grad = None
@@ -164,13 +173,14 @@ def test_a_graph_leaves_no_parameter_out(kernel_backend, monkeypatch):
 
 
 def test_a_graph_asks_the_host_for_no_tensor(kernel_backend, monkeypatch):
+    """A tensor that only the host can read is an error: its value would be frozen."""
     capture = Capture(kernel_backend, monkeypatch, lr=torch.tensor(0.1, dtype=torch.float64))
     capture.optimizer.step()
     capture.fails_with(r"param_groups\[0\]\['lr'\]: .*float32 tensor of one element .*got torch.float64")
 
 
 def test_numbers_do_not_change_within_a_graph(kernel_backend, monkeypatch):
-    """A new number beside a tensor would be checked by the host, which cannot read that now."""
+    """A new number beside a tensor is an error, because checking it would need the tensor's value."""
     capture = Capture(kernel_backend, monkeypatch, lr=torch.tensor(0.125))
     capture.optimizer.step()
     capture.optimizer.param_groups[0]["l1"] = 0.5
@@ -178,7 +188,7 @@ def test_numbers_do_not_change_within_a_graph(kernel_backend, monkeypatch):
 
 
 def test_what_a_graph_comes_back_to_outlives_the_plans(kernel_backend, monkeypatch):
-    """An option that changes makes new plans; the old ones' tables may be in graphs."""
+    """Plans that were captured are kept when an option changes: graphs hold addresses of their tables."""
     capture = Capture(kernel_backend, monkeypatch)
     capture.optimizer.step()
     plan = capture.optimizer._planner.plans[kernel_backend]
@@ -194,6 +204,7 @@ def test_what_a_graph_comes_back_to_outlives_the_plans(kernel_backend, monkeypat
 
 
 def test_options_do_not_change_within_a_graph(kernel_backend, monkeypatch):
+    """A changed option is an error, because new plans would have to be made."""
     capture = Capture(kernel_backend, monkeypatch)
     capture.optimizer.step()
     capture.optimizer.param_groups[0]["group_by"] = "filter"
@@ -202,6 +213,7 @@ def test_options_do_not_change_within_a_graph(kernel_backend, monkeypatch):
 
 @pytest.mark.parametrize("executor", ["reference", "cpu"])
 def test_executors_that_need_the_host_are_in_no_graph(executor, monkeypatch):
+    """The reference and the CPU executor refuse to be captured."""
     capture = Capture(executor, monkeypatch)
     capture.optimizer.step()
     capture.fails_with(f"expected an executor of .*'cuda', 'triton'.* got '{executor}'")
@@ -210,6 +222,7 @@ def test_executors_that_need_the_host_are_in_no_graph(executor, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_replays_follow_tensors(kernel_backend, prox_mode):
+    """Replays read the tensors' present values and give the bits of plain steps."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     tensors = as_tensors(NUMBERS, "cuda")
@@ -218,7 +231,7 @@ def test_replays_follow_tensors(kernel_backend, prox_mode):
     plain = ProxSGD(twins, **options, **NUMBERS)
     give_grads(params, 0, twins)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions of torch say that this step is in no graph
+        warnings.simplefilter("ignore")  # some versions of torch warn that this step is not captured
         ours.step()
     plain.step()
     torch.cuda.synchronize()
@@ -236,7 +249,10 @@ def test_replays_follow_tensors(kernel_backend, prox_mode):
 
 @pytest.mark.gpu
 def test_a_graph_of_a_whole_iteration(kernel_backend):
-    """Gradients are new in the graph, and plain steps with gradients elsewhere come between replays."""
+    """Backward and step in one graph give the bits of plain training.
+
+    Plain steps on other gradients come between replays.
+    """
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     ours = ProxSGD(params, backend=kernel_backend, capturable=True, **SGD, **NUMBERS)
@@ -273,6 +289,7 @@ def test_a_graph_of_a_whole_iteration(kernel_backend):
 
 @pytest.mark.gpu
 def test_torch_refuses_a_capture_without_capturable(kernel_backend):
+    """torch's own check for capturable=True is in force."""
     params = parameters(SHAPES, torch.float32)
     ours = ProxSGD(params, backend=kernel_backend, **SGD, **NUMBERS)
     give_grads(params, 0)

@@ -1,4 +1,4 @@
-"""Checkpoints of other dtypes and devices, and torch.distributed.checkpoint."""
+"""Checkpoints of other dtypes, devices and shapes, and those of torch.distributed.checkpoint."""
 
 import copy
 
@@ -24,6 +24,7 @@ SHAPES = [(6, 5), (4, 3, 3, 3), (9,), ()]
 
 
 def buffers(optimizer):
+    """All momentum buffers."""
     return [state["momentum_buffer"] for state in optimizer.state.values()]
 
 
@@ -32,7 +33,7 @@ def buffers(optimizer):
 
 @covering(saved=DTYPES, dtype=DTYPES, executor=available_backends())
 def test_a_file_of_another_dtype_loads_as_in_torch(executor, saved, dtype):
-    """The buffers take their parameter's dtype, once, by one rounding; and training goes on from them."""
+    """Buffers take their parameter's dtype with one rounding, as in torch.optim.SGD."""
     first = parameters(SHAPES, saved)
     sgd = SGD(first, lr=0.125, momentum=0.875)
     train(sgd, first, range(2))
@@ -50,6 +51,7 @@ def test_a_file_of_another_dtype_loads_as_in_torch(executor, saved, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saving_and_copying_leave_the_buffers_their_dtype(fastest_backend, dtype):
+    """Saving and deep-copying convert no buffer, even where the parameter's dtype has changed."""
     params = parameters(SHAPES, dtype)
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=fastest_backend)
     train(optimizer, params, range(2))
@@ -64,6 +66,7 @@ def test_saving_and_copying_leave_the_buffers_their_dtype(fastest_backend, dtype
 @pytest.mark.parametrize("there", ["cpu", "cuda"])
 @pytest.mark.parametrize("here", ["cpu", "cuda"])
 def test_a_file_moves_between_devices(there, here):
+    """A file saved on one device loads on the other and trains on."""
     params, others = ([nn.Parameter(p.to(device)) for p in parameters(SHAPES)] for device in (there, here))
     optimizer, moved = (ProxSGD(ps, lr=0.1, momentum=0.9, **PENALTY) for ps in (params, others))
     train(optimizer, params, range(2))
@@ -78,6 +81,7 @@ def test_a_file_moves_between_devices(there, here):
 
 
 def half_way(backend):
+    """An optimizer in the middle of training, with gradients, and its state_dict."""
     params = parameters(SHAPES)
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, **PENALTY, backend=backend)
     train(optimizer, params, range(2))
@@ -87,6 +91,7 @@ def half_way(backend):
 
 @pytest.mark.parametrize("shape", [(5, 6), (30,), (6, 5, 1), (6, 4), ()], ids=str)
 def test_a_file_of_another_shape_is_refused_before_anything_changes(fastest_backend, shape):
+    """Even a shape that would broadcast is refused, and lr was not loaded either."""
     optimizer, state = half_way(fastest_backend)
     state["param_groups"][0]["lr"] = 0.5
     state["state"][0]["momentum_buffer"] = torch.randn(shape)
@@ -97,6 +102,7 @@ def test_a_file_of_another_shape_is_refused_before_anything_changes(fastest_back
 
 
 def test_a_file_without_values_is_refused_before_anything_changes(checked_backend):
+    """Buffers on the meta device cannot be loaded, and nothing else was."""
     optimizer, state = half_way(checked_backend)
     state["param_groups"][0]["lr"] = 0.5
     state["state"][3]["momentum_buffer"] = torch.empty((), device="meta")
@@ -105,17 +111,19 @@ def test_a_file_without_values_is_refused_before_anything_changes(checked_backen
     optimizer.step()
 
 
-# torch.distributed.checkpoint. It makes the buffers, where there are none, by a step with lr = 0 and zero
-# gradients, in the optimizer that is saved and in the one that is loaded.
+# torch.distributed.checkpoint. Where there are no buffers yet, it makes them by a step with lr = 0 and zero
+# gradients, both in the optimizer that is saved and in the one that is loaded.
 
 
 def network():
+    """A grouped convolution, a batch norm and a Linear."""
     torch.manual_seed(0)
     grouped, normed = nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)
     return nn.Sequential(grouped, normed, nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
 
 
 def fit(model, optimizer, seeds):
+    """Trains for a step on each seed's batch."""
     for seed in seeds:
         x = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(seed), device="cpu")
         optimizer.zero_grad()
@@ -124,11 +132,13 @@ def fit(model, optimizer, seeds):
 
 
 def sparse_sgd(model, backend, lam=0.3, **options):
+    """A ProxSGD under the CGES penalty."""
     return ProxSGD(
         cges_param_groups(model, lam=lam), **{"lr": 0.1, "momentum": 0.9, **options}, backend=backend
     )
 
 
+# Options under which a step with lr = 0 could change a parameter, or leave other buffers.
 FIRST_STEP = [
     dict(),
     dict(momentum=0),
@@ -140,7 +150,7 @@ FIRST_STEP = [
 
 @pytest.mark.parametrize("options", FIRST_STEP, ids=str)
 def test_the_step_that_makes_the_buffers_changes_no_parameter(checked_backend, options):
-    """Not a bit, with penalties and zeros in place; and the buffers are those that torch.optim.SGD gets."""
+    """That step keeps every bit of the parameters, and leaves the buffers that torch.optim.SGD would have."""
     model = network()
     with torch.no_grad():
         model[4].weight[:, ::3] = 0
@@ -173,7 +183,7 @@ WAYS = {
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_distributed_checkpoint_restores_everything(checked_backend, way, tmp_path):
-    """Also into an optimizer built with other coefficients; what was saved wins, as in load_state_dict."""
+    """Training goes on with the same bits; the saved coefficients replace those of the constructor."""
     model, resumed = network(), network()
     optimizer, other = sparse_sgd(model, checked_backend), sparse_sgd(resumed, checked_backend, lam=0.7)
     fit(model, optimizer, range(3))
@@ -202,7 +212,7 @@ def test_a_distributed_checkpoint_restores_everything(checked_backend, way, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
 def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(checked_backend, tmp_path):
-    """It lacks the penalties' keys, which a partial load leaves as they were constructed."""
+    """Such a file has no penalties; a partial load keeps the constructed ones."""
     model, resumed = network(), network()
     sgd = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     fit(model, sgd, range(3))
@@ -223,7 +233,7 @@ def test_a_distributed_checkpoint_of_torch_sgd_goes_on_here(checked_backend, tmp
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_distributed_state_dict_of_another_order_goes_by_name(flat):
-    """It is in the new order already when it gets to load_state_dict."""
+    """Buffers go by name, although torch reorders them before load_state_dict."""
 
     class Pair(nn.Module):
         def __init__(self, order):

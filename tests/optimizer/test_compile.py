@@ -1,4 +1,4 @@
-"""torch.compile(optimizer.step); test_operators.py has what it becomes."""
+"""torch.compile(optimizer.step). test_operators.py tests the operators that a compiled step becomes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = COMPILES
 
 
 def pair_of_optimizers(backend, **options):
-    """Two param groups of different specs, twice."""
+    """Equal parameters twice, each in two param groups of different specs, and an optimizer for each."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
 
@@ -27,7 +27,7 @@ def pair_of_optimizers(backend, **options):
 
 
 def assert_same(ours, plain):
-    """Parameters and state, to the bit."""
+    """Parameters and states agree to the bit, and the same parameters have states."""
     assert_same_bits(everything(ours), everything(plain))
     held = [
         [optimizer.state[p].keys() for group in optimizer.param_groups for p in group["params"]]
@@ -38,6 +38,7 @@ def assert_same(ours, plain):
 
 @covering(prox_mode=MODES, momentum=[0.0, 0.9], executor=available_backends())
 def test_a_compiled_step_has_the_bits_of_a_plain_one(executor, prox_mode, momentum):
+    """In both modes, with and without momentum, by every executor."""
     options = dict(prox_mode=prox_mode, momentum=momentum, freeze_zeros="group", nesterov=momentum > 0)
     params, twins, ours, plain = pair_of_optimizers(executor, **options)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
@@ -50,6 +51,7 @@ def test_a_compiled_step_has_the_bits_of_a_plain_one(executor, prox_mode, moment
 
 
 def test_inductor_compiles_it():
+    """torch.compile's default backend compiles the whole step into one graph."""
     params, twins, ours, plain = pair_of_optimizers("auto")
     step = torch.compile(ours.step, fullgraph=True)
     for i in range(3):
@@ -60,6 +62,7 @@ def test_inductor_compiles_it():
 
 
 def test_new_values_in_tensors_compile_nothing(checked_backend):
+    """New values of tensor hyperparameters take effect without a recompilation."""
     tensors = {k: torch.tensor(v) for k, v in {"lr": 0.125, **PENALTY}.items()}
     params, twins, ours, plain = pair_of_optimizers(
         checked_backend, **{k: v.clone() for k, v in tensors.items()}
@@ -71,7 +74,7 @@ def test_new_values_in_tensors_compile_nothing(checked_backend):
         step()
         plain.step()
         assert_same(ours, plain)
-        if i == 1:  # the first step begins momentum, the second goes on with it
+        if i == 1:  # two graphs: one begins momentum, the other goes on with it
             compiled = count.frame_count
         for group, other in zip(ours.param_groups, plain.param_groups):
             for key in tensors:
@@ -81,6 +84,7 @@ def test_new_values_in_tensors_compile_nothing(checked_backend):
 
 
 def test_a_new_number_is_seen(checked_backend):
+    """A plain number or a mode that changes takes effect, by a recompilation."""
     params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     numbers = ((0.1, "sequential"), (0.1, "exact"), (0.05, "exact"))
@@ -95,6 +99,7 @@ def test_a_new_number_is_seen(checked_backend):
 
 
 def test_compiled_and_plain_steps_may_alternate(checked_backend):
+    """Both kinds of step go on with the same state."""
     params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     for i in range(4):
@@ -105,6 +110,7 @@ def test_compiled_and_plain_steps_may_alternate(checked_backend):
 
 
 def test_a_parameter_without_gradient_is_left_alone(checked_backend):
+    """A parameter whose gradient is None is skipped, and its momentum begins later."""
     params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     for i, missing in enumerate((1, 2, None)):
@@ -117,6 +123,7 @@ def test_a_parameter_without_gradient_is_left_alone(checked_backend):
 
 
 def test_gradients_and_buffers_of_another_memory_order(checked_backend):
+    """A gradient and a buffer with other strides than the parameter's are brought into its layout."""
     params, twins, ours, plain = pair_of_optimizers(checked_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     for i in range(3):
@@ -131,6 +138,7 @@ def test_gradients_and_buffers_of_another_memory_order(checked_backend):
 
 
 def test_bad_hyperparameters_are_refused(checked_backend):
+    """The checks of a plain step are in force, and nothing is written."""
     params, twins, ours, _ = pair_of_optimizers(checked_backend)
     give_grads(params, 0, twins)
     before = [p.detach().clone() for p in params]
@@ -142,6 +150,7 @@ def test_bad_hyperparameters_are_refused(checked_backend):
 
 
 def test_a_first_step_that_may_overflow_is_refused():
+    """A compiled step makes new buffers even if it overflows: a plain step has to come first."""
     params, twins, ours, _ = pair_of_optimizers("auto", fused=True)
     give_grads(params, 0, twins)
     ours.grad_scale, ours.found_inf = torch.ones(()), torch.ones(())
@@ -152,7 +161,7 @@ def test_a_first_step_that_may_overflow_is_refused():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_backward_through_a_stepped_parameter_raises(checked_backend, compiled):
-    """As with torch's optimizers: autograd has saved a value that is no more."""
+    """As with torch's optimizers: autograd has saved a value that the step has overwritten."""
     params, twins, ours, _ = pair_of_optimizers(checked_backend)
     give_grads(params, 0, twins)
     loss = sum((p**2).sum() for p in params)
@@ -171,6 +180,7 @@ def test_backward_through_a_stepped_parameter_raises(checked_backend, compiled):
     ids=["another_shape", "another_dtype", "memory_of_the_parameter"],
 )
 def test_a_bad_momentum_buffer_is_refused_before_anything_is_written(checked_backend, bad):
+    """A buffer of another shape or dtype, or one that is the parameter itself, is an error."""
     params, twins, ours, _ = pair_of_optimizers(checked_backend)
     give_grads(params, 0, twins)
     ours.step()
@@ -183,6 +193,7 @@ def test_a_bad_momentum_buffer_is_refused_before_anything_is_written(checked_bac
 
 
 def test_a_differentiable_step_is_not_compiled():
+    """differentiable=True is refused: the operator has no derivative."""
     params, twins, ours, _ = pair_of_optimizers("auto", differentiable=True)
     give_grads(params, 0, twins)
     with pytest.raises(Exception, match="differentiable=False in a step"):
@@ -191,7 +202,7 @@ def test_a_differentiable_step_is_not_compiled():
 
 @pytest.mark.parametrize("key", ["momentum", "weight_decay"])
 def test_tensors_that_no_kernel_reads_are_not_compiled(key):
-    """They would have to be numbers in the graph."""
+    """Momentum and weight decay as tensors are refused: the graph would have to hold them as numbers."""
     params, twins, ours, _ = pair_of_optimizers("auto", **{key: torch.tensor(0.5)})
     give_grads(params, 0, twins)
     with pytest.raises(Exception, match=f"expected a number as {key}, got a tensor"):
@@ -199,7 +210,7 @@ def test_tensors_that_no_kernel_reads_are_not_compiled(key):
 
 
 def test_param_groups_without_gradients_do_not_share_tables(fused_backend):
-    """Two optimizers that differ in a param group that is not stepped."""
+    """Optimizers that differ only in a param group that is not stepped must not take each other's tables."""
     for more in (0, 1):
         torch._dynamo.reset()
         p, idle = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))
@@ -213,7 +224,7 @@ def test_param_groups_without_gradients_do_not_share_tables(fused_backend):
 
 @pytest.mark.gpu
 def test_cudagraphs_of_inductor_leave_the_step_outside(kernel_backend):
-    """A graph's replays would come back to tables that the operator does not keep."""
+    """Replays of a CUDA graph would use tables that the operator does not keep alive."""
     params, twins, ours, plain = pair_of_optimizers(kernel_backend)
     step = torch.compile(ours.step, fullgraph=True, mode="reduce-overhead")
     for i in range(5):
@@ -225,6 +236,7 @@ def test_cudagraphs_of_inductor_leave_the_step_outside(kernel_backend):
 
 @pytest.mark.gpu
 def test_a_compiled_step_is_not_captured(kernel_backend):
+    """Capturing a compiled step is an error that says to capture optimizer.step itself."""
     params, twins, ours, _ = pair_of_optimizers(kernel_backend)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")
     for i in range(2):
@@ -238,6 +250,7 @@ def test_a_compiled_step_is_not_captured(kernel_backend):
 
 @each_value(executor=available_backends(), prox_mode=MODES, options=[{}, dict(decoupled_weight_decay=False)])
 def test_a_compiled_step_of_adamw_has_the_bits_of_a_plain_one(executor, prox_mode, options):
+    """The same for ProxAdamW, with a plain step among the compiled ones."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     ours, plain = (
@@ -254,6 +267,7 @@ def test_a_compiled_step_of_adamw_has_the_bits_of_a_plain_one(executor, prox_mod
 
 
 def test_inductor_compiles_adamw():
+    """torch.compile's default backend compiles ProxAdamW's step into one graph."""
     params = parameters(SHAPES, torch.float32)
     twins = copies(params)
     ours, plain = (ProxAdamW(x, lr=0.1, **PENALTY) for x in (params, twins))

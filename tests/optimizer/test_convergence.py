@@ -13,6 +13,7 @@ from cges_kernels import ProxSGD, available_backends
 
 EXECUTORS = [name for name in available_backends() if name in ("reference", "cpu")]
 OMEGA = {"group_lasso": 0.3, "exclusive_lasso": 0.08, "l1": 0.05}
+# Momentum and dampening scale the penalty by 1, .1, 1, .625 and .1.
 RULES = [
     {},
     {"momentum": 0.9},
@@ -24,13 +25,13 @@ RULES = [
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """There is nothing here for a second one to do."""
+    """The problem is too small for a second thread."""
     threads(1)
 
 
 @pytest.fixture(scope="module")
 def problem():
-    """(X, Y): 40 samples, 8 unequal inputs, 6 outputs; X'X/m lies in [1, 2], so SGD is quick."""
+    """(X, Y): 40 samples, 8 unequal inputs, 6 outputs. X'X/m lies in [1, 2], so that SGD is quick."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape):
@@ -44,16 +45,18 @@ def problem():
 
 
 def gradient(W, problem):
+    """The gradient of f at W."""
     X, Y = problem
     return (X @ W.T - Y).T @ X / len(X)
 
 
 def scale_of_omega(momentum=0.0, dampening=0.0, nesterov=False):
+    """The factor of Omega in the objective that is minimised."""
     return (1 - momentum) / (1 - dampening)
 
 
 def train(problem, steps=2000, **options):
-    """W after full-batch steps from 0 until it stands still, which it must."""
+    """W after full-batch steps from 0 until it no longer moves, which it must reach."""
     W = torch.nn.Parameter(torch.zeros(problem[1].shape[1], problem[0].shape[1], dtype=torch.float64))
     optimizer = ProxSGD([W], lr=0.3, **options)
     for step in range(steps):
@@ -67,7 +70,7 @@ def train(problem, steps=2000, **options):
 
 
 def violation(W, grad, scale, group_by, group_lasso=0.0, exclusive_lasso=0.0, l1=0.0):
-    """The distance of 0 from grad + the subdifferential of scale*Omega, the largest over the groups."""
+    """The distance of 0 from grad + the subdifferential of scale*Omega: the largest over the groups."""
     a, b, c = (scale * x for x in (group_lasso, exclusive_lasso, l1))
     columns = zip(W.T, grad.T) if group_by == "feature" else zip(W, grad)
     worst = 0.0
@@ -85,7 +88,7 @@ def violation(W, grad, scale, group_by, group_lasso=0.0, exclusive_lasso=0.0, l1
 
 
 def optimum(problem, scale, group_by, weight_decay=0.0, group_lasso=0.0, exclusive_lasso=0.0, l1=0.0):
-    """What CVXPY finds."""
+    """The optimum that CVXPY finds."""
     cp = pytest.importorskip("cvxpy")
     X, Y = (x.numpy() for x in problem)
     W = cp.Variable((Y.shape[1], X.shape[1]))
@@ -102,11 +105,13 @@ def optimum(problem, scale, group_by, weight_decay=0.0, group_lasso=0.0, exclusi
 
 @covering(rule=RULES, group_by=["feature", "filter"], executor=EXECUTORS)
 def test_exact_mode_ends_at_the_optimum_of_the_scaled_objective(problem, executor, group_by, rule):
+    """Whatever the update rule, training ends where 0 is in the subdifferential, and where CVXPY ends."""
     scale = scale_of_omega(**rule)
-    omega = {name: value / scale for name, value in OMEGA.items()}  # so that each ends equally sparse
+    # scaled so that every rule ends equally sparse
+    omega = {name: value / scale for name, value in OMEGA.items()}
     W = train(problem, group_by=group_by, prox_mode="exact", backend=executor, **omega, **rule)
     grad = gradient(W, problem)
-    # standing still to 1e-15 at lr .3, with a momentum that adds ten gradients up: some 1e-14
+    # W moves less than 1e-15 a step at lr .3, and momentum adds up ten gradients: some 1e-14.
     assert violation(W, grad, scale, group_by, **omega) <= 1e-13
     # the solver's tolerance of 1e-8 on the objective is 1e-4 on W
     np.testing.assert_allclose(W.numpy(), optimum(problem, scale, group_by, **omega), rtol=0, atol=1e-4)
@@ -118,7 +123,7 @@ def test_exact_mode_ends_at_the_optimum_of_the_scaled_objective(problem, executo
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_at_momentum_it_is_not_the_optimum_of_the_plain_objective(problem, executor):
-    """The penalty counts (1 - momentum) times; dampening = momentum counts it once."""
+    """At momentum .9 the penalty counts a tenth; dampening = momentum makes it count once."""
     options = {"group_by": "feature", "prox_mode": "exact", "backend": executor, **OMEGA}
     plain = train(problem, **options)
     with_momentum = train(problem, momentum=0.9, **options)
@@ -132,6 +137,7 @@ def test_at_momentum_it_is_not_the_optimum_of_the_plain_objective(problem, execu
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("rule", RULES[:2], ids=str)
 def test_weight_decay_with_l1_is_the_elastic_net(problem, rule, executor):
+    """Weight decay acts as an l2 term of the objective, which momentum does not rescale."""
     scale, weight_decay, l1 = scale_of_omega(**rule), 0.3, 0.2
     W = train(problem, l1=l1 / scale, weight_decay=weight_decay, backend=executor, **rule)
     grad = gradient(W, problem) + weight_decay * W
@@ -144,6 +150,10 @@ def test_weight_decay_with_l1_is_the_elastic_net(problem, rule, executor):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_the_modes_end_at_one_point_without_group_and_exclusive_lasso_only(problem, executor):
+    """Without exclusive lasso both modes end at the same bits.
+
+    With it, only exact mode ends at the optimum.
+    """
     for omega, same in [({"l1": 0.1}, True), ({"group_lasso": 0.3, "l1": 0.1}, True), (OMEGA, False)]:
         ends = [train(problem, prox_mode=mode, backend=executor, **omega) for mode in ("sequential", "exact")]
         assert torch.equal(*ends) == same

@@ -11,7 +11,7 @@ from cges_kernels import ProxSGD
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_differentiable_step_has_the_right_gradient(momentum, prox_mode):
-    """With respect to the weights, the gradient and the momentum buffer that went in."""
+    """gradcheck passes by the weights, the gradient and the momentum buffer that went in."""
     w, grad, buf = (p.detach().requires_grad_() for p in parameters([(4, 3)] * 3))
 
     def one_step(w, grad, buf):
@@ -28,7 +28,7 @@ def test_differentiable_step_has_the_right_gradient(momentum, prox_mode):
 
 
 def test_differentiable_step_has_the_right_gradient_for_a_tensor_lr():
-    """The learning rate is in the update and in the thresholds."""
+    """The learning rate is in the update and in the thresholds; its gradient has both parts."""
     w, grad = (p.detach() for p in parameters([(4, 3)] * 2))
     lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
@@ -42,6 +42,7 @@ def test_differentiable_step_has_the_right_gradient_for_a_tensor_lr():
 
 
 def test_a_learning_rate_that_requires_grad_is_read_at_each_step():
+    """Its present value is used, whether or not the step is differentiable."""
     p, lr = torch.ones(3), torch.tensor(0.5, requires_grad=True)
     for differentiable in (False, True):
         x = p.clone()
@@ -57,6 +58,7 @@ def test_a_learning_rate_that_requires_grad_is_read_at_each_step():
 
 @pytest.mark.parametrize("key", ["lr", "group_lasso", "l1"])
 def test_a_differentiable_step_checks_tensors_changed_in_place(key):
+    """A tensor that became negative is an error."""
     p = torch.ones(4, 4)
     p.grad = torch.ones(4, 4)
     value = torch.tensor(0.1)

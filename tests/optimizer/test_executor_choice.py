@@ -19,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from cges_kernels import ProxSGD, available_backends, prox
 
+# (options, the executor that serves them)
 SERVED_BY = [
     (dict(), FASTEST),
     (dict(fused=None), FASTEST),
@@ -36,6 +37,7 @@ SERVED_BY = [
 
 @pytest.mark.parametrize("options,executor", SERVED_BY, ids=str)
 def test_options_select_the_executor(options, executor):
+    """Flags that a compiled executor cannot serve take the reference; otherwise the fastest serves."""
     if executor not in available_backends():
         pytest.skip("the C++ extension is not built")
     params = parameters()
@@ -48,6 +50,7 @@ def test_options_select_the_executor(options, executor):
 
 @needs_cpu
 def test_param_groups_select_the_executor_each_and_may_change_their_mind():
+    """Each param group has its own executor, and a flag changed between steps changes it."""
     params = parameters()
     groups = [{"params": params[:2]}, {"params": params[2:4], "foreach": True}, {"params": params[4:]}]
     optimizer = ProxSGD(groups, lr=0.1, momentum=0.9, **PENALTY)
@@ -66,6 +69,7 @@ def test_param_groups_select_the_executor_each_and_may_change_their_mind():
 
 
 def test_param_group_without_parameters_has_an_executor_that_is_there():
+    """An empty param group is given an executor that can run here."""
     params = parameters()
     optimizer = ProxSGD([{"params": []}, {"params": params}])
     train(optimizer, params, range(1))
@@ -74,7 +78,10 @@ def test_param_group_without_parameters_has_an_executor_that_is_there():
 
 @needs_cpu
 def test_a_replaced_parameter_may_need_another_executor():
-    """FSDP2 and accelerate put wrapped tensors into the groups, which only the reference serves."""
+    """A wrapped tensor put into a param group is stepped correctly, by the reference.
+
+    FSDP2 and accelerate replace parameters in this way, and only the reference serves wrapped tensors.
+    """
     params = [nn.Parameter(torch.randn(6, 5)) for _ in range(2)]
     optimizer = ProxSGD([{"params": [p]} for p in params], lr=0.1, l1=0.01)
     for p in params:
@@ -93,6 +100,8 @@ def test_a_replaced_parameter_may_need_another_executor():
 @pytest.mark.parametrize("momentum", [0, 0.9])
 @pytest.mark.parametrize("declared", [torch.float32, None])
 def test_gradients_of_another_dtype_are_stepped_as_in_torch(momentum, declared):
+    """float32 gradients of bfloat16 parameters give torch's bits, by the reference."""
+
     def trained(make):
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(5, 3, dtype=torch.bfloat16))
@@ -115,7 +124,7 @@ def test_gradients_of_another_dtype_are_stepped_as_in_torch(momentum, declared):
 
 @pytest.mark.parametrize("options", [dict(), dict(fused=True)])
 def test_a_gradient_of_another_dtype_may_come_later(options):
-    """The executor is chosen again, or the wish refused with its reason, in the step that meets it."""
+    """The step that first meets such a gradient takes the reference, or refuses with fused=True."""
     p, q = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     q.grad_dtype = None
     optimizer = ProxSGD([p, q], lr=0.1, momentum=0.9, backend="auto", **options)

@@ -14,7 +14,7 @@ pytestmark = COMPILES
 
 
 def sample_step(backend, momentum=0.9, sources=True):
-    """Arguments of the operator: two param groups, of which the second has no momentum."""
+    """Arguments of the step's operator, with two param groups of which the second has no momentum."""
     device = device_of(backend)
     params = [torch.randn(shape, device=device) for shape in SHAPES]
     numbers = [dict(RULE.options) | SGD | PENALTY | dict(momentum=m) for m in (momentum, 0.0)]
@@ -43,6 +43,7 @@ def sample_step(backend, momentum=0.9, sources=True):
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_opcheck_of_the_step(checked_backend, momentum):
+    """torch.library.opcheck accepts the schema, the fake implementation and the declared mutations."""
     torch.library.opcheck(torch.ops.cges_kernels.step_.default, sample_step(checked_backend, momentum))
     scaler = {"grad_scale": torch.full((1,), 8.0), "found_inf": torch.zeros(1)}
     args = sample_step(checked_backend, momentum, sources=False)
@@ -50,12 +51,14 @@ def test_opcheck_of_the_step(checked_backend, momentum):
 
 
 def test_opcheck_of_the_proximal_map(checked_backend):
+    """The same for the operator of prox_."""
     tensors = [torch.randn(shape) for shape in SHAPES]
     args = (tensors, 0.3, 0.05, 0.1, "feature", None, "exact", checked_backend)
     torch.library.opcheck(torch.ops.cges_kernels.prox_.default, args)
 
 
 def test_the_operator_itself_moves_versions_on(checked_backend):
+    """The operator bumps the versions of all tensors that it writes."""
     args = sample_step(checked_backend)
     written = [*args[0], *args[2]]
     before = [x._version for x in written]
@@ -64,6 +67,7 @@ def test_the_operator_itself_moves_versions_on(checked_backend):
 
 
 def test_the_proximal_map_compiles(checked_backend):
+    """prox and prox_ within a compiled function give their usual bits."""
     w = torch.randn(9, 7)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -78,6 +82,7 @@ def test_the_proximal_map_compiles(checked_backend):
 
 
 def test_the_penalty_compiles():
+    """The gradient of a compiled penalty is the plain one."""
     w = torch.randn(9, 7, requires_grad=True)
     gradients = []
     for f in (penalty, torch.compile(penalty, fullgraph=True, backend="aot_eager")):
@@ -86,6 +91,7 @@ def test_the_penalty_compiles():
 
 
 def test_the_exact_proximal_map_compiles_with_gradients():
+    """So is the gradient of a compiled prox in exact mode."""
     w = torch.randn(9, 7, requires_grad=True)
     options = dict(PENALTY, prox_mode="exact")
     compiled = torch.compile(prox, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""What an optimizer does beside its arithmetic: dtypes together, autograd's versions, devices, warnings."""
+"""What an optimizer does beside its arithmetic: mixed dtypes, autograd's versions, devices, warnings."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from cges_kernels import ProxSGD, prox_
 
 
 def test_bfloat16_and_float64_beside_float32_in_one_optimizer(backend):
+    """Parameters get the same bits together with other dtypes as alone."""
     dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
     params = [p for dtype in dtypes for p in parameters([(6, 5), (4,)], dtype)]
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, **PENALTY, backend=backend)
@@ -24,6 +25,7 @@ def test_bfloat16_and_float64_beside_float32_in_one_optimizer(backend):
 
 
 def test_step_moves_version_counters(backend):
+    """autograd notices that the parameter and its buffer were changed in place."""
     p = parameters([(6, 5)])[0]
     optimizer = ProxSGD([p], lr=0.1, momentum=0.9, backend=backend)
     loss = p.square().sum()
@@ -38,6 +40,7 @@ def test_step_moves_version_counters(backend):
 
 
 def test_the_default_device_is_no_concern(backend):
+    """A step makes nothing on torch's default device, which is "meta" here."""
     params, others = parameters([(6, 5), (9,)]), parameters([(6, 5), (9,)])
     optimizer, other = (ProxSGD(ps, momentum=0.9, **PENALTY, backend=backend) for ps in (params, others))
     for step in range(2):
@@ -52,6 +55,7 @@ def test_the_default_device_is_no_concern(backend):
 
 
 def test_penalty_is_the_sum_over_the_param_groups(checked_backend):
+    """optimizer.penalty() is Omega by each param group's coefficients and spec."""
     params = parameters([(6, 5), (4, 3, 3, 3), (9,)])
     groups = [
         dict(params=params[:1], group_lasso=0.5, group_by="filter"),
@@ -67,6 +71,7 @@ def test_penalty_is_the_sum_over_the_param_groups(checked_backend):
 
 
 def test_warns_once_where_sequential_mode_zeroes_too_much(checked_backend, recwarn):
+    """One warning at b*n >= 1, naming the value and exact mode, with the caller as its place."""
     params = parameters([(10, 5), (300,)])
     optimizer = ProxSGD(params, lr=0.1, exclusive_lasso=0.99, backend=checked_backend)
     give_grads(params, 0)
@@ -74,13 +79,14 @@ def test_warns_once_where_sequential_mode_zeroes_too_much(checked_backend, recwa
         optimizer.param_groups[0]["lr"] = lr
         for _ in range(2):
             optimizer.step()
-        assert len(recwarn.list) == (lr > 0.1)  # b*n = 0.99 at first, and a bias has no groups
+        assert len(recwarn.list) == (lr > 0.1)  # b*n is 0.99 at first; the bias has no groups
     (warning,) = recwarn.list
     assert "1.98 >= 1" in str(warning.message) and "exact" in str(warning.message)
     assert warning.filename == __file__
 
 
 def test_exact_mode_does_not_warn(checked_backend, recwarn):
+    """The warning is for sequential mode only."""
     params = parameters([(10, 5)])
     optimizer = ProxSGD(params, lr=0.1, exclusive_lasso=9, prox_mode="exact", backend=checked_backend)
     train(optimizer, params, range(2))
@@ -88,6 +94,7 @@ def test_exact_mode_does_not_warn(checked_backend, recwarn):
 
 
 def test_a_list_changed_in_place_is_noticed(checked_backend):
+    """A view given as a list takes effect, and is checked, when it is changed in place."""
     p = nn.Parameter(torch.randn(4, 4))
     p.grad = torch.zeros(4, 4)
     other = nn.Parameter(p.detach().clone())

@@ -1,4 +1,4 @@
-"""ProxAdamW is torch.optim.AdamW, or Adam, where nothing is penalised; and what it keeps of a parameter."""
+"""Without penalties ProxAdamW is torch.optim.AdamW, or Adam; with them executors follow the reference."""
 
 import sys
 
@@ -20,6 +20,7 @@ from torch.optim import Adam, AdamW
 
 from cges_kernels import ProxAdamW, available_backends
 
+# Both kinds of weight decay; betas of 0 keep nothing of the last step, and a large eps decides the step size.
 OPTIONS = dict(
     weight_decay=(0.0, 0.1),
     maximize=(False, True),
@@ -30,6 +31,7 @@ OPTIONS = dict(
 
 
 def torchs(decoupled):
+    """torch's optimizer with this kind of weight decay."""
     return AdamW if decoupled else Adam
 
 
@@ -37,7 +39,11 @@ def torchs(decoupled):
 def test_reference_is_torch_bit_for_bit(
     monkeypatch, weight_decay, maximize, betas, eps, decoupled, amsgrad, dtype, way
 ):
-    """With capturable=True torch has another formula, which counts steps in a tensor."""
+    """Parameters and states have torch's bits after 50 steps.
+
+    With capturable=True torch computes by another formula, which counts steps in a tensor; it is made to
+    accept the CPU.
+    """
     monkeypatch.setattr(
         sys.modules[AdamW.__module__.replace("adamw", "adam")],
         "_get_capturable_supported_devices",
@@ -55,6 +61,7 @@ def test_reference_is_torch_bit_for_bit(
 
 
 def test_differentiable_is_torch_bit_for_bit():
+    """The same with differentiable=True."""
     results = []
     for make in (AdamW, ProxAdamW):
         params = [p.detach() for p in parameters()]
@@ -65,6 +72,7 @@ def test_differentiable_is_torch_bit_for_bit():
 
 
 def test_a_step_is_differentiable_by_its_learning_rate():
+    """gradcheck passes through two steps under penalties."""
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
 
     def after_two_steps(lr):
@@ -82,7 +90,10 @@ def test_a_step_is_differentiable_by_its_learning_rate():
 def test_as_near_to_torch_as_its_fused_kernel_is(
     executor, weight_decay, maximize, betas, eps, decoupled, dtype
 ):
-    """Truth is torch's in float64 from the same numbers; see test_sgd_options.py."""
+    """The error is at most twice that of torch's fused kernel, plus one rounding.
+
+    The truth is torch's optimizer in float64; see test_sgd_options.py.
+    """
     options = dict(lr=0.03, weight_decay=weight_decay, maximize=maximize, betas=betas, eps=eps)
 
     def run(make, to, **more):
@@ -111,21 +122,24 @@ def test_as_near_to_torch_as_its_fused_kernel_is(
         assert error(got) <= 2 * error(near) + rounding
 
 
-# Scenarios are written for SGD: its options mean nothing here, and one writes its state.
+# Scenarios are written for SGD. AdamW has no such options, and one scenario writes SGD's state.
 SGD_ALONE = ("momentum", "dampening", "nesterov")
 RUNS = {name: run for name, run in SCENARIOS.items() if name != "state_entries_replaced"}
 
 
 def of_sgd(make, **more):
+    """A constructor that drops the options which only SGD has."""
+
     def made(params, **options):
         return make(params, **{k: x for k, x in options.items() if k not in SGD_ALONE}, **more)
 
     return made
 
 
-# What a scenario changes, plans see; executors see addresses.
+# Scenarios change what plans look at, and executors only get addresses. So not each pair has to run.
 @each_value(run=RUNS.values(), executor=available_backends())
 def test_every_scenario_is_torchs_and_with_penalties_the_references(executor, run):
+    """Whatever a training loop does, ProxAdamW follows torch's AdamW, and with penalties the reference."""
     wanted = run(of_sgd(AdamW, foreach=False))
     got = run(of_sgd(ProxAdamW, backend=executor))
     check(run, executor, got, wanted)
@@ -135,7 +149,10 @@ def test_every_scenario_is_torchs_and_with_penalties_the_references(executor, ru
 
 
 def check(run, executor, got, wanted):
-    """torch's for-loop, and so the reference, computes in float32 with a tensor of that; kernels do not."""
+    """Compares the tensors of a scenario, loosely where it has float32 tensors as hyperparameters.
+
+    With such tensors torch's for-loop, and so the reference, computes scalars in float32; kernels do not.
+    """
     if "tensor" not in run.__name__ or executor == "reference":
         return assert_as_near_as(executor, got, wanted)
     for x, y in zip(got, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""The same bits, however a step is run."""
+"""A step gives the same bits however it is run: threads, repetitions, neighbours in the list."""
 
 import pytest
 import torch
@@ -18,13 +18,16 @@ from cges_kernels import ProxSGD
 
 EXACT = pytest.param(
     "exact",
-    marks=pytest.mark.full("exact mode over groups of millions; smaller ones are in test_cpu_cuts.py"),
+    marks=pytest.mark.full(
+        "exact mode over groups of up to a million elements; smaller ones are in test_cpu_cuts.py"
+    ),
 )
 SIZES = [(130, 70), (3, 5), (7,), (16, 8, 3, 3), (1, 40), (40, 1), (257, 513), (70000, 2)]
-SIZES += [(2, 600_000), (40_000, 16)]  # groups that fit no cache
+SIZES += [(2, 600_000), (40_000, 16)]  # groups that fit into no cache
 
 
 def run_once(backend, sizes=SIZES, dtype=torch.float32, seed=0, steps=3, **options):
+    """All parameters and buffers after some steps from the same numbers."""
     params = parameters(sizes, dtype, seed)
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, **PENALTY, **options, backend=backend)
     train(optimizer, params, range(steps))
@@ -36,6 +39,7 @@ def run_once(backend, sizes=SIZES, dtype=torch.float32, seed=0, steps=3, **optio
 @pytest.mark.parametrize("group_by", ["feature", "filter", "channel", "tensor"])
 @pytest.mark.parametrize("prox_mode", ["sequential", EXACT])
 def test_bits_depend_neither_on_the_threads_nor_on_the_run(threads, group_by, prox_mode):
+    """One thread, two threads, and two threads again give the same bits."""
     results = []
     for n in (1, 2, 2):
         threads(n)
@@ -47,6 +51,7 @@ def test_bits_depend_neither_on_the_threads_nor_on_the_run(threads, group_by, pr
 @needs_cpu
 @pytest.mark.filterwarnings("ignore:.*sequential mode zeroes")
 def test_bits_do_not_depend_on_the_neighbours():
+    """A tensor gets the same bits alone, in a list and in a shuffled list."""
     params, alone, shuffled = (parameters(SIZES, torch.float32) for _ in range(3))
     order = [5, 8, 1, 3, 0, 7, 2, 9, 6, 4]
     options = dict(lr=0.1, momentum=0.9, **PENALTY, backend="cpu")
@@ -64,6 +69,7 @@ def test_bits_do_not_depend_on_the_neighbours():
 @needs_cpu
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_500_tiny_tensors_equal_the_reference(prox_mode):
+    """Many small tensors in one step are each stepped as by the reference."""
     sizes = ([(3, 5), (7,), (2, 3, 2, 2), (1,), (4, 1), (), (1, 9), (8, 8)] * 63)[:500]
     cpu, reference = (
         run_once(backend, sizes, torch.float64, prox_mode=prox_mode) for backend in ("cpu", "reference")

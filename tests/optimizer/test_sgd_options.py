@@ -9,13 +9,14 @@ from torch.optim import SGD
 
 from cges_kernels import ProxSGD
 
-# (momentum, dampening, nesterov): each on and off, as far as torch takes them together.
+# (momentum, dampening, nesterov): each on and off, in the combinations that torch accepts.
 RULES = [(0, 0, False), (0, 0.3, False), (0.9, 0, False), (0.9, 0.3, False), (0.9, 0, True)]
 OPTIONS = dict(rule=RULES, weight_decay=(0, 1e-2), maximize=(False, True))
 
 
 @pytest.fixture
 def options(rule, weight_decay, maximize):
+    """The options as torch.optim.SGD's keywords."""
     momentum, dampening, nesterov = rule
     rule = dict(momentum=momentum, dampening=dampening, nesterov=nesterov)
     return dict(rule, weight_decay=weight_decay, maximize=maximize)
@@ -23,6 +24,7 @@ def options(rule, weight_decay, maximize):
 
 @covering(**OPTIONS, dtype=[torch.float32, torch.float64])
 def test_reference_is_torch_sgd_bit_for_bit(options, dtype):
+    """Parameters and buffers have the bits of torch.optim.SGD(foreach=False) after 50 steps."""
     results = []
     for make in (SGD, lambda *args, **kw: ProxSGD(*args, **kw, backend="reference")):
         params = parameters(dtype=dtype)
@@ -35,11 +37,12 @@ def test_reference_is_torch_sgd_bit_for_bit(options, dtype):
 
 @covering(**OPTIONS, dtype=[torch.float32, torch.bfloat16], executor=fused_backends())
 def test_as_near_to_torch_sgd_as_fused_sgd_is(executor, options, dtype):
-    """Truth is SGD in float64 from the same numbers.
+    """The error is at most twice that of torch's fused SGD, plus one rounding.
 
-    A fused kernel rounds at other places than foreach=False does (fused multiply-adds; one rounding per
-    step in bfloat16), so bits may differ. What may not differ is the size of the error: at most twice that
-    of torch's own fused kernel, plus one rounding of the largest value.
+    The truth is SGD in float64 from the same numbers, and the rounding is that of the largest value.
+
+    Bits may differ, because a fused kernel rounds at other places than foreach=False does: it fuses
+    multiply-adds, and in bfloat16 it rounds once a step. The size of the error may not differ.
     """
 
     def run(make, dtype, **more):
@@ -58,7 +61,7 @@ def test_as_near_to_torch_sgd_as_fused_sgd_is(executor, options, dtype):
     truth = run(SGD, torch.float64, foreach=False)
     fused, ours = run(SGD, dtype, fused=True), run(ProxSGD, dtype, backend=executor)
     assert len(truth) == len(fused) == len(ours)
-    for kind in (slice(0, len(SHAPES)), slice(len(SHAPES), None)):  # parameters, buffers
+    for kind in (slice(0, len(SHAPES)), slice(len(SHAPES), None)):  # parameters, then buffers
 
         def error(xs, kind=kind):
             return max(

@@ -1,4 +1,8 @@
-"""skip_dead: groups that are held at zero are passed by, and no bit tells of it."""
+"""skip_dead: groups that are held at zero are skipped, and no bit of the result depends on it.
+
+The CPU executor keeps a list of held groups, and has to drop it whenever something else may have written to
+them.
+"""
 
 import copy
 import pickle
@@ -14,13 +18,13 @@ from cges_kernels.backends.extension import BUILT
 pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the CPU executor is not built")
 
 SHAPE = (40, 300)
-DEAD, LIVE, DYING = 1, 2, 5  # rows; the last dies on the way, its momentum not yet zero
+DEAD, LIVE, DYING = 1, 2, 5  # rows: dead, alive, and dying while its momentum is not yet zero
 PENALTY = dict(group_lasso=2.0, exclusive_lasso=1e-4, group_by="filter", freeze_zeros="group")
 RULES = {"momentum": (SGD, dict(momentum=0.9)), "plain": (SGD, {}), "adamw": (ADAMW, {})}
 
 
 class Twins:
-    """Two optimizers of equal weights: one skips what is dead, the other does not."""
+    """Two optimizers of equal weights: the first skips dead groups, the second does not."""
 
     def __init__(self, rule=SGD, shape=SHAPE, dtype=torch.float32, **options):
         w = fresh(shape, dtype)
@@ -33,7 +37,7 @@ class Twins:
         ]
 
     def step(self, times=1, of_dead=None):
-        """``of_dead``: the gradients of the dead row; nobody looks at them, while it is dead."""
+        """Steps both and compares them. ``of_dead`` is the dead row's gradient, which should not be read."""
         for _ in range(times):
             grad = fresh(self.weights[0].shape, self.weights[0].dtype)
             grad[DYING] *= 0.01
@@ -45,17 +49,19 @@ class Twins:
             self.check()
 
     def check(self):
+        """Weights and states of both agree to the bit."""
         assert torch.equal(*self.weights)
         states = [optimizer.state[p] for p, optimizer in zip(self.weights, self.optimizers)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
     def each(self, f):
+        """Calls f for both."""
         for p, optimizer in zip(self.weights, self.optimizers):
             f(p, optimizer)
 
     def skip(self):
-        """Whether the first passes by its dead row: what is written there behind its back stays as it is."""
+        """Whether the first skips its dead row: what is written there without its knowledge stays."""
         p = self.weights[0]
         p.data[DEAD] = 1.0
         p.grad = fresh(p.shape, p.dtype)
@@ -65,6 +71,7 @@ class Twins:
 
 @covering(rule=RULES, dtype=DTYPES, mode=MODES, count=[1, 2, 9])
 def test_no_bit_tells_of_it(threads, rule, dtype, mode, count):
+    """Both give the same bits for any number of threads, and dead rows are really skipped."""
     threads(count)
     kind, options = RULES[rule]
     for shape in (SHAPE, (40, 256), (37, 5000), (8, 10, 7, 7)):
@@ -78,18 +85,21 @@ def test_no_bit_tells_of_it(threads, rule, dtype, mode, count):
 @pytest.mark.usefixtures("tiles")
 @each_value(tiles=TILES, mode=MODES, dtype=[torch.float32, torch.float16])
 def test_groups_that_go_in_pieces(mode, dtype):
+    """The same for groups so large that they are cut into pieces."""
     twins = Twins(shape=(7, 70_000), dtype=dtype, prox_mode=mode, momentum=0.9)
     twins.step(4, of_dead=float("nan"))
     assert twins.skip()
 
 
 def test_few_dead_elements_are_stepped_with_the_others():
+    """Gaps of few dead elements are stepped with the rest: that costs less than another tile."""
     twins = Twins(shape=(400, 17), momentum=0.9, group_lasso=0.3)
     twins.step(3, of_dead=float("nan"))
     assert not twins.skip()
 
 
 def test_channels_last():
+    """Groups are found in the memory order of channels_last."""
     twins = Twins(momentum=0.9)
     for p, optimizer in zip(twins.weights, twins.optimizers):
         p.data = p.data.view(40, 12, 5, 5).to(memory_format=torch.channels_last)
@@ -99,6 +109,7 @@ def test_channels_last():
 
 
 def test_a_copy_looks_for_itself():
+    """A deep copy or an unpickled optimizer does not take over the list of held groups."""
     twins = Twins(momentum=0.9)
     twins.step(3)
     for travel in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
@@ -113,6 +124,7 @@ def test_a_copy_looks_for_itself():
 
 
 def test_compiled_steps_between():
+    """A compiled step between plain ones does not make the list wrong."""
     twins = Twins(momentum=0.9)
     twins.step(3)
     for optimizer in twins.optimizers:
@@ -122,6 +134,7 @@ def test_compiled_steps_between():
 
 
 def in_place(p, optimizer):
+    """Ways to write to a dead row, or to its buffer, between steps; this one is in place."""
     with torch.no_grad():
         p[DEAD] = 1.0
 
@@ -135,6 +148,7 @@ def by_another_buffer(p, optimizer):
 
 
 def behind_its_back(p, optimizer):
+    """Through .data, which bumps no version, and so with refresh()."""
     p.data[DEAD] = 1.0
     optimizer.refresh()
 
@@ -156,18 +170,21 @@ def by_a_checkpoint(p, optimizer):
 
 
 def by_a_checkpoint_of_what_the_buffer_was(p, optimizer):
+    """By a checkpoint that holds another buffer."""
     saved = optimizer.state_dict()
     saved["state"][0] = {"momentum_buffer": torch.ones_like(p)}
     optimizer.load_state_dict(saved)
 
 
 def by_pruning(p, optimizer):
+    """By prune_to_density, which writes zeros and momenta."""
     model = torch.nn.Linear(p.shape[1], p.shape[0], bias=False)
     model.weight = p
     prune_to_density(model, 0.2, optimizer=optimizer, freeze_zeros="group")
 
 
 def without_holding_zeros(p, optimizer):
+    """By steps in which freeze_zeros is off or another mode."""
     for mode in (None, "element", "group"):
         optimizer.param_groups[0]["freeze_zeros"] = mode
         p.grad = torch.ones_like(p)
@@ -175,7 +192,7 @@ def without_holding_zeros(p, optimizer):
 
 
 def without_momentum(p, optimizer):
-    """Rows that die meanwhile keep the momentum that they had."""
+    """By steps without momentum: rows that die in them keep the momentum that they had."""
     optimizer.param_groups[0].update(momentum=0.0, group_lasso=400.0)
     for _ in range(3):
         p.grad = torch.zeros_like(p)
@@ -192,6 +209,7 @@ def without_momentum(p, optimizer):
     ],
 )
 def test_what_is_written_meanwhile_is_noticed(write):
+    """After each way of writing, the next step is that of an optimizer that never skipped."""
     twins = Twins(momentum=0.9)
     twins.step(3)
     before = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"].clone()
@@ -203,6 +221,7 @@ def test_what_is_written_meanwhile_is_noticed(write):
 
 
 def test_a_step_that_overflows_changes_nothing_and_forgets_nothing():
+    """An overflow leaves weights as they are, and dead rows are still skipped afterwards."""
     twins = Twins(momentum=0.9)
     twins.step(3)
     for overflow in (1.0, 0.0):
@@ -213,12 +232,13 @@ def test_a_step_that_overflows_changes_nothing_and_forgets_nothing():
 
 
 def test_groups_without_a_list_are_stepped_as_ever():
-    """Columns, short groups and single elements; tensors without groups."""
+    """Columns, short groups, single elements and biases have no list, and are all stepped."""
     for shape, spec in (((30, 40), "feature"), ((40, 9), "filter"), ((40, 1), "filter"), ((50,), "filter")):
         twins = Twins(shape=shape, group_by=spec, momentum=0.9, group_lasso=0.1)
         twins.step(4)
 
 
 def test_a_text_is_no_flag():
+    """skip_dead="yes" is a TypeError."""
     with pytest.raises(TypeError, match="skip_dead: expected a bool, got 'yes'"):
         ProxSGD([torch.nn.Parameter(torch.ones(2, 20))], skip_dead="yes")

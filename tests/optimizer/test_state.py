@@ -25,6 +25,7 @@ from cges_kernels import ProxSGD, available_backends
 
 
 def test_first_buffer_is_the_gradient_without_dampening(backend):
+    """As in torch, dampening begins with the second step; weight decay and maximize are in the buffer."""
     params = parameters()
     optimizer = ProxSGD(
         params, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.25, maximize=True, backend=backend
@@ -40,6 +41,7 @@ def test_first_buffer_is_the_gradient_without_dampening(backend):
 
 
 def test_state_holds_what_torch_sgd_holds(checked_backend):
+    """The state_dict has torch.optim.SGD's keys, and no state where there was no gradient."""
     for momentum in (0, 0.9):
         params, others = parameters(), parameters()
         optimizer = ProxSGD(params, lr=0.1, momentum=momentum, backend=checked_backend)
@@ -56,17 +58,18 @@ def test_state_holds_what_torch_sgd_holds(checked_backend):
 
 
 def test_buffers_are_laid_out_as_their_parameters(backend):
+    """A new momentum buffer has the parameter's strides, whatever the gradient's."""
     p = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     p.grad = torch.randn(4, 3, 2, 2)
     optimizer = ProxSGD([p], lr=0.1, momentum=0.9, backend=backend)
     optimizer.step()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
-    if backend != "reference":  # which keeps the layout of the gradient, as torch.optim.SGD does
+    if backend != "reference":  # the reference keeps the gradient's layout, as torch.optim.SGD does
         assert optimizer.state[p]["momentum_buffer"].stride() == p.stride()
 
 
 def test_float32_buffer_after_the_model_became_float64(backend):
-    """As with torch: unfused goes on with the old buffer, fused refuses, and loading converts it."""
+    """As in torch: the reference goes on, a fused executor refuses, and loading converts."""
 
     def half_way(make):
         params = parameters(dtype=torch.float32)
@@ -110,6 +113,7 @@ def by_pickle(optimizer):
     executor=available_backends(),
 )
 def test_a_copy_trains_on_by_itself(executor, duplicate, steps_before):
+    """A copy has parameters of its own and trains on with the original's bits, on the same executor."""
     groups, params = two_groups(l1=0.5)
     optimizer = ProxSGD(groups, lr=0.1, momentum=0.9, **PENALTY, backend=executor)
     train(optimizer, params, range(steps_before))
@@ -128,6 +132,7 @@ def test_a_copy_trains_on_by_itself(executor, duplicate, steps_before):
 
 
 def test_step_hooks(fastest_backend):
+    """Hooks run before and after a step, until they are removed."""
     params = parameters()
     optimizer = ProxSGD(params, lr=0.1, backend=fastest_backend)
     seen = []
@@ -147,6 +152,7 @@ def test_step_hooks(fastest_backend):
 
 
 def test_state_dict_hooks(fastest_backend):
+    """Hooks of state_dict and load_state_dict run in torch's order and may change the file."""
     optimizer = ProxSGD(parameters(), lr=0.1, l1=0.5, backend=fastest_backend)
     calls = []
     optimizer.register_state_dict_pre_hook(lambda o: calls.append("saving"))
@@ -160,7 +166,7 @@ def test_state_dict_hooks(fastest_backend):
 
 
 def test_a_load_hook_may_convert_a_foreign_file(fastest_backend):
-    """The hook sees what was saved; what it returns is completed as any other file is."""
+    """The hook sees what was saved; what it returns is completed like any other file."""
     groups, params = two_groups(l1=0.75)
     optimizer = ProxSGD(groups, lr=0.1, l1=0.5, backend=fastest_backend)
     foreign = [{"params": params[:3]}, {"params": params[3:]}, {"params": parameters()}]

@@ -1,4 +1,4 @@
-"""State dicts in plain files: to torch.optim.SGD and back, and by parameters' names."""
+"""State dicts in plain files: from and to torch.optim.SGD, and matched by the parameters' names."""
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from cges_kernels import ProxSGD
 
 @pytest.mark.parametrize("options", [dict(), dict(momentum=0.9), dict(momentum=0.9, nesterov=True)], ids=str)
 def test_training_begun_with_torch_sgd_goes_on_here(checked_backend, options):
+    """A file of torch.optim.SGD loads, and training goes on as with torch."""
     groups, params = two_groups()
     sgd = SGD(groups, lr=0.1, weight_decay=0.01, **options)
     train(sgd, params, range(3))
@@ -36,7 +37,7 @@ def test_training_begun_with_torch_sgd_goes_on_here(checked_backend, options):
 
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_a_file_of_torch_sgd_leaves_the_coefficients_alone(checked_backend, momentum):
-    """Each param group keeps its own, and the next step uses them."""
+    """Each param group keeps its own coefficients, and the next step uses them."""
     groups, params = two_groups()
     sgd = SGD(groups, lr=0.1, momentum=momentum)
     train(sgd, params, range(2))
@@ -46,7 +47,7 @@ def test_a_file_of_torch_sgd_leaves_the_coefficients_alone(checked_backend, mome
     ]
     groups, others = two_groups()
     optimizer = ProxSGD([{**g, **m} for g, m in zip(groups, mine)], backend=checked_backend)
-    train(optimizer, others, range(1))  # there is a plan already
+    train(optimizer, others, range(1))  # so that there is a plan already
     copy_values(others, params)
     optimizer.load_state_dict(through_a_file(sgd.state_dict()))
     for group, m, lr in zip(optimizer.param_groups, mine, (0.1, 0.05)):
@@ -68,6 +69,7 @@ def test_a_file_of_torch_sgd_leaves_the_coefficients_alone(checked_backend, mome
 
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_training_begun_here_goes_on_with_torch_sgd(checked_backend, momentum):
+    """A file of ours loads into torch.optim.SGD, and training goes on as with ours without penalties."""
     groups, params = two_groups()
     optimizer = ProxSGD(groups, lr=0.1, momentum=momentum, **PENALTY, backend=checked_backend)
     train(optimizer, params, range(3))
@@ -85,6 +87,7 @@ def test_training_begun_here_goes_on_with_torch_sgd(checked_backend, momentum):
 
 
 def test_a_checkpoint_restores_everything(checked_backend):
+    """Options, coefficients and momentum come back, and training goes on with the same bits."""
     groups, params = two_groups(group_lasso=0.5, freeze_zeros="group", prox_mode="sequential")
     options = dict(
         lr=0.1, momentum=0.9, **PENALTY, group_by="channel", prox_mode="exact", backend=checked_backend
@@ -94,7 +97,7 @@ def test_a_checkpoint_restores_everything(checked_backend):
     state = through_a_file(optimizer.state_dict())
     groups, others = two_groups()
     resumed = ProxSGD(groups, backend=checked_backend)
-    train(resumed, others, range(1))  # there is a plan already
+    train(resumed, others, range(1))  # so that there is a plan already
     copy_values(others, params)
     resumed.load_state_dict(state)
     for one, other in zip(optimizer.param_groups, resumed.param_groups):
@@ -105,6 +108,7 @@ def test_a_checkpoint_restores_everything(checked_backend):
 
 
 def test_tuples_and_tensors_survive_a_file(checked_backend):
+    """Tuples and a tensor lr pass through torch.load(weights_only=True)."""
     p = nn.Parameter(torch.randn(6, 4))
     optimizer = ProxSGD([p], group_by=(1,), view=(2, 3, 4), lr=torch.tensor(0.5), backend=checked_backend)
     state = through_a_file(optimizer.state_dict())
@@ -116,6 +120,7 @@ def test_tuples_and_tensors_survive_a_file(checked_backend):
 
 
 def test_no_state_dict_holds_the_backend(fastest_backend):
+    """A file can be loaded where another executor serves."""
     optimizer = ProxSGD(parameters(), backend=fastest_backend)
     state = optimizer.state_dict()
     assert set(state) == {"state", "param_groups"}
@@ -125,6 +130,7 @@ def test_no_state_dict_holds_the_backend(fastest_backend):
 
 @pytest.mark.parametrize("saved", [1, 3])
 def test_another_number_of_param_groups_is_an_error(fastest_backend, saved):
+    """The error names both numbers, and nothing was loaded."""
     groups, params = two_groups()
     optimizer = ProxSGD(groups, lr=0.1, momentum=0.9, backend=fastest_backend)
     train(optimizer, params, range(2))
@@ -137,6 +143,7 @@ def test_another_number_of_param_groups_is_an_error(fastest_backend, saved):
 
 
 def test_another_number_of_parameters_is_an_error(fastest_backend):
+    """torch's own check for sizes is in force."""
     groups, _ = two_groups()
     optimizer = ProxSGD(groups, backend=fastest_backend)
     other = SGD([{"params": parameters()}, {"params": parameters()}])
@@ -144,15 +151,20 @@ def test_another_number_of_parameters_is_an_error(fastest_backend):
         optimizer.load_state_dict(other.state_dict())
 
 
-# By name
+# Matched by name
 
 
 def named_optimizer(params, names, **options):
+    """An optimizer of parameters with these names."""
     return ProxSGD(list(zip(names, params)), lr=0.1, momentum=0.9, l1=0.01, **options)
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module.", "block._checkpoint_wrapped_module."])
 def test_state_goes_by_name_in_whatever_order(fastest_backend, wrapper):
+    """Momentum goes to the parameter of its name, in whatever order.
+
+    DDP, torch.compile or a checkpoint wrapper may have put a prefix before the saved names.
+    """
     names = [f"{'block.' if 'block' in wrapper else ''}{name}" for name in "abc"]
     saved = [f"{wrapper}{name}" for name in "abc"]
     params = [
@@ -171,6 +183,7 @@ def test_state_goes_by_name_in_whatever_order(fastest_backend, wrapper):
 
 
 def test_names_that_are_not_ours_are_refused(fastest_backend):
+    """Other names are an error that lists both; a file without names goes by order."""
     params = parameters()[:2]
     first, second = (
         named_optimizer(params, names, backend=fastest_backend) for names in (["a", "b"], ["a", "c"])
@@ -188,6 +201,7 @@ def test_names_that_are_not_ours_are_refused(fastest_backend):
 
 
 def test_names_that_differ_by_a_wrapper_alone_are_told_apart(fastest_backend):
+    """ "module.a" and "a" in one model are two parameters."""
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
     first = named_optimizer(params, ["module.a", "a"], backend=fastest_backend)
     train(first, params, range(1))
@@ -198,6 +212,7 @@ def test_names_that_differ_by_a_wrapper_alone_are_told_apart(fastest_backend):
 
 
 def test_names_that_stand_twice_are_refused(fastest_backend):
+    """Names that are not unique cannot be matched, and nothing was loaded."""
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
     first, second = (named_optimizer(params, "abc", backend=fastest_backend) for _ in range(2))
     train(first, params, range(1))
@@ -210,7 +225,7 @@ def test_names_that_stand_twice_are_refused(fastest_backend):
 
 
 def test_a_hook_may_give_the_names(fastest_backend):
-    """It runs before names are compared."""
+    """A load hook that renames parameters runs before names are compared."""
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
     first = named_optimizer(params, ["x", "y"], backend=fastest_backend)
     train(first, params, range(1))

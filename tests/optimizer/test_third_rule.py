@@ -1,4 +1,4 @@
-"""How another update rule is added: Lion (Chen et al. 2023), in a test; docs/design/a-step.md says more."""
+"""How another update rule is added: Lion (Chen et al. 2023), written out here; see docs/design/a-step.md."""
 
 import subprocess
 from pathlib import Path
@@ -15,6 +15,7 @@ from cges_kernels.proximal import ProximalOptimizer
 
 
 def lion_update(w, grad, exp_avg=None, *, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+    """Lion's update: the sign of an interpolated momentum."""
     exp_avg = torch.zeros_like(w) if exp_avg is None else exp_avg
     grad = -grad if maximize else grad
     step = exp_avg.lerp(grad, 1 - betas[0]).sign()
@@ -32,6 +33,8 @@ LION = Rule(
 
 
 class ProxLion(ProximalOptimizer):
+    """A proximal optimizer with Lion's update, on the reference."""
+
     rule = LION
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
@@ -43,6 +46,7 @@ class ProxLion(ProximalOptimizer):
 
 
 def test_the_reference_steps_it():
+    """A Rule is all that the reference needs: steps are the update and then the prox."""
     params = parameters()
     optimizer = ProxLion(params, lr=0.01, weight_decay=0.1, **PENALTY)
     weights, states = [p.detach().clone() for p in params], [()] * len(params)
@@ -57,6 +61,7 @@ def test_the_reference_steps_it():
 
 
 def test_what_is_around_it_takes_it():
+    """Files, and checks of options, work for the new rule without more code."""
     params = parameters()
     optimizer = ProxLion(params, lr=0.01, **PENALTY)
     train(optimizer, params, range(3))
@@ -75,6 +80,7 @@ def test_what_is_around_it_takes_it():
 
 @pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 def test_the_cuda_kernels_compile_for_it():
+    """The CUDA kernels take a new rule's update in a file of under 60 lines."""
     source = Path(__file__).parents[1] / "backends" / "cuda" / "lion.cu"
     command = [compiler(), *FLAGS, "-fsyntax-only", "-x", "c++", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Small things that are no error: empty and tiny tensors, and nothing to do."""
+"""Small things that are no error: empty and tiny tensors, and steps with nothing to do."""
 
 import torch
 from helpers.refusals import as_bytes, started
@@ -8,6 +8,7 @@ from torch import nn
 
 from cges_kernels import ProxSGD, available_backends, prox, prox_
 
+# No dims, a dim without elements, dims of size 1, and a bias.
 TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 3)]
 
 
@@ -18,7 +19,10 @@ TINY = [(), (0,), (1,), (5,), (0, 3), (3, 0), (1, 1), (1, 4), (4, 1), (2, 0, 3, 
     executor=available_backends(),
 )
 def test_empty_and_tiny_tensors_work(executor, prox_mode, group_by, shape):
-    """l1 alone where there are no groups; the formula for one number where a group is one element."""
+    """prox, prox_ and a step agree with formulas by hand.
+
+    These are l1 alone where there are no groups, and the formula for one number where a group is one element.
+    """
     w = torch.randn(shape, dtype=torch.float64)
     alpha, beta, gamma = 0.125, 0.25, 0.0625
     options = dict(group_lasso=alpha, exclusive_lasso=beta, l1=gamma, group_by=group_by, prox_mode=prox_mode)
@@ -46,8 +50,9 @@ def test_empty_and_tiny_tensors_work(executor, prox_mode, group_by, shape):
 
 
 def test_nothing_to_do_is_no_error(backend):
+    """An empty list, a lone tensor and a step without gradients are fine."""
     prox_([], l1=0.1, backend=backend)
-    prox_(torch.ones(3), l1=0.1, backend=backend)  # a single tensor will do
+    prox_(torch.ones(3), l1=0.1, backend=backend)  # a single tensor instead of a list
     optimizer, params = started(backend)
     before = [as_bytes(p) for p in params]
     optimizer.zero_grad()

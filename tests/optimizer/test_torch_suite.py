@@ -1,24 +1,25 @@
-"""PyTorch's own optimizer tests, asked of ProxSGD.
+"""PyTorch's own optimizer tests, run on ProxSGD.
 
 torch's wheel holds what its test/test_optim.py needs to know of an optimizer, an OptimizerInfo: constructor
-inputs, schedulers, faulty inputs, what it supports. optimizer_info.py makes ProxSGD's of SGD's; here are the
-questions that test_optim.py asks of steps, in test_torch_suite_state.py those of what is kept between them.
-Steps that may be fused are `quick_backend`'s; those of foreach=True, differentiable=True and fused=False are
-the reference's.
+inputs, schedulers, faulty inputs, and what it supports. helpers/optimizer_info.py derives ProxSGD's from
+SGD's. Here are the tests that test_optim.py makes of steps; test_torch_suite_state.py has those of what is
+kept between steps. Steps that may be fused run on `quick_backend`. Steps with foreach=True,
+differentiable=True or fused=False run on the reference.
 
-Not asked, and why:
+These tests of torch's are left out:
 
-- complex parameters and sparse gradients (test_complex*, test_rosenbrock_sparse): refused, which is tested.
-- the same parameter twice in a group: torch warns; updates of both in one pass would race, so that torch's
-  warning is followed by an error.
-- parameters with gaps (the slices in test_forloop_goes_right_direction): refused, as they have no layout of
-  groups, which is tested; transposed ones take their place.
+- complex parameters and sparse gradients (test_complex*, test_rosenbrock_sparse): ProxSGD refuses them, which
+  is tested here.
+- the same parameter twice in a group: torch warns. Updates of both in one pass would race, so ProxSGD raises
+  an error after torch's warning.
+- parameters with gaps (the slices in test_forloop_goes_right_direction): ProxSGD refuses them, because they
+  have no layout of groups, which is tested here. Transposed ones take their place.
 - test_defaults_changed_to_foreach, test_peak_memory_foreach: there is no foreach implementation, and
-  foreach=True means the reference; test_executor_choice.py tests which option selects what.
-- test_mixed_device_dtype: a param group is served by one executor, if its devices differ by the reference.
+  foreach=True means the reference. test_executor_choice.py tests which option selects which executor.
+- test_mixed_device_dtype: one executor serves a param group, and the reference does if the devices differ.
 - test_*_large_tensor: test_cuda_failures.py tests more than 2^31 elements.
-- test_load_nontensor_step, and capturable in test_cpu_load_state_dict: there is no count of steps.
-- test_second_order_*, and what is about multi-GPU machines: not for SGD, not for the machines at hand.
+- test_load_nontensor_step, and capturable in test_cpu_load_state_dict: SGD has no count of steps.
+- test_second_order_*, and tests for machines with several GPUs: these are not for SGD.
 """
 
 import copy
@@ -35,6 +36,7 @@ from cges_kernels import ProxSGD
 
 
 def assert_right_direction(optimizer, problem, maximize, schedulers=(), steps=20):
+    """Twenty steps lower the loss, or raise it with maximize."""
     before = problem.loss()
     for _ in range(steps):
         loss = optimizer.step(problem.loss)
@@ -51,8 +53,9 @@ ERRORS = INFO.optim_error_inputs_func("cpu", torch.float32)
 
 @pytest.mark.parametrize("faulty", ERRORS, ids=[e.optimizer_error_input.desc for e in ERRORS])
 def test_errors(faulty):
+    """torch's faulty constructor arguments are refused with torch's errors."""
     params, options = faulty.optimizer_error_input.params, faulty.optimizer_error_input.kwargs
-    if issubclass(faulty.error_type, Warning):  # the same parameter twice; see above
+    if issubclass(faulty.error_type, Warning):  # the same parameter twice, see the module's docstring
         with pytest.warns(faulty.error_type, match=faulty.error_regex):
             with pytest.raises(ValueError, match="expected each tensor once"):
                 ProxSGD(params, **options)
@@ -62,6 +65,7 @@ def test_errors(faulty):
 
 
 def test_complex_sparse_meta_and_strided_parameters_are_refused(quick_backend):
+    """Under every combination of options."""
     refused = {
         "complex64": torch.randn(2, dtype=torch.complex64),
         "sparse_coo": torch.zeros(3, layout=torch.sparse_coo),
@@ -74,6 +78,7 @@ def test_complex_sparse_meta_and_strided_parameters_are_refused(quick_backend):
 
 
 def test_sparse_gradients_are_refused(quick_backend):
+    """Under every combination of options, and the parameter has not changed."""
     for options in every_config(quick_backend):
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3).to_sparse()
@@ -88,6 +93,7 @@ def test_sparse_gradients_are_refused(quick_backend):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_forloop_goes_right_direction(transposed):
+    """Under each of torch's inputs and schedulers the loss falls, or rises with maximize."""
     for constructors in ([], *INFO.scheduler_inputs):
         for options in (config.kwargs for config in inputs("cpu")):
             problem = Problem(transposed)
@@ -97,6 +103,7 @@ def test_forloop_goes_right_direction(transposed):
 
 
 def test_param_group_with_lrscheduler_goes_right_direction(quick_backend):
+    """The same with two param groups of different learning rates."""
     for constructors in INFO.scheduler_inputs:
         problem = Problem()
         weight, bias = problem.params
@@ -107,6 +114,7 @@ def test_param_group_with_lrscheduler_goes_right_direction(quick_backend):
 
 
 def test_param_groups_weight_decay(quick_backend):
+    """The same with weight decay in one of two param groups."""
     for options in every_config(quick_backend):
         problem = Problem()
         weight, bias = problem.params
@@ -115,6 +123,7 @@ def test_param_groups_weight_decay(quick_backend):
 
 
 def test_param_groups_lr(quick_backend):
+    """A param group uses its own learning rate, and the default of 1e-28 does not move the other."""
     for options in every_config(quick_backend):
         problem, idle = Problem(), nn.Parameter(torch.randn(2))
         idle.grad, before = torch.rand(2), idle.detach().clone()
@@ -126,6 +135,7 @@ def test_param_groups_lr(quick_backend):
 
 
 def test_tensor_lr(quick_backend):
+    """A tensor as lr gives the steps of a number."""
     for options in every_config(quick_backend):
         one = Problem()
         two = one.twin()
@@ -138,7 +148,7 @@ def test_tensor_lr(quick_backend):
 
 
 def network(device, dtype):
-    """torch's small network, a parameter without dimensions whose gradient is fixed, and an input."""
+    """torch's small network, a parameter without dims whose gradient is fixed, and an input."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 1), nn.Sigmoid())
     scalar = torch.full((), 0.5, device=device, dtype=dtype, requires_grad=True)
@@ -148,7 +158,7 @@ def network(device, dtype):
 
 
 def assert_steps_match(cases):
-    """Seven steps of two (optimizer, network); every difference is compared, then removed.
+    """Seven steps of two (optimizer, network) agree. After each, remaining differences are removed.
 
     Step 2 has no gradients, and from step 3 on the second layer is frozen for two steps.
     """
@@ -181,6 +191,7 @@ def matching_cases(options, first, second):
 
 
 def test_foreach_matches_forloop():
+    """foreach=True and foreach=False give the same steps."""
     for config in inputs("cpu"):
         flags = [("cpu", "auto", dict(foreach=foreach, fused=False)) for foreach in (False, True)]
         assert_steps_match(matching_cases(config.kwargs, *flags))
@@ -188,6 +199,7 @@ def test_foreach_matches_forloop():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_matches_forloop(quick_backend, dtype):
+    """A compiled executor gives the steps of the reference in every dtype."""
     device = device_of(quick_backend)
     for config in inputs(device):
         flags = [(device, quick_backend, dict(fused=fused)) for fused in (False, True)]
@@ -197,13 +209,14 @@ def test_fused_matches_forloop(quick_backend, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_cpu_matches_cuda(dtype):
+    """The executors of the CPU and the GPU give the same steps."""
     for config in inputs("cpu"):
         flags = [(device, "auto", dict(fused=True)) for device in ("cpu", "cuda")]
         assert_steps_match(matching_cases({**config.kwargs, "dtype": dtype}, *flags))
 
 
 def test_fused_does_not_step_if_found_inf(quick_backend):
-    """Nor does a step that was skipped leave a trace: the next one is an optimizer's first."""
+    """A skipped step changes nothing, and the next step is like an optimizer's first."""
     for config, with_scale in itertools.product(inputs(device_of(quick_backend)), (False, True)):
         params, twins = ([nn.Parameter(torch.ones(2, 3)) for _ in range(5)] for _ in range(2))
         for p in params + twins:
@@ -221,6 +234,7 @@ def test_fused_does_not_step_if_found_inf(quick_backend):
 
 
 def test_step_is_noop_when_params_have_no_grad(quick_backend):
+    """A step without gradients returns the closure's loss, changes nothing and makes no state."""
     for options in every_config(quick_backend, skip=()):
         params = [torch.randn(2, 3) for _ in range(2)]
         before = [p.clone() for p in params]
@@ -230,7 +244,9 @@ def test_step_is_noop_when_params_have_no_grad(quick_backend):
 
 
 def test_step_is_noop_for_zero_grads(quick_backend):
-    shrinking = ("weight_decay", "group_lasso", "exclusive_lasso", "l1")  # these need no gradient
+    """Zero gradients change nothing, unless weight decay or a penalty does."""
+    # these change weights without a gradient
+    shrinking = ("weight_decay", "group_lasso", "exclusive_lasso", "l1")
     for options in every_config(quick_backend):
         if not any(options.get(name) for name in shrinking):
             p = nn.Parameter(torch.randn(5, 1))
@@ -240,6 +256,7 @@ def test_step_is_noop_for_zero_grads(quick_backend):
 
 
 def test_non_empty_state(quick_backend):
+    """After a step no state entry is an empty dict."""
     for options in every_config(quick_backend):
         problem = Problem()
         optimizer = make(quick_backend, problem.params, **options)

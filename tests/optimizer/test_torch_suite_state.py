@@ -1,4 +1,4 @@
-"""PyTorch's own optimizer tests, asked of ProxSGD: state, hooks, copies, repr; see test_torch_suite.py."""
+"""PyTorch's own optimizer tests, run on ProxSGD: state, hooks, copies and repr; see test_torch_suite.py."""
 
 import copy
 import io
@@ -15,6 +15,7 @@ from cges_kernels import ProxSGD
 
 @pytest.mark.parametrize("named", [*itertools.product((False, True), repeat=2)], ids=str)
 def test_state_dict_deterministic(quick_backend, named):
+    """A loaded optimizer goes on with the original's bits, whether either has names or not."""
     for options in every_config(quick_backend):
         problem = Problem()
         optimizer = make(quick_backend, problem.named(named[0]), **copy.deepcopy(options))
@@ -36,6 +37,7 @@ def test_state_dict_deterministic(quick_backend, named):
 
 
 def test_can_load_older_state_dict(quick_backend):
+    """A file from before foreach, fused and the like loads, and these keep their values."""
     for options in every_config(quick_backend):
         problem = Problem()
         optimizer = make(quick_backend, problem.params, **options)
@@ -49,6 +51,7 @@ def test_can_load_older_state_dict(quick_backend):
 
 
 def test_save_load_equality_with_weights_only(quick_backend):
+    """A state_dict passes through a file that torch.load(weights_only=True) reads."""
     for options, named in itertools.product(every_config(quick_backend), (False, True)):
         problem, file = Problem(), io.BytesIO()
         optimizer = make(quick_backend, problem.named(named), **options)
@@ -64,6 +67,7 @@ def test_save_load_equality_with_weights_only(quick_backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [False, True])
 def test_state_dict_of_the_cpu_continues_on_cuda(fused):
+    """An optimizer on the GPU goes on from a state_dict of the CPU."""
     for config in inputs("cpu"):
         problem = Problem()
         optimizer = ProxSGD(problem.params, **config.kwargs, fused=fused)
@@ -83,6 +87,7 @@ def test_state_dict_of_the_cpu_continues_on_cuda(fused):
 
 
 def test_step_hooks_run_in_order(quick_backend):
+    """torch's global and own hooks run around a step in torch's order, until they are removed."""
     for options in every_config(quick_backend, skip=()):
         optimizer, seen = make(quick_backend, [torch.ones(2)], **options), []
         handles = [
@@ -99,6 +104,7 @@ def test_step_hooks_run_in_order(quick_backend):
 
 
 def test_state_dict_hooks(quick_backend):
+    """Hooks before and after state_dict see and change what is saved."""
     for options in every_config(quick_backend, skip=()):
         optimizer = make(quick_backend, [torch.ones(2)], **options)
         optimizer.register_state_dict_pre_hook(lambda o: o.state.update(test=1))
@@ -109,6 +115,7 @@ def test_state_dict_hooks(quick_backend):
 
 
 def test_load_state_dict_hooks(quick_backend):
+    """Hooks before load_state_dict run in their order, and the one after sees the result."""
     for options in every_config(quick_backend, skip=()):
         optimizer, seen = make(quick_backend, [torch.ones(2)], **options), []
         state = copy.deepcopy(optimizer.state_dict())
@@ -126,6 +133,7 @@ def test_load_state_dict_hooks(quick_backend):
 
 
 def test_deepcopy_copies_all_public_attributes(quick_backend):
+    """A deep copy has the same public attributes."""
     for options in every_config(quick_backend):
         problem = Problem()
         optimizer = make(quick_backend, problem.params, **options)
@@ -135,6 +143,7 @@ def test_deepcopy_copies_all_public_attributes(quick_backend):
 
 
 def test_optimizer_can_be_printed(quick_backend):
+    """repr shows the class and the penalties."""
     for options in every_config(quick_backend, skip=()):
         printed = repr(make(quick_backend, Problem().params, **options))
         assert printed.startswith("ProxSGD") and "group_lasso" in printed

@@ -18,6 +18,7 @@ def parsed(table):
 
 
 def test_explain_shows_what_each_spec_amounts_to():
+    """Layout, groups, coefficients and b*n of each parameter are those worked out by hand."""
     fc = {
         "params": [nn.Parameter(fresh((64, 48))), nn.Parameter(fresh((64,)))],
         "group_lasso": 1e-3,
@@ -60,6 +61,7 @@ def test_explain_shows_what_each_spec_amounts_to():
 
 
 def test_explain_names_parameters_and_follows_a_changed_lr():
+    """Rows carry the parameters' names, and b*n is computed from the present learning rate."""
     model = nn.Sequential(nn.Linear(8, 4), nn.Conv1d(4, 2, 3))
     optimizer = ProxSGD(model.named_parameters(), lr=torch.tensor(0.5), exclusive_lasso=0.1)
     table = parsed(explain(optimizer))
@@ -70,11 +72,13 @@ def test_explain_names_parameters_and_follows_a_changed_lr():
 
 
 def test_explain_lines_its_columns_up():
+    """All lines have the same length; a 0-d parameter is shown as "scalar"."""
     lines = str(explain(ProxSGD([nn.Parameter(fresh((6, 5))), nn.Parameter(fresh(()))], lr=0.1))).splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1
     assert "scalar" in lines[2]
 
 
 def test_explain_refuses_another_optimizer():
+    """An optimizer of torch is a TypeError that says what was expected."""
     with pytest.raises(TypeError, match="expected a ProxSGD, got SGD"):
         explain(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))

@@ -1,4 +1,4 @@
-"""Heat maps of weights and filters: what is drawn where, and what cannot be."""
+"""Heat maps of weights and filters: what is drawn where, and which inputs are refused."""
 
 import sys
 
@@ -20,6 +20,7 @@ def drawn(panel):
 
 
 def test_zeros_are_apart_from_small_numbers():
+    """Exact zeros have a colour of their own; 1e-30 does not share it, -0.0 does."""
     w = torch.tensor([[0.0, 1e-30, -2.0], [3.0, 0.0, -0.0]])
     figure = plot_weights({"some": w}, xlabel="feature", ylabel="class")
     panel = figure.axes[0]
@@ -35,12 +36,14 @@ def test_zeros_are_apart_from_small_numbers():
 
 
 def test_all_panels_share_one_scale():
+    """Colours mean the same number in all panels: the scale is symmetric and of the largest weight."""
     figure = plot_weights({"small": torch.ones(10, 30), "large": torch.full((10, 30), -5.0)})
     scales = [panel.images[1].norm for panel in figure.axes[:2]]
     assert [(s.vmin, s.vcenter, s.vmax) for s in scales] == [(-5, 0, 5)] * 2
 
 
 def test_filters_side_by_side():
+    """The sheet shows filters from left to right, input channels from top to bottom, with gaps between."""
     w = torch.arange(1.0, 3 * 2 * 2 * 2 + 1).reshape(3, 2, 2, 2)  # [out, in, kh, kw]
     w[1] = 0
     zeros, others = drawn(plot_filters({"some": w}).axes[0])
@@ -57,6 +60,7 @@ def test_filters_side_by_side():
 
 
 def test_of_a_model_the_last_layer_and_the_first_filters():
+    """By default a model's last weight and first filters are drawn; names choose others."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Conv1d(2, 3, 3), nn.Conv1d(3, 3, 3), nn.Linear(6, 2))
     with torch.no_grad():
         model[3].weight[0] = 0
@@ -68,15 +72,18 @@ def test_of_a_model_the_last_layer_and_the_first_filters():
 
 
 def test_a_convolution_as_a_matrix():
+    """plot_weights shows a convolution as [out, in*kh*kw]."""
     assert plot_weights({"some": torch.ones(4, 3, 2, 2)}).axes[0].images[1].get_array().shape == (4, 12)
 
 
 def test_saved(tmp_path):
+    """The figure can be saved as a PNG without a display."""
     plot_filters(nn.Conv2d(1, 4, 3)).savefig(tmp_path / "filters.png")
     assert (tmp_path / "filters.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_refusals(monkeypatch):
+    """Unknown names, inputs without anything to draw, and a missing matplotlib are errors that say so."""
     with pytest.raises(ValueError, match=r"names: expected names of .* got \['1.weight'\]"):
         plot_weights(nn.Linear(2, 2), ["weight", "1.weight"])
     with pytest.raises(ValueError, match=r"names: expected names of .* got 'weight'"):

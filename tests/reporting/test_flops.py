@@ -1,4 +1,4 @@
-"""sparsity_report's FLOPs: whose they are and how many, against numbers worked out by hand."""
+"""sparsity_report's FLOPs: which weight they belong to and how many they are, counted by hand."""
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from cges_kernels.reporting.report import sparsity_report
 
 
 def rows(report):
+    """The report's rows by the weights' names."""
     return {row["name"]: row for row in report.to_dict()["layers"]}
 
 
 def test_flops_of_a_convolution_by_hand():
+    """Dense, nonzero-weighted and compacted FLOPs; under "channel" only whole input channels leave."""
     model = nn.Conv2d(2, 4, (3, 2), padding=(1, 0))
     with torch.no_grad():
         model.weight.fill_(1)[0] = 0  # 1 of 4 outputs
@@ -31,6 +33,7 @@ def test_flops_of_a_convolution_by_hand():
 
 
 def test_compaction_goes_block_by_block():
+    """In a grouped convolution, a block loses its own dead outputs and inputs only."""
     model = nn.Conv1d(4, 4, 1, groups=2, bias=False)
     with torch.no_grad():
         model.weight.fill_(1)[0] = 0  # first block: an output and an input, which leaves 1 x 1 of 2 x 2
@@ -41,6 +44,8 @@ def test_compaction_goes_block_by_block():
 
 
 def test_flops_of_every_kind_of_layer():
+    """Linear, convolutions, transposed ones, LSTM and GRU cells count what they multiply."""
+
     def flops(model, *example):
         return [layer.flops for layer in sparsity_report(model, example).layers]
 
@@ -57,6 +62,11 @@ def test_flops_of_every_kind_of_layer():
 
 @pytest.mark.parametrize("example", ["itself", "another"])
 def test_flops_of_attention_are_split_by_weight(example):
+    """The packed q, k, v projection and the output projection get their own FLOPs.
+
+    Self-attention and attention to another tensor take different code in PyTorch.
+    """
+
     class Attend(nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,10 +80,11 @@ def test_flops_of_attention_are_split_by_weight(example):
     assert [layer.flops for layer in report.layers] == [2 * 18 * 12 * 4, 2 * 18 * 4 * 4]
     assert (
         report.other_flops == 2 * (3 * 2) * (6 * 6 * 2) * 2
-    )  # q @ k.T and attention @ v, per batch and head
+    )  # q @ k.T and attention @ v, for each batch and head
 
 
 def test_a_transformer_layer_hides_nothing_in_its_fast_path():
+    """PyTorch's fused inference path would hide the products; it is off while counting and on afterwards."""
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     flops = [r.flops for r in sparsity_report(layer, torch.ones(3, 6, 4)).layers]
     assert flops == [2 * 18 * n for n in (12 * 4, 4 * 4, 8 * 4, 4 * 8)]
@@ -81,7 +92,7 @@ def test_a_transformer_layer_hides_nothing_in_its_fast_path():
 
 
 class Uses(nn.Module):
-    """A layer called twice, one by its weight only, one not at all, and one tied to an embedding."""
+    """A layer called twice, one used by its weight only, one never used, and one tied to an embedding."""
 
     def __init__(self):
         super().__init__()
@@ -99,6 +110,7 @@ USES = {"twice.weight": 2 * 2 * 6 * 16, "by_weight.weight": 2 * 6 * 12, "never.w
 
 
 def test_flops_go_to_the_weight_that_is_used():
+    """Products count for the weight, however often and by whatever module it is used."""
     report = sparsity_report(Uses(), torch.zeros(6, dtype=torch.long))
     assert {name: row["flops"] for name, row in rows(report).items()} == USES
     assert report.other_flops == 2 * 6 * 40
@@ -106,12 +118,14 @@ def test_flops_go_to_the_weight_that_is_used():
 
 
 def test_flops_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):  # which multiplies by copies of the weights
+    """Autocast multiplies by copies of the weights, whose FLOPs still belong to the weights."""
+    with torch.autocast("cpu", torch.bfloat16):
         report = sparsity_report(Uses(), torch.zeros(6, dtype=torch.long))
     assert {name: row["flops"] for name, row in rows(report).items()} == USES
 
 
 def test_flops_in_inference_mode():
+    """The same report as outside of inference mode."""
     model = nn.LSTM(3, 5)
     expected = sparsity_report(model, torch.ones(7, 2, 3)).to_dict()
     with torch.inference_mode():
@@ -119,6 +133,7 @@ def test_flops_in_inference_mode():
 
 
 def test_no_example_no_flops():
+    """Without an example input the report neither holds nor shows FLOPs."""
     report = sparsity_report(nn.Linear(3, 2))
     assert report.other_flops is None and report.total.flops is None
     assert not any("flops" in key for key in (*report.to_dict(), *report.to_dict()["total"]))
@@ -128,6 +143,8 @@ def test_no_example_no_flops():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flops_are_the_same_on_a_gpu():
+    """cuDNN's kernels change no count, and the GPU's random state and flags are left alone."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

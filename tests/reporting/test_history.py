@@ -1,4 +1,4 @@
-"""SparsityHistory: rows, resuming, whole files only, and TensorBoard."""
+"""SparsityHistory: its rows, resumed runs, files that are never half written, and TensorBoard."""
 
 import csv
 import sys
@@ -11,7 +11,7 @@ from cges_kernels import SparsityHistory, sparsity_report
 
 
 def model_with(nonzero):
-    """A 2x5 layer, the first ``nonzero`` weights of its first row nonzero, and another of 4."""
+    """A 2x5 layer whose first row begins with ``nonzero`` ones, the rest 0, and a layer of 4 ones."""
     model = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 2))
     with torch.no_grad():
         model[0].weight.zero_()[0, :nonzero] = 1
@@ -20,11 +20,13 @@ def model_with(nonzero):
 
 
 def read(path):
+    """The rows of a CSV file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def test_a_row_per_step_and_layer(tmp_path):
+    """Each step has a row for each layer and one for the total, with the values worked out by hand."""
     history = SparsityHistory(tmp_path / "history.csv")
     history.add(0, sparsity_report(model_with(5)), loss=2.5)
     history.add(10, sparsity_report(model_with(2), torch.ones(3, 5)), loss=1.25)
@@ -41,6 +43,7 @@ def test_a_row_per_step_and_layer(tmp_path):
 
 
 def test_a_resumed_run_leaves_no_gap_and_no_double(tmp_path):
+    """Adding a step again drops it and all later steps, so that the file shows one run."""
     path = tmp_path / "history.csv"
     first = SparsityHistory(path)
     for step in (0, 1, 2, 3):
@@ -56,6 +59,7 @@ def test_a_resumed_run_leaves_no_gap_and_no_double(tmp_path):
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path):
+    """A CSV file that is no history is an error and is not overwritten."""
     path = tmp_path / "accounts.csv"
     path.write_text("name,sum\nme,12\n")
     with pytest.raises(
@@ -66,6 +70,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    """When the disk is full the old file stays whole and no temporary file is left."""
     path = tmp_path / "history.csv"
     history = SparsityHistory(path)
     history.add(0, sparsity_report(model_with(5)))
@@ -82,6 +87,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 class Recorder:
+    """Stands in for a TensorBoard writer and remembers what it is given."""
+
     def __init__(self):
         self.scalars = {}
 
@@ -93,6 +100,7 @@ class Recorder:
 
 
 def test_scalars():
+    """A given writer gets each layer's numbers and the extra ones under the step, and is flushed."""
     writer = Recorder()
     history = SparsityHistory(tensorboard=writer)
     history.add(7, sparsity_report(model_with(2)), loss=0.5)
@@ -103,6 +111,7 @@ def test_scalars():
 
 
 def test_tensorboard_reads_them(tmp_path):
+    """TensorBoard itself reads the numbers from a folder that the history wrote."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,6 +124,7 @@ def test_tensorboard_reads_them(tmp_path):
 
 
 def test_without_tensorboard(monkeypatch):
+    """Asking for TensorBoard where it is missing is an ImportError that says what to install."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="tensorboard='runs' needs it installed: pip install tensorboard"):
         SparsityHistory(tensorboard="runs")

@@ -1,4 +1,4 @@
-"""sparsity_report: counts of zeros, dead groups and units against numbers worked out by hand; its table."""
+"""sparsity_report: zeros, dead groups and dead units against counts by hand; its printed table."""
 
 import json
 
@@ -11,6 +11,7 @@ from cges_kernels.reporting.report import sparsity_report
 
 
 def rows(report):
+    """The report's rows by the weights' names."""
     return {row["name"]: row for row in report.to_dict()["layers"]}
 
 
@@ -23,6 +24,7 @@ def alive_linear(weight):
 
 
 def test_counts_of_a_matrix_by_hand():
+    """Every number of a row, for a matrix small enough to count."""
     model = alive_linear([[1.0, 0, 2, 0], [0, 0, 0, 0], [3, 0, 1e-30, 4]])
     row = sparsity_report(model).to_dict()["layers"][0]
     assert row == {
@@ -48,6 +50,7 @@ def test_counts_of_a_matrix_by_hand():
 
 @pytest.mark.parametrize("group_by, groups, dead", [("feature", 8, 5), ("filter", 3, 1), ("channel", 2, 1)])
 def test_groups_of_a_convolution(group_by, groups, dead):
+    """Groups follow the spec, while dead outputs and inputs do not depend on it."""
     model = nn.Conv2d(2, 3, 2)
     with torch.no_grad():
         model.weight.fill_(1)[2] = 0  # an output
@@ -59,6 +62,7 @@ def test_groups_of_a_convolution(group_by, groups, dead):
 
 
 def test_units_of_a_weight_held_the_other_way():
+    """Layers that hold [in, out] have their outputs and inputs counted the right way round."""
     for model, outputs, inputs in ((Conv1D(2, 3), 2, 3), (nn.ConvTranspose1d(3, 2, 1), 2, 3)):
         with torch.no_grad():
             model.weight.fill_(1)[:, 1] = 0  # [in, out]: the second output
@@ -68,6 +72,7 @@ def test_units_of_a_weight_held_the_other_way():
 
 
 def test_units_of_grouped_convolutions():
+    """An input or output of one block counts as dead by that block's weights alone."""
     grouped, transposed = nn.Conv1d(4, 6, 1, groups=2), nn.ConvTranspose1d(4, 6, 1, groups=2)
     with torch.no_grad():
         grouped.weight.fill_(1)[3:, 1] = 0  # [out, in/2]: the second block's second input
@@ -83,6 +88,7 @@ def test_units_of_grouped_convolutions():
 
 
 def test_frozen_layers_are_reported_and_tied_ones_once():
+    """Weights that need no gradient are listed; a shared weight is listed once."""
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 3)})
     model["b"].weight = model["a"].weight
     model.requires_grad_(False)
@@ -90,16 +96,19 @@ def test_frozen_layers_are_reported_and_tied_ones_once():
 
 
 def test_total_is_the_sum():
+    """The row "total" adds up weights, groups, units and FLOPs."""
     model = nn.Sequential(alive_linear([[1.0, 0], [0, 0]]), alive_linear([[1.0, 1]]))
     total = sparsity_report(model, torch.ones(5, 2)).to_dict()["total"]
     assert (total["weights"], total["nonzero"], total["percent_nonzero"]) == (6, 3, 50.0)
     assert (total["dead_groups"], total["dead_outputs"], total["dead_inputs"]) == (1, 1, 1)
-    assert total["flops"] == 2 * 5 * 6  # multiply and add for 5 rows
+    assert total["flops"] == 2 * 5 * 6  # a multiply and an add, for 5 rows
     assert total["flops_nonzero"] == 2 * 5 * (4 * 1 / 4 + 2)
     assert total["flops_compacted"] == 2 * 5 * (1 + 2)
 
 
 class Noisy(nn.Module):
+    """A model that draws random numbers, and checks that it runs in eval mode without gradients."""
+
     def __init__(self):
         super().__init__()
         self.conv, self.norm, self.drop = nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Dropout(0.5)
@@ -110,6 +119,7 @@ class Noisy(nn.Module):
 
 
 def test_the_model_is_left_as_it_was():
+    """Modes, buffers, the random state and torch's flags are the same after a report."""
     model = Noisy().train()
     model.drop.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -122,6 +132,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_model_is_left_as_it_was_when_it_fails():
+    """The same after a forward that raises."""
     model = Noisy().train()
     with pytest.raises(RuntimeError):
         sparsity_report(model, torch.ones(4, 7, 5))
@@ -138,6 +149,7 @@ total                  6   50.00%          1/4           1/3          1/4  6,000
 
 
 def test_table():
+    """The printed table, to the character."""
     model = nn.Sequential(alive_linear([[1.0, 0], [0, 0]]), nn.ReLU(), alive_linear([[1.0, 1]]))
     assert str(sparsity_report(model, torch.ones(500, 2))) == TABLE
 
@@ -150,6 +162,7 @@ total           7/10     3/5      3/4     1/2"""
 
 
 def test_dead_groups_under_every_spec():
+    """report.by_spec() counts dead groups under all four named specs."""
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Conv1d(2, 2, 1, groups=2))
     with torch.no_grad():
         model[0].weight.fill_(1)[2] = 0  # an output
@@ -162,6 +175,7 @@ def test_dead_groups_under_every_spec():
 
 
 def test_dict_is_plain():
+    """to_dict() can be written as JSON, a tuple as the spec included."""
     report = sparsity_report(nn.LSTM(3, 2), torch.ones(4, 1, 3), group_by=(1,))
     again = json.loads(json.dumps(report.to_dict()))
     assert again["group_by"] == [1] and again["layers"][0]["groups"] == 8
@@ -169,6 +183,7 @@ def test_dict_is_plain():
 
 
 def test_refusals():
+    """A model without weights, a lazy layer and a spec that does not fit are errors that say so."""
     with pytest.raises(ValueError, match=r"ReLU: expected at least one weight .* got none"):
         sparsity_report(nn.ReLU())
     with pytest.raises(ValueError, match="run one batch first"):

@@ -1,4 +1,4 @@
-"""Trainers are imported where torchvision, if there is one, can be."""
+"""The fixture for tests that import trainers."""
 
 import pytest
 from helpers.vision import torchvision
@@ -6,4 +6,5 @@ from helpers.vision import torchvision
 
 @pytest.fixture(scope="session")
 def trainers():
+    """Makes torchvision importable first, for trainers import it where they find it."""
     torchvision()

@@ -13,6 +13,7 @@ USE, FREEZE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adamw.md").re
 
 
 def test_its_code_runs():
+    """The first block builds the optimizer, and only with the second does a zeroed row stay 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3))
     scope = {"model": model, "sparsity_param_groups": sparsity_param_groups, "ProxAdamW": ProxAdamW}
@@ -35,7 +36,12 @@ def test_its_code_runs():
 
 @pytest.mark.parametrize(("lr", "scale"), [(1e-3, 1.0), (1e-2, 1e-4), (1e-2, 1e4)])
 def test_a_weight_lives_where_its_gradients_signal_exceeds_the_coefficient(lr, scale):
-    """Whatever lr and the loss's scale; the signal: the gradient's mean over its root mean square."""
+    """Under l1 a weight leaves 0 if its gradient's signal exceeds the coefficient.
+
+    The signal is the gradient's mean over its root mean square.
+
+    The page says that this holds whatever lr and the loss's scale, so each is varied.
+    """
     generator = torch.Generator().manual_seed(0)
     signal = torch.linspace(0.02, 0.5, 200)
     w = nn.Parameter(torch.zeros(200))
@@ -44,23 +50,25 @@ def test_a_weight_lives_where_its_gradients_signal_exceeds_the_coefficient(lr, s
         noise = torch.randn(200, generator=generator) * (1 - signal**2).sqrt()
         w.grad = -scale * (signal + noise)
         optimizer.step()
-    far = lr * 3000 * 0.05  # what a signal that exceeds the coefficient by .05 moves a weight
+    far = lr * 3000 * 0.05  # how far a signal that exceeds the coefficient by .05 moves a weight
     assert (w[signal > 0.26] > far / 2).all() and (w[signal < 0.1].abs() < far / 2).all()
 
 
 def test_the_second_moment_stands_still_in_bfloat16():
+    """In bfloat16 exp_avg_sq does not decay from 1 in 300 steps; in float32 it does."""
     for dtype in (torch.bfloat16, torch.float32):
         w = nn.Parameter(torch.ones(8, dtype=dtype))
         optimizer = ProxAdamW([w], lr=1e-3)
         w.grad = torch.zeros_like(w)
         optimizer.step()
         moment = optimizer.state[w]["exp_avg_sq"].fill_(1.0)
-        for _ in range(300):  # the gradients have become small
+        for _ in range(300):  # as if the gradients had become small
             optimizer.step()
         assert (moment == 1).all() if dtype == torch.bfloat16 else (moment < 0.75).all()
 
 
 def test_a_threshold_below_half_an_ulp_does_nothing_to_bfloat16():
+    """lr*l1 = .001 does not move a weight of 1 in bfloat16, and does in float32."""
     w = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     w.grad = torch.zeros_like(w)
     ProxAdamW([w], lr=1e-3, l1=1.0, weight_decay=0.0).step()

@@ -1,4 +1,4 @@
-"""Recipes for weights that are no parameters, but computed from some: they are named."""
+"""Recipes for models with weights that are no parameters, but computed from some: a warning names them."""
 
 import warnings
 
@@ -12,6 +12,7 @@ from cges_kernels.training.recipes import cges_param_groups, regularised_weights
 
 
 def test_a_weight_that_is_computed_from_others_is_not_a_layer():
+    """regularised_weights leaves such weights out."""
     lstm = parametrizations.weight_norm(nn.LSTM(3, 2), "weight_hh_l0")
     assert [w.name for w in regularised_weights(lstm)] == ["weight_ih_l0"]
     model = nn.Sequential(prune.identity(nn.Linear(3, 4), "weight"), nn.Linear(4, 2))
@@ -30,6 +31,10 @@ COMPUTED = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 def test_weights_that_are_no_parameters_are_named(compute):
+    """One warning names them; a model without other weights is an error.
+
+    No warning comes where such weights were not asked for.
+    """
     for make in (lambda: nn.Linear(4, 4), lambda: nn.Conv2d(4, 4, 3)):
         model = nn.Sequential(compute(make()), nn.Sequential(nn.Linear(4, 4)))
         for helper in (sparsity_param_groups, cges_param_groups):
@@ -52,6 +57,7 @@ def test_weights_that_are_no_parameters_are_named(compute):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_some_of_a_layers_weights_may_be_no_parameters():
+    """The other weights of the same layer are regularised."""
     model = nn.Sequential(nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"))
     with pytest.warns(UserWarning, match=r"no penalty for \['0.weight_hh_l0'\], which"):
         groups = sparsity_param_groups(model, l1=0.1)
@@ -59,6 +65,7 @@ def test_some_of_a_layers_weights_may_be_no_parameters():
 
 
 def test_a_parametrized_conv1d_is_named():
+    """Hugging Face's Conv1D is recognised too."""
     model = nn.Sequential(parametrizations.weight_norm(Conv1D(4, 3)), nn.Linear(4, 4))
     with pytest.warns(UserWarning, match=r"no penalty for \['0.weight'\]"):
         sparsity_param_groups(model, l1=0.1)

@@ -1,4 +1,4 @@
-"""prune_to_density: what is left, what is held at zero, and rounds of pruning and retraining."""
+"""prune_to_density: which weights are left, which are held at zero, and rounds of pruning and retraining."""
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from cges_kernels.demo.data import load_digits
 
 
 def mlp():
+    """A network of 80 + 40 weights."""
     return nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 5))
 
 
 def nonzeros(model):
+    """The numbers of nonzero weights of both layers."""
     return [int(torch.count_nonzero(model[i].weight)) for i in (0, 2)]
 
 
@@ -21,6 +23,7 @@ def nonzeros(model):
 
 
 def test_schedules_end_at_the_density():
+    """Each curve falls to the density, by the values of its formula."""
     assert density_schedule(0.1, 1) == [0.1]
     assert density_schedule(0.25, 2) == pytest.approx([0.5, 0.25])
     assert density_schedule(0.2, 4, "linear") == pytest.approx([0.8, 0.6, 0.4, 0.2])
@@ -41,6 +44,7 @@ def test_schedules_end_at_the_density():
     ],
 )
 def test_schedules_refuse(arguments, message):
+    """Densities outside (0, 1], no rounds and unknown curves are errors."""
     with pytest.raises(ValueError, match=message):
         density_schedule(*arguments)
 
@@ -49,6 +53,7 @@ def test_schedules_refuse(arguments, message):
 
 
 def test_the_largest_weights_of_all_layers_stay():
+    """One threshold for all layers: exactly the largest weights stay, and biases are untouched."""
     model = mlp()
     with torch.no_grad():
         model[2].weight *= 2
@@ -64,6 +69,7 @@ def test_the_largest_weights_of_all_layers_stay():
 
 
 def test_by_layer():
+    """scope="layer" prunes each layer to the density, whatever its scale."""
     model = mlp()
     with torch.no_grad():
         model[2].weight *= 10
@@ -72,6 +78,7 @@ def test_by_layer():
 
 
 def test_equal_magnitudes_are_cut_exactly():
+    """Ties are broken so that the density is exact, in the order of the layers."""
     model = mlp()
     with torch.no_grad():
         model[0].weight.fill_(-1)
@@ -82,6 +89,7 @@ def test_equal_magnitudes_are_cut_exactly():
 
 
 def test_what_is_sparser_stays():
+    """A model that is sparser than asked for is not changed."""
     model = mlp()
     with torch.no_grad():
         model[0].weight[:, 1:] = 0
@@ -91,12 +99,14 @@ def test_what_is_sparser_stays():
 
 
 def test_include_chooses_the_weights():
+    """Only the included weights are pruned and counted."""
     model = mlp()
     prune_to_density(model, 0.1, include=["2.weight"])
     assert nonzeros(model) == [80, 4]
 
 
 def test_an_emptied_layer_is_named():
+    """A layer without any weight left is named in a warning."""
     model = mlp()
     with torch.no_grad():
         model[0].weight *= 1e-3
@@ -108,6 +118,7 @@ def test_an_emptied_layer_is_named():
 
 
 def trained(model, optimizer, steps=3):
+    """Trains for some steps on random data."""
     x = torch.randn(6, 10)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -116,6 +127,7 @@ def trained(model, optimizer, steps=3):
 
 
 def test_what_is_pruned_stays_zero_in_retraining(backend):
+    """Pruned weights lose their momentum and stay 0, while the other weights and biases train on."""
     model = mlp()
     optimizer = ProxSGD(
         sparsity_param_groups(model, weight_decay=1e-3), lr=0.1, momentum=0.9, backend=backend
@@ -136,6 +148,7 @@ def test_what_is_pruned_stays_zero_in_retraining(backend):
 
 
 def test_without_freezing_momentum_and_gradient_bring_weights_back():
+    """freeze_zeros=None leaves them free."""
     model = mlp()
     optimizer = ProxSGD(sparsity_param_groups(model, weight_decay=1e-3), lr=0.1, momentum=0.9)
     prune_to_density(model, 0.3, optimizer=optimizer, freeze_zeros=None)
@@ -144,6 +157,7 @@ def test_without_freezing_momentum_and_gradient_bring_weights_back():
 
 
 def test_refusals():
+    """Bad arguments, optimizers that do not fit and NaN weights are errors, and nothing was pruned."""
     model = mlp()
     for density in (0, -0.1, 1.01, float("nan"), "1", True):
         with pytest.raises(ValueError, match=r"density: expected a fraction of nonzero weights in \(0, 1\]"):
@@ -172,7 +186,7 @@ def test_refusals():
 
 
 def test_rounds_of_pruning_on_digits():
-    """A tenth of the weights, in four rounds with CGES in retraining, does as well as all of them."""
+    """A tenth of the weights, in four rounds with CGES in retraining, does about as well as all of them."""
     pytest.importorskip("sklearn")
     x, y = map(torch.from_numpy, load_digits())
     x, y, unseen, answers = x[:1200].flatten(1), y[:1200], x[1200:].flatten(1), y[1200:]

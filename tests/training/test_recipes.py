@@ -55,16 +55,22 @@ ZOO_LAYERS = [
 
 
 def test_the_layers_of_every_kind_of_module_in_order():
+    """Exactly the weights of layers are found, in the order of registration.
+
+    A tied weight counts once, or not at all if an embedding owns it.
+    """
     assert [w.name for w in regularised_weights(Zoo())] == ZOO_LAYERS
 
 
 def test_frozen_layers_on_request():
+    """frozen=True adds frozen layers in their places."""
     names = [w.name for w in regularised_weights(Zoo(), frozen=True)]
     assert sorted(names) == sorted([*ZOO_LAYERS, "frozen.weight"])
     assert names.index("frozen.weight") == names.index("hf.weight") + 1
 
 
 def test_every_parameter_is_in_exactly_one_group_under_its_name():
+    """No parameter is lost or doubled on the way into param groups."""
     model = Zoo()
     groups = sparsity_param_groups(model, group_lasso=1e-3)
     pairs = [pair for group in groups for pair in group["params"]]
@@ -74,6 +80,7 @@ def test_every_parameter_is_in_exactly_one_group_under_its_name():
 
 
 def test_the_last_group_is_left_alone():
+    """Everything that is not regularised gets coefficients of 0, and no freezing."""
     last = sparsity_param_groups(Zoo(), group_lasso=1.0, exclusive_lasso=2.0, l1=3.0)[-1]
     assert {key: last[key] for key in (*COEFFICIENTS, "freeze_zeros", "view")} == {
         **dict.fromkeys(COEFFICIENTS, 0.0),
@@ -86,12 +93,14 @@ def test_the_last_group_is_left_alone():
 
 
 def test_no_last_group_where_everything_is_regularised():
+    """There is no empty param group at the end."""
     (group,) = sparsity_param_groups(nn.Linear(3, 2, bias=False), l1=0.1)
     assert [name for name, _ in group["params"]] == ["weight"]
     ProxSGD([group])
 
 
 def test_include_by_callable_by_names_and_by_the_name_of_a_tied_weight():
+    """include may be a function or names, and overrides the rule for embeddings."""
     model = Zoo()
     assert [w.name for w in regularised_weights(model, lambda name, p: p.dim() == 1 and "bn" in name)] == [
         "bn.weight",
@@ -102,6 +111,7 @@ def test_include_by_callable_by_names_and_by_the_name_of_a_tied_weight():
 
 
 def test_include_never_takes_a_frozen_weight():
+    """A weight that needs no gradient is not regularised even if it is included."""
     names = [w.name for w in regularised_weights(Zoo(), lambda name, p: name.endswith(".weight"))]
     assert "norm.weight" in names and "frozen.weight" not in names
 
@@ -115,11 +125,13 @@ def test_include_never_takes_a_frozen_weight():
     ],
 )
 def test_include_refuses(include, error, message):
+    """Unknown names, a single string and an empty choice are errors."""
     with pytest.raises(error, match=message):
         sparsity_param_groups(Zoo(), include=include)
 
 
 def test_a_lazy_model_says_what_to_do():
+    """Lazy layers are an error that says to run one batch, after which they are found."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
     with pytest.raises(ValueError, match=r"got lazy \['1.weight', '1.bias'\]; run one batch first"):
         sparsity_param_groups(model)
@@ -128,7 +140,7 @@ def test_a_lazy_model_says_what_to_do():
 
 
 def naive_groups(weight, group_by):
-    """Group labels of each element, from what the layer computes: which (block, out, in, tap) it connects."""
+    """Each element's group, from which (block, out, in, tap) the layer connects by it."""
     shape = tuple(weight.param.shape)
     labels = {}
     for index in itertools.product(*map(range, shape)):
@@ -147,6 +159,7 @@ def naive_groups(weight, group_by):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("group_by", NAMED_SPECS)
 def test_specs_mean_the_same_thing_however_a_weight_is_held(group_by, channels_last):
+    """A named spec groups what the layer connects, in whatever order a layer holds its weight."""
     layers = {
         "conv": nn.Conv2d(3, 4, (2, 3)),
         "grouped": nn.Conv2d(6, 4, 2, groups=2),
@@ -160,7 +173,7 @@ def test_specs_mean_the_same_thing_however_a_weight_is_held(group_by, channels_l
     model = model.to(memory_format=torch.channels_last) if channels_last else model
     for weight in regularised_weights(model):
         labels = naive_groups(weight, group_by)
-        # number the elements; two share a group exactly where the spec keeps the same index for both
+        # Number the elements. Two share a group exactly where the spec keeps the same index for both.
         spec, view = weight.group_spec(group_by)
         number = torch.arange(weight.param.numel()).reshape(weight.param.shape)
         v = number.view(view) if view else number
@@ -176,6 +189,7 @@ def test_specs_mean_the_same_thing_however_a_weight_is_held(group_by, channels_l
 
 
 def test_plain_layers_keep_the_name_of_their_spec():
+    """Only grouped convolutions need a view and a tuple of dims."""
     groups = by_name(sparsity_param_groups(Zoo(), l1=0.1, group_by="channel"))
     assert (groups["conv.weight"]["group_by"], groups["conv.weight"]["view"]) == ("channel", None)
     assert (groups["grouped.weight"]["group_by"], groups["grouped.weight"]["view"]) == (
@@ -185,11 +199,13 @@ def test_plain_layers_keep_the_name_of_their_spec():
 
 
 def test_a_feature_of_a_depthwise_convolution_is_one_weight():
+    """There "feature" has groups of one element, and "filter" groups of a kernel."""
     (weight,) = regularised_weights(nn.Conv2d(4, 4, 3, groups=4))
     assert (weight.layout("feature").group_size, weight.layout("filter").group_size) == (1, 9)
 
 
 def test_a_tuple_is_used_as_it_is_or_refused_with_the_layers_name():
+    """A spec that does not fit a layer is an error that names the layer."""
     groups = by_name(sparsity_param_groups(mlp(3, 4, 2), group_lasso=0.1, group_by=[1]))
     assert groups["0.weight"]["group_by"] == (1,) and groups["0.weight"]["view"] is None
     with pytest.raises(ValueError, match=r"cell.weight_ih: group_by: expected dims in .* got \(2,\)"):
@@ -199,6 +215,7 @@ def test_a_tuple_is_used_as_it_is_or_refused_with_the_layers_name():
 
 
 def test_layer_weight_in_blocks():
+    """blocked() is [blocks, out, in, taps], also of a transposed weight."""
     param = nn.Parameter(torch.arange(4 * 3 * 2.0).reshape(4, 3, 2))
     assert LayerWeight("w", param).blocked().shape == (1, 4, 3, 2)
     blocked = LayerWeight("w", param, blocks=2, transposed=True).blocked()  # [in=4, out/2=3, taps=2]
@@ -207,6 +224,7 @@ def test_layer_weight_in_blocks():
 
 
 def test_the_optimizer_takes_the_zoo_and_kills_layer_weights_only():
+    """A huge penalty zeroes exactly the weights of layers."""
     model = Zoo()
     groups = sparsity_param_groups(model, group_lasso=1e6)
     names = [[name for name, _ in group["params"]] for group in groups]
@@ -219,12 +237,13 @@ def test_the_optimizer_takes_the_zoo_and_kills_layer_weights_only():
     for name, p in model.named_parameters():
         if name in ZOO_LAYERS:
             assert (p == 0).all(), name
-        else:  # zero-initialised biases too are not frozen by an optimizer-wide freeze_zeros
+        else:  # biases that are 0 initially must not be frozen by the optimizer's freeze_zeros
             moved = 0.1 if p.requires_grad else 0.0
             torch.testing.assert_close(p, before[name] - moved, msg=name)
 
 
 def test_parameters_without_names_fit_a_zero_redundancy_optimizer(tmp_path):
+    """With names=False ZeroRedundancyOptimizer takes the groups, and makes the plain step."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     plain = copy.deepcopy(model)
     for m in (model, plain):

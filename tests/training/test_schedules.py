@@ -1,4 +1,4 @@
-"""Schedules of the coefficients: values in force, resuming, beside torch's schedulers, what they refuse."""
+"""Schedules of the coefficients: values, resuming, use beside torch's schedulers, what they refuse."""
 
 import io
 
@@ -14,6 +14,7 @@ from cges_kernels.training.recipes import CoefficientWarmup, sparsity_param_grou
 
 
 def test_warmup_values():
+    """Coefficients rise evenly from 0 to their full values, keep their ratios, and stay there."""
     _, optimizer, warmup = warmed()
     seen = []
     for _ in range(7):
@@ -29,11 +30,13 @@ def test_warmup_values():
 
 
 def test_warmup_of_no_steps_is_full_at_once():
+    """steps=0 means no warm-up."""
     _, _, warmup = warmed(steps=0)
     assert warmup.get_last_coefficients()[0]["group_lasso"] == 0.4
 
 
 def test_warmup_beside_a_learning_rate_scheduler():
+    """Neither schedule disturbs the other's values."""
     _, optimizer, warmup = warmed()
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     for _ in range(2):
@@ -45,6 +48,7 @@ def test_warmup_beside_a_learning_rate_scheduler():
 
 
 def test_warmup_resumes_from_its_state():
+    """A loaded warm-up goes on from its step, built before or after the optimizer was loaded."""
     _, optimizer, warmup = warmed()
     warmup.step()
     file = io.BytesIO()
@@ -66,6 +70,7 @@ def test_warmup_resumes_from_its_state():
 
 
 def test_warmup_resumes_from_last_epoch_as_schedulers_do():
+    """last_epoch continues from full values kept in the param groups, and is an error without them."""
     _, optimizer, _ = warmed()
     warmup = CoefficientWarmup(optimizer, 4, last_epoch=1)
     assert warmup.last_epoch == 2
@@ -75,6 +80,7 @@ def test_warmup_resumes_from_last_epoch_as_schedulers_do():
 
 
 def test_warmup_outlives_a_checkpoint_that_knows_no_coefficients():
+    """Loading a file of torch.optim.SGD in mid-warm-up keeps the full values."""
     _, optimizer, warmup = warmed()
     plain = torch.optim.SGD([{"params": group["params"]} for group in optimizer.param_groups], lr=0.1)
     optimizer.load_state_dict(plain.state_dict())
@@ -83,6 +89,7 @@ def test_warmup_outlives_a_checkpoint_that_knows_no_coefficients():
 
 
 def test_warmup_takes_in_a_later_param_group():
+    """A param group added later is warmed up with the others."""
     _, optimizer, warmup = warmed()
     optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(2, 2)))], "group_lasso": 0.6})
     warmup.step()
@@ -99,6 +106,8 @@ SCHEDULES = {
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("share", ["groups", "coefficients", "memory"])
 def test_a_shared_tensor_goes_as_a_number_does(make, share):
+    """A tensor shared by groups, coefficients or a view is scaled once a step, not once a use."""
+
     def run(one, other):
         params = [nn.Parameter(torch.tensor([[1.0, 0.0], [2.0, 3.0]])) for _ in range(2)]
         groups = [{"params": [params[0]], **one}, {"params": [params[1]], **other}]
@@ -121,10 +130,11 @@ def test_a_shared_tensor_goes_as_a_number_does(make, share):
     found, groups = run(*given)
     torch.testing.assert_close(found, wanted)
     assert found.any() and groups[0]["l1"] is tensor
-    assert tensor._version == 1 + 5  # written once, when the schedule was made and in each of its steps
+    assert tensor._version == 1 + 5  # written once when the schedule was made, and once in each step
 
 
 def test_a_later_group_may_share_a_tensor_that_was_scaled():
+    """Its full value is the tensor's full value, not the scaled one."""
     tensor = torch.tensor(0.8)
     optimizer = ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=tensor)
     warmup = CoefficientWarmup(optimizer, 4)
@@ -136,6 +146,7 @@ def test_a_later_group_may_share_a_tensor_that_was_scaled():
 
 
 def test_warmup_changes_tensor_coefficients_in_place():
+    """The param group keeps its tensor object, which kernels and graphs read."""
     parameter = nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.SGD([{"params": [parameter], **{key: torch.tensor(0.8) for key in COEFFICIENTS}}])
     tensor = optimizer.param_groups[0]["group_lasso"]
@@ -149,11 +160,13 @@ def test_warmup_changes_tensor_coefficients_in_place():
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True])
 def test_warmup_refuses_steps(steps):
+    """Negative and fractional steps are errors."""
     with pytest.raises(ValueError, match="steps: expected an int >= 0, got"):
         warmed(steps=steps)
 
 
 def test_warmup_refuses_an_optimizer_without_coefficients():
+    """An optimizer without any of the coefficients is an error."""
     with pytest.raises(
         ValueError, match=r"expected .* got SGD without \['group_lasso', 'exclusive_lasso', 'l1'\]"
     ):
@@ -161,6 +174,7 @@ def test_warmup_refuses_an_optimizer_without_coefficients():
 
 
 def test_the_first_step_of_a_warmup_step_is_plain_sgd():
+    """The warm-up sets the coefficients to 0 as soon as it is made."""
     model, optimizer, _ = warmed()
     before = model[0].weight.detach().clone()
     for p in model.parameters():
@@ -170,6 +184,7 @@ def test_the_first_step_of_a_warmup_step_is_plain_sgd():
 
 
 def test_cubic_values():
+    """The ramp is 0 until `begin` and then rises by its cubic formula."""
     _, optimizer, _ = warmed(steps=0)
     ramp = CubicRamp(optimizer, steps=4, begin=2)
     seen = []
@@ -182,6 +197,7 @@ def test_cubic_values():
 
 
 def test_cubic_resumes_from_its_state():
+    """Its state is plain numbers, and a loaded ramp goes on from it."""
     _, optimizer, _ = warmed(steps=0)
     ramp = CubicRamp(optimizer, steps=4)
     ramp.step()
@@ -197,11 +213,13 @@ def test_cubic_resumes_from_its_state():
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 1.5}, {"steps": 3, "begin": -1}])
 def test_cubic_refuses(options):
+    """Bad numbers of steps are errors."""
     with pytest.raises(ValueError, match=r"(steps|begin): expected an int >= [01], got"):
         CubicRamp(warmed()[1], **options)
 
 
 def stepped(optimizer):
+    """The optimizer, with zero gradients, so that it can step."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -210,6 +228,7 @@ def stepped(optimizer):
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_chain_with_an_lr_scheduler(make):
+    """In a ChainedScheduler each schedule gives the values that it gives alone."""
     optimizer, other = (stepped(ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8)) for _ in range(2))
     chain = ChainedScheduler([make(optimizer), StepLR(optimizer, 1, gamma=0.5)])
     alone = make(other)
@@ -224,7 +243,7 @@ def test_a_chain_with_an_lr_scheduler(make):
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_sequence_is_refused(make):
-    """It sets schedules back, and starts them by what sets lr."""
+    """SequentialLR is an error: it sets schedules back, and starts them through their lr."""
     optimizer = stepped(ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8))
     schedules = [StepLR(optimizer, 1), make(optimizer)]
     with pytest.raises(RuntimeError, match=r"last_epoch: expected 0 or more, got -1. SequentialLR"):
@@ -232,6 +251,7 @@ def test_a_sequence_is_refused(make):
 
 
 def test_lr_is_told_and_not_changed():
+    """get_last_lr returns a copy of a tensor lr."""
     lr = torch.tensor(0.1)
     optimizer = ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=lr, l1=0.8)
     warmup = CoefficientWarmup(optimizer, 4)
@@ -240,6 +260,8 @@ def test_lr_is_told_and_not_changed():
 
 
 def test_param_groups_may_go_and_others_come():
+    """Full values follow the param group, not its place in the list."""
+
     def group(l1):
         return {"params": [nn.Parameter(torch.ones(2, 2))], "l1": l1}
 
@@ -254,6 +276,7 @@ def test_param_groups_may_go_and_others_come():
 
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 def test_what_does_not_fit_changes_nothing(make):
+    """A refused step or state leaves the schedule as it was."""
     optimizer = ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8)
     schedule = make(optimizer)
     before = schedule.state_dict(), schedule.get_last_coefficients()

@@ -1,4 +1,4 @@
-"""TargetDensity: the density that training reaches, how it lands, resuming, what it refuses."""
+"""TargetDensity: the density that training reaches, how it lands there, resuming, and what it refuses."""
 
 import io
 import warnings
@@ -17,6 +17,7 @@ from cges_kernels.training.recipes import sparsity_param_groups
 
 
 def digits():
+    """400 images of digits and their labels."""
     pytest.importorskip("sklearn")
     x, y = map(torch.from_numpy, load_digits())
     return x[:400], y[:400]
@@ -41,7 +42,9 @@ def controlled(density, lam=0.01, epochs=50, momentum=0.9, **options):
     return model, optimizer, control
 
 
-OTHERS = pytest.mark.full("trains for seconds: other densities, and lambdas far from the right one")
+OTHERS = pytest.mark.full(
+    "other densities are reached too, and from lambdas far from the right one; each trains for seconds"
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,7 @@ OTHERS = pytest.mark.full("trains for seconds: other densities, and lambdas far 
     ],
 )
 def test_the_density_is_reached_within_a_point(density, lam):
+    """Training ends at the density without a warning, with a model that works and zeros that are frozen."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, optimizer, control = controlled(density, lam)
@@ -66,6 +70,7 @@ def test_the_density_is_reached_within_a_point(density, lam):
 
 
 def test_without_landing_the_coefficients_stay():
+    """freeze=False ends near the density, with coefficients in force and nothing frozen."""
     _, optimizer, control = controlled(0.3, epochs=25, freeze=False)
     assert abs(control.measure() - 0.3) < 0.15
     assert optimizer.param_groups[0]["group_lasso"] > 0
@@ -73,6 +78,7 @@ def test_without_landing_the_coefficients_stay():
 
 
 def few_steps(model, optimizer, control, count):
+    """Steps on random gradients, the same each time."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         for p in model.parameters():
@@ -82,6 +88,7 @@ def few_steps(model, optimizer, control, count):
 
 
 def small_control(**options):
+    """(model, optimizer, control) of a small network, towards a density of .5."""
     model = mlp(3, 4, 2)
     groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
     optimizer = ProxSGD(groups, lr=0.1, momentum=0.9)
@@ -89,6 +96,7 @@ def small_control(**options):
 
 
 def test_ratios_stay_and_the_factor_climbs():
+    """While too many weights are nonzero the coefficients rise, in the recipe's ratios."""
     model, optimizer, control = small_control()
     seen = []
     for _ in range(10):
@@ -102,6 +110,7 @@ def test_ratios_stay_and_the_factor_climbs():
 @pytest.mark.filterwarnings("ignore:density")
 @pytest.mark.parametrize("at", [7, 30])
 def test_control_resumes_where_it_was(at):
+    """Saved during the ramp of 20 steps or after it, control goes on with the same bits."""
     model, optimizer, control = small_control()
     few_steps(model, optimizer, control, at)
     file = io.BytesIO()
@@ -119,6 +128,7 @@ def test_control_resumes_where_it_was(at):
 
 
 def test_the_landing_is_gentle():
+    """Near the density the coefficients fall with the distance, and are 0 at it or below."""
     _, optimizer, control = small_control()
     seen = []
     for density in (0.7, 0.52, 0.504, 0.4):
@@ -129,6 +139,7 @@ def test_the_landing_is_gentle():
 
 
 def test_only_weights_under_a_penalty_count():
+    """Biases and other weights without a penalty are not in the density."""
     model, _, control = small_control()
     assert control.measure() == 1
     with torch.no_grad():
@@ -139,11 +150,13 @@ def test_only_weights_under_a_penalty_count():
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.1, float("nan"), "half"])
 def test_a_density_that_is_none_is_refused(density):
+    """Only numbers in (0, 1] are densities."""
     with pytest.raises(ValueError, match=r"density: expected a fraction of nonzero weights in \(0, 1\], got"):
         TargetDensity(warmed()[1], density, 10)
 
 
 def test_control_refuses_an_optimizer_without_a_penalty():
+    """Nothing to control, or nothing to freeze with, is an error."""
     with pytest.raises(ValueError, match=r"ProxSGD: expected a param group with .* > 0 .* density of 0.5"):
         TargetDensity(ProxSGD(mlp(3, 4, 2).parameters(), lr=0.1), 0.5, 10)
     with pytest.raises(ValueError, match=r"got SGD without \['group_lasso'"):
@@ -154,6 +167,7 @@ def test_control_refuses_an_optimizer_without_a_penalty():
 
 
 def test_a_density_out_of_reach_is_told_once():
+    """If weights do not become zero, one warning gives the density and the coefficients' factor."""
     model, optimizer, control = small_control(steps=5)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -167,6 +181,7 @@ def test_a_density_out_of_reach_is_told_once():
 
 
 def test_weights_that_are_gone_are_told():
+    """If weights do not come back from zero, the warning says that instead."""
     model, optimizer, control = small_control(steps=5)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -177,6 +192,7 @@ def test_weights_that_are_gone_are_told():
 
 
 def test_control_fills_tensor_coefficients_in_place():
+    """The param group keeps its tensor object."""
     parameter = nn.Parameter(torch.ones(2, 2))
     group = {"params": [parameter], **{key: torch.tensor(0.8) for key in COEFFICIENTS}, "freeze_zeros": None}
     optimizer = torch.optim.SGD([group])

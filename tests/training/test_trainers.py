@@ -1,4 +1,4 @@
-"""The README's recipes for Lightning, Hugging Face Trainer and accelerate each train as a plain loop does."""
+"""The README's recipes for Lightning, Hugging Face's Trainer and accelerate train as a plain loop does."""
 
 import contextlib
 import copy
@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from cges_kernels import CoefficientWarmup, ProxAdamW, ProxSGD, TargetDensity, cges_param_groups
 
 pytestmark = [
-    pytest.mark.full("the recipes for Lightning, Transformers and accelerate, which take long to import"),
+    pytest.mark.full(
+        "the README's recipes for Lightning, Transformers and accelerate work; these take long to import"
+    ),
     pytest.mark.xdist_group("trainers"),
     pytest.mark.usefixtures("trainers"),
-    pytest.mark.filterwarnings("ignore"),  # trainers give advice on loggers, workers and devices
+    pytest.mark.filterwarnings("ignore"),  # trainers warn about loggers, workers and devices
 ]
 LIGHTNING, TRANSFORMERS, ACCELERATE = (
     next(block for block in BLOCKS if name in block)
@@ -37,7 +39,7 @@ OURS = dict(
 
 
 def batches(steps=STEPS):
-    """Those of ``steps`` steps, each of accumulated gradients."""
+    """The batches of ``steps`` steps; each step accumulates gradients of two."""
     generator = torch.Generator().manual_seed(0)
     x = 10 * torch.randn(5 * ACCUMULATED * steps, 1, 8, 8, generator=generator)
     return DataLoader(TensorDataset(x, torch.randint(3, (len(x),), generator=generator)), batch_size=5)
@@ -48,15 +50,16 @@ def loss_of(model, batch):
 
 
 def sparse_sgd(model):
+    """The optimizer that the recipes build."""
     return ProxSGD(cges_param_groups(model, lam=3e-2, scale="size"), lr=0.1, momentum=0.9)
 
 
 def plain(
     model, optimizer, batches, loss_of=loss_of, schedulers=(), precision=contextlib.nullcontext, clipped=None
 ):
-    """The loop that a trainer stands for; returns the largest norm of the gradients, which it clips to 1."""
+    """The loop that a trainer stands for. It clips to norm 1 and returns the largest norm before that."""
     model.train()
-    clipped = clipped or list(model.parameters())  # their order decides how the norm rounds
+    clipped = clipped or list(model.parameters())  # the order of gradients decides how their norm is rounded
     norms = []
     for i, batch in enumerate(batches):
         with precision():
@@ -72,6 +75,7 @@ def plain(
 
 
 def assert_alike(model, other):
+    """Both models have the same bits, and some but not all weights are zero."""
     assert_same_bits(list(model.parameters()), list(other.parameters()))
     assert any((p == 0).any() and (p != 0).any() for p in model.parameters())
 
@@ -81,7 +85,7 @@ def assert_alike(model, other):
 
 @pytest.fixture
 def run_lightning(tmp_path, monkeypatch):
-    """Runs the recipe on a model; returns its trainer."""
+    """A function that runs the recipe on a model and returns its trainer."""
     lightning = pytest.importorskip("lightning", reason=NEEDED)
     monkeypatch.chdir(tmp_path)
 
@@ -97,8 +101,11 @@ def run_lightning(tmp_path, monkeypatch):
 
 
 def test_lightning(run_lightning):
-    """Mixed precision with clipping, which Lightning refuses an optimizer that always unscales by itself."""
-    torch.manual_seed(0)  # a draw of which some weights become zero in so few steps
+    """The recipe gives the bits of a plain loop, with mixed precision and clipping.
+
+    Lightning refuses to clip for an optimizer that always unscales gradients itself.
+    """
+    torch.manual_seed(0)  # with this seed some weights become zero in so few steps
     net = Net()
     other = copy.deepcopy(net)
     assert run_lightning(net).global_step == STEPS
@@ -111,11 +118,12 @@ def test_lightning(run_lightning):
 
 
 def test_lightning_resumes_in_the_middle_of_the_warmup(run_lightning):
+    """A run resumed from a checkpoint ends with the bits of the run that went on."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     net = Net()
     resumed = copy.deepcopy(net)
-    batch = next(iter(batches()))  # always the same, because Lightning starts the loader anew
+    batch = next(iter(batches()))  # always the same batch, because Lightning starts the loader anew
     same = DataLoader([batch] * ACCUMULATED * STEPS, batch_size=None)
     saving = ModelCheckpoint(".", "{step}", every_n_train_steps=5, save_top_k=-1)
     run_lightning(net, loader=same, enable_checkpointing=True, callbacks=[saving])
@@ -126,6 +134,7 @@ def test_lightning_resumes_in_the_middle_of_the_warmup(run_lightning):
 
 @pytest.mark.gpu
 def test_lightning_scales_and_clips(run_lightning):
+    """With float16 on a GPU, scaling, clipping and our step work together."""
     net = Net()
     trainer = run_lightning(net, LIGHTNING.replace("bf16-", "16-"), accelerator="gpu", devices=1)
     assert trainer.global_step == STEPS
@@ -137,7 +146,7 @@ def test_lightning_scales_and_clips(run_lightning):
 
 
 def language_model():
-    """A GPT-2 of random weights: Conv1D layers, and an embedding tied to the head."""
+    """A GPT-2 of random weights: it has Conv1D layers, and an embedding tied to the head."""
     transformers = pytest.importorskip("transformers", reason=NEEDED)
     without = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM")
     sizes = dict(vocab_size=64, n_positions=8, n_embd=32, n_layer=2, n_head=2)
@@ -149,7 +158,7 @@ def language_model():
 
 @pytest.fixture
 def run_transformers(tmp_path, monkeypatch):
-    """Runs the recipe on a model; returns its trainer."""
+    """A function that runs the recipe on a model and returns its trainer."""
     transformers = pytest.importorskip("transformers", reason=NEEDED)
     monkeypatch.chdir(tmp_path)
     ids = torch.randint(64, (4 * ACCUMULATED * STEPS, 8), generator=torch.Generator().manual_seed(0))
@@ -169,7 +178,10 @@ def run_transformers(tmp_path, monkeypatch):
 
 
 def test_transformers(run_transformers):
-    """Its linear schedule ends at lr 0, and thresholds with it; the warm-up is a callback."""
+    """The recipe gives the bits of a plain loop, with a linear schedule of lr and a warm-up of coefficients.
+
+    The schedule ends at lr = 0, and thresholds with it. The tied embedding must not be regularised.
+    """
     model, other = language_model(), language_model()
     seen = []
     hook = model.register_forward_pre_hook(lambda m, args, batch: seen.append(batch), with_kwargs=True)
@@ -193,13 +205,14 @@ AS_SCHEDULER = (
 
 
 def coefficients(optimizer):
+    """lr and coefficients of each param group."""
     keys = ("lr", "group_lasso", "exclusive_lasso", "l1")
     return [{key: float(group[key]) for key in keys} for group in optimizer.param_groups]
 
 
 @pytest.mark.parametrize("recipe", [TRANSFORMERS, AS_SCHEDULER], ids=["callback", "optimizers"])
 def test_transformers_resumes_in_the_middle_of_the_warmup(run_transformers, recipe):
-    """Rebuilt and loaded it ends where the run that went on ends."""
+    """A run resumed from a checkpoint ends with the bits and coefficients of the run that went on."""
     model, resumed = language_model(), language_model()
     went_on = run_transformers(model, recipe)
     again = run_transformers(resumed, recipe.replace("train()", RESUMED))
@@ -211,7 +224,7 @@ def test_transformers_resumes_in_the_middle_of_the_warmup(run_transformers, reci
 
 
 def test_transformers_steps_a_schedule_of_coefficients(run_transformers):
-    """In lr's place: the Trainer asks it for lr, which stays."""
+    """The warm-up may be given to the Trainer as its lr scheduler: it is stepped, and lr stays."""
     model, other = language_model(), language_model()
     seen = []
     hook = model.register_forward_pre_hook(lambda m, args, batch: seen.append(batch), with_kwargs=True)
@@ -229,7 +242,7 @@ def test_transformers_steps_a_schedule_of_coefficients(run_transformers):
 
 @pytest.fixture
 def run_accelerate():
-    """Runs the recipe on a model; returns its scope."""
+    """A function that runs the recipe on a model and returns its variables."""
     accelerate = pytest.importorskip("accelerate", reason=NEEDED)
 
     def run(model, recipe=ACCELERATE):
@@ -243,6 +256,7 @@ def run_accelerate():
 
 
 def test_accelerate(run_accelerate):
+    """The recipe gives the bits of a plain loop."""
     net = Net()
     other = copy.deepcopy(net)
     run_accelerate(net)
@@ -253,6 +267,7 @@ def test_accelerate(run_accelerate):
 
 @pytest.mark.parametrize("make", [lambda o: CoefficientWarmup(o, 15), lambda o: TargetDensity(o, 0.5, 15)])
 def test_accelerate_resumes_in_the_middle_of_a_schedule(run_accelerate, tmp_path, make):
+    """accelerate saves and loads our schedules, and the resumed run ends with the same bits."""
     accelerate = pytest.importorskip("accelerate", reason=NEEDED)
     data = list(batches())
 
@@ -280,12 +295,15 @@ def test_accelerate_resumes_in_the_middle_of_a_schedule(run_accelerate, tmp_path
 
 
 def by_mapping(optimizer, old, new):
-    """As accelerate does on TPUs."""
+    """Replaces parameters as accelerate does on TPUs."""
     optimizer._switch_parameters(dict(zip(old, new)))
 
 
 def by_memory(optimizer, old, new):
-    """As accelerate does with FSDP2: stand-ins first, which hold an address for their method data_ptr."""
+    """Replaces parameters as accelerate does with FSDP2.
+
+    First it puts stand-ins into the param groups, whose method data_ptr is an address instead.
+    """
     from accelerate.utils import fsdp2_switch_optimizer_parameters
 
     addresses = {p.data_ptr(): q for p, q in zip(old, new)}
@@ -298,7 +316,7 @@ def by_memory(optimizer, old, new):
 
 @pytest.mark.parametrize("switch", [by_mapping, by_memory])
 def test_accelerate_may_replace_the_parameters(run_accelerate, switch):
-    """Training goes on in the new ones, and the old ones are let alone, whose gradients are still there."""
+    """Training goes on in the new parameters; the old ones do not change despite gradients."""
     net = Net()
     prepared = run_accelerate(net)["optimizer"]
     before = [p.detach().clone() for p in net.parameters()]
@@ -307,25 +325,29 @@ def test_accelerate_may_replace_the_parameters(run_accelerate, switch):
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     plain(model, prepared, batches())
-    plain(other, sparse_sgd(other), batches())  # afresh: the state stays with the old parameters
+    # a new optimizer, because the state stays with the old parameters
+    plain(other, sparse_sgd(other), batches())
     assert_alike(model, other)
     assert_same_bits(before, list(net.parameters()))
 
 
-# With ProxAdamW in ProxSGD's place
+# The recipes with ProxAdamW instead of ProxSGD
 
 
 def of_adamw(recipe):
+    """The recipe with ProxAdamW."""
     changed = recipe.replace("ProxSGD", "ProxAdamW").replace("lr=0.1, momentum=0.9", "lr=0.02")
     assert changed.count("lr=0.02") == 1
     return changed.replace("lam=3e-2", "lam=0.5")
 
 
 def sparse_adamw(model):
+    """The optimizer that such a recipe builds."""
     return ProxAdamW(cges_param_groups(model, lam=0.5, scale="size"), lr=0.02)
 
 
 def test_transformers_resumes_adamw(run_transformers):
+    """The recipe gives the bits of a plain loop, and so does a resumed run."""
     model, resumed, other = language_model(), language_model(), language_model()
     seen = []
     hook = model.register_forward_pre_hook(lambda m, args, batch: seen.append(batch), with_kwargs=True)
@@ -340,6 +362,7 @@ def test_transformers_resumes_adamw(run_transformers):
 
 
 def test_accelerate_with_adamw(run_accelerate):
+    """The recipe gives the bits of a plain loop."""
     net = Net()
     other = copy.deepcopy(net)
     run_accelerate(net, of_adamw(ACCELERATE))

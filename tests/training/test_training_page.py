@@ -1,4 +1,4 @@
-"""What docs/training.md says of exact zeros is true, and its code runs."""
+"""What docs/training.md says about exact zeros is true, and its code runs."""
 
 import re
 
@@ -21,6 +21,7 @@ THRESHOLD = dict(group_lasso=0.1)
 
 
 def one_weight(shape=(4, 6)):
+    """A parameter with a gradient of zeros, the same each time."""
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(shape, generator=generator).to(torch.get_default_device()))
     p.grad = torch.zeros_like(p)
@@ -28,7 +29,7 @@ def one_weight(shape=(4, 6)):
 
 
 def killed(backend, **options):
-    """One step whose gradient takes the second input feature, and nothing else, to zero."""
+    """A parameter and its optimizer after a step that zeroed the second input feature only."""
     p = one_weight()
     optimizer = ProxSGD([p], lr=1.0, momentum=0.9, **THRESHOLD, **options, backend=backend)
     p.grad[:, 1] = p.detach()[:, 1]
@@ -39,12 +40,14 @@ def killed(backend, **options):
 
 
 def test_momentum_revives_a_dead_group(checked_backend):
+    """The next step, with a zero gradient, moves the dead group by its momentum."""
     p, optimizer = killed(checked_backend)
     optimizer.step()
     assert (p[:, 1] != 0).all()
 
 
 def test_a_threshold_above_the_momentum_does_not_let_it(checked_backend):
+    """With a large enough threshold the group stays dead."""
     p, optimizer = killed(checked_backend)
     optimizer.param_groups[0]["group_lasso"] = 100.0
     optimizer.step()
@@ -53,8 +56,9 @@ def test_a_threshold_above_the_momentum_does_not_let_it(checked_backend):
 
 @pytest.mark.parametrize("mode", ["group", "element"])
 def test_freezing_half_way_stops_it(checked_backend, mode):
+    """The page's code keeps dead groups, or dead elements, at zero from then on."""
     p, optimizer = killed(checked_backend)
-    p.data[0, 0] = 0  # a zero inside a living group
+    p.data[0, 0] = 0  # a zero in a group that is alive
     exec(FREEZE.replace('"group"  #', f'"{mode}"  #'), {"optimizer": optimizer})
     optimizer.step()
     assert (p[:, 1] == 0).all() and (optimizer.state[p]["momentum_buffer"][:, 1] == 0).all()
@@ -65,6 +69,7 @@ def test_freezing_half_way_stops_it(checked_backend, mode):
 
 
 def test_element_keeps_what_is_initialised_with_zeros(checked_backend):
+    """freeze_zeros="element" freezes biases that begin with zeros, as the page warns."""
     p = nn.Parameter(torch.zeros(3))
     p.grad = torch.ones(3)
     ProxSGD([p], lr=0.1, freeze_zeros="element", backend=checked_backend).step()
@@ -72,6 +77,7 @@ def test_element_keeps_what_is_initialised_with_zeros(checked_backend):
 
 
 def norms_until_dead(weight_decay, backend):
+    """The norms of a weight without gradients, step by step until all of it is zero."""
     p = one_weight()
     p.data[:, 1] = 0
     optimizer = ProxSGD([p], lr=0.5, weight_decay=weight_decay, **THRESHOLD, backend=backend)
@@ -84,12 +90,14 @@ def norms_until_dead(weight_decay, backend):
 
 
 def test_weight_decay_leaves_zeros_and_lets_groups_die_earlier(checked_backend):
+    """Weight decay keeps zeros, and groups die sooner under it."""
     without, decayed = (norms_until_dead(weight_decay, checked_backend) for weight_decay in (0.0, 0.5))
     assert len(decayed) < len(without) and decayed[0] < without[0]
 
 
 @pytest.mark.parametrize("given_to", ["groups", "optimizer"])
 def test_who_gets_the_weight_decay(given_to):
+    """Given to the param groups it is for layers' weights only; given to the optimizer it is for all."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     to = {name: dict(weight_decay=0.1) if name == given_to else {} for name in ("groups", "optimizer")}
     optimizer = ProxSGD(cges_param_groups(model, lam=1e-3, **to["groups"]), **to["optimizer"])
@@ -99,7 +107,7 @@ def test_who_gets_the_weight_decay(given_to):
 
 
 def conv_and_norm():
-    """A convolution whose first filter is dead, batch norm, and a batch of gradients."""
+    """A convolution whose first filter is dead, a batch norm behind it, and gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     with torch.no_grad():
@@ -111,17 +119,18 @@ def conv_and_norm():
 
 
 def test_batch_norm_undoes_the_scale_of_a_layer():
+    """Halving a layer in front of a batch norm changes nothing; a dead filter gives the shift."""
     model, x = conv_and_norm()
     before = model(x)
     with torch.no_grad():
         model[0].weight[1:] *= 0.5
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
-    assert (before[:, 0] == 0.5).all()  # the dead filter
+    assert (before[:, 0] == 0.5).all()
 
 
 @pytest.mark.parametrize("freeze_zeros", [None, "group"])
 def test_batch_norm_revives_dead_filters(checked_backend, freeze_zeros):
-    """Against a threshold above the gradients of all living filters."""
+    """A dead filter's gradient exceeds a threshold above those of living filters, unless frozen."""
     model, _ = conv_and_norm()
     weight = model[0].weight
     norms = weight.grad.flatten(1).norm(dim=1)
@@ -133,6 +142,7 @@ def test_batch_norm_revives_dead_filters(checked_backend, freeze_zeros):
 
 
 def test_averages_are_given_the_zeros():
+    """An exponential average has no zeros until the page's code gives them to it."""
     torch.manual_seed(0)
     model = nn.Linear(6, 4)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -149,6 +159,8 @@ def test_averages_are_given_the_zeros():
 
 
 def test_tied_weights_count_once():
+    """A weight of two layers is regularised once, and one that an embedding owns is not."""
+
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -169,6 +181,7 @@ def test_tied_weights_count_once():
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
 def test_a_distributed_checkpoint_is_saved(tmp_path):
+    """The page's code saves a checkpoint and changes no weight."""
     model = nn.Linear(6, 4)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = ProxSGD(cges_param_groups(model, lam=1.0), lr=0.1, momentum=0.9)
@@ -178,8 +191,9 @@ def test_a_distributed_checkpoint_is_saved(tmp_path):
     assert_same_bits(before, list(model.parameters()))
 
 
-@pytest.mark.full("the page's code for torch.compile; test_compile.py compiles steps in the first tier")
+@pytest.mark.full("the page's code for torch.compile runs; test_compile.py compiles steps in the first tier")
 def test_a_compiled_step_reads_a_tensor():
+    """The page's compiled step follows a new value in its lr tensor."""
     model, _ = conv_and_norm()
     names = dict(globals(), model=model, device="cpu")
     exec(COMPILED, names)
@@ -194,15 +208,17 @@ def test_a_compiled_step_reads_a_tensor():
 
 
 def test_linked_files_exist():
+    """No relative link of the page is broken."""
     links = re.findall(r"\]\(([^)#:]+)\)", PAGE.read_text())
     assert links and all((PAGE.parent / link).exists() for link in links)
 
 
-@pytest.mark.full("a recipe that needs Lightning, which takes seconds to import")
+@pytest.mark.full("the page's recipe for finetuning with Lightning works; Lightning takes seconds to import")
 @pytest.mark.xdist_group("trainers")
 @pytest.mark.usefixtures("trainers")
 @pytest.mark.filterwarnings("ignore")
 def test_a_backbone_that_is_unfrozen_later_is_regularised(tmp_path, monkeypatch):
+    """The page's code adds the backbone's weights to the optimizer, with their penalty and momentum."""
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import BaseFinetuning
 

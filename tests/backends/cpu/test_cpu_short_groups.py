@@ -1,4 +1,4 @@
-"""Groups of 2 to 16 elements, which the CPU executor solves side by side."""
+"""Groups of 2 to 16 elements, which the CPU executor solves side by side in the lanes of a vector."""
 
 import itertools
 
@@ -13,8 +13,9 @@ from cges_kernels.backends.extension import BUILT
 pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 
 NORMS = ("group_lasso", "exclusive_lasso")
-SIZES = range(2, 18)  # to the first that is not short
-# Groups of n that are runs of memory, columns, both, or few to a matrix, as (shape, dims).
+SIZES = range(2, 18)  # 17 is the first size that is not short
+# {name: (n, groups) -> (shape, reduced dims)}: groups of n elements that are contiguous, that are columns, or
+# that are columns of several matrices with few groups each.
 LAYOUTS = {
     "runs": lambda n, groups: ((groups, n), (1,)),
     "columns": lambda n, groups: ((n, groups), (0,)),
@@ -26,8 +27,9 @@ RUNS_IN_COLUMNS = [((rows, 211, run), (0, 2)) for rows in range(2, 9) for run in
 @pytest.mark.usefixtures("poisoned_memory")
 @covering(layout=LAYOUTS, prox_mode=MODES, dtype=DTYPES)
 def test_all_sizes(layout, prox_mode, dtype):
+    """Each size and layout is right, for whole blocks of groups and parts of one."""
     for n in SIZES:
-        for groups in (1, 64, 333):  # a block and parts of one
+        for groups in (1, 64, 333):  # one group, a whole block of groups, and blocks with a part of one
             shape, dims = LAYOUTS[layout](n, groups)
             w, grad, buf = inputs(shape, dtype)
             check_step("cpu", w, grad, buf, **training(w, dims, prox_mode))
@@ -36,6 +38,7 @@ def test_all_sizes(layout, prox_mode, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_runs_in_columns(prox_mode, dtype):
+    """Groups of up to 16 elements made of short runs in several rows are right."""
     for shape, dims in RUNS_IN_COLUMNS:
         w, grad, buf = inputs(shape, dtype)
         check_step("cpu", w, grad, buf, **training(w, dims, prox_mode))
@@ -43,7 +46,10 @@ def test_runs_in_columns(prox_mode, dtype):
 
 @each_value(terms=[("group_lasso",), ("exclusive_lasso",), ("exclusive_lasso", "l1")], prox_mode=MODES)
 def test_terms_alone_in_groups_of_all_strengths(prox_mode, terms):
-    """Without group lasso exact mode sorts up to 8 elements."""
+    """Each penalty alone is right for groups from dead to untouched.
+
+    Without group lasso, exact mode sorts short groups, and searches in the longest size here.
+    """
     for n in SIZES:
         w = fresh((700, n)) * torch.logspace(-2, 2, 700)[:, None]
         options = {name: x for name, x in coefficients(w, "filter").items() if name in (*terms, "group_by")}
@@ -52,7 +58,7 @@ def test_terms_alone_in_groups_of_all_strengths(prox_mode, terms):
 
 @pytest.mark.parametrize("b", [1e-4, 1.0, 1e4, 1e8])
 def test_equal_magnitudes(b):
-    """A search would step from side to side of the corner that they make."""
+    """Groups of equal magnitudes are right, where a search could step from side to side of a corner."""
     for n in SIZES[:-1]:
         w = torch.tensor([-1.1, 1.1]).repeat(n)[:n].expand(70, n).contiguous()
         got = prox(w, exclusive_lasso=b, group_by="filter", prox_mode="exact", backend="cpu")
@@ -61,6 +67,7 @@ def test_equal_magnitudes(b):
 
 @covering(layout=LAYOUTS, freeze_zeros=["group", "element"], prox_mode=MODES, dtype=DTYPES)
 def test_what_is_zero_stays_zero(layout, freeze_zeros, prox_mode, dtype):
+    """Frozen zeros and their momentum stay 0 in each layout, also without some penalties."""
     for n, left_out in itertools.product((2, 5, 16), [(), NORMS, (*NORMS, "l1")]):
         shape, dims = LAYOUTS[layout](n, 205)
         w, grad, buf = inputs(shape, dtype)
@@ -76,7 +83,7 @@ def test_what_is_zero_stays_zero(layout, freeze_zeros, prox_mode, dtype):
 
 @each_value(dtype=DTYPES, prox_mode=MODES)
 def test_bits_tell_nothing_of_neighbours(prox_mode, dtype):
-    """Groups that need many sweeps stand beside others that need few."""
+    """A group gets the same bits beside groups that need many sweeps as beside others."""
     for n in (2, 3, 7, 9, 16):
         w = fresh((300, n), dtype) * torch.logspace(-2, 1.5, 300, dtype=dtype)[torch.randperm(300), None]
         for terms in (dict(group_lasso=0.5, exclusive_lasso=0.3), dict(exclusive_lasso=0.3, l1=0.1)):
@@ -88,6 +95,7 @@ def test_bits_tell_nothing_of_neighbours(prox_mode, dtype):
 
 @each_value(value=[float("nan"), float("inf"), -float("inf")], prox_mode=MODES)
 def test_what_is_not_finite_stays_in_its_group(value, prox_mode):
+    """NaN and infinities show as in the reference and change no other group."""
     for n in SIZES:
         for terms in (
             dict(group_lasso=0.5),
@@ -107,6 +115,7 @@ def test_what_is_not_finite_stays_in_its_group(value, prox_mode):
 
 @each_value(dtype=DTYPES, layout=LAYOUTS)
 def test_nothing_beside_the_tensor_is_touched(layout, dtype):
+    """A step in the middle of a larger memory leaves the rest of it alone."""
     for n in SIZES:
         shape, dims = LAYOUTS[layout](n, 77)
         size = torch.Size(shape).numel()

@@ -10,14 +10,14 @@ from cges_kernels.backends.extension import BUILT
 
 pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the extension is not built")
 
-VECTOR_BYTES = [16, 32, 64]  # any x86-64, AVX2, AVX-512; the best that this processor has of them
+VECTOR_BYTES = [16, 32, 64]  # any x86-64, AVX2, AVX-512; a processor without one of them takes its best
 HALVES = [torch.float16, torch.bfloat16]
 ALL_BITS = torch.arange(-(2**15), 2**15).to(torch.int16)
 
 
 @pytest.fixture
 def vectors():
-    """A function that says how many bytes a vector has at most."""
+    """A function that limits the size of vectors, in bytes."""
     yield BUILT["cpu"].limit_vector_bytes
     BUILT["cpu"].limit_vector_bytes(64)
 
@@ -32,6 +32,7 @@ def vectors():
     rule=[SGD, ADAMW],
 )
 def test_each_instruction_set_is_right(vectors, vector_bytes, group_by, dtype, prox_mode, freeze_zeros, rule):
+    """Steps are right by every instruction set."""
     vectors(vector_bytes)
     for shape in ((300, 250), (40, 9)):
         w, grad = inputs(shape, dtype, 2)
@@ -42,7 +43,10 @@ def test_each_instruction_set_is_right(vectors, vector_bytes, group_by, dtype, p
 
 @each_value(vector_bytes=VECTOR_BYTES, dtype=HALVES)
 def test_all_16_bits_are_widened_and_rounded_as_torch_does(vectors, vector_bytes, dtype):
-    """Of each number there is, less half of another, which float32 holds but for its last bits."""
+    """Every 16-bit number is widened, and results are rounded, to torch's bits.
+
+    Each result is one number less half of another, which float32 holds up to its last bits.
+    """
     vectors(vector_bytes)
     w = ALL_BITS.view(dtype)
     grad = w[torch.randperm(len(w))]
@@ -54,7 +58,7 @@ def test_all_16_bits_are_widened_and_rounded_as_torch_does(vectors, vector_bytes
 
 @each_value(vector_bytes=VECTOR_BYTES, dtype=HALVES)
 def test_what_shrinks_rounds_once_and_is_never_minus_zero(vectors, vector_bytes, dtype):
-    """Down to the least numbers, half of which is a zero."""
+    """Shrunk numbers are rounded once, and zeros are +0.0, down to the least numbers of the dtype."""
     vectors(vector_bytes)
     w = ALL_BITS.view(dtype)
     w = w[w.isfinite()]
@@ -68,6 +72,7 @@ def test_what_shrinks_rounds_once_and_is_never_minus_zero(vectors, vector_bytes,
 
 @each_value(vector_bytes=VECTOR_BYTES, dtype=HALVES)
 def test_every_length_is_converted_whole(vectors, vector_bytes, dtype):
+    """No length leaves elements at the end of a row unconverted."""
     vectors(vector_bytes)
     for n in (*range(1, 70), 511, 512, 513, 1025):
         w, grad, buf = inputs((1, n), dtype)

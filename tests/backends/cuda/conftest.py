@@ -1,3 +1,5 @@
+"""Fixtures for tests of the CUDA executor."""
+
 import pytest
 from helpers import emulated
 from helpers.cuda import LIMIT
@@ -9,7 +11,7 @@ from cges_kernels.backends.extension import BUILT
 
 @pytest.fixture
 def device():
-    """The emulated device, as it was again afterwards."""
+    """The emulated device; its attributes are restored afterwards."""
     found = emulated.Device(BUILT["cuda"].__file__)
     registry._why_not_device.cache_clear()
     yield found
@@ -19,6 +21,7 @@ def device():
 
 @pytest.fixture
 def little_memory():
+    """So little shared memory that small shapes take every path, and four multiprocessors."""
     emulated.limit_device(shared_bytes=LIMIT if INTERPRETED else 36_000, multiprocessors=4)
     yield
     emulated.limit_device()

@@ -1,4 +1,4 @@
-// Lion (Chen et al. 2023) as an update rule of the CUDA kernels: all that they ask of one, see rule.cuh.
+// Lion (Chen et al. 2023) as an update rule of the CUDA kernels. They need no more of a rule; see rule.cuh.
 #include "cuda/kernels.cuh"
 
 namespace cges::cuda {

@@ -1,5 +1,5 @@
-// One path of the kernels for rows in a kernel of its own, for test_cuda_compile.py to count its instructions; without a
-// bound on registers, as it holds more elements there than the product does.
+// One path of the kernels for rows as a kernel of its own, so that test_cuda_compile.py can count its
+// instructions. It has no bound on registers, because it holds more elements there than the product does.
 #include "cuda/kernels.cuh"
 
 using namespace cges;

@@ -1,5 +1,4 @@
-"""What the compiler made of the CUDA kernels, read from the extension itself and from rows_paths.cu: no GPU
-is needed."""
+"""What the compiler made of the CUDA kernels, read from the extension and rows_paths.cu without a GPU."""
 
 import importlib.util
 import os
@@ -19,14 +18,17 @@ NAMES = ("step_rows", "step_tiles", "step_chunks")
 RULES = ("Sgd", "Adamw")
 KERNELS = {(name, dtype, rule) for name in NAMES for dtype in DTYPES.values() for rule in RULES}
 KERNELS |= {("correct_steps", dtype, "Adamw") for dtype in DTYPES.values()}
-# Of a block of 256 threads; a multiprocessor has 65,536. For rows as many as fill it at three blocks, and at
-# four of those that are plain and of 16 bits; with float64, and elsewhere, at two. A block for tiles has 512
-# threads, and a multiprocessor to itself.
+# The most registers of a thread. Blocks have 256 threads, and a multiprocessor has 65,536 registers. Kernels
+# for rows leave room for three blocks on a multiprocessor, or four if they are plain and of 16 bits. Those of
+# float64, and other kernels, leave room for two. A block for tiles has 512 threads and a multiprocessor to
+# itself.
 REGISTERS = 128
 REGISTERS_OF_ROWS = {"float32": (80, 80), "float64": (128, 128), "bfloat16": (80, 64), "float16": (80, 64)}
-# Instructions that an element adds to a path of the kernels for rows, of 32 and 16 bits (wanted there: 32).
+# The most instructions that one more element adds to a path of the kernels for rows, in 32 and 16 bits. The
+# goal for 16 bits is 32.
 INSTRUCTIONS = {"plain": (32, 30), "general": (49, 53)}
-# Bytes that AdamW's tiles keep out of registers: of 16 bits a thread has eight columns of four tensors.
+# The most bytes that a thread may keep in the stack. AdamW's tiles need some: in 16 bits a thread has eight
+# columns of four tensors.
 STACK = {
     ("step_tiles", "bfloat16", "Adamw"): 96,
     ("step_tiles", "float16", "Adamw"): 96,
@@ -36,10 +38,10 @@ STACK = {
 INSTRUCTIONS_OF_TILES = {
     "plain": (32, 30),
     "general": (51, 50),
-}  # both tiles' of the loop, some of them passed by
+}  # of one turn of the loop, which is for two tiles; some of these instructions are skipped
 
 pytestmark = [
-    pytest.mark.skipif(  # not "cuda": that may be the emulator
+    pytest.mark.skipif(  # not BUILT["cuda"], which may be the emulator
         "cpu" not in BUILT or not BUILT["cpu"].cuda, reason="the extension is built without the CUDA executor"
     ),
     pytest.mark.xdist_group("cuda_compile"),
@@ -47,13 +49,14 @@ pytestmark = [
 
 
 def kernel_of(mangled):
-    """Its name, dtype, update rule, and what else it is compiled for: few arguments, whether plain."""
+    """A kernel's name, dtype, update rule, and the flags that it is compiled for: few arguments, plain."""
     of_dtype = r"(step_[a-z]+|correct_steps|path)I(f|d|13__nv_bfloat16|6__half)"
     found = re.search(of_dtype + r"(?:NS0_\d([A-Z]\w+?)E)?((?:Lb\dE)+)E", mangled)
     return found[1], DTYPES[found[2]], found[3], tuple(map(int, re.findall(r"Lb(\d)E", found[4])))
 
 
 def cuobjdump():
+    """The path of cuobjdump, which Triton's package has too."""
     tool = shutil.which("cuobjdump")
     if tool is None and (found := importlib.util.find_spec("triton")):
         tool = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
@@ -63,7 +66,7 @@ def cuobjdump():
 
 
 def dump(option, path=None):
-    """Lines of what cuobjdump says, as (architecture, kernel, line)."""
+    """What cuobjdump prints of each kernel, as (architecture, kernel, line)."""
     command = [cuobjdump(), option, path or BUILT["cpu"].__file__]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     architecture = kernel = None
@@ -77,7 +80,7 @@ def dump(option, path=None):
 
 
 def assembly(path=None):
-    """(architecture, kernel) -> its instructions in order, as (address, opcode, what follows it)."""
+    """{(architecture, kernel): its instructions in order, as (address, opcode, rest of the line)}."""
     found = defaultdict(list)
     for architecture, kernel, line in dump("--dump-sass", path):
         pattern = r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)(.*)"
@@ -87,12 +90,12 @@ def assembly(path=None):
 
 
 def opcodes(path=None):
-    """(architecture, kernel) -> the opcodes that it holds, in order."""
+    """{(architecture, kernel): its opcodes in order}."""
     return {key: [opcode for _, opcode, _ in found] for key, found in assembly(path).items()}
 
 
 def loops(instructions):
-    """The opcodes of each loop of a kernel: from where a branch leads back to, to that branch."""
+    """The opcodes of each loop of a kernel: from the target of a backward branch to that branch."""
     for end, (address, opcode, rest) in enumerate(instructions):
         target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) <= address:
@@ -101,10 +104,12 @@ def loops(instructions):
 
 @pytest.fixture(scope="module")
 def instructions():
+    """{(architecture, kernel): the set of its opcodes}."""
     return {key: set(found) for key, found in opcodes().items()}
 
 
 def test_registers_and_no_spills():
+    """Every kernel is there for every architecture, within its registers and without spills."""
     found = {}
     for architecture, kernel, line in dump("--dump-resource-usage"):
         if "REG:" in line:
@@ -126,14 +131,17 @@ def test_registers_and_no_spills():
 
 
 def registers_of_rows(dtype, rule, plain):
+    """The most registers of a thread of a kernel for rows."""
     if rule == "Adamw" and dtype != "float64":
         return 80 if plain else 128
     return REGISTERS_OF_ROWS[dtype][plain]
 
 
 def test_wide_accesses(instructions):
-    """Of 16 bytes there are in every kernel. All but rows have z in shared memory; tiles come by asynchronous
-    copies."""
+    """Every kernel has loads and stores of 16 bytes; tiles are loaded by asynchronous copies.
+
+    All kernels but those for rows keep z in shared memory, which they access by 16 bytes as well.
+    """
     for (architecture, kernel), found in instructions.items():
         if kernel[0] == "correct_steps":
             continue
@@ -147,24 +155,31 @@ def test_wide_accesses(instructions):
 
 
 def test_double_precision_only_where_it_is_asked_for(instructions):
+    """Kernels of other dtypes than float64 have no instruction in double precision."""
     for (architecture, kernel), found in instructions.items():
         doubles = {x for x in found if re.match(r"D(ADD|MUL|FMA|SETP)|F2F.*F64|I2F.*F64|MUFU.*64", x)}
         wanted = (
             kernel[1] == "float64" or kernel[0] == "correct_steps"
-        )  # powers, as torch's fused AdamW has them
+        )  # it computes powers in double precision, as torch's fused AdamW does
         assert bool(doubles) == wanted, (architecture, kernel, doubles)
 
 
 def test_nothing_but_integers_is_atomic(instructions):
+    """Atomic additions of floats would make results depend on the order of blocks."""
     for key, found in instructions.items():
         atomics = {x for x in found if re.match(r"(ATOM|RED)", x)}
         assert not {x for x in atomics if ".F" in x}, (key, atomics)
 
 
-@pytest.mark.full("how many instructions an element takes, counted in SASS, which takes half a minute")
+@pytest.mark.full(
+    "an element takes no more instructions than it has to, counted in SASS; that takes half a minute"
+)
 @pytest.mark.parametrize("path", ["plain", "general"])
 def test_instructions_that_an_element_adds(tmp_path, path):
-    """From threads with 16 elements to threads with 32 of them: what all threads do once is left out."""
+    """An element adds no more instructions to a row than INSTRUCTIONS says.
+
+    The difference between threads of 32 and of 16 elements leaves out what a thread does once.
+    """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on the PATH")
@@ -189,10 +204,15 @@ def test_instructions_that_an_element_adds(tmp_path, path):
         assert 10 < added <= most, (dtype, added)
 
 
-@pytest.mark.full("how many instructions an element takes, counted in SASS, which takes half a minute")
+@pytest.mark.full(
+    "an element takes no more instructions than it has to, counted in SASS; that takes half a minute"
+)
 @pytest.mark.parametrize("path", ["plain", "general"])
 def test_instructions_that_an_element_takes_in_a_tile(path):
-    """In the loops that write one tile back and take in the next, where all accesses are of 16 bytes."""
+    """An element takes no more instructions in a tile than INSTRUCTIONS_OF_TILES says.
+
+    Counted are the loops that write one tile back and load the next, and whose accesses are all of 16 bytes.
+    """
     for (architecture, (name, dtype, rule, more)), found in assembly().items():
         if name != "step_tiles" or rule != "Sgd" or architecture != 90 or more[-1] != (path == "plain"):
             continue
@@ -200,6 +220,6 @@ def test_instructions_that_an_element_takes_in_a_tile(path):
             continue
         elements = {"float32": 4, "bfloat16": 8}[dtype]
         wide = [len(x) for x in loops(found) if sum(y.startswith("LDGSTS") for y in x) == 3]
-        assert len(wide) == 2  # of a plain step and of others
+        assert len(wide) == 2  # one loop for plain steps, one for others
         most = INSTRUCTIONS_OF_TILES[path][dtype == "bfloat16"]
         assert 10 * elements < min(wide) and max(wide) <= most * elements, (dtype, more, wide)

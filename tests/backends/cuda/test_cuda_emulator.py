@@ -1,4 +1,7 @@
-"""The emulator that stands in for CUDA: what is right passes, and what is planted is caught."""
+"""The emulator that stands in for CUDA: right kernels give right results, and planted faults are noticed.
+
+planted.cu and planted_traffic.cu hold kernels by name, each as a right one and with a planted fault.
+"""
 
 import ctypes
 import os
@@ -39,6 +42,7 @@ def planted(tmp_path_factory):
 
 @pytest.fixture
 def library(planted):
+    """The library, with the device's attributes as they are at first."""
     library = ctypes.CDLL(str(planted()))
     library.emulator_message.restype = ctypes.c_char_p
     library.emulator_get.restype = ctypes.c_longlong
@@ -48,11 +52,12 @@ def library(planted):
 
 
 def check(library, name, planted=False, seed=0):
+    """The outcome of a kernel: 0 if its result is right, -1 if it is wrong, or the CUDA error."""
     return library.check(name.encode(), planted, seed)
 
 
 def run(program, *arguments):
-    """Exit status and standard error; TSan may need addresses that are not random."""
+    """Exit status and standard error of the program. TSan may need addresses that are not random."""
     environment = os.environ | {"TSAN_OPTIONS": "atexit_sleep_ms=0"}
     command = [str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -64,6 +69,7 @@ def run(program, *arguments):
 
 @each_value(name=RIGHT, blocks_in_flight=[1, 4, 16])
 def test_right_in_every_order(library, name, blocks_in_flight):
+    """Right kernels give right results for 100 orders of blocks and threads."""
     library.emulator_set(b"blocks_in_flight", blocks_in_flight)
     assert {check(library, name, seed=seed) for seed in range(100)} == {0}
     assert library.emulator_get(b"launches") == (200 if name == "sum_grid_again" else 100)
@@ -71,7 +77,10 @@ def test_right_in_every_order(library, name, blocks_in_flight):
 
 @pytest.mark.parametrize("name, blocks_in_flight", [("take_ticket", 1), ("hand_over", 4)])
 def test_seeds_give_orders(library, name, blocks_in_flight):
-    """Which block starts first, and what `hand_over` gives without its wait; in every run the same."""
+    """Different seeds give different orders, and the same seed the same order.
+
+    The orders show in which block starts first, and in what `hand_over` gives without its wait.
+    """
 
     def run_all():
         library.emulator_reset()
@@ -85,15 +94,16 @@ def test_seeds_give_orders(library, name, blocks_in_flight):
 
 @pytest.mark.parametrize("name", ["ring", "copy_into_use", "copy_overwritten", "sum_grid", "sum_grid_again"])
 def test_wrong_results_of_planted_faults(library, name):
-    """Copies read, issued or overwritten early, sums applied early, counters that a launch left."""
+    """A fault gives wrong results: copies too early, sums used too early, counters left by a launch."""
     results = {check(library, name, planted=True, seed=seed) for seed in range(20)}
     assert results == {-1}
 
 
-@pytest.mark.full("that ThreadSanitizer sees what is planted; its programs take minutes")
+@pytest.mark.full("ThreadSanitizer notices the planted races; its programs take minutes")
 @pytest.mark.parametrize("blocks_in_flight", [1, 4])
 @pytest.mark.parametrize("name", RACING)
 def test_thread_sanitizer_sees_missing_synchronisation(planted, name, blocks_in_flight):
+    """TSan reports a race of each kernel without its barrier or wait, and none of the right kernel."""
     program = planted("thread")
     assert run(program, name, "right", 10, blocks_in_flight) == (0, "")
     code, errors = run(program, name, "wrong", 1, blocks_in_flight)
@@ -102,18 +112,20 @@ def test_thread_sanitizer_sees_missing_synchronisation(planted, name, blocks_in_
 
 @pytest.mark.parametrize("name", ["use_all", "past_shared"])
 def test_thread_sanitizer_lets_pass(planted, name):
+    """TSan reports no race of kernels that have none."""
     assert run(planted("thread"), name, "right", 10) == (0, "")
 
 
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 def test_sanitizers_let_failed_launches_pass(planted, sanitize):
-    """Their fibers are dropped in the middle, and used again."""
+    """A failed launch drops its fibers midway and uses them again, which no sanitizer may report."""
     code, errors = run(planted(sanitize), "stop", "wrong", 3)
     assert code == 1 and "__trap" in errors and "Sanitizer" not in errors
 
 
 @pytest.mark.parametrize("name", ["past_shared", "past_global", "copy_past_global", "copy_only_zeros"])
 def test_address_sanitizer_sees_out_of_bounds(planted, name):
+    """ASan reports accesses and copies beyond shared and global memory."""
     program = planted("address")
     assert run(program, name, "right", 10) == (0, "")
     code, errors = run(program, name, "wrong", 1)
@@ -122,6 +134,7 @@ def test_address_sanitizer_sees_out_of_bounds(planted, name):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_address_sanitizer_lets_pass(planted, name):
+    """ASan reports nothing of right kernels."""
     assert run(planted("address"), name, "right", 10) == (0, "")
 
 
@@ -145,14 +158,16 @@ def test_address_sanitizer_lets_pass(planted, name):
     ],
 )
 def test_what_cannot_go_on_is_an_error(library, name, parts):
+    """Deadlocks, endless spins, traps and invalid copies fail the launch and say what happened."""
     assert check(library, name) == 0
     assert check(library, name, planted=True) == LAUNCH_FAILURE
     message = library.emulator_message().decode()
     assert all(part in message for part in parts), message
-    assert check(library, "sum_blocks") == 0  # the next launch is none the worse
+    assert check(library, "sum_blocks") == 0  # the next launch works
 
 
 def test_device_limits(library):
+    """Launches beyond the device's limits fail with CUDA's errors."""
     assert check(library, "too_much_shared") == INVALID_VALUE
     library.emulator_set(b"shared_memory_per_block", 128)
     assert check(library, "sum_blocks") == INVALID_VALUE
@@ -166,12 +181,16 @@ def test_device_limits(library):
 
 
 def test_a_launch_told_to_fail(library):
+    """The launch that a test chooses fails, and no other."""
     library.emulator_set(b"fail_launch", 2)
     assert [check(library, "sum_blocks") for _ in range(3)] == [0, LAUNCH_FAILURE, 0]
 
 
 def test_a_cooperative_grid_is_all_in_flight(library):
-    """Whose blocks wait for each other: launched plainly, those in flight wait for those that are not."""
+    """Blocks may wait for each other in a cooperative launch only.
+
+    In a plain launch those that run wait for those that have not started.
+    """
     library.emulator_set(b"blocks_in_flight", 4)
     assert check(library, "sum_grid") == 0
     assert check(library, "sum_grid_plainly") == LAUNCH_FAILURE
@@ -182,7 +201,10 @@ def test_a_cooperative_grid_is_all_in_flight(library):
 
 @pytest.mark.parametrize("threads, shared, fit", [(1024, 0, 8), (64, 0, 128), (64, 100 << 10, 8)])
 def test_a_cooperative_grid_must_fit(library, threads, shared, fit):
-    """By threads, by blocks, by shared memory; what the occupancy tells fits, and one block more does not."""
+    """As many blocks as the occupancy tells can be launched together, and one more cannot.
+
+    The limit comes from threads, blocks or shared memory.
+    """
     assert library.blocks_that_fit(threads, shared) == fit
     assert library.launch_together(fit, threads, shared, True) == 0
     assert library.launch_together(fit + 1, threads, shared, True) == COOPERATIVE_LAUNCH_TOO_LARGE
@@ -199,12 +221,16 @@ COPIES += ["asynchronous uint4", "asynchronous uint2", "asynchronous float"]
 
 @pytest.mark.parametrize("name", COPIES)
 def test_log_of_accesses(library, planted, name):
-    """Of a copy, which reads and writes each byte once; planted, the first element is read twice."""
+    """The log holds each access of a copy, which reads and writes each byte once.
+
+    With the planted fault the first element is read twice.
+    """
     for planted_fault in (False, True):
         check_log(library, planted, name, planted_fault)
 
 
 def check_log(library, planted, name, planted_fault):
+    """Checks the log's rows, and the counts that traffic() makes from them."""
     source = torch.randint(0, 100, (4096,), dtype=torch.uint8)
     target = torch.zeros_like(source)
 
@@ -213,7 +239,7 @@ def check_log(library, planted, name, planted_fault):
 
     accesses = emulated.Device(str(planted())).accesses(lambda: copy(planted_fault))
     assert target.equal(source)
-    copy()  # is not in the log
+    copy()  # this copy is not logged
     assert library.emulator_accesses(None, ctypes.c_longlong(0)) == len(accesses)
 
     size = int(accesses[0, 1])
@@ -223,20 +249,22 @@ def check_log(library, planted, name, planted_fault):
     for tensor, expected in [(source, (once + more, once * 0)), (target, (once * 0, once))]:
         reads, writes = emulated.traffic(accesses, tensor)
         assert reads.equal(expected[0]) and writes.equal(expected[1])
-    reads, _ = emulated.traffic(accesses, source[1:9])  # parts of elements
+    reads, _ = emulated.traffic(accesses, source[1:9])  # a tensor that begins and ends within elements
     assert reads.equal((once + more)[1:9])
 
     address, _, write, block, thread = accesses.unbind(1)
     start = torch.where(write == 1, target.data_ptr(), source.data_ptr())
     mine = (block * 64 + thread) * size == address - start
-    assert (~mine).sum() == (planted_fault and not name.startswith("asynchronous"))  # another thread's
+    # the second read is another thread's
+    assert (~mine).sum() == (planted_fault and not name.startswith("asynchronous"))
     own = accesses[(block == 1) & (thread == 3)]
-    assert own[:, 2].tolist() == [0, 1]  # in order
+    assert own[:, 2].tolist() == [0, 1]  # a read, then a write
 
 
 @pytest.mark.parametrize("name, dtype", [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_conversions(library, name, dtype):
-    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every value
+    """Conversions to and from 16 bits give torch's bits: for all values, ties and their neighbours."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every 16-bit number
     wide = torch.empty(2**16)
     getattr(library, f"from_{name}")(pointer(bits), pointer(wide), bits.numel())
     expected = bits.view(dtype).float()
@@ -256,6 +284,7 @@ def test_conversions(library, name, dtype):
 
 @pytest.mark.parametrize("name, dtype", [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_sums_of_pairs(library, name, dtype):
+    """__hadd2 gives torch's bits, and the right sign of zero."""
     zeros = torch.tensor([[0.0, 0.0, -0.0, -0.0], [0.0, -0.0, 0.0, -0.0]])
     a, b = torch.cat([zeros, torch.randn(2, 10**5) * 10.0 ** torch.randint(-6, 4, (2, 10**5))], 1)
     total = torch.empty(a.numel(), dtype=torch.int16)

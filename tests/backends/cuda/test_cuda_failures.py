@@ -1,7 +1,7 @@
-"""What the CUDA executor says when it cannot serve or a launch fails; and what is its own on a GPU.
+"""What the CUDA executor says when it cannot serve or a launch fails; and tests that need a real GPU.
 
-Without a GPU its kernels run on the CPU (emulated.py), where a test also rules the device. That it is right,
-over all specs, modes and dtypes, is in test_executors.py.
+Without a GPU its kernels run on the emulator (helpers/emulated.py), where a test also controls the device.
+That its results are right for all specs, modes and dtypes is tested in test_executors.py.
 """
 
 import re
@@ -39,6 +39,11 @@ pytestmark = needs_cuda
     ],
 )
 def test_a_driver_too_old_is_said_before_anything_is_written(device, driver, runtime, said):
+    """The error names the versions and says to update the driver.
+
+    One driver is of an older major version; the other is older than CUDA 12.1, which large kernel arguments
+    need.
+    """
     device["driver_version"], device["runtime_version"] = driver, runtime
     with pytest.raises(RuntimeError, match=said):
         ProxSGD(parameters([TILE], torch.float32), lr=0.1, backend=BACKEND)
@@ -51,6 +56,7 @@ def test_a_driver_too_old_is_said_before_anything_is_written(device, driver, run
     [(1, "no parameter has changed"), (2, "some parameters have been stepped and others not")],
 )
 def test_a_launch_that_fails_says_what_it_left(device, failing, said):
+    """The error says whether some parameters have already been stepped, and no momentum was begun."""
     params = parameters([TILE, TICKET], torch.float32)
     before = [p.detach().clone() for p in params]
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, **PENALTY)
@@ -64,6 +70,7 @@ def test_a_launch_that_fails_says_what_it_left(device, failing, said):
 
 @on_emulator
 def test_a_failure_after_another_dtypes_launch_says_so(device):
+    """The launches of all dtypes count for that."""
     params = [p for dtype in (torch.float32, torch.bfloat16) for p in parameters([TILE], dtype)]
     optimizer = ProxSGD(params, lr=0.1, backend=BACKEND, **PENALTY)
     give_grads(params, 0)
@@ -73,6 +80,7 @@ def test_a_failure_after_another_dtypes_launch_says_so(device):
 
 
 def test_an_extension_without_it_says_how_to_get_it(monkeypatch):
+    """Without the CUDA executor the error says to install nvcc."""
     monkeypatch.delitem(BUILT, "cuda")
     with pytest.raises(RuntimeError, match="install nvcc"):
         ProxSGD(parameters([TILE], torch.float32), backend=BACKEND)
@@ -83,11 +91,13 @@ def test_an_extension_without_it_says_how_to_get_it(monkeypatch):
 
 @pytest.fixture
 def large():
+    """Shapes that take rows, tiles and tickets on a real GPU."""
     return [(4096, 512), (512, 512, 3, 3), (1000, 2048), (64,), (50_000, 256)]
 
 
 @pytest.mark.gpu
 def test_the_profiler_sees_the_launches(large):
+    """A step is as many kernel launches as paths are needed, and runs nothing else on the GPU."""
     params = parameters(large)
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, **PENALTY)
     give_grads(params, 0)
@@ -105,6 +115,7 @@ def test_the_profiler_sees_the_launches(large):
 
 @pytest.mark.gpu
 def test_a_step_neither_waits_nor_allocates(large):
+    """From the second step on nothing is allocated, and the host never waits for the GPU."""
     params = parameters(large)
     optimizer = ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, prox_mode="exact", **PENALTY)
     give_grads(params, 0)
@@ -122,6 +133,7 @@ def test_a_step_neither_waits_nor_allocates(large):
 @pytest.mark.gpu
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_a_captured_step_replays(large, prox_mode):
+    """Replays of a CUDA graph give the bits of plain steps."""
     params, others = parameters(large), parameters(large)
     pair = [
         ProxSGD(x, lr=0.1, momentum=0.9, backend=BACKEND, prox_mode=prox_mode, capturable=True, **PENALTY)
@@ -143,7 +155,10 @@ def test_a_captured_step_replays(large, prox_mode):
 
 @pytest.mark.gpu
 def test_two_streams_at_once(large):
-    """Everything is made beforehand, so that nothing orders the two streams' steps."""
+    """Steps of two optimizers on two streams do not disturb each other.
+
+    Everything is made beforehand, so that nothing orders the two streams.
+    """
     expected = trained(large, steps=1)
     sets = [parameters(large) for _ in range(2)]
     optimizers = [ProxSGD(params, lr=0.1, momentum=0.9, backend=BACKEND, **PENALTY) for params in sets]
@@ -167,7 +182,7 @@ def test_two_streams_at_once(large):
     ids=["feature", "filter"],
 )
 def test_more_elements_than_32_bits_count(group_by, part):
-    """The last groups of 2^31 elements and more, beside the reference on them alone."""
+    """The last groups of more than 2^31 elements are those of the reference on them alone."""
     w = torch.randn((2**16 + 3, 2**15 + 8), device="cuda", dtype=torch.bfloat16)
     options = dict(coefficients(w, group_by), prox_mode="sequential")
     expected = prox(w[part].cpu().contiguous(), backend="reference", **options)

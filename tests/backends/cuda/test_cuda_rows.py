@@ -1,6 +1,6 @@
-"""The CUDA executor's rows: what its kernels read and write, in how many launches.
+"""The CUDA executor's kernels for rows: what they read and write, and in how many launches.
 
-That they are right, over all specs, modes and dtypes, is in test_executors.py.
+That their results are right for all specs, modes and dtypes is tested in test_executors.py.
 """
 
 import pytest
@@ -33,6 +33,7 @@ pytestmark = needs_cuda
 @on_emulator
 @covering(offset=[0, 1], options=[PLAIN, *GENERAL], dtype=DTYPES)
 def test_each_byte_is_read_once_and_written_once(device, options, dtype, offset):
+    """No byte of weights, gradients and buffers is read or written twice, nor left out."""
     params = [parameter(shape, dtype, offset) for shape in rows(dtype)]
     assert set.union(*(path_of(p.shape, dtype=dtype) for p in params)) == {"rows"}
     optimizer = optimizer_of(params, **options)
@@ -52,10 +53,11 @@ def test_each_byte_is_read_once_and_written_once(device, options, dtype, offset)
 @on_emulator
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_prox_alone_reads_and_writes_weights_alone(device, dtype):
+    """prox reads and writes each byte of its copy once, and nothing else."""
     w = parameter((33, 136), dtype).detach()
     options = dict(group_lasso=0.3, group_by="filter", backend=BACKEND)
     read, written = (x.sum() for x in emulated.traffic(device.accesses(lambda: prox(w, **options)), w))
-    assert (read, written) == (0, 0)  # it works on a copy
+    assert (read, written) == (0, 0)  # prox works on a copy
     accesses = device.accesses(lambda: prox(w, **options))
     size = w.numel() * w.itemsize
     for write in (0, 1):
@@ -66,6 +68,7 @@ def test_the_prox_alone_reads_and_writes_weights_alone(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [PLAIN, GENERAL[0]], ids=str)
 def test_accesses_are_of_16_bytes_wherever_groups_are(device, options, dtype):
+    """Aligned rows whose length allows it are accessed by 16 bytes only."""
     params = [parameter(shape, dtype) for shape in ((70, 8), (9, 48), (5, 512), (80,))]
     optimizer = optimizer_of(params, **options)
     for _ in range(2):
@@ -77,7 +80,7 @@ def test_accesses_are_of_16_bytes_wherever_groups_are(device, options, dtype):
 
 @on_emulator
 def test_lanes_side_by_side_touch_neighbours(device):
-    """What a warp reads at once lies together: 128 bytes of a group at least, where it has them."""
+    """Neighbouring threads access neighbouring 16 bytes, so that a warp reads whole cache lines."""
     p = parameter((4, 512))
     optimizer = optimizer_of([p], **PLAIN)
     p.grad = torch.randn_like(p)
@@ -93,6 +96,7 @@ def test_lanes_side_by_side_touch_neighbours(device):
 @pytest.mark.parametrize("options", [PLAIN, GENERAL[0]], ids=str)
 @pytest.mark.parametrize("odd", ["w", "grad", "buf"])
 def test_whichever_tensor_is_off_16_bytes_no_access_is_misaligned(device, odd, options):
+    """One misaligned tensor among weight, gradient and buffer causes no misaligned access."""
     p, grad, buf = (parameter((9, 48), offset=int(odd == name)) for name in ("w", "grad", "buf"))
     optimizer = optimizer_of([p], **options)
     optimizer.state[p]["momentum_buffer"] = buf.detach()
@@ -107,6 +111,7 @@ def test_whichever_tensor_is_off_16_bytes_no_access_is_misaligned(device, odd, o
 @on_emulator
 @pytest.mark.parametrize("options", [PLAIN, GENERAL[1]], ids=str)
 def test_one_launch_for_a_model_of_rows_and_elements(device, options):
+    """Rows of all lengths and tensors without groups take one launch together."""
     params = [parameter(shape) for shape in [*ROWS, (3, 5), (1000,), (1,)]]
     optimizer = optimizer_of(params, **options)
     for _ in range(3):
@@ -119,7 +124,7 @@ def test_one_launch_for_a_model_of_rows_and_elements(device, options):
 
 @on_emulator
 def test_few_arguments_or_many_the_same_steps(device):
-    """The launch of a few tensors carries less; a launch of 200 does not fit into that."""
+    """Launches with small arguments and with large ones, as 200 tensors need, give the same bits."""
     shapes = [(3, 8)] * 200
     w, grad = [fresh(shape) for shape in shapes], [fresh(shape) for shape in shapes]
     together = [torch.nn.Parameter(x.clone()) for x in w]
@@ -138,6 +143,7 @@ def test_few_arguments_or_many_the_same_steps(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_taken_up_to_what_registers_hold(dtype):
+    """The longest row that fits registers takes this path, one more element does not, and both are right."""
     longest = most(dtype)
     for n in (1, 2, longest - 1, longest):
         assert path_of((3, n), dtype=dtype) == {"rows"}
@@ -151,6 +157,7 @@ def test_rows_are_taken_up_to_what_registers_hold(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_every_length_of_short_rows(prox_mode, dtype):
+    """Every way to share rows among threads is right, at lengths around its limits."""
     for n in (*range(1, 35), 63, 64, 65, 127, 128, 129, 255, 257, 511, 513):
         w, grad, buf = (fresh((5, n), dtype) for _ in range(3))
         options = dict(lr=0.5, momentum=0.9, prox_mode=prox_mode, **coefficients(w, "filter"))
@@ -161,6 +168,7 @@ def test_every_length_of_short_rows(prox_mode, dtype):
     shape=[(9, 48), (7, 9), (300, 1), (77,)], rule=MOMENTA, weight_decay=[0.0, 0.1], maximize=[False, True]
 )
 def test_update_rules(shape, rule, weight_decay, maximize):
+    """Each option of SGD is right in these kernels."""
     momentum, dampening, nesterov = rule
     w, grad, buf = (fresh(shape) for _ in range(3))
     options = dict(lr=0.3, momentum=momentum, dampening=dampening, nesterov=nesterov)
@@ -170,7 +178,10 @@ def test_update_rules(shape, rule, weight_decay, maximize):
 
 @on_emulator
 def test_a_plain_step_has_all_loads_under_way_before_it_writes(device):
-    """So it is the plain path that is taken: the general one reads and writes by turns."""
+    """A plain step takes the plain path, which issues all reads before its writes.
+
+    The general path reads and writes by turns.
+    """
     p = parameter((3, 1024))
     for options, plain in ((PLAIN, True), (GENERAL[0], False)):
         optimizer = optimizer_of([p], **options)
@@ -179,17 +190,18 @@ def test_a_plain_step_has_all_loads_under_way_before_it_writes(device):
             accesses = device.accesses(optimizer.step)
         for thread in range(emulated.THREADS):
             writes = accesses[(accesses[:, 3] == 0) & (accesses[:, 4] == thread), 2]
-            assert len(writes) == 20 and (writes.diff() >= 0).all() == plain  # all of w, gradient, buffer
+            # all accesses to w, gradient and buffer
+            assert len(writes) == 20 and (writes.diff() >= 0).all() == plain
 
 
 @on_emulator
 @pytest.mark.full(
-    "blocks as on a GPU: of several groups, of several warps each; builds the kernels once more"
+    "blocks of a GPU's size, with several groups of several warps each; that builds the kernels once more"
 )
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("freeze_zeros", [None, "group"])
 def test_blocks_of_256_threads(monkeypatch, freeze_zeros, prox_mode):
-    """As on a GPU; only there a block holds several groups of several warps each."""
+    """Steps are right in blocks that hold several groups of several warps each, as on a GPU."""
     monkeypatch.setitem(BUILT, "cuda", emulated.load(256))
     assert path_of((3, 4096)) == {"rows"}
     for shape in ((5, 512), (9, 1024), (3, 2048), (2, 4096), (130, 64)):

@@ -1,6 +1,6 @@
-"""The CUDA executor's rows: the same bits at any address, in any order, beside anybody; edges.
+"""The CUDA executor's rows: the same bits at any address, in any order, beside any neighbour; edge cases.
 
-That they are right, over all specs, modes and dtypes, is in test_executors.py.
+That their results are right for all specs, modes and dtypes is tested in test_executors.py.
 """
 
 import itertools
@@ -31,6 +31,7 @@ pytestmark = needs_cuda
 
 @pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
 def test_same_bits_at_any_address(options):
+    """Vector accesses, which only aligned memory allows, change no bit."""
     for dtype in DTYPES:
         for shape in ROWS:
             results = []
@@ -48,7 +49,10 @@ def test_same_bits_at_any_address(options):
 
 @pytest.mark.parametrize("neighbour", GENERAL, ids=str)
 def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
-    """Alone, a plain step has a kernel of its own."""
+    """A neighbour that needs the general kernel changes no bit of others.
+
+    Alone, these have a plain kernel of their own.
+    """
     for dtype in DTYPES:
         w, grads = (
             [fresh(shape, dtype) for shape in ROWS],
@@ -72,6 +76,7 @@ def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
 @on_emulator
 @pytest.mark.parametrize("options", [PLAIN, GENERAL[1]], ids=str)
 def test_same_bits_in_every_order_of_blocks(device, options):
+    """The order of blocks, and how many run at once, change no bit."""
     w, grads = [fresh(shape) for shape in ROWS], [[fresh(shape) for shape in ROWS] for _ in range(2)]
     results = []
     for seed, in_flight in itertools.product((1, 2, 3), (1, 16)):
@@ -88,11 +93,12 @@ def test_same_bits_in_every_order_of_blocks(device, options):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other))
 
 
-# Edges
+# Edge cases
 
 
 @covering(momentum=[0.0, 0.9], shape=[(9, 48), (7, 9), (300, 1), (77,)], dtype=DTYPES)
 def test_without_coefficients_w_is_z_bit_for_bit(momentum, shape, dtype):
+    """With zero gradients and no penalty a step changes no bit, signs of zeros included."""
     w, zeros = fresh(shape, dtype), torch.zeros(shape, dtype=dtype)
     w.view(-1)[::3] = -0.0
     w.view(-1)[1] = float("inf")
@@ -104,7 +110,7 @@ def test_without_coefficients_w_is_z_bit_for_bit(momentum, shape, dtype):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_zeros_of_tensors_without_groups_keep_their_sign_where_there_is_no_l1(momentum):
-    """Beside tensors with groups, whose coefficients are in the same param group."""
+    """A bias without l1 keeps -0.0, although its param group has a group lasso for other tensors."""
     results = []
     w, rows = torch.tensor([-0.0, 0.0, 1.0, -2.0] * 5), fresh((9, 48))
     for backend in (BACKEND, "reference"):
@@ -121,7 +127,7 @@ def test_zeros_of_tensors_without_groups_keep_their_sign_where_there_is_no_l1(mo
 
 @pytest.mark.parametrize("what", ["lr", "group_lasso", "exclusive_lasso", "l1", "grad_scale"])
 def test_numbers_in_device_memory_take_no_plain_step(what):
-    """A plain step knows only what the host has told it."""
+    """Hyperparameters and loss scales in device memory take effect; the plain path would miss them."""
     w, grads, got = fresh((9, 48)), [fresh((9, 48)) for _ in range(3)], []
     for backend in (BACKEND, "reference"):
         p = torch.nn.Parameter(w.clone())
@@ -145,7 +151,7 @@ def test_numbers_in_device_memory_take_no_plain_step(what):
     poison=[float("nan"), float("inf"), -float("inf")],
 )
 def test_nan_and_inf_spread_as_in_the_reference(shape, terms, prox_mode, poison):
-    """With a running momentum too: that is the plain path."""
+    """NaN and infinities show where the reference has them, on the plain path with momentum."""
     w, grad, buf = fresh(shape), fresh(shape), fresh(shape)
     w.view(-1)[7] = poison
     options = {"lr": 0.5, "momentum": 0.9, "prox_mode": prox_mode, **coefficients(w, "filter")}
@@ -159,7 +165,7 @@ def test_nan_and_inf_spread_as_in_the_reference(shape, terms, prox_mode, poison)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_what_rounds_to_zero_is_positive(dtype):
-    """s shrinks all of a group until 16 bits hold nothing of its small entries."""
+    """Small entries that a group's scale takes below what 16 bits hold become +0.0."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     w = torch.full((4, 64), -3 * smallest, dtype=dtype)
     w[:, 0] = 1.0
@@ -177,7 +183,7 @@ def test_what_rounds_to_zero_is_positive(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_groups_of_one_have_a_closed_form(prox_mode, dtype):
-    """The reference searches for what shrink_one knows; here on both sides of every threshold."""
+    """The formula for groups of one is the reference's search, on both sides of each threshold."""
     z = torch.linspace(-2, 2, 4001, dtype=dtype)[:, None]
     for a, b, c in itertools.product((0.0, 0.3, 5.0), (0.0, 0.2, 30.0), (0.0, 0.1)):
         penalty = dict(group_lasso=a, exclusive_lasso=b, l1=c, group_by="filter")
@@ -187,6 +193,7 @@ def test_groups_of_one_have_a_closed_form(prox_mode, dtype):
 @pytest.mark.parametrize("shape", [(9, 48), (7, 9), (300, 1), (2, 1024)], ids=str)
 @pytest.mark.parametrize("freeze_zeros", ["group", "element"])
 def test_frozen_zeros_and_their_buffers(freeze_zeros, shape):
+    """Frozen weights and their momentum are 0, and others are not."""
     w, grad, buf = fresh(shape), fresh(shape), fresh(shape)
     w.view(-1)[::3] = 0.0
     w[-1] = 0.0

@@ -1,8 +1,8 @@
 """The CUDA kernels on the emulator under AddressSanitizer, UBSan and ThreadSanitizer.
 
-ASan sees what is read or written outside an array, shared memory included; TSan sees a barrier or a wait that
-is missing, since each thread of a kernel is a fiber of its own to it. Each runs pytest again, with the
-sanitizer's library loaded before anything else.
+ASan reports reads and writes outside of an array, in shared memory too. TSan reports a missing barrier or
+wait, because each thread of a kernel is a fiber of its own. Each test runs pytest again, with the sanitizer's
+library loaded before anything else.
 """
 
 import os
@@ -16,7 +16,7 @@ from helpers.emulated import build_extension
 from helpers.programs import ROOT
 
 HERE = ROOT / "tests" / "backends"
-# slow, or the same accesses
+# tests that are slow, or that make the same accesses as others
 LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of or every_wait or step_after_step"
 PARTS = ("failures", "paths", "rows", "rows_bits", "shared", "steps", "tiles", "tiles_bits")
 ALL_OF_IT = [
@@ -28,7 +28,9 @@ ALL_OF_IT = [
 SMALL_CASES = ["cuda/test_cuda_paths.py", "-k", "one_small_step"]
 
 pytestmark = [
-    pytest.mark.full("what only a sanitizer sees: accesses beyond arrays, missing barriers and waits"),
+    pytest.mark.full(
+        "finds what only a sanitizer sees: accesses beyond arrays, and missing barriers and waits"
+    ),
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler"),
     pytest.mark.xdist_group("sanitizers"),
 ]
@@ -40,6 +42,7 @@ pytestmark = [
     ids=["address", "thread"],
 )
 def test_clean_under(sanitize, tests):
+    """The tests of the kernels pass under the sanitizer and it reports nothing."""
     if not has_sanitizer(sanitize):
         pytest.skip(f"{compiler()} cannot link -fsanitize={sanitize}")
     build_extension(sanitize)
@@ -48,9 +51,10 @@ def test_clean_under(sanitize, tests):
         "LD_PRELOAD": sanitizer_library(sanitize),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "atexit_sleep_ms=0",
-        "OMP_NUM_THREADS": "1",  # torch's own threads are nothing that TSan knows
+        "OMP_NUM_THREADS": "1",  # TSan does not know the synchronisation of torch's own threads
     }
-    command = ["setarch", "-R"] if sanitize == "thread" and shutil.which("setarch") else []  # TSan's wish
+    # TSan needs addresses that are not random
+    command = ["setarch", "-R"] if sanitize == "thread" and shutil.which("setarch") else []
     command += [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:xdist", "-m", "not gpu"]
     done = subprocess.run([*command, *tests], cwd=HERE, env=environment, capture_output=True, text=True)
     report = done.stdout + done.stderr

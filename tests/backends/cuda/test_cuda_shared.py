@@ -1,7 +1,8 @@
-"""Panels of the CUDA executor that several blocks share: whatever their order and number, the same bits, and
-no wait without an end.
+"""Panels of the CUDA executor that several blocks share: the same bits in any order, and no endless wait.
 
-That they are right, over all specs, modes and dtypes, is in test_executors.py, where panels count as large.
+A panel is a set of neighbouring columns, with all of their rows. Its parts lie in the shared memory of
+several blocks, which wait for each other's sums. That results are right for all specs, modes and dtypes is
+tested in test_executors.py, where panels count as large.
 """
 
 import itertools
@@ -30,9 +31,9 @@ from cges_kernels import ProxSGD
 
 pytestmark = needs_cuda
 
-# Columns of whole accesses, of odd lengths, fewer than a tile's; adjacent columns of one group; several
-# matrices; long rows; the whole tensor. With so little memory and 8 multiprocessors each is a panel of 2 to 8
-# parts.
+# Columns of whole vector accesses, of odd lengths, and fewer than a tile's; adjacent columns of one group;
+# several matrices; long rows; the whole tensor. With so little memory and 8 multiprocessors each is a panel
+# of 2 to 8 parts.
 PANELS = [
     ("feature", (430, 136)),
     ("feature", (640, 67)),
@@ -48,6 +49,7 @@ model = partial(cuda.model, tiles=PANELS)
 
 @pytest.fixture(autouse=True)
 def little():
+    """Limits the device by LIMITS."""
     emulated.limit_device(**LIMITS)
     yield
     emulated.limit_device()
@@ -55,14 +57,17 @@ def little():
 
 @on_emulator
 def test_these_are_shared(device):
+    """PANELS take this path, so that the tests below test it."""
     device["multiprocessors"] = 8
     for dtype, (spec, shape) in itertools.product(DTYPES, PANELS):
         assert path_of(shape, spec, dtype) == {"shared"}, (shape, dtype)
 
 
 @on_emulator
-@each_value(dtype=DTYPES, options=[PLAIN, GENERAL[1], GENERAL[4]])  # each takes seconds
+# only these three options, because each takes seconds
+@each_value(dtype=DTYPES, options=[PLAIN, GENERAL[1], GENERAL[4]])
 def test_each_byte_is_read_once_and_written_once(device, options, dtype):
+    """A step is one launch, and no byte is read or written twice, nor left out."""
     device["multiprocessors"] = 8
     groups = model(dtype)
     optimizer = optimizer_of(groups, **options)
@@ -81,7 +86,7 @@ def test_each_byte_is_read_once_and_written_once(device, options, dtype):
 @on_emulator
 @covering(freeze_zeros=[None, "group"], prox_mode=MODES, dtype=DTYPES)
 def test_right_step_after_step(device, freeze_zeros, prox_mode, dtype):
-    """The second step finds the counters as the first has left them."""
+    """The second step, too, is right: it finds counters as the first has left them."""
     device["multiprocessors"] = 8
     for spec, shape in PANELS:
         for seed in (1, 2):
@@ -96,7 +101,10 @@ def test_right_step_after_step(device, freeze_zeros, prox_mode, dtype):
 @pytest.mark.parametrize("options", [PLAIN, *GENERAL[:2], GENERAL[3]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_whatever_is_resident_in_every_order(device, dtype, options):
-    """Down to as few blocks as the parts of the tallest panel, the least that the cut allows."""
+    """The order of blocks, and how many run at once, change no bit.
+
+    The fewest are as many as the tallest panel has parts, the least that the cut allows.
+    """
     device["multiprocessors"] = 8
     start = [fresh(shape, dtype) for _, shape in PANELS]
     grads = [[fresh(shape, dtype) for _, shape in PANELS] for _ in range(2)]
@@ -120,9 +128,12 @@ def test_same_bits_whatever_is_resident_in_every_order(device, dtype, options):
 @on_emulator
 @pytest.mark.parametrize("multiprocessors", range(2, 9))
 def test_every_wait_ends_with_as_few_blocks_as_there_may_be(device, multiprocessors):
-    """Of panels that are more, and fewer, than a band holds, and of tiles before and after them."""
+    """With few multiprocessors no block waits for one that cannot start.
+
+    There are panels of more and of fewer parts than run at once, and tiles before and after them.
+    """
     device["multiprocessors"] = multiprocessors
-    device["shared_memory_per_multiprocessor"] = 90 << 10  # one block each
+    device["shared_memory_per_multiprocessor"] = 90 << 10  # one block on each multiprocessor
     shapes = [(rows, columns) for rows in (140, 260, 380, 900) for columns in (40, 200, 700)]
     groups = model(tiles=[("feature", shape) for shape in [*shapes, (30, 40), (64,)]])
     optimizer = optimizer_of(groups, **PLAIN)
@@ -142,6 +153,7 @@ def test_every_wait_ends_with_as_few_blocks_as_there_may_be(device, multiprocess
 
 @on_emulator
 def test_plans_by_turns_and_gradients_that_come_and_go(device):
+    """Another optimizer's steps in between, and missing gradients, leave no counter wrong."""
     device["multiprocessors"] = 8
     pair = []
     for _ in range(2):
@@ -166,6 +178,7 @@ def test_plans_by_turns_and_gradients_that_come_and_go(device):
 
 @on_emulator
 def test_a_step_that_overflows_leaves_the_counters_alone(device):
+    """A skipped step changes no weight, and the steps after it work."""
     device["multiprocessors"] = 8
     groups = model()
     params = parameters_of(groups)
@@ -182,7 +195,7 @@ def test_a_step_that_overflows_leaves_the_counters_alone(device):
 
 @on_emulator
 def test_a_block_goes_on_while_it_waits(device):
-    """It takes in rows of its next tile before it writes the first one back, as many as there is room for."""
+    """A block loads as many rows of its next tile as fit before it writes the first one back."""
     device["multiprocessors"] = 4
     device["shared_memory_per_multiprocessor"] = 90 << 10
     p = parameter((400, 64 * 4))
@@ -198,7 +211,8 @@ def test_a_block_goes_on_while_it_waits(device):
             of_w = (writes >= p.data_ptr()) & (writes < p.data_ptr() + 4 * p.numel())
             of_buf = (writes >= buf.data_ptr()) & (writes < buf.data_ptr() + 4 * p.numel())
             first_w = int(of_w.nonzero()[0])
-            taken_in = int(of_buf[:first_w].sum())  # of the first tile and then of the second
+            # rows loaded before that: of the first tile, then of the second
+            taken_in = int(of_buf[:first_w].sum())
             of_first_tile = int(of_w.sum()) // 4
             assert (taken_in - of_first_tile >= rows) if rows else (taken_in == of_first_tile), taken_in
 
@@ -207,6 +221,7 @@ def test_a_block_goes_on_while_it_waits(device):
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_all_parts_of_its_group(device, value, prox_mode):
+    """NaN and infinities show in all parts of a panel, as in the reference."""
     device["multiprocessors"] = 8
     w, grad, buf = (fresh((430, 136)) for _ in range(3))
     grad[3, 5], grad[400, 70] = value, -value
@@ -218,7 +233,10 @@ def test_what_is_not_finite_reaches_all_parts_of_its_group(device, value, prox_m
 
 @pytest.mark.gpu
 def test_beside_kernels_that_hold_multiprocessors():
-    """All blocks of a launch run at once, or none: one that finds no room waits outside."""
+    """While other kernels occupy the GPU, steps neither hang nor change a bit.
+
+    A cooperative launch starts all blocks at once or none, so that none waits for one outside.
+    """
     emulated.limit_device()
     shapes = [(4096, 640), (50_000, 128), (300, 70)]
     start, grads = ([fresh(shape) for shape in shapes] for _ in range(2))

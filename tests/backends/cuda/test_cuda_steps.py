@@ -1,7 +1,7 @@
-"""Steps of the CUDA executor one after another: the same bits in any order, what changes, what is kept.
+"""Steps of the CUDA executor one after another: same bits, what may change in between, what is kept.
 
-Without a GPU its kernels run on the CPU (emulated.py), where a test also rules the device. That it is right,
-over all specs, modes and dtypes, is in test_executors.py.
+Without a GPU its kernels run on the emulator (helpers/emulated.py), where a test also controls the device.
+That its results are right for all specs, modes and dtypes is tested in test_executors.py.
 """
 
 import itertools
@@ -37,6 +37,7 @@ pytestmark = needs_cuda
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_in_every_order_of_blocks(device, dtype, prox_mode):
+    """The order of blocks, and how many run at once, change no bit on any path."""
     results = []
     for seed, in_flight in itertools.product((1, 2, 3), (1, 4, 64)):
         device["seed"], device["blocks_in_flight"] = seed, in_flight
@@ -48,6 +49,7 @@ def test_same_bits_in_every_order_of_blocks(device, dtype, prox_mode):
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_same_bits_whatever_the_neighbours(prox_mode):
+    """A tensor gets the same bits alone as in a list with tensors of every path."""
     shapes = [TICKET, TILE, SHARED, (2, 3000), (31,)]
     together = trained(shapes, prox_mode=prox_mode)
     for i in range(len(shapes)):
@@ -61,6 +63,7 @@ def test_same_bits_whatever_the_neighbours(prox_mode):
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_windows_of_the_l2_change_no_bit(device, prox_mode):
+    """Tickets work in windows that fit the L2 cache; its size changes no bit."""
     results = []
     for l2_bytes in (50 << 20, 1 << 20):
         device["l2_bytes"] = l2_bytes
@@ -68,12 +71,15 @@ def test_windows_of_the_l2_change_no_bit(device, prox_mode):
     assert_same_bits_and_some_zeros(*results)
 
 
-# Steps after one another
+# Steps one after another
 
 
 @pytest.mark.usefixtures("little_memory")
 def test_whatever_changes_between_steps_the_reference_agrees():
-    """Counters and scratch serve step after step, of whatever mode; gradients come and go, in new memory."""
+    """Counters and scratch memory serve steps of every mode in turn.
+
+    Gradients come and go meanwhile, in new memory.
+    """
     changes = [
         *({}, dict.fromkeys(PENALTY, 0.0), dict(PENALTY), dict(freeze_zeros="group")),
         *(
@@ -95,7 +101,7 @@ def test_whatever_changes_between_steps_the_reference_agrees():
     for step, change in enumerate(changes):
         for params, optimizer in zip(everyone, pair):
             optimizer.param_groups[0].update(change)
-            optimizer.param_groups[1].update(changes[step - 3])  # another mode in the same launch
+            optimizer.param_groups[1].update(changes[step - 3])  # so that one launch has two modes
             give_grads(params, step)
             params[step % 5].grad = None
             optimizer.step()
@@ -106,7 +112,7 @@ def test_whatever_changes_between_steps_the_reference_agrees():
 
 @on_emulator
 def test_prox_keeps_its_plans(device):
-    """A second call with the same shapes makes no new tables; another order of them is another plan."""
+    """Repeated calls with the same shapes are right with kept tables; another order of them gets its own."""
     first, second = [fresh((30, 20)), fresh((3, 50))], [fresh((3, 50)), fresh((30, 20))]
     for tensors in (first, second, first, second):
         expected = [w.clone() for w in tensors]
@@ -117,6 +123,10 @@ def test_prox_keeps_its_plans(device):
 
 @on_emulator
 def test_what_a_graph_comes_back_to_is_kept_for_good(monkeypatch):
+    """Plans of prox_ that were captured are never dropped.
+
+    They outlive the limit on kept plans, and forget(), because graphs hold addresses of their tables.
+    """
     made = []
     monkeypatch.setattr(unplanned, "_kept", type(unplanned._kept)())
     monkeypatch.setattr(unplanned, "_in_graphs", {})
@@ -134,7 +144,8 @@ def test_what_a_graph_comes_back_to_is_kept_for_good(monkeypatch):
         call(n)
     count = len(made)
     assert count == unplanned.MOST_KEPT + 3 and len(unplanned._kept) == unplanned.MOST_KEPT
-    with monkeypatch.context() as patch:  # a second capture makes no tables, which a capture could not
+    # a second capture makes no tables, which would not be possible during a capture
+    with monkeypatch.context() as patch:
         patch.setattr(unplanned, "is_capturing", lambda: True)
         call(1)
     call(1)
@@ -147,6 +158,7 @@ def test_what_a_graph_comes_back_to_is_kept_for_good(monkeypatch):
 
 @on_emulator
 def test_kept_plans_are_of_the_present_limits(device):
+    """A plan cut for other limits of the device is not used again."""
     launches = []
     for limit in ({}, {"shared_bytes": LIMIT}):
         limit_device(**limit)

@@ -1,6 +1,6 @@
-"""The CUDA executor's tiles: the same bits at any address, in any order, beside anybody; edges.
+"""The CUDA executor's tiles: the same bits at any address, in any order and beside any neighbour; edge cases.
 
-That they are right, over all specs, modes and dtypes, is in test_executors.py.
+That results are right for all specs, modes and dtypes is tested in test_executors.py.
 """
 
 import pytest
@@ -34,6 +34,7 @@ pytestmark = needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [PLAIN, *GENERAL[1:]], ids=str)
 def test_same_bits_whatever_is_resident_in_every_order(device, options, dtype):
+    """The order of blocks, and how many run at once, change no bit."""
     start = [fresh(shape, dtype) for _, shape in TILES]
     grads = [[fresh(shape, dtype) for _, shape in TILES] for _ in range(2)]
     results = []
@@ -43,7 +44,8 @@ def test_same_bits_whatever_is_resident_in_every_order(device, options, dtype):
         device["multiprocessors"] = 4
         params = [torch.nn.Parameter(x.clone()) for x in start]
         groups = [{"params": [p], "group_by": spec} for p, (spec, _) in zip(params, TILES)]
-        # what is resident is asked for when the plan is made, after all has been cut
+        # The number of blocks that run at once is asked for when the plan is made, after tensors have been
+        # cut.
         device["shared_memory_per_multiprocessor"] = resident * (228 << 10)
         optimizer = optimizer_of(groups, **options)
         for step in grads:
@@ -58,6 +60,7 @@ def test_same_bits_whatever_is_resident_in_every_order(device, options, dtype):
 
 @pytest.mark.parametrize("options", [PLAIN, *GENERAL], ids=str)
 def test_same_bits_at_any_address(options):
+    """Vector accesses, which only aligned memory allows, change no bit."""
     for dtype in DTYPES:
         results = []
         start = [parameter(shape, dtype).detach() for _, shape in TILES]
@@ -80,7 +83,12 @@ def test_same_bits_at_any_address(options):
 
 @pytest.mark.parametrize("neighbour", GENERAL, ids=str)
 def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
-    """Alone, a plain step has a kernel of its own. A neighbour's tile comes before, between and after."""
+    """Neighbours that need the general kernel change no bit of others.
+
+    Alone, these have a plain kernel of their own.
+
+    Tiles of the neighbours come before, between and after the others'.
+    """
     for dtype in DTYPES:
         start = [fresh(shape, dtype) for _, shape in TILES]
         grads = [[fresh(shape, dtype) for _, shape in TILES] for _ in range(2)]
@@ -100,13 +108,13 @@ def test_same_bits_beside_whoever_takes_the_general_path(neighbour):
         assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
-# Edges
+# Edge cases
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_every_count_of_rows_and_columns(prox_mode, dtype):
-    """Of passes that end early, and vectors that are not full."""
+    """Passes that end early and vectors that are not full are right."""
     shapes = [(rows, 20) for rows in (1, 2, 3, 25, 26, 49, 50, 51, 101)]
     shapes += [(12, columns) for columns in (*range(1, 18), 31, 33, 63, 65)]
     for shape in shapes:
@@ -115,6 +123,7 @@ def test_every_count_of_rows_and_columns(prox_mode, dtype):
 
 
 def test_tensors_without_a_gradient_keep_their_bits_between_others():
+    """A parameter without a gradient is skipped, wherever it is in the list."""
     groups = model()
     optimizer = optimizer_of(groups, **PLAIN)
     params = parameters_of(groups)
@@ -130,13 +139,14 @@ def test_tensors_without_a_gradient_keep_their_bits_between_others():
 
 @covering(offset=[0, 1], momentum=[0.0, 0.9], dtype=DTYPES)
 def test_frozen_groups_stay_dead_and_forget_their_buffer(offset, momentum, dtype):
+    """A frozen group and its momentum are +0.0 even if its gradient is NaN."""
     for nan in (False, True):
         groups = [g for g in model(dtype, offset) if g["params"][0].dim() > 1]
         params = parameters_of(groups)
         optimizer = optimizer_of(groups, momentum=momentum, freeze_zeros="group", prox_mode="exact")
         dead = []
         for group, p in zip(groups, params):
-            p.data += 1.0  # nothing is zero but one group
+            p.data += 1.0  # no weight is zero but those of one group
             index = {"feature": (..., 2), "channel": (slice(None), 2), "filter": (2,), "tensor": (...,)}
             at = index.get(group["group_by"], (slice(None), slice(None), 2))
             p.data[at] = 0.0
@@ -159,6 +169,7 @@ def test_frozen_groups_stay_dead_and_forget_their_buffer(offset, momentum, dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_without_coefficients_w_is_z_bit_for_bit(momentum, dtype):
+    """With zero gradients and no penalty a step changes no bit, signs of zeros included."""
     options = dict(lr=0.1, momentum=momentum, backend=BACKEND)
     groups = model(dtype)
     params = parameters_of(groups)
@@ -176,7 +187,7 @@ def test_without_coefficients_w_is_z_bit_for_bit(momentum, dtype):
 
 
 def test_zeros_of_tensors_without_groups_keep_their_sign_where_there_is_no_l1():
-    """Beside tensors with groups, whose coefficients are in the same param group."""
+    """A bias without l1 keeps -0.0, although its param group has a group lasso for other tensors."""
     results = []
     w, columns = torch.tensor([-0.0, 0.0, 1.0, -2.0] * 5), fresh((64, 48))
     for backend in (BACKEND, "reference"):
@@ -192,6 +203,7 @@ def test_zeros_of_tensors_without_groups_keep_their_sign_where_there_is_no_l1():
 
 @pytest.mark.parametrize("what", ["lr", "group_lasso", "exclusive_lasso", "l1"])
 def test_numbers_in_device_memory(what):
+    """Tensors as hyperparameters give the steps of plain numbers."""
     results = []
     for number in (lambda x: x, torch.tensor):
         torch.manual_seed(3)
@@ -208,6 +220,7 @@ def test_numbers_in_device_memory(what):
 
 
 def test_an_overflow_of_the_loss_scale_changes_nothing():
+    """A step with found_inf set leaves all weights as they are."""
     groups = model()
     params = parameters_of(groups)
     optimizer = optimizer_of(groups, **PLAIN)

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel without a GPU and prints, as JSON, what the compiler made of each.
+"""Compiles every Triton kernel without a GPU, and prints as JSON what the compiler made of each.
 
-A script of its own, run by test_triton_compile.py: once the interpreter is chosen in a process, as the other
-tests do, nothing can be compiled there.
+test_triton_compile.py runs this script in a process of its own. The other tests choose Triton's interpreter,
+and nothing can be compiled in a process that has.
 """
 
 import json
@@ -29,8 +29,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LONGER_THAN_ANY_TILE = 1 << 40
 WORKERS = 2
 
-# (compute capability, dtype, 16-byte accesses, exact mode and freezing). The default holds every tile for
-# every GPU within two minutes on two cores; --all is everything.
+# (compute capability, dtype, whether accesses are of 16 bytes, whether in exact mode and with freezing).
+# MATRIX, the default, holds every tile and every GPU and takes two minutes on two cores; --all compiles
+# everything.
 EVERYTHING = [
     (cc, dtype, vector, full)
     for cc in (80, 90, 100)
@@ -48,22 +49,22 @@ MATRIX = [
 
 
 def variants(dtype, vector):
-    """(kernel, variant) of every launch choice; without ``vector``, general tiles divide 64-bit numbers."""
+    """(kernel, variant) of every launch. Without ``vector``, general tiles divide 64-bit numbers."""
     found = set()
     for kind, tiles in TILES.items():
-        general = kind == GENERAL.value  # single accesses in any case
+        general = kind == GENERAL.value  # general tiles have single accesses in any case
         vec = VECTOR_BYTES // dtype.itemsize if vector and not general else 1
         wide = general and not vector
         for size in (*(t.longest for t in tiles if t.longest), LONGER_THAN_ANY_TILE):
             longest, red, keep = tile_for(kind, size, dtype, vec)
             name = "whole_groups" if size <= longest else "split_groups"
-            if name == "whole_groups" or longest == 0:  # elementwise tensors are never split
+            if name == "whole_groups" or longest == 0:  # tensors without groups are never split
                 found.add((name, Variant(kind, max(longest // red, 1), red, keep, vec, wide)))
     return sorted(found)
 
 
 def compiled(job):
-    """Compile one kernel for one variant, as a launch would, and look at its machine code."""
+    """Compiles one kernel for one variant as a launch would, and describes its machine code."""
     cc, dtype_name, full, name, variant, rule = job
     dtype = getattr(torch, dtype_name)
     compute = compute_dtype(dtype)
@@ -104,6 +105,7 @@ def compiled(job):
 
 
 def machine_code(binary):
+    """Registers, spills, wide accesses and instructions in double precision."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -128,6 +130,7 @@ def machine_code(binary):
 
 
 def main():
+    """Compiles the chosen jobs and prints what came of them."""
     jobs = [
         (cc, dtype, full, name, variant, SGD_RULE.value)
         for cc, dtype, vector, full in (EVERYTHING if "--all" in sys.argv else MATRIX)
@@ -136,7 +139,7 @@ def main():
     some = [job for job in jobs if job[:2] in ((90, "float32"), (90, "bfloat16"))]
     jobs += [
         (*job[:-1], ADAMW_RULE.value) for job in some[::6]
-    ]  # of the other rule some: each takes a second
+    ]  # only some for AdamW, because each takes a second
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         json.dump(list(pool.map(compiled, jobs, chunksize=4)), sys.stdout)
 

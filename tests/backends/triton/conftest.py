@@ -1,3 +1,5 @@
+"""Fixtures for tests of the Triton executor."""
+
 import pytest
 
 from cges_kernels.backends import unplanned
@@ -5,7 +7,8 @@ from cges_kernels.backends import unplanned
 
 @pytest.fixture
 def launches(monkeypatch):
-    from helpers.triton_launches import (  # where there is no Triton the test is skipped here
+    """The log of all launches of the two kernels."""
+    from helpers.triton_launches import (  # this import skips the test where there is no Triton
         SPLIT,
         WHOLE,
         Noted,
@@ -20,10 +23,10 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Groups of up to 32 fit a tile; longer ones come in chunks of 32."""
+    """Makes tiles so small that only groups of up to 32 elements fit; longer ones go in chunks of 32."""
     from helpers.triton_launches import tiles
 
-    unplanned.forget()  # what is kept was cut otherwise
+    unplanned.forget()  # plans that are kept were cut for other tiles
     for kind in (tiles.COLUMNS, tiles.ROWS, tiles.GENERAL):
         monkeypatch.setitem(tiles.TILES, kind.value, (tiles.Tile(32, 32, 16), tiles.Tile(0, 32, 16)))
     yield

@@ -1,4 +1,4 @@
-"""The Triton executor's bits, whatever runs beside them: neighbours, windows, programs that are late."""
+"""The Triton executor's bits, which do not depend on what runs beside: neighbours, windows, late programs."""
 
 import inspect
 import threading
@@ -23,7 +23,7 @@ from cges_kernels import prox
 from cges_kernels.backends.extension import BUILT
 
 split = pytest.importorskip("cges_kernels.backends.triton.split")
-tl = pytest.importorskip("triton.language")  # the interpreter looks for it here
+tl = pytest.importorskip("triton.language")  # the interpreter looks for the name tl in this module
 pytestmark = needs_triton
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
 
@@ -35,6 +35,7 @@ needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="for the interpre
     ("prox_mode", "dtype"), [("sequential", torch.bfloat16), ("exact", torch.float32)], ids=str
 )
 def test_bits_depend_neither_on_the_neighbours_nor_on_the_run(prox_mode, dtype):
+    """A tensor gets the same bits in a second run, in a shuffled list, and alone."""
     options = dict(prox_mode=prox_mode, **PENALTY)
     together = steps_of(parameters(MIXED, dtype), **options)
     assert_same_bits(together, steps_of(parameters(MIXED, dtype), **options))
@@ -56,6 +57,7 @@ def test_bits_depend_neither_on_the_neighbours_nor_on_the_run(prox_mode, dtype):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_several_windows_give_the_same_bits_as_one(launches, monkeypatch, prox_mode):
+    """Long groups are worked on in windows that fit the L2 cache; its size changes no bit."""
     results = []
     for l2_bytes in (2**30, 1):
         monkeypatch.setattr(executor, "_l2_bytes", lambda device, size=l2_bytes: size)
@@ -67,6 +69,7 @@ def test_several_windows_give_the_same_bits_as_one(launches, monkeypatch, prox_m
 
 @pytest.mark.usefixtures("small_tiles")
 def test_the_plan_in_python_gives_the_same_bits(monkeypatch):
+    """The step plan in Python and the one in C++ lead to the same bits."""
     if "cpu" not in BUILT:
         pytest.skip("the C++ extension is not built")
     results = [steps_of(parameters(MIXED, torch.float32), **PENALTY)]
@@ -77,7 +80,7 @@ def test_the_plan_in_python_gives_the_same_bits(monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_everything_differs_in_one_optimizer():
-    """Specs, modes, freezing, momentum and dtypes side by side give what each alone gives."""
+    """Param groups of different options and dtypes each get the bits that they get alone."""
     kinds = [
         dict(group_by="filter", prox_mode="exact", **PENALTY),
         dict(group_by="tensor", freeze_zeros="group", momentum=0, group_lasso=0.5),
@@ -106,14 +109,15 @@ def test_everything_differs_in_one_optimizer():
         assert not all(torch.equal(p, q) for p, q in zip(together, made()[0]))
 
 
-# Programs at the same time
+# Programs that run at the same time
 
 
 @pytest.fixture
 def three_at_once(monkeypatch):
     """Runs the programs of split_groups three at a time.
 
-    The ``late``-th that comes to wait for others sleeps until all of them are done, or for half a second.
+    The ``late``-th program that starts waiting for others sleeps until all of these are done, or for half a
+    second.
     """
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -136,7 +140,7 @@ def three_at_once(monkeypatch):
                 if next(ends) == tickets - 2:
                     others_are_done.set()
 
-        def run(**args):  # is called for each program; the first call runs them all
+        def run(**args):  # called for each program; the first call runs them all
             threads = [threading.Thread(target=work, args=[args], daemon=True) for _ in range(3)]
             for thread in threads:
                 thread.start()
@@ -158,7 +162,13 @@ def three_at_once(monkeypatch):
     ("prox_mode", "late"), [("sequential", 1), ("sequential", 4), *(("exact", n) for n in (1, 4, 40, 73))]
 )
 def test_programs_may_be_late(three_at_once, prox_mode, late):
-    """Also one that has nothing to do, its panel's search having ended before its sweep."""
+    """A program that wakes late gives the same result.
+
+    It may have nothing left to do, because its panel's search ended before its sweep.
+
+    Late are programs near the beginning of the launch and near its end: there are 3 chunks, with 2 or 25
+    tickets each.
+    """
     w, options = fresh((70, 5)), dict(prox_mode=prox_mode, backend=BACKEND, **PENALTY)
     expected = prox(w, **options)
     three_at_once(tickets=3 * (25 if prox_mode == "exact" else 2), late=late)

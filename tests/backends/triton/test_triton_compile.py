@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels, for GPUs that are not here: spills, registers, accesses."""
+"""What the compiler makes of the Triton kernels, without a GPU: spills, registers, accesses."""
 
 import json
 import os
@@ -9,14 +9,14 @@ import pytest
 from helpers.programs import ROOT
 
 pytestmark = [
-    pytest.mark.full("every kernel compiled for every architecture, for minutes"),
+    pytest.mark.full("every kernel compiles well for every architecture, which takes minutes"),
     pytest.mark.xdist_group("triton_compile"),
 ]
 
 
 @pytest.fixture(scope="module")
 def everything():
-    """Every kernel compiled, as dicts; in a process of its own, where kernels are not interpreted."""
+    """A dict for each compiled kernel, from a process in which kernels are not interpreted."""
     script = ROOT / "tests" / "backends" / "triton" / "compile_triton.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
@@ -26,12 +26,12 @@ def everything():
 
 @pytest.fixture(scope="module")
 def kernels(everything):
-    """SGD's."""
+    """Those of SGD."""
     return [k for k in everything if k["rule"] == 0]
 
 
 def test_adamw_compiles_too(everything):
-    """Four tensors are read and three written; the step size alone is formed in double precision."""
+    """AdamW's kernels read four tensors, write three, and form only the step size in double precision."""
     found = [k for k in everything if k["rule"] == 1]
     assert {k["kernel"] for k in found} == {"whole_groups", "split_groups"}
     assert {k["dtype"] for k in found} == {"float32", "bfloat16"}
@@ -43,6 +43,7 @@ def test_adamw_compiles_too(everything):
 
 
 def test_every_launch_choice_was_compiled(kernels):
+    """Each kind of tile, width of accesses and number of parts is among the compiled kernels."""
     for cc in (80, 90, 100):
         of_cc = [k for k in kernels if k["cc"] == cc]
         assert {k["kernel"] for k in of_cc} == {"whole_groups", "split_groups"}
@@ -51,14 +52,21 @@ def test_every_launch_choice_was_compiled(kernels):
 
 
 def test_no_spills(kernels):
-    """But a little in one: the combined groups' float32 tile of 1,024 fills the registers of cc 90."""
+    """No kernel keeps registers in memory, except one.
+
+    The float32 tile of 1,024 for combined groups fills the registers of compute capability 90, and may spill
+    a little.
+    """
     for k in kernels:
         fills_registers = (k["cc"], k["kind"], k["parts"], k["vec"], k["red"]) == (90, 2, 1, 1, 1024)
         assert k["spills"] <= (4 if fills_registers and k["dtype"] == "float32" else 0), k
 
 
 def test_registers_are_within_budget(kernels):
-    """Of an SM's 65,536: up to 128 two programs of 8 warps share it; others take more."""
+    """Everyday kernels have at most 128 registers.
+
+    Then two programs of 8 warps share a multiprocessor's 65,536 registers.
+    """
     for k in kernels:
         small = k["parts"] <= 2 and not k["full"] and not k["wide"] and k["dtype"] != "float64"
         assert k["registers"] <= (128 if small else 255), k
@@ -67,14 +75,18 @@ def test_registers_are_within_budget(kernels):
 
 
 def test_aligned_accesses_are_16_bytes(kernels):
-    """Three tensors are read and two written, each as often: w, gradient and buffer; w and buffer."""
+    """There are as many wide loads and stores as the tensors need.
+
+    Three tensors are read (w, gradient and buffer) and two are written (w and buffer).
+    """
     aligned = [k for k in kernels if k["vec"] > 1]
     assert aligned
     for k in aligned:
-        elements = k["parts"] * k["red"] * k["keep"] / 256 / k["vec"]  # accesses of a thread to one tensor
+        elements = k["parts"] * k["red"] * k["keep"] / 256 / k["vec"]  # a thread's accesses to one tensor
         assert k["vector_loads"] >= 3 * elements and k["vector_stores"] == 2 * elements, k
 
 
 def test_no_double_arithmetic_in_single_precision(kernels):
+    """Only kernels of float64 have instructions in double precision."""
     assert all(k["fp64"] == 0 for k in kernels if k["dtype"] != "float64")
     assert all(k["fp64"] > 0 for k in kernels if k["dtype"] == "float64")

@@ -1,4 +1,4 @@
-"""The Triton executor's launches: how few, what they get, and what later steps keep of the first."""
+"""The Triton executor's launches: their number, their arguments, and what later steps reuse of the first."""
 
 import copy
 
@@ -29,6 +29,7 @@ pytestmark = needs_triton
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_a_step_is_one_launch_per_dtype_and_path(launches, prox_mode):
+    """Each dtype and each of two kernels takes one launch, whatever the param groups."""
     params = [
         *parameters(MIXED, torch.float32),
         *parameters([(5, 4)]),
@@ -46,6 +47,7 @@ def test_a_step_is_one_launch_per_dtype_and_path(launches, prox_mode):
 
 
 def test_nothing_to_do_is_not_launched(launches):
+    """Empty tensors and lists cause no launch."""
     empty = parameters([(0, 3), (0,)])
     train(optimizer_of(empty, **PENALTY), empty, range(2))
     with torch.no_grad():
@@ -56,13 +58,14 @@ def test_nothing_to_do_is_not_launched(launches):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_prox_in_place_is_one_launch_per_dtype_and_path(launches):
+    """The same for prox_."""
     prox_([fresh(shape) for shape in MIXED], **PENALTY, prox_mode="exact", backend=BACKEND)
     assert sorted(x.name for x in launches) == [SPLIT, WHOLE]
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """Those whose tables are made, prox_ having kept none so far."""
+    """The tables that are made during the test, beginning with none kept."""
     log, make = [], executor.DeviceTables._cut
     monkeypatch.setattr(
         executor.DeviceTables, "_cut", lambda tables, aligned: log.append(tables) or make(tables, aligned)
@@ -73,6 +76,7 @@ def built(monkeypatch):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_prox_in_place_keeps_its_tables_for_lists_alike(built):
+    """Tables are made once for each list of shapes, dtype and spec, and results stay right."""
     kinds = [
         ([(70, 6), (6, 8)], torch.float64, "feature"),
         ([(70, 6), (6, 8)], torch.float64, "filter"),
@@ -94,16 +98,22 @@ def test_prox_in_place_keeps_its_tables_for_lists_alike(built):
 
 
 def test_prox_in_place_keeps_few_tables_and_none_that_failed(built, monkeypatch):
+    """Few tables are kept, and only those that can be used again.
+
+    The oldest is dropped at a limit. Tables serve one stream, and are dropped after a failed launch and after
+    inference mode.
+    """
+
     def call(n):
         prox_([fresh((n, 2))], **PENALTY, backend=BACKEND)
 
     for n in (*range(1, unplanned.MOST_KEPT + 1), 1, unplanned.MOST_KEPT + 1, 1):
         call(n)
     assert len(built) == unplanned.MOST_KEPT + 1
-    call(2)  # went when the last came
+    call(2)  # was dropped when the last one was made
     assert len(built) == unplanned.MOST_KEPT + 2 and len(unplanned._kept) == unplanned.MOST_KEPT
     monkeypatch.setattr(unplanned, "stream_of", lambda device: "another")
-    call(2)  # on another stream
+    call(2)  # the same call on another stream
     assert len(built) == unplanned.MOST_KEPT + 3
     with monkeypatch.context() as patch:
         patch.setattr(executor, WHOLE, None)
@@ -111,7 +121,7 @@ def test_prox_in_place_keeps_few_tables_and_none_that_failed(built, monkeypatch)
             call(2)
     call(2)
     assert len(built) == unplanned.MOST_KEPT + 4
-    with torch.inference_mode():  # its tensors are of no use outside
+    with torch.inference_mode():  # tensors made in inference mode cannot be used outside of it
         call(2)
     call(2)
     assert len(built) == unplanned.MOST_KEPT + 5
@@ -119,6 +129,7 @@ def test_prox_in_place_keeps_few_tables_and_none_that_failed(built, monkeypatch)
 
 @pytest.mark.usefixtures("small_tiles")
 def test_parameters_without_gradients_are_left_alone():
+    """A step without gradients changes nothing and makes no state."""
     params = parameters(MIXED, torch.float32)
     optimizer = optimizer_of(params, **PENALTY)
     optimizer.step()
@@ -134,7 +145,7 @@ CHANGES = [
 
 
 def changing_steps(prox_mode):
-    """Steps with a hyperparameter changed before each; every tensor stays where it is."""
+    """Steps with a hyperparameter changed before each, while every tensor stays where it is."""
     params = parameters([(6, 5), (70, 5)], torch.float32)
     optimizer = optimizer_of(params, momentum=0, prox_mode=prox_mode)
     give_grads(params, 0)
@@ -147,6 +158,7 @@ def changing_steps(prox_mode):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_changed_hyperparameters_change_no_constant(launches, prox_mode):
+    """A new hyperparameter reaches the kernel through memory, not as a constant, which would compile anew."""
     for _ in changing_steps(prox_mode):
         pass
     for name in (WHOLE, SPLIT):
@@ -162,6 +174,7 @@ def test_changed_hyperparameters_change_no_constant(launches, prox_mode):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_changed_hyperparameters_compile_nothing(monkeypatch, prox_mode):
+    """On a GPU no kernel is compiled after the first step."""
     import triton
 
     compiled = []
@@ -173,7 +186,7 @@ def test_changed_hyperparameters_compile_nothing(monkeypatch, prox_mode):
         assert not compiled
 
 
-# Steps after one another
+# Steps one after another
 
 
 TOGGLES = [
@@ -185,7 +198,10 @@ TOGGLES = [
 
 @pytest.mark.usefixtures("small_tiles")
 def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
-    """Long groups and short; gradients come and go, in new memory; a zero group comes to life."""
+    """Steps follow the reference through changes of mode, freezing, momentum and gradients.
+
+    Groups are long and short, and all counters end at 0.
+    """
     everyone = [parameters([(70, 5), (3, 90), (6, 5), (40,)]) for _ in range(2)]
     for params in everyone:
         params[0].data[:, 1] = params[1].data[1] = 0.0
@@ -196,7 +212,7 @@ def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
     for step, change in enumerate(TOGGLES):
         for params, optimizer in zip(everyone, pair):
             optimizer.param_groups[0].update(change)
-            optimizer.param_groups[1].update(TOGGLES[step - 3])  # another mode in the same launch
+            optimizer.param_groups[1].update(TOGGLES[step - 3])  # so that one launch has two modes
             give_grads(params, step)
             params[step % 5 % 4].grad = None
             optimizer.step()
@@ -211,6 +227,7 @@ def test_whatever_is_toggled_between_steps_the_reference_agrees(launches):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_buffers_replaced_by_a_checkpoint(prox_mode):
+    """After load_state_dict steps go on with the loaded buffers."""
     params, others = (parameters([(70, 5), (6, 5)]) for _ in range(2))
     first, second = (optimizer_of(x, prox_mode=prox_mode, **PENALTY) for x in (params, others))
     train(first, params, range(2))
@@ -231,6 +248,7 @@ def elsewhere(x, offset):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("shape", [(70, 12), (12, 8), (3, 88)], ids=str)
 def test_a_gradient_that_moves_is_cut_anew(launches, shape):
+    """The width of accesses follows the gradient's alignment from step to step."""
     params, others = parameters([shape]), parameters([shape])
     optimizer, reference = (
         optimizer_of(params, **PENALTY),
@@ -248,6 +266,7 @@ def test_a_gradient_that_moves_is_cut_anew(launches, shape):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_a_graph_keeps_its_tables_when_a_gradient_moves(monkeypatch):
+    """Tables that a CUDA graph uses are neither changed nor dropped."""
     params = parameters([(70, 12)])
     optimizer = optimizer_of(params, **PENALTY)
 

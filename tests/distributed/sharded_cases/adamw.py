@@ -1,4 +1,4 @@
-"""ProxAdamW on shards: both moments, and a count of steps that every rank keeps for itself."""
+"""ProxAdamW on shards: both moments are sharded, and each rank counts steps for itself."""
 
 import copy
 from functools import partial
@@ -17,12 +17,16 @@ PENALTY = dict(group_lasso=0.4, exclusive_lasso=0.05, l1=0.1)
 
 
 def states_of(optimizer, p):
+    """Both moments, unsharded."""
     return tuple(whole(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
 @case(2)
 def steps_are_the_references():
-    """Of groups that cross ranks ("feature") and that do not ("filter"), and of what has no groups at all."""
+    """Weights, moments and zeros are the reference's.
+
+    Groups cross ranks under "feature" and do not under "filter", and a bias has no groups at all.
+    """
     mesh = mesh_of(2)
     for group_by in ("feature", "filter"):
         for more in (PENALTY, dict(PENALTY, prox_mode="exact"), dict(), dict(PENALTY, freeze_zeros="group")):
@@ -61,6 +65,7 @@ def gradients_may_be_missing_at_first():
 
 @case(2)
 def an_overflow_on_one_rank_counts_on_none():
+    """If one rank has an overflow, no rank steps, makes states or counts."""
     mesh = mesh_of(2)
     params = parameters(mesh, [S(0)])
     optimizer = ProxAdamW(params, fused=True, **OPTIONS, **PENALTY)
@@ -77,6 +82,7 @@ def an_overflow_on_one_rank_counts_on_none():
 
 @case(2)
 def a_state_dict_goes_on():
+    """A loaded optimizer takes the next step with the same bits and its count."""
     mesh = mesh_of(2)
     params = parameters(mesh, [S(0)])
     optimizer = ProxAdamW(params, **OPTIONS, **PENALTY)

@@ -1,6 +1,6 @@
-"""What the cases share: where they sign up, parameters placed on meshes, and steps judged by the reference.
+"""What the cases share: their table, parameters placed on meshes, and steps judged by the reference.
 
-The other files hold the cases, a subject each. Meshes are of torch's default device.
+The other files hold the cases, one subject each. Meshes are of torch's default device.
 """
 
 import traceback
@@ -19,14 +19,16 @@ from cges_kernels import ProxSGD
 from cges_kernels.core import reference
 
 R, S = Replicate(), Shard
-# Uneven shards, and with fewer rows than ranks empty ones; a tap per rank, a single row, a bias.
+# Uneven shards, and empty ones where there are fewer rows than ranks; one tap per rank; a single row; a bias.
 SHAPES = ((7, 5, 3, 3), (3, 8), (16, 12), (1, 6, 2), (5,))
 STRONG = dict(lr=0.1, momentum=0.9, weight_decay=0.01, group_lasso=12.0, exclusive_lasso=0.1, l1=0.5)
-# By number of ranks and name; each rank goes through them in this order.
+# {number of ranks: {name: case}}. Each rank runs its cases in this order.
 CASES: dict[int, dict[str, Callable[[], None]]] = {1: {}, 2: {}, 4: {}}
 
 
 def case(*worlds):
+    """Adds a case for these numbers of ranks."""
+
     def add(function):
         for world in worlds:
             CASES[world][function.__name__.replace("_", "-")] = function
@@ -45,30 +47,32 @@ def mesh_of(*shape):
 
 
 def placed(x, mesh, placements):
-    """A DTensor of ``x``, which all ranks have; dims that it lacks are replicated."""
+    """A DTensor of ``x``, which all ranks have. Placements on dims that it lacks become replicas."""
     placements = [R if getattr(p, "dim", 0) >= x.dim() else p for p in placements]
     return distribute_tensor(x.clone(), mesh, placements, src_data_rank=None)
 
 
 def local(x):
+    """This rank's part."""
     with torch.no_grad():
         return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x):
+    """The unsharded tensor."""
     if isinstance(x, DTensor) and device() == "cuda" and dist.get_backend() == "gloo":
-        return all_whole([x])[0]  # it may lack the gather of CUDA tensors
+        return all_whole([x])[0]  # gloo may not be able to gather CUDA tensors
     return x.full_tensor().clone() if isinstance(x, DTensor) else x.clone()
 
 
 @cache
 def indices(shape, mesh, placements):
-    """Which elements of a tensor this rank holds."""
+    """The elements of a tensor that this rank holds."""
     return local(placed(torch.arange(shape.numel()).view(shape), mesh, placements)).flatten()
 
 
 def all_whole(tensors):
-    """``whole`` of each, by one collective; ranks that hold the same element must hold the same bits."""
+    """``whole`` of each, by one collective. Ranks that hold the same element must hold the same bits."""
     full = [torch.full((x.numel(),), -torch.inf, dtype=torch.float64) for x in tensors]
     for x, elements in zip(tensors, full):
         elements[indices(x.shape, x.device_mesh, x.placements)] = local(x).detach().flatten().double()
@@ -83,17 +87,19 @@ def all_whole(tensors):
 
 
 def buffer(optimizer, p):
+    """The parameter's momentum buffer, if it has one."""
     return optimizer.state.get(p, {}).get("momentum_buffer")
 
 
 def parameters(mesh, placements, dtype=torch.float32, shapes=SHAPES):
+    """Random parameters of these shapes, with gradients."""
     params = [nn.Parameter(placed(torch.randn(n).to(dtype), mesh, placements)) for n in shapes]
     give_gradients(params)
     return params
 
 
 def give_gradients(params):
-    """New ones; returns them unsharded."""
+    """Gives new gradients; returns them unsharded."""
     grads = [torch.randn(p.shape).to(p.dtype) for p in params]
     for p, grad in zip(params, grads):
         p.grad = placed(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
@@ -101,11 +107,11 @@ def give_gradients(params):
 
 
 def check_steps(params, steps=2, checker=0, **options):
-    """Steps are as right as an executor's must be, zeros included, each judged by what the one before left.
+    """Checks steps as those of an executor, zeros included; each is judged from what the one before left.
 
-    The rule, twice the error of the same formulas, is for large samples: here few groups may by luck have
-    sums without an error, so these formulas are taken to err by two roundings of the largest weight at least.
-    One rank, ``checker``, checks for all. Returns how many zeros there were.
+    The rule, twice the error of the same formulas, is meant for large samples. A few groups may by luck have
+    sums without an error. So these formulas are taken to err by at least two roundings of the largest weight.
+    One rank, ``checker``, checks for all. Returns the number of zeros.
     """
     optimizer, seen = ProxSGD(params, **options), []
     weights, buffers = all_whole(params), [None] * len(params)
@@ -139,13 +145,14 @@ def check_steps(params, steps=2, checker=0, **options):
 
 
 def gathered(x):
+    """What each rank has, as a list on every rank."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, x)
     return everyone
 
 
 def together(function):
-    """Call it; what it raises on one rank is raised on all, so that none waits for one that has failed."""
+    """Calls it. An error on one rank is raised on all, so that none waits for a rank that has failed."""
     error = None
     try:
         function()
@@ -156,7 +163,7 @@ def together(function):
 
 
 class counted:
-    """The numbers of elements that dist.all_reduce is called with, as a list."""
+    """Within it, a list of the numbers of elements that dist.all_reduce is called with."""
 
     def __enter__(self):
         self.sizes, all_reduce = [], dist.all_reduce
@@ -174,6 +181,7 @@ class counted:
 
 
 def raised(kind, function):
+    """The text of the error that ``function`` has to raise."""
     try:
         function()
     except kind as error:

@@ -1,4 +1,4 @@
-"""What a step refuses before it writes, and what it leaves behind."""
+"""What a step refuses before it writes anything, and what it leaves behind."""
 
 import gc
 import weakref
@@ -27,6 +27,7 @@ from cges_kernels import ProxSGD
 
 @case(2)
 def errors_before_anything_is_written():
+    """Gradients, buffers and weights placed otherwise than their parameter are errors that name it."""
     mesh, rows = mesh_of(2), S(0)
 
     def refused(kind, *words, break_it, momentum_first=False, placement=rows):
@@ -73,7 +74,7 @@ def errors_before_anything_is_written():
 
 @case(2)
 def what_a_step_leaves_behind():
-    """Versions move, gradients are let go, the same bits come again, and a moved parameter is noticed."""
+    """Versions move on, gradients are released, bits are repeatable, and a moved parameter is noticed."""
     mesh = mesh_of(2)
     results = []
     for _ in range(2):
@@ -87,7 +88,7 @@ def what_a_step_leaves_behind():
             assert all(p._version > v for p, v in zip(params, versions))
         results.append([local(x).clone() for p in params for x in (p, buffer(optimizer, p))])
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    for p in params:  # one whose groups cross, and others
+    for p in params:  # some of these have groups that cross ranks
         array = np.ones(tuple(local(p).shape), np.float32)
         p.grad = DTensor.from_local(
             torch.from_numpy(array), mesh, p.placements, shape=p.shape, stride=p.stride()

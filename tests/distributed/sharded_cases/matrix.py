@@ -1,4 +1,4 @@
-"""Where shards lie by what a group is: steps, and the penalty."""
+"""Each placement of shards with each kind of group: steps, and the value of the penalty."""
 
 from functools import partial
 from itertools import product
@@ -46,15 +46,19 @@ PLACED = {
 
 
 def dtypes():
+    """The dtypes in which steps are checked."""
     fused = "cpu" in available_backends() if device() == "cpu" else len(available_backends()) > 1
-    # The reference takes SGD's part in 16 bits, and is no measure of itself.
+    # Without a compiled executor the reference steps. In 16 bits it computes SGD's update as torch does,
+    # which is not held to the rule for executors.
     return (torch.float32, torch.float64, *[torch.bfloat16] * fused)
 
 
 def matrix(mesh_shape, placements, spec):
+    """Steps in every dtype and mode are right for this placement and spec."""
     mesh = mesh_of(*mesh_shape)
     probe = torch.arange(40.0).view(5, 4, 2)
-    assert torch.equal(whole(placed(probe, mesh, placements)), probe)  # else the checks check nothing
+    # otherwise the comparison would mean nothing
+    assert torch.equal(whole(placed(probe, mesh, placements)), probe)
     zeros = 0
     for i, (dtype, prox_mode) in enumerate(product(dtypes(), PROX_MODES)):
         params = parameters(mesh, placements, dtype)
@@ -71,7 +75,7 @@ for world, table in PLACED.items():
 
 @case(2, 4)
 def omega_of_sharded_parameters():
-    """The reference takes DTensors: to log the objective nobody gathers weights."""
+    """reference.omega takes DTensors, so that the objective is logged without gathering weights."""
     penalty = dict(group_lasso=0.7, exclusive_lasso=0.1, l1=0.3)
     for mesh_shape, placements in PLACED[dist.get_world_size()].values():
         for spec in SPECS:

@@ -20,6 +20,7 @@ from cges_kernels.distributed.crossing import MAX_ROUNDS
 
 
 def conv_net():
+    """A network whose layers shard unevenly."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 6, 3), nn.ReLU()),
@@ -29,9 +30,13 @@ def conv_net():
 
 @case(1, 2, 4)
 def a_model_under_fully_shard():
-    """Trained beside an unsharded copy that takes its gradients; uneven, and the last with empty shards."""
+    """Training goes as that of an unsharded copy that is given the same gradients.
+
+    Shards are uneven, and those of the last layer are empty on some ranks.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    for mesh in (mesh_of(world), *((mesh_of(2, 2),) if world == 4 else ())):  # the second replicates too
+    # the second mesh also replicates
+    for mesh in (mesh_of(world), *((mesh_of(2, 2),) if world == 4 else ())):
         for prox_mode in PROX_MODES:
             model, copy = conv_net(), conv_net()
             for layer in (model[0], model[3]):
@@ -59,6 +64,7 @@ def a_model_under_fully_shard():
 
 @case(4)
 def a_model_under_fully_shard_and_tensor_parallel():
+    """The same where weights are sharded by both at once."""
     mesh = mesh_of(2, 2)
     model, copy = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)) for _ in range(2))
     copy.load_state_dict(model.state_dict())
@@ -81,6 +87,7 @@ def a_model_under_fully_shard_and_tensor_parallel():
 
 @case(4)
 def a_layer_that_is_not_tensor_parallel_travels_with_the_others():
+    """Weights on a mesh and on a slice of it share their collectives."""
     mesh, columns = mesh_of(2, 2), ColwiseParallel(output_layouts=R)
     for prox_mode in PROX_MODES:
         torch.manual_seed(1)
@@ -107,6 +114,7 @@ def a_layer_that_is_not_tensor_parallel_travels_with_the_others():
 
 @case(2)
 def distributed_checkpoints():
+    """A checkpoint saved and loaded by shards goes on with the same bits."""
     directory = Path(sys.argv[1]) / "checkpoint"
     mesh, results = mesh_of(2), []
 

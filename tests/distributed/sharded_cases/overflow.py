@@ -1,4 +1,4 @@
-"""Scaled gradients, and overflow that one rank is told of."""
+"""Scaled gradients, and overflows that only one rank knows of."""
 
 from unittest import mock
 
@@ -23,9 +23,12 @@ from cges_kernels.distributed import sharded
 
 @case(2)
 def scaled_gradients_and_overflow():
-    """Overflow on any rank leaves all as it was; where groups cross, even if only that rank is told of it."""
+    """An overflow leaves weights and states of all ranks as they were; without one gradients are unscaled.
+
+    Where groups cross ranks, that holds even if only one rank knows of the overflow.
+    """
     mesh, rank = mesh_of(2), dist.get_rank()
-    for spec in ("feature", "filter"):  # crossing, and not
+    for spec in ("feature", "filter"):  # groups that cross ranks, and groups that do not
         params = parameters(mesh, [S(0)], shapes=[(8, 6), (6, 4), (5,)])
         before = [whole(p.detach()) for p in params]
         optimizer = ProxSGD(params, group_by=spec, **STRONG)
@@ -48,6 +51,7 @@ def scaled_gradients_and_overflow():
 
 @case(2)
 def grad_scaler_of_torch():
+    """torch's GradScaler works, whether it unscales or the step does."""
     mesh, rank = mesh_of(2), dist.get_rank()
     for fused in (None, True) if "cpu" in available_backends() else (None,):
         params = parameters(mesh, [S(0)], shapes=[(8, 6), (5,)])
@@ -70,7 +74,10 @@ def grad_scaler_of_torch():
 
 @case(2)
 def the_agreed_overflow_is_returned():
-    """For other plans of the same optimizer; where nothing travels it is this rank's."""
+    """A plan returns the overflow that ranks have agreed on, for other plans of the same optimizer.
+
+    Where nothing is sent, it is this rank's own.
+    """
     mesh, run, results = mesh_of(2), sharded.ShardedPlan.run, []
     told = float(dist.get_rank() == 1)
 

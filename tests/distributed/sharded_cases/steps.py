@@ -1,4 +1,4 @@
-"""Steps whose groups cross ranks: options, freezing, what is not a number, gradients that are missing."""
+"""Steps whose groups cross ranks: options, freezing, NaN and infinities, missing gradients."""
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from cges_kernels.core.updates import sgd_update
 
 @case(2)
 def options_of_sgd_and_freezing():
+    """Steps are right under each option of SGD, and without each coefficient."""
     mesh = mesh_of(2)
     for options in (
         dict(momentum=0.0),
@@ -30,6 +31,7 @@ def options_of_sgd_and_freezing():
 
 @case(2)
 def without_thresholds_weights_are_sgds_to_the_bit():
+    """Without coefficients zeros keep their sign, as in torch.optim.SGD."""
     for options in (dict(), dict(freeze_zeros="group")):
         w = torch.tensor([[-0.0, 1.0, 0.3], [2.0, -0.0, 0.1]])
         p = nn.Parameter(placed(w, mesh_of(2), [S(0)]))
@@ -42,7 +44,7 @@ def without_thresholds_weights_are_sgds_to_the_bit():
 
 @case(2)
 def what_is_written_to_dtensors_is_seen_whatever_is_skipped():
-    """Such writing moves no version of the local tensors."""
+    """skip_dead notices writes to a DTensor, which bump no version of its local tensor."""
     mesh, w = mesh_of(2), torch.randn(8, 300)
     w[1::3] = 0
     grad, found = torch.randn(8, 300), []
@@ -74,8 +76,8 @@ def frozen_zeros():
             dict(freeze_zeros="element", prox_mode="exact"),
         ):
             w = torch.randn(8, 6)
-            w[:4, :2] = 0  # dead on the first rank
-            w[4:, 2:4] = 0  # and on the second
+            w[:4, :2] = 0  # zero on the first rank
+            w[4:, 2:4] = 0  # zero on the second
             w[:, 4] = 0
             p = nn.Parameter(placed(w, mesh, placements))
             check_steps([p], **{**STRONG, "group_lasso": 3.0, **options})
@@ -87,7 +89,10 @@ def frozen_zeros():
 
 @case(2, 4)
 def not_a_number_on_one_rank():
-    """Its groups become what they become unsharded, also where frozen zeros get it as a gradient."""
+    """Groups with NaN or infinities become what they become unsharded.
+
+    That holds where frozen zeros have such gradients, too.
+    """
     mesh = mesh_of(*([2] * (dist.get_world_size() // 2)))
     for bad in (float("nan"), float("inf"), float("-inf")):
         for options in (dict(), dict(prox_mode="exact"), dict(prox_mode="exact", freeze_zeros="group")):
@@ -106,7 +111,7 @@ def not_a_number_on_one_rank():
 
 @case(2)
 def gradients_that_one_rank_lacks():
-    """Its part stays as it is, counts in the norms of the others', and hangs no one."""
+    """A rank without a gradient keeps its part, counts in the norms of the others, and makes no rank wait."""
     mesh, rank = mesh_of(2), dist.get_rank()
     for options in (dict(), dict(prox_mode="exact"), dict(freeze_zeros="group")):
         options = {**STRONG, **options}

@@ -1,4 +1,4 @@
-"""What travels between ranks: how many collectives, of which size, and that replicas stay equal."""
+"""What is sent between ranks: the number and sizes of collectives, and that replicas stay equal."""
 
 from unittest import mock
 
@@ -37,6 +37,7 @@ from cges_kernels.distributed.meshes import Packs
 
 @case(2)
 def nothing_travels_where_groups_lie_on_one_rank():
+    """No collective runs if no group crosses ranks or no sum is needed."""
     mesh = mesh_of(2)
     for spec, placements, options in (
         ("filter", [S(0)], {}),
@@ -55,11 +56,12 @@ def nothing_travels_where_groups_lie_on_one_rank():
 
 @case(2)
 def one_packed_all_reduce_of_sums():
+    """All sums go in one collective, and each further round of exact mode takes one more."""
     mesh = mesh_of(2)
-    groups = 5 * 9 + 8 + 12  # of the first three; in the others nothing crosses
+    groups = 5 * 9 + 8 + 12  # the groups of the first three parameters; in the others none crosses
     for options, sums in ((dict(), 2), (dict(freeze_zeros="group"), 3), (dict(prox_mode="exact"), 3)):
         params = parameters(mesh, [S(0)])
-        half = len(params) // 2  # in two param groups, and with plain tensors among them
+        half = len(params) // 2  # in two param groups, with a plain tensor among the DTensors
         plain = nn.Parameter(torch.randn(4, 4))
         optimizer = ProxSGD([dict(params=[*params[:half], plain]), dict(params=params[half:])], **STRONG)
         for group in optimizer.param_groups:
@@ -79,12 +81,13 @@ def one_packed_all_reduce_of_sums():
 
 @case(4)
 def one_all_reduce_per_mesh_and_dim():
+    """Tensors on the same mesh dims share a collective, of exactly the groups that cross there."""
     flat, square = mesh_of(4), mesh_of(2, 2)
     shape = (8, 8)
     for parts, expected in (
-        ([(square, [S(0), S(1)])], [2 * 4]),  # columns of this rank's half
+        ([(square, [S(0), S(1)])], [2 * 4]),  # the columns of this rank's half
         ([(square, [S(0), S(1)]), (square, [S(1), S(0)])], [2 * 4, 2 * 4]),
-        ([(square, [R, S(0)])], [2 * 8, 2 * 8]),  # the second for the copies
+        ([(square, [R, S(0)])], [2 * 8, 2 * 8]),  # the second is for the replicas
         ([(square, [S(0), R])], [2 * 8, 2 * 8]),
         ([(square, [S(0), S(0)]), (square, [S(0), R])], [2 * 16, 2 * 16]),
         ([(square, [S(0), S(1)]), (square["a"], [S(0)]), (square["b"], [S(0)])], [2 * 12, 2 * 8]),
@@ -96,7 +99,7 @@ def one_all_reduce_per_mesh_and_dim():
         optimizer = ProxSGD(params, **STRONG)
         with counted() as sizes:
             optimizer.step()
-        # The last of these sums one tensor over a dim, before another that is to be copied over it.
+        # The last case sums one tensor over a dim before another tensor is copied over that dim.
         assert [n - 1 for n in sizes] == expected, sizes
         on_all = [p for p in params if p.device_mesh.size() == 4]
         check_steps(on_all, **STRONG)
@@ -105,7 +108,7 @@ def one_all_reduce_per_mesh_and_dim():
 
 @case(4)
 def packs_of_meshes():
-    """One for slices of one mesh, however made; others where two dims of meshes could not be told apart."""
+    """Slices of one mesh share a pack; meshes whose dims could be confused get their own."""
     square, packs = mesh_of(2, 2), Packs()
     together = packs.join(square, (0, 1), ())
     assert together[1:] == ((0, 1), ()) and together[0].groups == [square.get_group(m) for m in range(2)]
@@ -124,7 +127,7 @@ def packs_of_meshes():
         DeviceMesh(device(), [[0, 2], [1, 3]]),
     )
     assert [packs.join(mesh, (0,), ())[0] is together[0] for mesh in others] == [False] * 4
-    assert len(packs.all) == 4  # the flat mesh and the flattened one are one
+    assert len(packs.all) == 4  # the flat mesh and the flattened square are the same
 
     for prox_mode in PROX_MODES:
         placements = [([S(0)], [S(0), S(1)])[mesh.ndim - 1] for mesh in (square, *others)]
@@ -134,7 +137,7 @@ def packs_of_meshes():
 
 @case(4)
 def replicas_stay_equal_whatever_the_order_of_sums():
-    """Also where collectives do not give the same bits in all process groups, as if added up otherwise."""
+    """Replicas keep equal bits even if collectives round differently in each process group."""
     all_reduce, mesh = dist.all_reduce, mesh_of(2, 2)
 
     def inexact(tensor, *args, group, **kwargs):
@@ -156,7 +159,7 @@ def replicas_stay_equal_whatever_the_order_of_sums():
 
 @case(1)
 def sums_over_one_rank():
-    """As if groups crossed shards, so that the sums do travel."""
+    """A mesh of one rank works when it is made to send sums."""
     mesh = mesh_of(1)
     with mock.patch.object(sharded, "crossed_mesh_dims", lambda *args: (0,) * bool(args[-1])):
         for prox_mode in PROX_MODES:
@@ -167,7 +170,10 @@ def sums_over_one_rank():
 
 @case(4)
 def exact_mode_where_some_ranks_could_stop_earlier():
-    """Of the first tensor half of the ranks hold columns that are done at once; the others' are hard."""
+    """All ranks take the same number of rounds, as the hardest group needs, and every group ends right.
+
+    Half of the ranks hold columns of the first tensor that are done at once.
+    """
     mesh = mesh_of(2, 2)
     hard = torch.randn(64, 8) * torch.logspace(-3, 3, 64)[:, None]
     hard[:, :4] = 0
@@ -180,7 +186,8 @@ def exact_mode_where_some_ranks_could_stop_earlier():
         optimizer = ProxSGD(params, lr=1.0, group_lasso=1e-3, exclusive_lasso=3.0, prox_mode="exact")
         with counted() as sizes:
             optimizer.step()
-        if where != [S(0), S(1)]:  # else no group crosses the mesh's second dim: nothing is to be agreed on
+        # on these no group crosses the mesh's second dim, and nothing has to be agreed on
+        if where != [S(0), S(1)]:
             rounds.append(len(sizes))
         for p, w in zip(params, weights):
             expected = reference.shrink(w, reference.Thresholds(1e-3, 3.0, 0.0), prox_mode="exact")
@@ -190,6 +197,7 @@ def exact_mode_where_some_ranks_could_stop_earlier():
 
 @case(2)
 def rounds_have_a_limit():
+    """If groups never finish, the step ends after MAX_ROUNDS."""
     p = parameters(mesh_of(2), [S(0)], shapes=[(8, 8)])[0]
     optimizer = ProxSGD([p], **STRONG, prox_mode="exact")
     with mock.patch.object(CrossingTensor, "unfinished", torch.tensor(True)), counted() as sizes:
@@ -199,7 +207,10 @@ def rounds_have_a_limit():
 
 @case(4)
 def meshes_of_one_rank_and_of_others():
-    """A mesh dim of one rank makes all placements alike; a mesh that a rank is not in is refused there."""
+    """A mesh dim of one rank makes all placements the same.
+
+    A rank outside of a parameter's mesh refuses the parameter.
+    """
     mesh = mesh_of(4, 1)
     for on_one in (R, S(0)):
         p = parameters(mesh, [S(0), on_one], shapes=[(8, 6)])[0]
@@ -207,7 +218,7 @@ def meshes_of_one_rank_and_of_others():
         p.grad = DTensor.from_local(local(p.grad), mesh, [S(0), Partial()])
         with counted() as sizes:
             ProxSGD([p], **STRONG).step()
-        assert len(sizes) == 1  # nothing over the dim of one rank
+        assert len(sizes) == 1  # nothing is sent over the dim of one rank
         expected = reference.step(w, grad, **STRONG)[0]
         torch.testing.assert_close(whole(p.detach()), expected, rtol=1e-5, atol=1e-6)
     half = DeviceMesh(device(), [0, 1])

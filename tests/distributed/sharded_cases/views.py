@@ -9,14 +9,14 @@ from cges_kernels.core.hyperparameters import PROX_MODES
 
 @case(2)
 def views():
-    """Heads, grouped convolutions, LSTM units: where each shard holds whole slices of the view."""
+    """Steps on heads, grouped convolutions and LSTM units are right; views that shards cut are refused."""
     mesh, zeros = mesh_of(2), 0
     for shape, view, spec, placements in (
-        ((8, 6), (4, 2, 6), (1, 2), [S(0)]),  # heads on one rank each
+        ((8, 6), (4, 2, 6), (1, 2), [S(0)]),  # each head on one rank
         ((8, 6), (4, 2, 6), (0,), [S(0)]),  # across the heads
         ((8, 6), (4, 2, 6), (0, 2), [S(1)]),
         ((6, 2, 3, 3), (3, 2, 2, 3, 3), (1,), [R]),
-        ((5, 4, 3), (5, 12), (0,), [S(0)]),  # merged, and uneven
+        ((5, 4, 3), (5, 12), (0,), [S(0)]),  # merged dims, uneven shards
         ((5, 4, 3), (5, 12), (1,), [S(0)]),
         ((5, 4, 3), (5, -1), (0,), [S(0)]),
         ((1, 6), (2, 3), (0,), [S(0)]),  # all on one rank
@@ -30,7 +30,7 @@ def views():
         ((6, 4), (3, 2, 4), [S(0)]),  # three slices for two ranks
         ((8, 6), (4, 12), [S(1)]),  # a shard would hold pieces of slices
         ((6, 4), (2, 12), [S(1)]),
-        ((8, 6), (4, 2, 6), [_StridedShard(0, split_factor=4)]),  # every other row
+        ((8, 6), (4, 2, 6), [_StridedShard(0, split_factor=4)]),  # a shard would hold every other row
     ):
         p = parameters(mesh, placements, shapes=[shape])[0]
         error = raised(
@@ -41,6 +41,7 @@ def views():
 
 @case(4)
 def views_on_two_mesh_dims():
+    """The same on a mesh of two dims."""
     mesh = mesh_of(2, 2)
     strided = [_StridedShard(0, split_factor=2), S(0)]
     for view, spec, placements in (((4, 2, 6), (0,), strided), ((4, 2, 6), (0,), [S(0), S(1)])):

@@ -1,6 +1,6 @@
-"""What training loops do to an optimizer, as functions that take its constructor.
+"""What training loops do to an optimizer, as functions that take a constructor.
 
-Each returns the tensors by which two optimizers are compared.
+Each makes an optimizer, trains with it, and returns the tensors by which two optimizers are compared.
 """
 
 from helpers.scenarios import loops, options, tensors

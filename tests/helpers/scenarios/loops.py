@@ -1,4 +1,4 @@
-"""What a training loop does with a model: zero_grad, closures, scalers, names, frozen layers."""
+"""What a training loop does with a model: zero_grad, closures, loss scaling, names, frozen layers."""
 
 import torch
 from helpers.scenarios.registry import scenario
@@ -7,6 +7,7 @@ from torch import nn
 
 
 def model_and_batches():
+    """A small model and nine batches, the same at every call."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     return model, torch.randn(9, 5, 6, dtype=torch.float64)
@@ -14,12 +15,15 @@ def model_and_batches():
 
 @scenario
 def zero_grad_both_ways(make):
+    """Gradients that are set to None and to zero in turn."""
     model, batches = model_and_batches()
     optimizer = make(model.parameters(), lr=0.1, momentum=0.9)
     for i, x in enumerate(batches):
         optimizer.zero_grad(set_to_none=i % 2 == 0)
         assert all((p.grad is None) if i % 2 == 0 else not p.grad.any() for p in model.parameters())
-        if i not in (3, 8):  # without a backward: a zero moves on by momentum, a None is skipped
+        # Two steps have no backward: a parameter with a zero gradient moves on by momentum, one whose
+        # gradient is None is skipped.
+        if i not in (3, 8):
             model(x).square().sum().backward()
         optimizer.step()
     return everything(optimizer)
@@ -27,6 +31,7 @@ def zero_grad_both_ways(make):
 
 @scenario
 def gradients_accumulated(make):
+    """Three backward passes for each step."""
     model, batches = model_and_batches()
     optimizer = make(model.parameters(), lr=0.01, momentum=0.9)
     for i, x in enumerate(batches):
@@ -39,6 +44,7 @@ def gradients_accumulated(make):
 
 @scenario
 def closure(make):
+    """A step that evaluates the loss itself, through a closure."""
     model, batches = model_and_batches()
     optimizer = make(model.parameters(), lr=0.01, momentum=0.9)
     losses = []
@@ -57,6 +63,7 @@ def closure(make):
 
 @scenario
 def grad_scaler(make):
+    """A GradScaler that finds an infinite gradient once."""
     model, batches = model_and_batches()
     optimizer = make(model.parameters(), lr=0.01, momentum=0.9)
     scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=4.0, growth_interval=2)
@@ -64,7 +71,7 @@ def grad_scaler(make):
         optimizer.zero_grad()
         scaler.scale(model(x).square().sum()).backward()
         if i == 4:
-            model[0].weight.grad[0, 0] = float("inf")  # this step is skipped
+            model[0].weight.grad[0, 0] = float("inf")  # the scaler skips this step
         scaler.step(optimizer)
         scaler.update()
     assert all(p.isfinite().all() for p in model.parameters())
@@ -73,6 +80,7 @@ def grad_scaler(make):
 
 @scenario
 def named_parameters(make):
+    """Parameters given with names, which the state_dict has to keep."""
     model, batches = model_and_batches()
     optimizer = make(model.named_parameters(), lr=0.01, momentum=0.9)
     for x in batches:
@@ -87,6 +95,7 @@ def named_parameters(make):
 
 @scenario
 def parameters_that_need_no_gradient(make):
+    """A frozen layer among the parameters."""
     model, batches = model_and_batches()
     model[0].requires_grad_(False)
     optimizer = make(model.parameters(), lr=0.01, momentum=0.9)

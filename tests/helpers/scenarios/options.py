@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 
 def with_scheduler(make, schedule, **options):
+    """Twelve steps under a scheduler; the rates and momenta seen are compared as well."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9, **options)
     scheduler = schedule(optimizer)
@@ -25,21 +26,25 @@ def with_scheduler(make, schedule, **options):
 
 @scenario
 def step_lr(make):
+    """A learning rate that drops every three steps."""
     return with_scheduler(make, lambda optimizer: StepLR(optimizer, 3, gamma=0.3))
 
 
 @scenario
 def cosine_annealing_lr(make):
+    """A learning rate that changes at every step."""
     return with_scheduler(make, lambda optimizer: CosineAnnealingLR(optimizer, 12))
 
 
 @scenario
 def one_cycle_lr_cycles_momentum_too(make):
+    """A scheduler that changes momentum (or beta1) as well as the learning rate."""
     return with_scheduler(make, lambda optimizer: OneCycleLR(optimizer, 0.2, total_steps=13))
 
 
 @scenario
 def scheduled_tensor_lr(make):
+    """A tensor as the learning rate, changed by a scheduler."""
     params = parameters()
     optimizer = make(params, lr=torch.tensor(0.1), momentum=0.9)
     scheduler = StepLR(optimizer, 2, gamma=0.5)
@@ -52,6 +57,7 @@ def scheduled_tensor_lr(make):
 
 @scenario
 def tensor_lr_changed_in_place(make):
+    """A tensor as the learning rate, changed in place by the caller."""
     params, lr = parameters(), torch.tensor(0.1)
     optimizer = make(params, lr=lr)
     for step in range(6):
@@ -62,6 +68,7 @@ def tensor_lr_changed_in_place(make):
 
 @scenario
 def tensor_lr_of_one_dimension(make):
+    """A learning rate of shape (1,), in float64."""
     params = parameters()
     optimizer = make(params, lr=torch.tensor([0.1], dtype=torch.float64))
     train(optimizer, params, range(3))
@@ -70,6 +77,7 @@ def tensor_lr_of_one_dimension(make):
 
 @scenario
 def tensor_weight_decay(make):
+    """A tensor as the weight decay."""
     params = parameters()
     optimizer = make(params, lr=0.1, weight_decay=torch.tensor(0.01))
     train(optimizer, params, range(3))
@@ -78,6 +86,7 @@ def tensor_weight_decay(make):
 
 @scenario
 def every_hyperparameter_changed_by_hand(make):
+    """A param group's options overwritten between steps."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     changes = [
@@ -96,7 +105,7 @@ def every_hyperparameter_changed_by_hand(make):
 
 @scenario
 def lr_zero_at_first(make):
-    """Checkpoint loaders make a step with lr = 0 so that the buffers exist."""
+    """A first step with lr = 0, which loaders of checkpoints make so that the buffers exist."""
     params = parameters()
     optimizer = make(params, lr=0.0, momentum=0.9)
     train(optimizer, params, range(2))
@@ -108,6 +117,7 @@ def lr_zero_at_first(make):
 
 @scenario
 def add_param_group_mid_training(make):
+    """A param group added after some steps."""
     first, second = parameters(), parameters(seed=1)
     optimizer = make(first, lr=0.1, momentum=0.9)
     train(optimizer, first, range(3))
@@ -118,6 +128,7 @@ def add_param_group_mid_training(make):
 
 @scenario
 def empty_param_group_filled_later(make):
+    """A param group without parameters that gets some after some steps."""
     first, second = parameters(), parameters(seed=1)
     optimizer = make([{"params": first}, {"params": []}], lr=0.1, momentum=0.9)
     train(optimizer, first, range(3))
@@ -128,6 +139,7 @@ def empty_param_group_filled_later(make):
 
 @scenario
 def params_held_in_a_tuple(make):
+    """A param group whose list of parameters was replaced by a tuple."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     optimizer.param_groups[0]["params"] = tuple(params)
@@ -137,6 +149,7 @@ def params_held_in_a_tuple(make):
 
 @scenario
 def parameter_handed_to_the_next_group(make):
+    """A parameter moved from one param group to another."""
     params = parameters()
     optimizer = make([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}], lr=0.1, momentum=0.9)
     train(optimizer, params, range(3))
@@ -148,6 +161,7 @@ def parameter_handed_to_the_next_group(make):
 
 @scenario
 def param_groups_removed_and_reordered(make):
+    """Param groups reversed, and one of them removed."""
     params = parameters()
     optimizer = make([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], momentum=0.9)
     train(optimizer, params, range(2))

@@ -10,6 +10,7 @@ from torch import nn
 
 @scenario
 def gradients_that_are_missing_at_times(make):
+    """Each parameter's gradient is None in every third step."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9, dampening=0.3)
     for step in range(10):
@@ -23,6 +24,7 @@ def gradients_that_are_missing_at_times(make):
 
 @scenario
 def gradient_that_first_appears_at_step_7(make):
+    """A parameter that gets its first gradient, and so its state, after the others."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9, dampening=0.3)
     late = params[1]
@@ -37,6 +39,7 @@ def gradient_that_first_appears_at_step_7(make):
 
 @scenario
 def parameters_moved_in_memory(make):
+    """The memory of every parameter is replaced after each step."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     for step in range(6):
@@ -48,6 +51,7 @@ def parameters_moved_in_memory(make):
 
 @scenario
 def parameters_replaced_in_the_param_group(make):
+    """Every parameter is replaced by another object, to which its state moves."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     for step in range(6):
@@ -63,6 +67,7 @@ def parameters_replaced_in_the_param_group(make):
 
 @scenario
 def one_parameter_replaced_by_another_shape(make):
+    """One parameter is replaced by a new one of another shape."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     train(optimizer, params, range(3))
@@ -73,6 +78,7 @@ def one_parameter_replaced_by_another_shape(make):
 
 @scenario
 def parameters_given_another_stride_order(make):
+    """Parameters change their memory format while their buffers do not."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     train(optimizer, params, range(3))
@@ -84,6 +90,7 @@ def parameters_given_another_stride_order(make):
 
 @scenario
 def model_made_float64_between_steps(make):
+    """The dtype of all parameters changes before the first step."""
     params = parameters(dtype=torch.float32)
     optimizer = make(params, lr=0.125)
     for p in params:
@@ -94,6 +101,7 @@ def model_made_float64_between_steps(make):
 
 @scenario
 def state_cleared(make):
+    """The state is cleared, for all parameters and for single ones."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9, dampening=0.3)
     train(optimizer, params, range(3))
@@ -109,6 +117,7 @@ def state_cleared(make):
 
 @scenario
 def state_entries_replaced(make):
+    """Momentum buffers are replaced, set to None and zeroed, and an entry of the caller's own is kept."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     train(optimizer, params, range(3))
@@ -123,6 +132,7 @@ def state_entries_replaced(make):
 
 @scenario
 def states_given_other_memory(make):
+    """The memory of every state is replaced."""
     params = parameters()
     optimizer = make(params, lr=0.1, momentum=0.9)
     train(optimizer, params, range(3))
@@ -135,6 +145,7 @@ def states_given_other_memory(make):
 
 @scenario
 def states_in_another_memory_format(make):
+    """States change their memory format while their parameters do not."""
     params = parameters([(4, 3, 3, 3), (6, 5)])
     optimizer = make(params, lr=0.1, momentum=0.9)
     train(optimizer, params, range(2))
@@ -149,6 +160,7 @@ def states_in_another_memory_format(make):
 
 @scenario
 def channels_last_parameters_with_contiguous_gradients(make):
+    """Gradients whose strides differ from those of the parameters."""
     params = parameters([(4, 3, 3, 3), (8, 4, 2, 2)])
     for p in params:
         p.data = p.data.to(memory_format=torch.channels_last)
@@ -164,6 +176,7 @@ def channels_last_parameters_with_contiguous_gradients(make):
 
 @scenario
 def gradients_of_odd_strides(make):
+    """Transposed, strided, expanded and conjugated gradients, and one with a pending minus sign."""
     params = parameters([(6, 5)] * 5)
     optimizer = make(params, lr=0.1, momentum=0.9)
     for step in range(4):
@@ -173,13 +186,14 @@ def gradients_of_odd_strides(make):
         params[1].grad = torch.stack([grads[1]] * 2, dim=2)[..., 0]
         params[2].grad = grads[2][:1].expand(6, 5)
         params[3].grad = torch.complex(grads[3], grads[3]).conj().imag
-        params[4].grad = torch._neg_view(grads[4])  # dense, the minus sign still to be applied
+        params[4].grad = torch._neg_view(grads[4])  # dense, but its minus sign is not applied yet
         optimizer.step()
     return everything(optimizer)
 
 
 @scenario
 def one_gradient_shared_by_two_parameters(make):
+    """Two parameters that hold the same gradient tensor."""
     params = parameters([(6, 5)] * 2)
     optimizer = make(params, lr=0.1, momentum=0.9)
     for step in range(3):
