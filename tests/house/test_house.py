@@ -150,19 +150,15 @@ def test_the_design_pages_name_files_that_exist():
     """Every file that a design page names in backquotes is there."""
     pages = list((ROOT / "docs" / "design").glob("*.md"))
     assert len(pages) > 1
+    link = r"\[[^\]]*\]\(([^)#:]+)\)"
+    folders = (ROOT, CSRC, PACKAGE, CSRC / "cuda", PACKAGE / "backends" / "triton")
     for page in pages:
-        names = re.findall(r"`([\w/.-]+\.(?:py|h|cuh|cpp|cu|inc|md))`", page.read_text())
-        assert names
-        for name in names:
-            folders = (
-                ROOT,
-                ROOT / "docs" / "design",
-                CSRC,
-                PACKAGE,
-                CSRC / "cuda",
-                PACKAGE / "backends" / "triton",
-                PACKAGE / "compaction",
-            )
+        text = page.read_text()
+        linked = re.findall(link, text)
+        assert linked
+        for name in linked:
+            assert (page.parent / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(r"`([\w/.-]+\.(?:py|h|cuh|cpp|cu|inc|md))`", re.sub(link, "", text)):
             assert any((folder / name).is_file() for folder in folders), f"{page.name}: {name}"
 
 
