@@ -1,7 +1,8 @@
-"""Instructions per element of the CPU executor under valgrind, against budgets: ``python -m bench.guard``.
+"""Instructions per element of the CPU executor, against budgets: ``python -m bench.guard``.
 
-The same on every run, however busy the machine is. Only what runs inside cges::cpu::step counts, on one
-thread, once with the loops for AVX2 and once with those for any x86-64; valgrind does not know AVX-512.
+valgrind counts the same on every run, however busy the machine is. Only what runs inside cges::cpu::step
+counts, on one thread, once with the loops for AVX2 and once with those for any x86-64; valgrind does not know
+AVX-512.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).parent.parent
 DRIVER = ROOT / "build" / "guard" / "driver"
 OBJECTS = ("executor.o", "cut.o", "rows.o")  # as `make install` compiled them
 COUNT = "--tool=callgrind --callgrind-out-file=/dev/null --toggle-collect=cges::cpu::step(*".split()
-
-
 INSTRUCTION_SETS = {"AVX2": 32, "x86-64": 16}  # bytes of a vector
 
 
@@ -96,25 +93,21 @@ def per_element(program: Path, case: Case, vector_bytes: int) -> float:
     return collected(ended.stderr) / (case.rows * case.columns * case.count)
 
 
-def report(counts: list[tuple[str, float, float]]) -> tuple[str, bool]:
-    """The table of names, counts and budgets, and whether every case keeps to its budget."""
-    lines = [f"{'instructions per element':50s} {'counted':>8s} {'budget':>8s}"]
-    for name, found, most in counts:
-        lines.append(f"{name:50s} {found:8.2f} {most:8.2f}{'  OVER' if found > most else ''}")
-    return "\n".join(lines), all(found <= most for _, found, most in counts)
+def line(name: str, found: float, most: float) -> str:
+    """How a count is shown beside its budget."""
+    return f"{name:50s} {found:8.2f} {most:8.2f}{'  OVER' if found > most else ''}"
 
 
 def main() -> None:
     if shutil.which("valgrind") is None:
         sys.exit("bench.guard: expected valgrind on the PATH, found none")
-    program = driver()
-    counts = [
-        (f"{case.name()}, {name}", per_element(program, case, vector_bytes), most)
-        for case, budgets in tqdm(BUDGETS.items(), file=sys.stderr)
-        for (name, vector_bytes), most in zip(INSTRUCTION_SETS.items(), budgets)
-    ]
-    table, kept = report(counts)
-    print(table)
+    program, kept = driver(), True
+    print(f"{'instructions per element':50s} {'counted':>8s} {'budget':>8s}")
+    for case, budgets in BUDGETS.items():
+        for (name, vector_bytes), most in zip(INSTRUCTION_SETS.items(), budgets):
+            found = per_element(program, case, vector_bytes)
+            print(line(f"{case.name()}, {name}", found, most), flush=True)
+            kept = kept and found <= most
     sys.exit(0 if kept else 1)
 
 

@@ -8,7 +8,7 @@ from helpers.programs import ROOT
 from helpers.readme import BLOCKS, README, Net
 from torch import nn
 
-from bench import readme
+from bench import pages
 from cges_kernels import ProxSGD, cges_param_groups, prox, sparsity_param_groups
 
 USE, EQUIVALENT, AUTHORS = BLOCKS[:3]
@@ -81,10 +81,16 @@ def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
 
 
 def test_tables_are_those_of_the_results():
-    assert readme.with_tables(README, *readme.reports()) == README, "run `make readme-table`"
+    found = pages.pages(*pages.reports())
+    assert len(found) == 2
+    for path, text in found.items():
+        assert path.read_text() == text, f"{path.name}: run `make tables`"
+    short = README.partition(pages.BEGIN)[2].partition(pages.END)[0]
+    assert len(short.strip().splitlines()) <= 20
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) > 10
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for page, least in ((ROOT / "README.md", 10), (ROOT / "docs" / "speed.md", 8)):
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        assert len(links) > least
+        assert [link for link in links if not (page.parent / link).exists()] == []

@@ -27,7 +27,6 @@ class Tile(NamedTuple):
 
 # The launch choices, by kind of layout: the first tile whose `longest` covers the group. A part of 4096
 # elements is 16 a thread: 12 loads of 16 bytes in flight, and three programs per SM where there is one part.
-# `python -m bench.tune` measures them.
 NUM_WARPS = 8
 TILES: dict[int, tuple[Tile, ...]] = {
     ELEMENTWISE.value: (Tile(1, 1, 4096),),
