@@ -107,33 +107,17 @@ def vectorised(
     group_by: str = "feature",
     **options: Any,
 ) -> Contender:
-    """The reference's step in sequential mode, as fast as plain PyTorch can.
+    """The reference's step in sequential mode and without l1, as fast as plain PyTorch can.
 
     It takes torch._foreach_* over all tensors and works in place. Only sums along dimensions and clamps
     between tensors, of which foreach has none, go tensor by tensor.
     """
-    of = {"l1": 0.0, "lr": LR, **COEFFICIENTS, **options}
-    lr, c = of["lr"], of["lr"] * of["l1"]
-    a, b = lr * of["group_lasso"], lr * of["exclusive_lasso"]
+    of = {"lr": LR, **COEFFICIENTS, **options}
+    a, b = of["lr"] * of["group_lasso"], of["lr"] * of["exclusive_lasso"]
     params = parameters(shapes, dtype, device)
     weights, grads, bufs = [p.detach() for p in params], [p.grad for p in params], []
-    grouped = [has_groups(w.dim(), group_by) for w in weights]
-    dims = [reduced_dims(w.dim(), group_by) for w, groups in zip(weights, grouped) if groups]
-
-    def thresholds(u: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if c:
-            torch._foreach_sub_(u, c)
-            torch._foreach_clamp_min_(u, 0.0)
-        t = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
-        torch._foreach_mul_(t, b)
-        torch._foreach_add_(t, c)
-        torch._foreach_mul_(u, u)
-        s = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
-        torch._foreach_rsqrt_(s)  # a zero group: infinity here, so 0 below
-        torch._foreach_mul_(s, -a)
-        torch._foreach_add_(s, 1.0)
-        torch._foreach_clamp_min_(s, 0.0)
-        return s, t
+    kept = [w for w in weights if has_groups(w.dim(), group_by)]
+    dims = [reduced_dims(w.dim(), group_by) for w in kept]
 
     @torch.no_grad()
     def step() -> None:
@@ -142,22 +126,26 @@ def vectorised(
             torch._foreach_add_(bufs, grads)
         else:
             bufs.extend(grad.clone() for grad in grads)
-        torch._foreach_add_(weights, bufs, alpha=-lr)
-        kept = [w for w, groups in zip(weights, grouped) if groups]
-        if kept and (a or b or c):
-            z = [w.to(reference.compute_dtype(dtype)) for w in kept]  # w itself, but for 16-bit types
-            u = torch._foreach_abs(z)
-            s, t = thresholds(u)
-            for x, limit, memory in zip(z, t, u):
-                torch.clamp(x, -limit, limit, out=memory)
-            torch._foreach_sub_(z, u)  # soft(z, t)
-            if a:
-                torch._foreach_mul_(z, s)
-            if z[0] is not kept[0]:
-                torch._foreach_copy_(kept, z)
-        rest = [w for w, groups in zip(weights, grouped) if not groups]
-        if rest and c:
-            torch._foreach_sub_(rest, [w.clamp(-c, c) for w in rest])
+        torch._foreach_add_(weights, bufs, alpha=-of["lr"])
+        if not kept:
+            return
+        z = [w.to(reference.compute_dtype(dtype)) for w in kept]  # w itself, but for 16-bit types
+        u = torch._foreach_abs(z)
+        t = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
+        torch._foreach_mul_(t, b)
+        torch._foreach_mul_(u, u)
+        s = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
+        torch._foreach_rsqrt_(s)  # a zero group: infinity here, so 0 below
+        torch._foreach_mul_(s, -a)
+        torch._foreach_add_(s, 1.0)
+        torch._foreach_clamp_min_(s, 0.0)
+        for x, limit, memory in zip(z, t, u):
+            torch.clamp(x, -limit, limit, out=memory)
+        torch._foreach_sub_(z, u)  # soft(z, t)
+        if a:
+            torch._foreach_mul_(z, s)
+        if z[0] is not kept[0]:
+            torch._foreach_copy_(kept, z)
 
     return Contender(step, params)
 
@@ -179,9 +167,8 @@ def pat(
     from torchao.prototype.pat.optim import PruneOptimizer
 
     params = parameters(shapes, dtype, device)
-    grouped = [p for p in params if has_groups(p.dim(), group_by)]
-    rest = [p for p in params if not has_groups(p.dim(), group_by)]
     kind = {"prox_type": "ProxGroupLasso", "group_type": f"dim.{PAT_GROUPERS[group_by]}"}
+    grouped, rest = ([p for p in params if has_groups(p.dim(), group_by) == wish] for wish in (True, False))
     groups = [{"params": grouped, **kind}, *([{"params": rest}] if rest else [])]
     inner = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, fused=True)
     return Contender(PruneOptimizer(inner, reg_lambda=reg_lambda).step, params)

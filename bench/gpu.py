@@ -16,7 +16,7 @@ import torch
 
 from cges_kernels.backends import registry
 
-from . import baselines, suites, table, workloads
+from . import baselines, table, workloads
 from .lab import Lab, find
 from .rows import Bench
 from .table import Row
@@ -26,8 +26,6 @@ from .workloads import DTYPES, Case
 BACKENDS = ("cuda", "triton")  # in the order of measuring
 KINDS = ("fp32", "bf16")
 EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # groups of a block, of several, of many
-SIDES = (512, 2048, 8192)  # of the grid
-LARGEST = 2**26  # elements, where cost is followed over elements
 HOST = 20e-6  # seconds that step() may take beyond an empty one
 TINY = Case("500 tensors of 16, host", "feature", workloads.small(500, 16))
 
@@ -100,25 +98,10 @@ def rows(
     return found
 
 
-def pictured(
-    lab: Lab,
-    backends: Sequence[str],
-    sides: Sequence[int] = SIDES,
-    largest: int = LARGEST,
-    huge: tuple[int, int] = suites.HUGE,
-) -> list[Row]:
-    """What the pictures show beyond the models, in the first run only."""
-    found = []
-    for bench in (Bench(lab, backend) for backend in backends):
-        found += suites.grid(bench, sides, 1, KINDS, oblong=())
-        found += suites.scaling(bench, 0, largest, huge, 1)
-    return found
-
-
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = table.arguments("bench.gpu", __doc__, runs=3, minutes=6.0)
     parser.add_argument("--backend", choices=BACKENDS, help="measure this one (default: all that are here)")
-    quick = "one run of one backend without exact mode, slow contenders, grid and scaling; other rows stay"
+    quick = "one run of one backend without exact mode and slow contenders; other rows stay"
     parser.add_argument("--quick", action="store_true", help=quick)
     options = parser.parse_args(argv)
     if options.quick:
@@ -145,7 +128,7 @@ def main() -> None:
     if options.quick:
         everything = rows(lab, backends[:1], cases, models, [], slow=False)
     else:
-        everything = [*rows(lab, backends, cases, models), *pictured(lab, backends)]
+        everything = rows(lab, backends, cases, models)
     sys.exit(0 if run(lab, everything, options) else 1)
 
 

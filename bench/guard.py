@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-DRIVER = ROOT / "build" / "guard" / "driver"
 OBJECTS = ("executor.o", "cut.o", "rows.o")  # as `make install` compiled them
 COUNT = "--tool=callgrind --callgrind-out-file=/dev/null --toggle-collect=cges::cpu::step(*".split()
 INSTRUCTION_SETS = {"AVX2": 32, "x86-64": 16}  # bytes of a vector
@@ -69,14 +68,12 @@ def driver() -> Path:
     objects = [folders[-1] / name for name in OBJECTS] if folders else []
     if not objects or not all(path.exists() for path in objects):
         sys.exit("bench.guard: expected the extension's object files under build/, found none: make install")
-    lib = Path(torch.__file__).parent / "lib"
-    include = [f"-isystem{path}" for path in include_paths()]
-    link = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10"]
-    DRIVER.parent.mkdir(parents=True, exist_ok=True)
-    source = ROOT / "bench" / "guard.cpp"
-    compiler = ["c++", "-std=c++20", "-O1", "-fopenmp", f"-I{ROOT / 'csrc'}", *include]
-    subprocess.run([*compiler, str(source), *map(str, objects), *link, "-o", str(DRIVER)], check=True)
-    return DRIVER
+    lib, program = Path(torch.__file__).parent / "lib", ROOT / "build" / "guard-driver"
+    include = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    link = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10", "-o", str(program)]
+    files = [str(path) for path in (ROOT / "bench" / "guard.cpp", *objects)]
+    subprocess.run(["c++", "-std=c++20", "-O1", "-fopenmp", *include, *files, *link], check=True)
+    return program
 
 
 def collected(said: str) -> int:
@@ -88,8 +85,8 @@ def collected(said: str) -> int:
 
 
 def per_element(program: Path, case: Case, vector_bytes: int) -> float:
-    arguments = [str(program), *map(str, case), str(vector_bytes)]
-    ended = subprocess.run(["valgrind", *COUNT, *arguments], capture_output=True, text=True)
+    command = ["valgrind", *COUNT, str(program), *map(str, case), str(vector_bytes)]
+    ended = subprocess.run(command, capture_output=True, text=True)
     return collected(ended.stderr) / (case.rows * case.columns * case.count)
 
 

@@ -10,12 +10,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from . import core
 from .lab import Cpu
-from .table import NAMES, RESULTS, Results, Row, bars, measured, of_suite, percent_of_copy, pictured
+from .table import NAMES, RESULTS, Results, Row, bars, of_suite, percent_of_copy
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -93,11 +94,8 @@ def cells(result: Report | None, row: Row | None) -> tuple[str, str]:
         said = f"{100 / best['ratio']:.0f}% [{100 / high:.0f}, {100 / low:.0f}]"
     else:
         said = f"{best['ratio']:.2f} [{low:.2f}, {high:.2f}]"
-        said += (
-            f", {percent:.0f}%"
-            if "workload" in result and percent and result["baseline"] != "allowed"
-            else ""
-        )
+        if row is None and percent and result["baseline"] != "allowed":
+            said += f", {percent:.0f}%"
     missed = best["ratio"] > (row.target or math.inf) if row else result["met"] is False
     return f"{best['ms']:.3f}", said + (" (missed)" if missed else "")
 
@@ -163,24 +161,24 @@ def models(report: Report, results: Results) -> str:
 
 
 def pictures(report: Report) -> list[str]:
-    drawn = pictured(report["results"], report["name"]).items()
-    return [f"![{PICTURES[suite]}](../bench/results/{file}.svg)" for file, (suite, _) in drawn]
+    drawn = (suite for suite in PICTURES if of_suite(report["results"], suite))
+    return [f"![{PICTURES[s]}](../bench/results/{report['name']}-{s}.svg)" for s in drawn]
 
 
 def cpu_part(reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
-    groups = {machine(r): {x["row"]: x for x in of_suite(r["results"], "core")} for r in reports}
+    cores = [of_suite(report["results"], "core", failed=True) for report in reports]
+    groups = {machine(r): {x["row"]: x for x in known} for r, known in zip(reports, cores)}
     parts = [table(groups, rows)]
-    for report in reports:
+    for report, known in zip(reports, cores):
         env, memory = report["environment"], report["peak_extra_memory"]
         taken = ", ".join(f"{size / 2**20:.2f} ({name})" for name, size in memory.items())
         parts.append(
             f"{machine(report)}, {env['threads']} threads, L2 of {env['l2_bytes'] / 2**20:.0f} MiB a core, "
-            f"torch {env['torch']} ({env['capability']}): "
-            f"{measured_at(report, of_suite(report['results'], 'core'))}. "
+            f"torch {env['torch']} ({env['capability']}): {measured_at(report, known)}. "
             f"MiB of memory a thread that the first steps took, by feature: {taken}."
         )
     for report in reports:
-        parts += [models(report, measured(report["results"], "models")), *pictures(report)]
+        parts += [models(report, of_suite(report["results"], "models")), *pictures(report)]
     return parts
 
 
@@ -190,52 +188,45 @@ def gpu_part(report: Report) -> list[str]:
         f"### {env['gpu']}",
         f"Driver {env['driver']}, CUDA {env['cuda']}, torch {env['torch']}, triton {env['triton']}.",
     ]
-    results = of_suite(report["results"], "core", "models")
+    results = of_suite(report["results"], "core", "models", failed=True)
     for backend in dict.fromkeys(r["backend"] for r in results):
         here = [r for r in results if r["backend"] == backend]
         groups = {kind: {workload(r): r for r in here if r["dtype"] == kind} for kind in ("fp32", "bf16")}
-        parts.append(f"Measured with {backend}: {measured_at(report, here) or 'nothing'}.")
-        parts.append(table(groups))
-    slow = [r for r in measured(results, "models") if "eager" in r["contenders"]]
+        parts += [f"Measured with {backend}: {measured_at(report, here) or 'nothing'}.", table(groups)]
+    slow = [r for r in of_suite(results, "models") if "eager" in r["contenders"]]
     return [*parts, models(report, slow), *pictures(report)]
 
 
 def training_part(report: Report) -> list[str]:
     results = of_suite(report["results"], "training")
     said = f"Whole training iterations with bf16 autocast: {measured_at(report, results)}."
-    return [said, models(report, measured(results, "training"))]
+    return [said, models(report, results)]
 
 
-def to_fused(result: Report) -> float:
-    """The ratio to torch's fused optimizer with the same update rule."""
+def short(result: Report | None) -> str:
+    """The ratio to torch's fused optimizer with the same update rule; on a CPU the milliseconds before it."""
+    if result is None:
+        return ""
     own = result["contenders"][result["contender"]]
-    return own["ratio"] if result["baseline"] == "fused_adamw" else own["to_fused_sgd"]
+    ratio = own["ratio"] if result["baseline"] == "fused_adamw" else own["to_fused_sgd"]
+    return f"{own['ms']:.3g} ms, {ratio:.2f}" if result["backend"] == "cpu" else f"{ratio:.2f}"
 
 
 def short_part(cpus: Sequence[Report], gpus: Sequence[Report]) -> list[str]:
     """The README's table, and where its numbers are from."""
     groups: dict[str, dict[str, Report]] = {}
     for report in (*cpus, *gpus):
-        env = report["environment"]
-        results = [*measured(report["results"], "models"), *measured(report["results"], "core")]
-        for backend in dict.fromkeys(r["backend"] for r in results):
-            here = [r for r in results if r["backend"] == backend and r["dtype"] == "fp32"]
-            commit = here[0].get("commit", env["commit"])
-            head = f"{machine(report)}{NAMED[backend]} ({commit})"
-            groups[head] = {workload(r): r for r in here}
+        for suite in ("models", "core"):  # a workload that both have is the core's
+            for r in (r for r in of_suite(report["results"], suite) if r["dtype"] == "fp32"):
+                commit = r.get("commit", report["environment"]["commit"])
+                head = f"{machine(report)}{NAMED[r['backend']]} ({commit})"
+                groups.setdefault(head, {})[workload(r)] = r
     lines = []
     for title, name in SHORT.items():
-        numbers, eager = [], []
-        for r in (group.get(name) for group in groups.values()):
-            own = r and r["contenders"][r["contender"]]
-            numbers.append("" if r is None else f"{to_fused(r):.2f}")
-            if r and r["backend"] == "cpu":
-                numbers[-1] = f"{own['ms']:.3g} ms, {numbers[-1]}"
-            if r and "eager" in r["contenders"]:
-                eager.append(round(r["contenders"]["eager"]["ratio"]))
-        lines.append(
-            [title, *numbers, " to ".join(map(str, sorted({min(eager), max(eager)}))) if eager else ""]
-        )
+        results = [group.get(name) for group in groups.values()]
+        eager = [r["contenders"]["eager"]["ratio"] for r in results if r and "eager" in r["contenders"]]
+        span = dict.fromkeys(f"{x:.0f}" for x in sorted(eager))
+        lines.append([title, *map(short, results), " to ".join([*span][:: max(len(span) - 1, 1)])])
     said = (
         "A number is how long a float32 step takes, in times of torch's fused optimizer, which does no "
         f"proximal step. For CPUs, on {cpus[0]['environment']['threads']} threads, milliseconds go before. "
@@ -253,15 +244,8 @@ def between_markers(text: str, parts: Iterable[str]) -> str:
 
 def pages(cpus: Sequence[Report], gpus: Sequence[Report], training: Sequence[Report]) -> dict[Path, str]:
     """The pages' text with their tables made anew."""
-    whole = [
-        "## CPU",
-        *cpu_part(cpus, core.rows(Cpu())),
-        "## GPU",
-        *(part for report in gpus for part in gpu_part(report)),
-    ]
-    whole += (
-        ["## Training", *(part for report in training for part in training_part(report))] if training else []
-    )
+    whole = ["## CPU", *cpu_part(cpus, core.rows(Cpu())), "## GPU", *chain(*map(gpu_part, gpus))]
+    whole += ["## Training", *chain(*map(training_part, training))] if training else []
     parts = {ROOT / "README.md": short_part(cpus, gpus), ROOT / "docs" / "speed.md": whole}
     return {path: between_markers(path.read_text(), part) for path, part in parts.items()}
 

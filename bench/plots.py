@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .table import NAMES, RESULTS, Results, bars, percent_of_copy, pictured
+from .table import NAMES, RESULTS, Results, bars, of_suite, percent_of_copy
 
 UNITS = {
     "elements": "elements",
@@ -101,11 +101,11 @@ PICTURES: dict[str, Callable[[Results], Figure]] = {"grid": grid, "models": mode
 def draw(results: Results, name: str, folder: Path = RESULTS) -> list[Path]:
     """The pictures of all suites that have rows; the paths written."""
     written = []
-    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "bench", "font.size": 9}):  # equal numbers, equal bytes
-        for file, (suite, rows) in pictured(results, name).items():
-            written.append(folder / f"{file}.svg")
-            PICTURES[suite](rows).savefig(written[-1], metadata={"Date": None})
+        for suite, picture in PICTURES.items():
+            if rows := of_suite(results, suite):
+                written.append(folder / f"{name}-{suite}.svg")
+                picture(rows).savefig(written[-1], metadata={"Date": None})
     return written
 
 

@@ -1,4 +1,4 @@
-"""What is measured beyond the rows with targets: models, a grid of single tensors, and how cost scales.
+"""What is measured on a CPU beyond the rows with targets: models, a grid of tensors, how cost scales.
 
 Every row has torch's fused SGD as its baseline and a copy of the bytes that must move beside it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 from . import baselines, workloads
@@ -34,29 +35,21 @@ def models(bench: Bench, cases: Iterable[Case], runs: int = 3) -> list[Row]:
     return rows
 
 
-def grid(
-    bench: Bench,
-    sides: Sequence[int] = SIDES,
-    runs: int = 2,
-    dtypes: Iterable[str] | None = None,
-    oblong: Sequence[str] = ("fp32",),
-) -> list[Row]:
-    """Every group spec, mode and dtype over rows x columns; all of them for ``oblong``, else the squares.
+def grid(bench: Bench, sides: Sequence[int] = SIDES, runs: int = 2) -> list[Row]:
+    """Every group spec, mode and dtype over rows x columns, which differ in fp32 alone.
 
     In exact mode half of the weights are left, and each step starts from the same ones.
     """
     rows = []
-    for dtype in DTYPES if dtypes is None else dtypes:
-        pairs = [(r, c) for r in sides for c in sides if dtype in oblong or r == c]
-        for spec in SPECS:
-            for height, width in pairs:
-                shapes = workloads.of_group(spec, height, width)
-                size = {"filter": width, "tensor": height * width, "channel": 9 * height}.get(spec, height)
-                exact = {"make": partial(leaving, 0.5, size), "reset": ("prox_sgd",)}
-                for mode, how in {"sequential": {}, "exact": exact}.items():
-                    options: dict[str, Any] = {"suite": "grid", "dtype": dtype, "runs": runs, **how}
-                    options |= {"rows": height, "columns": width, "mode": mode}
-                    rows.append(bench.sgd(f"{spec} {height}x{width} {dtype} {mode}", shapes, spec, **options))
+    for dtype, spec, height, width in product(DTYPES, SPECS, sides, sides):
+        if dtype == "fp32" or height == width:
+            shapes = workloads.of_group(spec, height, width)
+            size = {"filter": width, "tensor": height * width, "channel": 9 * height}.get(spec, height)
+            exact = {"make": partial(leaving, 0.5, size), "reset": ("prox_sgd",)}
+            for mode, how in {"sequential": {}, "exact": exact}.items():
+                options: dict[str, Any] = {"suite": "grid", "dtype": dtype, "runs": runs, **how}
+                options |= {"rows": height, "columns": width, "mode": mode}
+                rows.append(bench.sgd(f"{spec} {height}x{width} {dtype} {mode}", shapes, spec, **options))
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from .timing import Times, summarise
 
 RESULTS = Path(__file__).parent / "results"
 NO_TIME = "no time was left"
+WHEN = ("commit", "date")  # of measuring, in each row
 NAMES = {  # of contenders, in the order of tables and bars
     "copy": "a copy of the same bytes",
     "fused_sgd": "SGD, fused",
@@ -109,11 +111,10 @@ def result(row: Row, runs: list[list[Times]], error: str | None = None) -> dict[
     return {**head, "target": target, "met": met, **note, "runs": len(runs), "contenders": contenders}
 
 
-def percent_of_copy(result: dict[str, Any], name: str | None = None) -> float | None:
-    """The speed of a contender, or of the row's own, counting only the bytes that must move."""
-    contenders = result["contenders"]
-    own = contenders[name or result["contender"]]
-    return 100 * contenders["copy"]["ms"] / own["ms"] if "copy" in contenders else None
+def percent_of_copy(result: dict[str, Any]) -> float | None:
+    """The speed of the row's contender, counting only the bytes that must move."""
+    copy, own = (result["contenders"].get(name) for name in ("copy", result["contender"]))
+    return 100 * copy["ms"] / own["ms"] if copy else None
 
 
 def one_line(error: Exception) -> str:
@@ -131,35 +132,16 @@ def line(result: dict[str, Any]) -> str:
     said += [] if percent is None else [f"{percent:.1f}% of a copy"]
     others = (name for name in result["contenders"] if name not in (own, baseline))
     said += [f"{name} {result['contenders'][name]['ratio']:.2f}" for name in others]
-    more = (key for key in result if key in ("launches", "paths") or key.endswith("_error"))
+    more = (key for key in result if key == "launches" or key.endswith("_error"))
     said += [f"{key} {result[key]}" for key in more]
     spread = f"[{best['ratio_low']:.2f}, {best['ratio_high']:.2f}]"
     head = f"{result['row']:34s} {best['ms']:8.3f} ms = {best['ratio']:.3f} {baseline} {spread}"
     return "; ".join([head, *said])
 
 
-def of_suite(results: Results, *suites: str) -> Results:
-    """The rows of these suites; those that name none have targets and are "core"."""
-    return [r for r in results if r.get("suite", "core") in suites]
-
-
-def measured(results: Results, *suites: str) -> Results:
-    """Those that went well."""
-    return [r for r in of_suite(results, *suites) if "error" not in r]
-
-
-def pictured(results: Results, name: str) -> dict[str, tuple[str, Results]]:
-    """The pictures of the results of that name, by file: the suite and its rows.
-
-    On a GPU each backend has pictures of its own but for the models, where backends stand beside one another.
-    """
-    found: dict[str, tuple[str, Results]] = {}
-    for suite in ("models", "grid", "scaling"):
-        for result in measured(results, suite):
-            backend = result.get("backend", "cpu")
-            stem = name if suite == "models" or backend == "cpu" else f"{name}-{backend}"
-            found.setdefault(f"{stem}-{suite}", (suite, []))[1].append(result)
-    return found
+def of_suite(results: Results, *suites: str, failed: bool = False) -> Results:
+    """The rows of these suites that went well, or all; those that name none have targets and are "core"."""
+    return [r for r in results if r.get("suite", "core") in suites and (failed or "error" not in r)]
 
 
 def bars(results: Results) -> dict[str, dict[str, float]]:
@@ -174,22 +156,20 @@ def bars(results: Results) -> dict[str, dict[str, float]]:
     return found
 
 
-def write(report: dict[str, Any], name: str, folder: Path = RESULTS) -> None:
-    """Replaces a machine's file, which is whole at all times."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.part"
+def write(report: dict[str, Any], path: Path) -> None:
+    """Replaces a file, which is whole at all times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(part, folder / f"{name}.json")
+    os.replace(part, path)
 
 
-def earlier(name: str, folder: Path) -> Results:
-    """The rows of a machine's file, if there is one, each with its commit and date."""
-    path = folder / f"{name}.json"
+def earlier(path: Path) -> Results:
+    """The rows of a file, if it exists, each with its commit and date."""
     if not path.exists():
         return []
     report = json.loads(path.read_text())
-    when = {key: report["environment"][key] for key in ("commit", "date")}
-    return [{**when, **row} for row in report["results"]]
+    return [{**{key: report["environment"][key] for key in WHEN}, **row} for row in report["results"]]
 
 
 def merged(old: Results, new: Results) -> Results:
@@ -222,30 +202,19 @@ def run(
 
     With ``keep`` the file's other rows stay. Each row says when it was measured. ``more`` goes into the file.
     """
-    rows = [row for row in rows if options.only in row.name]
-    old = earlier(name, options.out) if keep else []
+    rows, path = [row for row in rows if options.only in row.name], options.out / f"{name}.json"
+    old = earlier(path) if keep else []
     for row in rows:
-        row.note.update({key: environment[key] for key in ("commit", "date")})
+        row.note.update({key: environment[key] for key in WHEN})
 
     def save(results: Results) -> None:
         if not options.only:
-            report = {"environment": environment, **more, "results": merged(old, results)}
-            write(report, name, options.out)
+            write({"environment": environment, **more, "results": merged(old, results)}, path)
 
     results = measure(rows, options.runs, options.minutes, save)
     print(*map(line, results), sep="\n")
-    if not options.only:
-        draw(merged(old, results), name, options.out)
-    return bool(results) and not any("error" in result for result in results)
-
-
-def draw(results: Results, name: str, folder: Path) -> None:
-    try:
+    if importlib.util.find_spec("matplotlib") and not options.only:
         from . import plots
-    except ImportError as error:
-        print(
-            f"no pictures without {error.name}; `python -m bench.plots` draws them from the files",
-            file=sys.stderr,
-        )
-    else:
-        plots.draw(results, name, folder)
+
+        plots.draw(merged(old, results), name, options.out)
+    return bool(results) and not any("error" in result for result in results)

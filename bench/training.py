@@ -1,16 +1,13 @@
 """Whole training iterations: ``python -m bench.training`` writes bench/results/training-NAME.json.
 
-An iteration is forward, backward and step, on random weights and data, with bf16 autocast. Without a GPU the
-program trains tiny networks, which shows that it works and nothing else.
+An iteration is forward, backward and step, on random weights and data, with bf16 autocast.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +19,7 @@ from cges_kernels.backends import registry
 
 from . import table
 from .baselines import COEFFICIENTS, LR, MOMENTUM
-from .lab import Cpu, Lab
+from .lab import Lab, find
 from .table import Row
 from .timing import Step, Times, take_turns
 
@@ -57,11 +54,6 @@ def resnet50(device: str) -> Task:
     return images(models.resnet50(), 128, 224, 1000, device)
 
 
-def small_conv_net(device: str) -> Task:
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()]
-    return images(nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 6 * 6, 10)), 8, 16, 10, device)
-
-
 def transformer(device: str, width: int = 1024, depth: int = 24, batch: int = 32, tokens: int = 197) -> Task:
     """The layers of ViT-L/16 on random tokens, of which the first is classified."""
     options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
@@ -72,12 +64,7 @@ def transformer(device: str, width: int = 1024, depth: int = 24, batch: int = 32
     return Task(model, lambda model: nn.functional.cross_entropy(model[1](model[0](x)[:, 0]), labels))
 
 
-Maker = Callable[[str], Task]
-MODELS: dict[str, Maker] = {"ResNet-50": resnet50, "ViT-L/16": transformer}
-SMALL_MODELS: dict[str, Maker] = {
-    "small conv net": small_conv_net,
-    "small transformer": partial(transformer, width=32, depth=2, batch=4, tokens=6),
-}
+MODELS: dict[str, Callable[[str], Task]] = {"ViT-L/16": transformer, "ResNet-50": resnet50}
 
 
 class Training:
@@ -114,7 +101,7 @@ def clock(step: Step, once: bool) -> float:
     return Timer("step()", globals={"step": step}, num_threads=threads).timeit(CALLS).median
 
 
-def row(lab: Lab, name: str, make: Maker) -> Row:
+def row(lab: Lab, name: str, make: Callable[[str], Task]) -> Row:
     backend = registry.choose_backend("auto", [torch.empty(1, device=lab.device)])
     note = {"suite": "training", "backend": backend, "dtype": "bf16", "workload": name}
 
@@ -129,27 +116,12 @@ def row(lab: Lab, name: str, make: Maker) -> Row:
     return Row(name, "fused_sgd", "prox_sgd", None, run, note)
 
 
-def run(lab: Lab, options: argparse.Namespace) -> bool:
-    """Train what can be made here and write the file; whether there was anything and all went well."""
-    models = SMALL_MODELS if lab.device == "cpu" else MODELS
-    rows = [row(lab, model, make) for model, make in models.items() if options.model in model]
-    name = f"training-{lab.name()}"
-    return table.run(rows, name, lab.environment(options.commit), options, keep=True)
-
-
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = table.arguments("bench.training", __doc__, runs=3, minutes=3.0)
-    parser.add_argument(
-        "--model", default="", help="train those whose names contain this; other results stay"
-    )
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    options = arguments()
-    torch.manual_seed(0)
-    sys.exit(0 if run(Lab() if torch.cuda.is_available() else Cpu(), options) else 1)
+def run(lab: Lab, argv: Sequence[str] | None = None) -> bool:
+    options = table.arguments("bench.training", __doc__, runs=3, minutes=3.0).parse_args(argv)
+    rows = [row(lab, name, make) for name, make in MODELS.items()]
+    return table.run(rows, f"training-{lab.name()}", lab.environment(options.commit), options, keep=True)
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    sys.exit(0 if run(find("bench.training")) else 1)

@@ -16,7 +16,7 @@ from helpers import emulated
 from helpers.cpu_lab import NO_GPU, CpuLab
 from helpers.programs import PATHS, ROOT
 
-from bench import baselines, gpu, pages, suites, table, workloads
+from bench import baselines, gpu, pages, table, workloads
 from bench.workloads import Case
 from cges_kernels import available_backends
 from cges_kernels.backends.extension import BUILT
@@ -46,12 +46,9 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     results = {result["row"]: result for result in report["results"]}
     backends = [b for b in gpu.BACKENDS if any(row.startswith(b) for row in results)]
     assert len(results) == len(printed.splitlines())
-    core = table.of_suite(report["results"], "core", "models")
-    assert len(core) == len(backends) * (1 + 2 * (3 + 3 + 8 + 3))
+    assert len(results) == len(backends) * (1 + 2 * (3 + 3 + 8 + 3))
     assert not any("error" in result or "facts_error" in result for result in results.values())
-    stems = ["models", *(f"{backend}-{suite}" for backend in backends for suite in ("grid", "scaling"))]
-    pictures = {f"gpu-cpu-{stem}.svg" for stem in stems}
-    assert pictures == {path.name for path in tmp_path.iterdir()} - {"gpu-cpu.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-cpu.json", "gpu-cpu-models.svg"}
     for backend in backends:
         host = results[f"{backend}: 4 tensors, host fp32"]["contenders"]
         assert {"fused_sgd", "empty", "allowed", "prox_sgd"} <= set(host)
@@ -65,7 +62,7 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     assert all(c["host_us"] > 0 and c["ops"] >= 0 for n, c in model["contenders"].items() if n != "copy")
     text = "\n".join(pages.gpu_part({"name": "gpu-cpu", **report}))
     assert "| feature 50257x1024 | a copy | 55% |" in text and "| tensor 4096x4096 | a copy | - |" in text
-    assert "](../bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
+    assert "](../bench/results/gpu-cpu-models.svg)" in text and "| None" not in text
     if "cuda" in backends:
         assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
         assert "| feature 50257x1024 | a copy | 70%/45% |" in text
@@ -111,9 +108,6 @@ def flow_of_gpu(out):
     host = Case("4 tensors, host", "feature", [(4, 4)] * 4)
     backends = [b for b in gpu.BACKENDS if b in available_backends()]
     rows = gpu.rows(CpuLab(), backends, cases[-3:], models, [(16, 12)], host)
-    suites.SPECS, small = ("feature", "filter"), workloads.small
-    workloads.small = lambda count, elements: small(min(count, 4), min(elements, 16))
-    rows += gpu.pictured(CpuLab(), backends, (18,), 2**10, (8, 6))
     assert gpu.run(CpuLab(), rows, gpu.arguments(["--out", out, "--runs", "1"]))
 
 

@@ -51,7 +51,7 @@ def test_files_and_pages_of_made_up_numbers(tmp_path):
 
     env = CpuLab().environment("abc") | {"gpu": "NVIDIA X", "runs": 2}
     report = {"name": "gpu-x", "environment": env, "results": results}
-    table.write({"environment": env, "results": results}, "gpu-x", tmp_path / "new")
+    table.write({"environment": env, "results": results}, tmp_path / "new" / "gpu-x.json")
     assert {"name": "gpu-x", **json.loads((tmp_path / "new" / "gpu-x.json").read_text())} == report
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["gpu-x.json"]
 
@@ -116,7 +116,7 @@ def test_a_quick_run_keeps_other_rows_and_each_says_when_it_was_measured(tmp_pat
 
     old = table.measure([row("a", 4), row("b", 4), row("t", 4, "triton")], 3)  # no row says when
     environment = CpuLab().environment("old") | {"date": "2020-01-02"}
-    table.write({"environment": environment, "results": old}, "gpu-cpu", tmp_path)
+    table.write({"environment": environment, "results": old}, tmp_path / "gpu-cpu.json")
     report, found = ran([row("a", 2), row("c", 2)], "--quick")
     assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 2)}
     assert list(found) == ["a", "b", "t", "c"]
