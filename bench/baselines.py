@@ -101,11 +101,7 @@ def compiled(shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu", **o
 
 
 def vectorised(
-    shapes: Shapes,
-    dtype: torch.dtype = FP32,
-    device: str = "cpu",
-    group_by: str = "feature",
-    **options: Any,
+    shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu", group_by: str = "feature", **options: Any
 ) -> Contender:
     """The reference's step in sequential mode and without l1, as fast as plain PyTorch can.
 

@@ -171,11 +171,12 @@ def cpu_part(reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
     parts = [table(groups, rows)]
     for report, known in zip(reports, cores):
         env, memory = report["environment"], report["peak_extra_memory"]
-        taken = ", ".join(f"{size / 2**20:.2f} ({name})" for name, size in memory.items())
+        taken = ", ".join(f"{size / 2**20:.2f} for {name}" for name, size in memory.items())
         parts.append(
-            f"{machine(report)}, {env['threads']} threads, L2 of {env['l2_bytes'] / 2**20:.0f} MiB a core, "
-            f"torch {env['torch']} ({env['capability']}): {measured_at(report, known)}. "
-            f"MiB of memory a thread that the first steps took, by feature: {taken}."
+            f"The {machine(report)} has an L2 of {env['l2_bytes'] / 2**20:.0f} MiB a core and was measured "
+            f"on {env['threads']} threads with torch {env['torch']} ({env['capability']}): "
+            f"{measured_at(report, known)}. Beside parameters, gradients and momentum the first steps take "
+            f"scratch memory, in MiB a thread with groups by feature: {taken}."
         )
     for report in reports:
         parts += [models(report, of_suite(report["results"], "models")), *pictures(report)]
@@ -184,15 +185,13 @@ def cpu_part(reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
 
 def gpu_part(report: Report) -> list[str]:
     env = report["environment"]
-    parts = [
-        f"### {env['gpu']}",
-        f"Driver {env['driver']}, CUDA {env['cuda']}, torch {env['torch']}, triton {env['triton']}.",
-    ]
+    used = f"driver {env['driver']}, CUDA {env['cuda']}, torch {env['torch']}, triton {env['triton']}"
+    parts = [f"### {env['gpu']}", f"It was measured with {used}."]
     results = of_suite(report["results"], "core", "models", failed=True)
     for backend in dict.fromkeys(r["backend"] for r in results):
         here = [r for r in results if r["backend"] == backend]
         groups = {kind: {workload(r): r for r in here if r["dtype"] == kind} for kind in ("fp32", "bf16")}
-        parts += [f"Measured with {backend}: {measured_at(report, here) or 'nothing'}.", table(groups)]
+        parts += [f"By {backend}: {measured_at(report, here) or 'nothing'}.", table(groups)]
     slow = [r for r in of_suite(results, "models") if "eager" in r["contenders"]]
     return [*parts, models(report, slow), *pictures(report)]
 
@@ -229,7 +228,7 @@ def short_part(cpus: Sequence[Report], gpus: Sequence[Report]) -> list[str]:
         lines.append([title, *map(short, results), " to ".join([*span][:: max(len(span) - 1, 1)])])
     said = (
         "A number is how long a float32 step takes, in times of torch's fused optimizer, which does no "
-        f"proximal step. For CPUs, on {cpus[0]['environment']['threads']} threads, milliseconds go before. "
+        f"proximal step. A CPU's milliseconds, on {cpus[0]['environment']['threads']} threads, stand before. "
         "The eager reference does the same step in plain PyTorch, here on the CPUs. A column names the "
         "machine and the commit that was measured; what was not measured is empty. "
         "[docs/speed.md](docs/speed.md) says how all this is measured and has the other results."

@@ -63,7 +63,7 @@ def test_files_and_pages_of_made_up_numbers(tmp_path):
     )
     assert "failed: RuntimeError: out of luck" in text
     assert "| reference, eager | 40 |" in text and "m: torch.compile failed (no compiler)." in text
-    assert "Measured with triton: 4 rows at commit abc (" in text and ", 2 runs)." in text
+    assert "By triton: 4 rows at commit abc (" in text and ", 2 runs)." in text
     cpu, *_ = pages.reports()
     whole = pages.pages(cpu, [report], [])
     assert text in whole[ROOT / "docs" / "speed.md"] and "| X, Triton (abc) |" in whole[ROOT / "README.md"]
@@ -124,8 +124,8 @@ def test_a_quick_run_keeps_other_rows_and_each_says_when_it_was_measured(tmp_pat
     text = "\n".join(pages.gpu_part({"name": "gpu-cpu", **report}))
     today = report["environment"]["date"]
     both = f"2 rows at commit new ({today}, 1 run), 1 row at commit old (2020-01-02, 3 runs)."
-    assert f"Measured with cuda: {both}" in text
-    assert "Measured with triton: 1 row at commit old (2020-01-02, 3 runs)." in text
+    assert f"By cuda: {both}" in text
+    assert "By triton: 1 row at commit old (2020-01-02, 3 runs)." in text
     _, found = ran([row("c", 3), row("b", None)], "--quick")
     assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 3)}
     _, found = ran([row("a", 2), row("c", 2)], "--runs", "1")  # a whole run replaces everything
