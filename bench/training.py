@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -58,13 +59,17 @@ def transformer(device: str, width: int = 1024, depth: int = 24, batch: int = 32
     """The layers of ViT-L/16 on random tokens, of which the first is classified."""
     options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(width, width // 64 or 2, 4 * width, **options)
-    model = nn.ModuleList([nn.TransformerEncoder(layer, depth), nn.Linear(width, 10)]).to(device)
+    model = nn.ModuleList(
+        [nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, 10)]
+    ).to(device)
     x = torch.randn(batch, tokens, width, device=device)
     labels = torch.randint(10, (batch,), device=device)
     return Task(model, lambda model: nn.functional.cross_entropy(model[1](model[0](x)[:, 0]), labels))
 
 
-MODELS: dict[str, Callable[[str], Task]] = {"ViT-L/16": transformer, "ResNet-50": resnet50}
+MODELS: dict[str, Callable[[str], Task]] = {"ViT-L/16": transformer}
+if find_spec("torchvision"):
+    MODELS["ResNet-50"] = resnet50
 
 
 class Training:

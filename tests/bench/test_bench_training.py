@@ -13,7 +13,7 @@ from bench.lab import Cpu
 from cges_kernels import sparsity_param_groups
 
 STRONG = {"group_lasso": 0.3, "exclusive_lasso": 0.2}  # so strong that weights die in two steps
-pytestmark = pytest.mark.filterwarnings("ignore:param_groups:UserWarning", "ignore:enable_nested_tensor")
+pytestmark = pytest.mark.filterwarnings("ignore:param_groups:UserWarning")
 
 
 def conv_net(device):
