@@ -7,9 +7,8 @@ small enough that hundreds of steps leave the weights what they are.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -195,9 +194,3 @@ def empty_step(shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu") -
 
     params = parameters(shapes, dtype, device)
     return Contender(Empty(params).step, params)
-
-
-def rotating(contenders: Sequence[Contender]) -> Contender:
-    """Contenders of one kind that step in turn, so that none finds its tensors in a cache."""
-    turns = cycle(contenders)
-    return Contender(lambda: next(turns).step(), [p for c in contenders for p in c.params])

@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .baselines import Contender, Maker, rotating
+from .baselines import Contender, Maker
 from .timing import Clock, DeviceClock, Step, Times, take_turns, wall_clock
 from .workloads import Shapes, held_bytes
 
@@ -76,11 +77,12 @@ class Lab:
     def contender(
         self, make: Maker, shapes: Shapes, dtype: torch.dtype, sets: int | None = None
     ) -> Contender:
-        sets = sets or self.sets(shapes, dtype)
-        contender = rotating([make(shapes, dtype=dtype, device=self.device) for _ in range(sets)])
-        for _ in range(sets if sets > 1 else 0):
+        many = range(sets or self.sets(shapes, dtype))
+        contenders = [make(shapes, dtype=dtype, device=self.device) for _ in many]
+        for contender in contenders if len(many) > 1 else []:
             contender.step()
-        return contender
+        turns = cycle(contenders)
+        return Contender(lambda: next(turns).step(), [p for c in contenders for p in c.params])
 
     def turns(
         self,

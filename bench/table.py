@@ -127,16 +127,13 @@ def line(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"{result['row']:34s} {result['error']}"
     own, baseline = result["contender"], result["baseline"]
-    best, percent = result["contenders"][own], percent_of_copy(result)
-    said = [] if result["target"] is None else [f"target {result['target']:.2f}"]
-    said += [] if percent is None else [f"{percent:.1f}% of a copy"]
-    others = (name for name in result["contenders"] if name not in (own, baseline))
-    said += [f"{name} {result['contenders'][name]['ratio']:.2f}" for name in others]
-    more = (key for key in result if key == "launches" or key.endswith("_error"))
-    said += [f"{key} {result[key]}" for key in more]
+    best = result["contenders"][own]
     spread = f"[{best['ratio_low']:.2f}, {best['ratio_high']:.2f}]"
-    head = f"{result['row']:34s} {best['ms']:8.3f} ms = {best['ratio']:.3f} {baseline} {spread}"
-    return "; ".join([head, *said])
+    said = [f"{result['row']:34s} {best['ms']:8.3f} ms = {best['ratio']:.3f} {baseline} {spread}"]
+    others = result["contenders"].keys() - {own, baseline}
+    said += [f"{name} {result['contenders'][name]['ratio']:.2f}" for name in sorted(others)]
+    more = (key for key in result if key in ("target", "launches") or key.endswith("_error"))
+    return "; ".join([*said, *(f"{key} {result[key]}" for key in more if result[key] is not None)])
 
 
 def of_suite(results: Results, *suites: str, failed: bool = False) -> Results:
