@@ -30,7 +30,7 @@ HOST = 20e-6  # seconds that step() may take beyond an empty one
 TINY = Case("500 tensors of 16, host", "feature", workloads.small(500, 16))
 
 
-# The most that a ratio is to be: of a model to torch's fused SGD, of exact mode to sequential mode (by shape),
+# The most that ratios are to be: of a model to torch's fused SGD, of exact mode to sequential mode by shape,
 # of the host's time to an empty step and HOST. The percents of a copy stand with the workloads.
 TARGETS: dict[str, dict[str, Any]] = {
     "triton": {"model": 1.25, "exact": {}, "host": None},
