@@ -33,7 +33,7 @@ BENCH_STAMP := $(VENV)/.bench
 DOCS_STAMP  := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick readme-table docs clean distclean
+.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick tables docs clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -82,17 +82,17 @@ bench-guard: install  ## count the CPU executor's instructions with valgrind, ag
 
 # `make gpu PY=python3` takes that python as it is, with its torch and triton, and installs nothing.
 gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measure on an NVIDIA GPU
-	$(ON_GPU) STAGES="$(STAGES)" BACKEND="$(BACKEND)" ARGS="$(ARGS)" bash bench/gpu.sh
+	$(ON_GPU) STAGES="$(STAGES)" BACKEND="$(BACKEND)" ARGS="$(ARGS)" bash tests/gpu.sh
 
 # For a GPU at hand for minutes: it builds for that GPU alone.
 gpu-quick: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## on an NVIDIA GPU, build for it and measure what matters most
-	$(ON_GPU) STAGES="quick-build quick-smoke quick-bench" BACKEND="$(or $(BACKEND),cuda)" bash bench/gpu.sh
+	$(ON_GPU) STAGES="quick-build quick-smoke quick-bench" BACKEND="$(or $(BACKEND),cuda)" bash tests/gpu.sh
 
 docs: $(DOCS_STAMP)  ## build the site into build/site; a dead link or an undocumented public name fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build
 
-readme-table: $(DEPS_STAMP)  ## write the README's table from bench/results
-	$(PY) -m bench.readme
+tables: $(DEPS_STAMP)  ## write the tables of README.md and docs/speed.md from bench/results
+	$(PY) -m bench.pages
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info cges_kernels/backends/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis $(EXT_STAMP)

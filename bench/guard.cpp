@@ -1,7 +1,6 @@
-// One step of the CPU executor on one tensor, for callgrind: guard GROUP_BY DTYPE MODE ROWS COLUMNS COUNT
-// VECTOR_BYTES.
-// It stands in for the few functions of torch that the executor calls, on one thread, so that nothing but
-// c10 is loaded and every run executes the same instructions.
+// One step of the CPU executor, for callgrind: guard GROUP_BY DTYPE MODE ROWS COLUMNS COUNT VECTOR_BYTES.
+// The program defines the few functions of torch that the executor calls, for one thread, so that nothing but c10
+// is loaded and every run executes the same instructions.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -9,7 +8,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -71,13 +69,9 @@ void step(const std::string& group_by, bool exact, int64_t rows, int64_t columns
 
 int main(int argc, char** argv) {
   if (argc != 8) return std::fprintf(stderr, "expected 7 arguments, got %d\n", argc - 1), 2;
-  const bool exact = std::strcmp(argv[3], "exact") == 0;
-  const int64_t rows = std::atoll(argv[4]), columns = std::atoll(argv[5]), count = std::atoll(argv[6]);
+  const std::string dtype = argv[2];
   cges::cpu::limit_vector_bytes(std::atoll(argv[7]));
-  if (std::strcmp(argv[2], "bf16") == 0)
-    step<c10::BFloat16>(argv[1], exact, rows, columns, count);
-  else if (std::strcmp(argv[2], "fp16") == 0)
-    step<c10::Half>(argv[1], exact, rows, columns, count);
-  else
-    step<float>(argv[1], exact, rows, columns, count);
+  const auto run = dtype == "bf16" ? step<c10::BFloat16> : dtype == "fp16" ? step<c10::Half> : step<float>;
+  run(argv[1], std::string(argv[3]) == "exact", std::atoll(argv[4]), std::atoll(argv[5]),
+      std::atoll(argv[6]));
 }

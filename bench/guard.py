@@ -1,7 +1,8 @@
-"""Instructions per element of the CPU executor under valgrind, against budgets: ``python -m bench.guard``.
+"""Instructions per element of the CPU executor, against budgets: ``python -m bench.guard``.
 
-The same on every run, however busy the machine is. Only what runs inside cges::cpu::step counts, on one
-thread, once with the loops for AVX2 and once with those for any x86-64; valgrind does not know AVX-512.
+valgrind counts the same on every run, however busy the machine is. Only what runs inside cges::cpu::step
+counts, on one thread, once with the loops for AVX2 and once with those for any x86-64; valgrind does not know
+AVX-512.
 """
 
 from __future__ import annotations
@@ -13,14 +14,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).parent.parent
-DRIVER = ROOT / "build" / "guard" / "driver"
 OBJECTS = ("executor.o", "cut.o", "rows.o")  # as `make install` compiled them
 COUNT = "--tool=callgrind --callgrind-out-file=/dev/null --toggle-collect=cges::cpu::step(*".split()
-
-
 INSTRUCTION_SETS = {"AVX2": 32, "x86-64": 16}  # bytes of a vector
 
 
@@ -72,14 +68,12 @@ def driver() -> Path:
     objects = [folders[-1] / name for name in OBJECTS] if folders else []
     if not objects or not all(path.exists() for path in objects):
         sys.exit("bench.guard: expected the extension's object files under build/, found none: make install")
-    lib = Path(torch.__file__).parent / "lib"
-    include = [f"-isystem{path}" for path in include_paths()]
-    link = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10"]
-    DRIVER.parent.mkdir(parents=True, exist_ok=True)
-    source = ROOT / "bench" / "guard.cpp"
-    compiler = ["c++", "-std=c++20", "-O1", "-fopenmp", f"-I{ROOT / 'csrc'}", *include]
-    subprocess.run([*compiler, str(source), *map(str, objects), *link, "-o", str(DRIVER)], check=True)
-    return DRIVER
+    lib, program = Path(torch.__file__).parent / "lib", ROOT / "build" / "guard-driver"
+    include = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    link = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10", "-o", str(program)]
+    files = [str(path) for path in (ROOT / "bench" / "guard.cpp", *objects)]
+    subprocess.run(["c++", "-std=c++20", "-O1", "-fopenmp", *include, *files, *link], check=True)
+    return program
 
 
 def collected(said: str) -> int:
@@ -91,30 +85,26 @@ def collected(said: str) -> int:
 
 
 def per_element(program: Path, case: Case, vector_bytes: int) -> float:
-    arguments = [str(program), *map(str, case), str(vector_bytes)]
-    ended = subprocess.run(["valgrind", *COUNT, *arguments], capture_output=True, text=True)
+    command = ["valgrind", *COUNT, str(program), *map(str, case), str(vector_bytes)]
+    ended = subprocess.run(command, capture_output=True, text=True)
     return collected(ended.stderr) / (case.rows * case.columns * case.count)
 
 
-def report(counts: list[tuple[str, float, float]]) -> tuple[str, bool]:
-    """The table of names, counts and budgets, and whether every case keeps to its budget."""
-    lines = [f"{'instructions per element':50s} {'counted':>8s} {'budget':>8s}"]
-    for name, found, most in counts:
-        lines.append(f"{name:50s} {found:8.2f} {most:8.2f}{'  OVER' if found > most else ''}")
-    return "\n".join(lines), all(found <= most for _, found, most in counts)
+def line(name: str, found: float, most: float) -> str:
+    """How a count is shown beside its budget."""
+    return f"{name:50s} {found:8.2f} {most:8.2f}{'  OVER' if found > most else ''}"
 
 
 def main() -> None:
     if shutil.which("valgrind") is None:
         sys.exit("bench.guard: expected valgrind on the PATH, found none")
-    program = driver()
-    counts = [
-        (f"{case.name()}, {name}", per_element(program, case, vector_bytes), most)
-        for case, budgets in tqdm(BUDGETS.items(), file=sys.stderr)
-        for (name, vector_bytes), most in zip(INSTRUCTION_SETS.items(), budgets)
-    ]
-    table, kept = report(counts)
-    print(table)
+    program, kept = driver(), True
+    print(f"{'instructions per element':50s} {'counted':>8s} {'budget':>8s}")
+    for case, budgets in BUDGETS.items():
+        for (name, vector_bytes), most in zip(INSTRUCTION_SETS.items(), budgets):
+            found = per_element(program, case, vector_bytes)
+            print(line(f"{case.name()}, {name}", found, most), flush=True)
+            kept = kept and found <= most
     sys.exit(0 if kept else 1)
 
 

@@ -1,4 +1,4 @@
-"""Memory that ProxSGD's first steps on the CPU take, beyond parameters, gradients and buffers (Linux)."""
+"""The memory that ProxSGD's first steps on a CPU take beyond parameters, gradients and buffers (Linux)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,6 @@ class Case(NamedTuple):
         return " ".join([f"{self.rows:,}x{self.columns:,}", *others])
 
 
-# With this glibc takes new pages for every array of some size: what was freed before does not hide any.
-NEW_PAGES = {"MALLOC_MMAP_THRESHOLD_": "16384"}
-
 CASES = (
     Case(4096, 4128),
     Case(4096, 4096),
@@ -40,25 +37,22 @@ CASES = (
     Case(4096, 4128, "exact"),
     Case(4096, 4128, dtype="bfloat16"),
 )
+# With this glibc takes new pages for every array of some size, so that freed memory hides nothing.
+NEW_PAGES = {"MALLOC_MMAP_THRESHOLD_": "16384"}
 
 
 def peak() -> int:
-    """Bytes that this process has held at most since ``forget_peak``."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    """The most bytes that this process has held since its peak was cleared."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def growth(case: Case, threads: int) -> int:
-    """By how many bytes three steps raise a process's peak, its threads and code being there already."""
+    """By how many bytes three steps raise a process's peak, once its threads and code are there."""
     torch.set_num_threads(threads)
 
     def made(rows: int, columns: int, **options: float) -> Step:
         dtype, mode = getattr(torch, case.dtype), case.prox_mode
-        step, params, _ = baselines.prox_sgd(matrix(rows, columns), dtype=dtype, prox_mode=mode, **options)
+        step, params = baselines.prox_sgd(matrix(rows, columns), dtype=dtype, prox_mode=mode, **options)
         for p in params:
             step.__self__.state[p]["momentum_buffer"] = torch.randn_like(p)
         return step
@@ -66,7 +60,7 @@ def growth(case: Case, threads: int) -> int:
     made(300, 300, group_lasso=0.0, exclusive_lasso=0.0)()
     made(8, 8)()
     step = made(case.rows, case.columns)
-    forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # clears the peak
     before = peak()
     for _ in range(3):
         step()
@@ -74,10 +68,9 @@ def growth(case: Case, threads: int) -> int:
 
 
 def peak_extra_memory(threads: int, cases: tuple[Case, ...] = CASES) -> dict[str, int]:
-    """Each case's growth in bytes a thread, in a process of its own, for a peak only ever rises."""
-    found = {}
+    """Each case's growth in bytes a thread, in a process of its own, as a peak only ever rises."""
+    found, spawn = {}, multiprocessing.get_context("spawn")
     for case in cases:
-        spawn = multiprocessing.get_context("spawn")
         with patch.dict(os.environ, NEW_PAGES), ProcessPoolExecutor(1, spawn) as pool:
             found[case.name()] = pool.submit(growth, case, threads).result() // threads
     return found

@@ -1,4 +1,4 @@
-"""Pictures of a report's rows, as PNG and SVG: ``python -m bench.plots`` draws those of all reports."""
+"""Pictures of a machine's rows, as SVG: ``python -m bench.plots`` draws those of all results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .table import NAMES, RESULTS, Results, pictured
+from .table import NAMES, RESULTS, Results, bars, of_suite, percent_of_copy
 
 UNITS = {
     "elements": "elements",
@@ -19,7 +19,6 @@ UNITS = {
     "group length": "group length",
     "threads": "threads",
 }
-FORMATS = ("png", "svg")
 
 
 def distinct(results: Results, key: str) -> list[Any]:
@@ -39,11 +38,11 @@ def grid(results: Results) -> Figure:
         for axes, dtype in zip(line, dtypes):
             for spec in distinct(results, "group_by"):
                 here = [r for r in results if (r["mode"], r["dtype"], r["group_by"]) == (mode, dtype, spec)]
-                best: dict[int, list[float]] = {}  # shapes of one size: their mean
+                same: dict[int, list[float]] = {}  # shapes of one size: their mean is drawn
                 for r in here:
-                    best.setdefault(r["rows"] * r["columns"], []).append(r["percent_of_copy"])
-                if best:
-                    series(axes, [(n, sum(p) / len(p)) for n, p in best.items()], spec)
+                    same.setdefault(r["rows"] * r["columns"], []).append(percent_of_copy(r))
+                if same:
+                    series(axes, [(n, sum(p) / len(p)) for n, p in same.items()], spec)
             axes.set(xscale="log", title=f"{dtype}, {mode}")
             axes.grid(alpha=0.3)
     panels[0][0].legend()
@@ -52,34 +51,23 @@ def grid(results: Results) -> Figure:
     return figure
 
 
-def bars(results: Results) -> dict[str, dict[str, float]]:
-    """Milliseconds by model and by contender; what was measured beside several backends counts once."""
-    dtypes, backends = ({r.get(key) for r in results} for key in ("dtype", "backend"))
-    found: dict[str, dict[str, float]] = {}
-    for name, text in NAMES.items():
-        for r in (r for r in results if name in r["contenders"]):
-            title = r["workload"] + (f" {r['dtype']}" if len(dtypes) > 1 else "")
-            label = text + (f", {r['backend']}" if name == "prox_sgd" and len(backends) > 1 else "")
-            found.setdefault(title, {}).setdefault(label, r["contenders"][name]["ms"])
-    return found
-
-
 def models(results: Results) -> Figure:
     """Milliseconds of a step: a panel per model, a bar per contender."""
     found = bars(results)
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
     figure = Figure(figsize=(4.5 * columns, 2.4 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (title, known) in zip(panels, found.items()):
         colors = ["C1" if label.startswith(NAMES["prox_sgd"]) else "C0" for label in known]
-        drawn = axes.barh(list(known), list(known.values()), color=colors)
-        axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
+        axes.bar_label(
+            axes.barh(list(known), list(known.values()), color=colors), fmt="%.3g", fontsize=7, padding=2
+        )
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.tick_params(labelsize=7)
         axes.set_title(title, fontsize=9)
-    for axes in list(figure.axes)[len(found) :]:
+    for axes in panels[len(found) :]:
         axes.remove()
     figure.supxlabel("ms per step")
     return figure
@@ -87,7 +75,7 @@ def models(results: Results) -> Figure:
 
 def scaling(results: Results) -> Figure:
     """Milliseconds of a step over what grows, a panel each; fused SGD and a copy beside ProxSGD."""
-    along = [a for a in UNITS if any(r["along"] == a for r in results)]
+    along = [what for what in UNITS if any(r["along"] == what for r in results)]
     figure = Figure(figsize=(3.4 * len(along), 3.2), layout="constrained")
     for axes, what in zip(figure.subplots(1, len(along), squeeze=False).flat, along):
         here = [r for r in results if r["along"] == what]
@@ -113,14 +101,11 @@ PICTURES: dict[str, Callable[[Results], Figure]] = {"grid": grid, "models": mode
 def draw(results: Results, name: str, folder: Path = RESULTS) -> list[Path]:
     """The pictures of all suites that have rows; the paths written."""
     written = []
-    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "bench", "font.size": 9}):  # equal numbers, equal bytes
-        for file, (suite, rows) in pictured(results, name).items():
-            for form in FORMATS:
-                path = folder / f"{file}.{form}"
-                figure = PICTURES[suite](rows)
-                figure.savefig(path, dpi=110, metadata={"Date": None} if form == "svg" else None)
-                written.append(path)
+        for suite, picture in PICTURES.items():
+            if rows := of_suite(results, suite):
+                written.append(folder / f"{name}-{suite}.svg")
+                picture(rows).savefig(written[-1], metadata={"Date": None})
     return written
 
 

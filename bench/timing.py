@@ -1,13 +1,9 @@
-"""Timing that holds on a shared machine: contenders take turns, medians, separated runs."""
+"""Timing that holds on a shared machine: contenders take turns, and runs are separated in time."""
 
 from __future__ import annotations
 
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,14 +11,9 @@ import torch
 
 Step = Callable[[], Any]
 Times = dict[str, list[float]]
-# Seconds of a call; told whether it must be this very call alone, because something was prepared for it.
+# Seconds of a call. The flag says that it must be a single call, because something was prepared for it.
 Clock = Callable[[Step, bool], float]
-
-RUNS = 5  # separated in time, each with tensors of its own
-SECONDS_PER_RUN = 1.0
 MAX_TURNS = 200
-NO_KIND = ("amd", "intel", "arm", "apple", "gen", "genuine", "processor", "cpu")
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def wall_clock(step: Step, once: bool = True) -> float:
@@ -32,24 +23,57 @@ def wall_clock(step: Step, once: bool = True) -> float:
     return time.perf_counter() - start
 
 
+class DeviceClock:
+    """Seconds that a call takes on the GPU, between events around a few calls after an untimed one.
+
+    The untimed call leaves in the caches what every later one finds. A kernel that only spins goes before the
+    events, so that the host has queued the calls when the GPU comes to them. triton.testing.do_bench has no
+    such kernel: it would time torch's fused SGD on ResNet-50's 161 tensors, which takes an H200 0.17 ms and
+    its host 0.31 ms, by the host. A CUDA graph would not let the weights be put back before each call.
+    """
+
+    CALLS = 4
+    LONGEST = 2**26  # cycles, about 30 ms: a step with more launches than the queue holds never gets ahead
+
+    def __init__(self) -> None:
+        self.cycles = 2**20
+
+    def __call__(self, step: Step, once: bool) -> float:
+        calls = 1 if once else self.CALLS
+        if not once:
+            step()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self.cycles)
+        start.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        if start.query():  # the GPU began before everything was queued
+            self.cycles = min(2 * self.cycles, self.LONGEST)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+
 def take_turns(
     steps: Mapping[str, Step],
-    before: Step | None = None,
     clock: Clock = wall_clock,
+    seconds: float = 1.0,
     warm_up: float = 0.0,
-    seconds: float = SECONDS_PER_RUN,
+    before: Mapping[str, Step] | None = None,
 ) -> Times:
-    """Seconds of each call, the contenders one after another in every turn, ``before`` run before each.
+    """Seconds of each call, the contenders one after another in every turn.
 
-    Two turns go first, in which kernels are compiled, and then ``warm_up`` seconds of more.
+    What ``before`` holds for a contender runs, untimed, before each of its calls. Two turns that compile
+    kernels go first, and then ``warm_up`` seconds of further turns.
     """
     times: Times = {name: [] for name in steps}
+    prepare = before or {}
 
     def turn() -> None:
         for name, step in steps.items():
-            if before is not None:
-                before()
-            times[name].append(clock(step, before is not None))
+            if name in prepare:
+                prepare[name]()
+            times[name].append(clock(step, name in prepare))
 
     turn(), turn()
     began = time.perf_counter()
@@ -65,23 +89,23 @@ def take_turns(
 
 
 def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, float]]:
-    """Per contender: the median over runs of its median time (ms), and of its ratios.
+    """Per contender: the median over runs of its median time (ms) and of its ratios, and their extremes.
 
-    Those are to ``baseline``, to torch's fused SGD and to a copy. A run is a list of sets of contenders that
-    took turns; a ratio is turn by turn to the one in its own set, or else in the first of the run with one.
+    The ratios are to ``baseline``, to torch's fused SGD and to a copy. A run is a list of sets of contenders
+    that took turns. A ratio is formed turn by turn, to the reference in the contender's own set or, where
+    that has none, in the first set of the run that has one.
     """
     found: dict[str, dict[str, list[float]]] = {}
     references = {"ratio": baseline, "to_fused_sgd": "fused_sgd", "to_copy": "copy"}
     for run in runs:
         for times in run:
             for name, values in times.items():
-                of = found.setdefault(name, {"ms": []})
-                of["ms"].append(1e3 * median(values))
+                of = found.setdefault(name, {})
+                of.setdefault("ms", []).append(1e3 * median(values))
                 for key, reference in references.items():
                     beside = next((t[reference] for t in (times, *run) if reference in t), None)
                     if beside is not None:
-                        ratio = median(t / b for t, b in zip(values, beside))
-                        of.setdefault(key, []).append(ratio)
+                        of.setdefault(key, []).append(median(t / b for t, b in zip(values, beside)))
     return {
         name: {
             **{key: median(values) for key, values in of.items()},
@@ -89,54 +113,4 @@ def summarise(runs: list[list[Times]], baseline: str) -> dict[str, dict[str, flo
             **{f"{key}_high": max(of[key]) for key in ("ms", "ratio")},
         }
         for name, of in found.items()
-    }
-
-
-def output(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def last_cache_bytes() -> int:
-    """Of the largest cache that Linux tells of; 32 MiB where it tells of none."""
-    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
-    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=2**25)
-
-
-def l2_bytes() -> int:
-    """Of each core's own; 0 where nobody tells."""
-    return int(output("getconf", "LEVEL2_CACHE_SIZE") or 0)
-
-
-def cpu_model() -> str:
-    """As the processor calls itself: "Intel(R) Xeon(R) Processor"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return models[0] if models else platform.processor() or "unknown"
-
-
-def cpu_kind(model: str) -> str:
-    """The name of a kind of machine, whose results are kept apart from others': "epyc", "xeon"."""
-    words = re.findall(r"[a-z]{3,}", model.lower())
-    return next((word for word in words if word not in NO_KIND), "unknown")
-
-
-def environment(commit: str | None = None) -> dict[str, Any]:
-    """What a reader needs to judge the numbers; ``commit`` names the sources where git cannot."""
-    changed = output("git", "status", "--porcelain", "--", "csrc", "cges_kernels")
-    found = output("git", "rev-parse", "--short", "HEAD") or "unknown"
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit or found + (" with changes" if changed else ""),
-        "cpu": cpu_model(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "l2_bytes": l2_bytes(),
-        "last_cache_bytes": last_cache_bytes(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }

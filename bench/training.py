@@ -1,42 +1,37 @@
-"""Whole training iterations: ``python -m bench.training`` writes bench/results/training-<name>.json and .csv.
+"""Whole training iterations: ``python -m bench.training`` writes bench/results/training-NAME.json.
 
-Forward, backward and step, on random weights and data, with bf16 autocast. Without a GPU it trains tiny
-networks, which shows that the program works and nothing else.
+An iteration is forward, backward and step, on random weights and data, with bf16 autocast.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from cges_kernels import ProxSGD, penalty, sparsity_param_groups
 from cges_kernels.backends import registry
 
+from . import table
 from .baselines import COEFFICIENTS, LR, MOMENTUM
-from .lab import Cpu, Lab
-from .table import NAMES, RESULTS, WHEN, Results, Row, earlier, measure, merged, write
-from .timing import Times, take_turns
+from .lab import Lab, find
+from .table import Row
+from .timing import Step, Times, take_turns
 
-RUNS = 3  # separated, each with models of its own
 SECONDS = 7.0  # of a run
-CALLS = 3  # iterations between the events
+CALLS = 3  # iterations that are timed together
 PROXIMAL: Mapping[str, dict[str, Any]] = {
     "prox_sgd": {"prox_mode": "sequential"},
     "exact": {"prox_mode": "exact"},
     "eager": {"backend": "reference"},
 }
 CONTENDERS = ("fused_sgd", *PROXIMAL, "penalty")
-MORE = ("wall_ms", "step_ms", "step_host_ms", *WHEN)  # columns beside those of every table
 PENALTY_KEYS = ("group_lasso", "exclusive_lasso", "group_by", "view")
 
 
@@ -60,49 +55,28 @@ def resnet50(device: str) -> Task:
     return images(models.resnet50(), 128, 224, 1000, device)
 
 
-def small_conv_net(device: str) -> Task:
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()]
-    return images(nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 6 * 6, 10)), 8, 16, 10, device)
+def transformer(device: str, width: int = 1024, depth: int = 24, batch: int = 32, tokens: int = 197) -> Task:
+    """The layers of ViT-L/16 on random tokens, of which the first is classified."""
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(width, width // 64 or 2, 4 * width, **options)
+    model = nn.ModuleList(
+        [nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, 10)]
+    ).to(device)
+    x = torch.randn(batch, tokens, width, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    return Task(model, lambda model: nn.functional.cross_entropy(model[1](model[0](x)[:, 0]), labels))
 
 
-def gpt2(device: str, count: int = 8, tokens: int = 512, **config: int) -> Task:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(**config)).to(device)
-    ids = torch.randint(model.config.vocab_size, (count, tokens), device=device)
-    return Task(model, lambda model: model(ids, labels=ids).loss)
-
-
-def small_gpt2(device: str) -> Task:
-    return gpt2(device, 2, 16, n_layer=2, n_embd=32, n_head=2, vocab_size=96, n_positions=16)
-
-
-Maker = Callable[[str], Task]
-MODELS: dict[str, tuple[str, Maker]] = {  # and the package that each needs
-    "ResNet-50": ("torchvision", resnet50),
-    "GPT-2 small": ("transformers", gpt2),
-}
-SMALL_MODELS: dict[str, tuple[str, Maker]] = {
-    "small conv net": ("torch", small_conv_net),
-    "small GPT-2": ("transformers", small_gpt2),
-}
-
-
-class HostEvent:
-    """torch.cuda.Event where there is no GPU: the host's own time."""
-
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end: HostEvent) -> float:
-        return 1e3 * (end.seconds - self.seconds)
+MODELS: dict[str, Callable[[str], Task]] = {"ViT-L/16": transformer}
+if find_spec("torchvision"):
+    MODELS["ResNet-50"] = resnet50
 
 
 class Training:
-    """What a user of one contender writes. Called, it does an iteration; it remembers its times."""
+    """What a user of one contender writes: called, it does an iteration."""
 
-    def __init__(self, task: Task, name: str, lab: Lab) -> None:
-        self.task, self.lab = task, lab
+    def __init__(self, task: Task, name: str, device: str) -> None:
+        self.task, self.device = task, device
         groups = sparsity_param_groups(task.model, **COEFFICIENTS)
         self.in_loss: list[dict[str, Any]] = []
         if name in PROXIMAL:
@@ -111,16 +85,10 @@ class Training:
             self.optimizer = torch.optim.SGD(task.model.parameters(), lr=LR, momentum=MOMENTUM, fused=True)
         if name == "penalty":
             self.in_loss = [group for group in groups if group["group_lasso"] or group["exclusive_lasso"]]
-        self.walls: list[float] = []  # seconds of an iteration by the CPU's clock, of a few with their start
-        self.steps: list[tuple[Any, Any]] = []  # events around each step
-        self.hosts: list[float] = []  # seconds until each step returned
-
-    def event(self) -> Any:
-        return HostEvent() if self.lab.device == "cpu" else torch.cuda.Event(enable_timing=True)
 
     def backward(self) -> None:
         self.optimizer.zero_grad()
-        with torch.autocast(self.lab.device, torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             loss = self.task.loss(self.task.model)
         for group in self.in_loss:
             options = {key: group[key] for key in PENALTY_KEYS}
@@ -129,106 +97,36 @@ class Training:
 
     def __call__(self) -> None:
         self.backward()
-        start, end = self.event(), self.event()
-        start.record()
-        began = time.perf_counter()
         self.optimizer.step()
-        self.hosts.append(time.perf_counter() - began)
-        end.record()
-        self.steps.append((start, end))
-
-    def clock(self) -> float:
-        """Seconds of an iteration between events; an untimed one goes first, to let the host get ahead."""
-        start, end = self.event(), self.event()
-        self.lab.synchronize()
-        began = time.perf_counter()
-        self()
-        start.record()
-        for _ in range(CALLS):
-            self()
-        end.record()
-        self.lab.synchronize()
-        self.walls.append((time.perf_counter() - began) / (CALLS + 1))
-        return start.elapsed_time(end) / 1e3 / CALLS
-
-    def times(self, turns: int) -> dict[str, float]:
-        """Medians of the last ``turns``, in milliseconds."""
-        calls = turns * (CALLS + 1)
-        return {
-            "wall_ms": 1e3 * median(self.walls[-turns:]),
-            "step_ms": median(start.elapsed_time(end) for start, end in self.steps[-calls:]),
-            "step_host_ms": 1e3 * median(self.hosts[-calls:]),
-        }
 
 
-def row(lab: Lab, name: str, make: Maker, found: Mapping[str, Any]) -> Row:
+def clock(step: Step, once: bool) -> float:
+    """Seconds that a user waits for an iteration; the mean of a few, after others that are not timed."""
+    threads = torch.get_num_threads()
+    return Timer("step()", globals={"step": step}, num_threads=threads).timeit(CALLS).median
+
+
+def row(lab: Lab, name: str, make: Callable[[str], Task]) -> Row:
     backend = registry.choose_backend("auto", [torch.empty(1, device=lab.device)])
     note = {"suite": "training", "backend": backend, "dtype": "bf16", "workload": name}
-    note.update({key: found[key] for key in WHEN})
 
     def run() -> list[Times]:
         lab.free()
         task = make(lab.device)
         # Each has a model of its own, all from the same weights. With one for all, each would compute with
         # the zeros that the others made, and a gradient's memory would change hands in every turn.
-        contenders = {n: Training(task._replace(model=copy.deepcopy(task.model)), n, lab) for n in CONTENDERS}
-        times = take_turns(contenders, clock=lambda training, once: training.clock(), seconds=SECONDS)
-        sizes = [p.numel() for p in task.model.parameters()]
-        note.update(elements=sum(sizes), tensors=len(sizes))
-        note["counts"] = {n: training.times(len(times[n])) for n, training in contenders.items()}
-        return [times]
+        tasks = {n: task._replace(model=copy.deepcopy(task.model)) for n in CONTENDERS}
+        return [take_turns({n: Training(tasks[n], n, lab.device) for n in tasks}, clock, SECONDS)]
 
-    # Of what is counted, the last run's numbers stay.
-    return Row(name, "fused_sgd", "prox_sgd", None, run, note, runs=RUNS)
+    return Row(name, "fused_sgd", "prox_sgd", None, run, note)
 
 
-def shown(results: Results) -> str:
-    lines = [f"{'':38s}{'iteration ms':>13s}{'to fused':>9s}{'wall ms':>9s}{'step ms':>9s}{'host ms':>9s}"]
-    for result in results:
-        lines.append(f"{result['row']}: {result.get('error', '')}")
-        for name, of in result.get("contenders", {}).items():
-            numbers = f"{of['wall_ms']:9.2f}{of['step_ms']:9.3f}{of['step_host_ms']:9.3f}"
-            lines.append(f"  {NAMES[name]:36s}{of['ms']:13.2f}{of['ratio']:9.3f}{numbers}")
-    return "\n".join(lines)
-
-
-def run(lab: Lab, options: argparse.Namespace) -> bool:
-    """Train what can be made here and write the files; whether there was anything and all went well."""
-    found, name = {**lab.environment(options.commit), "runs": RUNS}, f"training-{lab.name()}"
-    rows = []
-    for model, (package, make) in (SMALL_MODELS if lab.device == "cpu" else MODELS).items():
-        if options.model not in model:
-            continue
-        if find_spec(package) is None:
-            print(f"bench.training: {model} is left out: {package} is not installed", file=sys.stderr)
-        else:
-            rows.append(row(lab, model, make, found))
-    old = earlier(name, options.out)
-
-    def save(results: Results) -> None:
-        write({"environment": found, "results": merged(old, results)}, name, options.out, MORE)
-
-    results = measure(rows, RUNS, options.minutes, save)
-    print(shown(results))
-    return bool(results) and not any("error" in result for result in results)
-
-
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.training", description=__doc__)
-    parser.add_argument(
-        "--model", default="", help="train those whose names contain this; other results stay"
-    )
-    parser.add_argument("--minutes", type=float, default=3.0, help="begin no run later (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default %(default)s)")
-    parser.add_argument("--commit", help="what was measured, where git cannot tell")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    options = arguments()
-    torch.manual_seed(0)
-    sys.exit(0 if run(Lab() if torch.cuda.is_available() else Cpu(), options) else 1)
+def run(lab: Lab, argv: Sequence[str] | None = None) -> bool:
+    options = table.arguments("bench.training", __doc__, runs=3, minutes=3.0).parse_args(argv)
+    rows = [row(lab, name, make) for name, make in MODELS.items()]
+    return table.run(rows, f"training-{lab.name()}", lab.environment(options.commit), options, keep=True)
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    sys.exit(0 if run(find("bench.training")) else 1)

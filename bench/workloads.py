@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -146,35 +147,19 @@ def small(count: int, elements: int) -> Shapes:
 
 
 def of_group(group_by: str, rows: int, columns: int) -> Shapes:
-    """About rows x columns elements; 3x3 kernels where groups by channel are to differ from the others."""
+    """About rows x columns elements; 3x3 kernels by channel, or its groups would be those by feature."""
     return [(rows, max(columns // 9, 1), 3, 3)] if group_by == "channel" else matrix(rows, columns)
 
 
 def elements(shapes: Shapes) -> int:
-    total = 0
-    for shape in shapes:
-        n = 1
-        for size in shape:
-            n *= size
-        total += n
-    return total
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def bytes_moved(shapes: Shapes, dtype: torch.dtype, states: int = 1) -> int:
-    """What a step must move: w and gradient in, w out; each state in and out: momentum's, or AdamW's two."""
+    """What a step must move: w and gradient in, w out, and each state in and out (SGD has 1, AdamW 2)."""
     return (3 + 2 * states) * dtype.itemsize * elements(shapes)
 
 
-def facts(
-    suite: str,
-    shapes: Shapes,
-    cache: str,
-    dtype: str = "fp32",
-    backend: str = "cpu",
-    states: int = 1,
-    **more: Any,
-) -> dict[str, Any]:
-    """What the files say of a row beside its numbers; ``cache``: whether steps find their tensors in one."""
-    sizes = {"elements": elements(shapes), "tensors": len(shapes)}
-    sizes["bytes"] = bytes_moved(shapes, DTYPES[dtype], states)
-    return {"suite": suite, "backend": backend, "dtype": dtype, **sizes, "cache": cache, **more}
+def held_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
+    """The size of weights, gradients and momentum buffers."""
+    return 3 * dtype.itemsize * elements(shapes)

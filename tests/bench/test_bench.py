@@ -8,8 +8,8 @@ import torch
 from helpers.cpu_lab import CpuLab
 
 from bench import baselines, gpu, lab, timing, workloads
+from bench.rows import Bench
 from bench.workloads import Case
-from cges_kernels.backends.extension import BUILT
 from cges_kernels.core import reference
 
 
@@ -49,9 +49,9 @@ def test_bytes_that_must_move():
 
 def test_rows_know_their_targets_and_names():
     case = Case("filter 4x4", "filter", [(4, 4)], {"triton": (80, 80), "cuda": (85, 72)})
-    model, host = case._replace(name="model"), case._replace(name="host")
+    model, host = case._replace(name="ResNet-50 model"), case._replace(name="host")
     rows = gpu.rows(CpuLab(), ["cuda", "triton"], [case], [model], [(4, 4), (512, 32768)], host)
-    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 1 + 6))
+    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 2 + 6))
     assert [row.name for row in rows[:3]] == [
         "cuda: host fp32",
         "cuda: filter 4x4 fp32",
@@ -66,7 +66,8 @@ def test_rows_know_their_targets_and_names():
         assert targets[f"{backend}: filter 4x4 bf16"] == ("copy", pytest.approx(bf16))
         three_points_less = 100 / (100 / fp32 - 3)
         assert targets[f"{backend}: AdamW, filter 4x4 fp32"] == ("copy", pytest.approx(three_points_less))
-        assert targets[f"{backend}: model bf16"] == ("fused_sgd", model)
+        assert targets[f"{backend}: AdamW, ResNet-50 model bf16"] == ("fused_adamw", None)
+        assert targets[f"{backend}: ResNet-50 model bf16"] == ("fused_sgd", model)
         assert targets[f"{backend}: exact 512x32768, 50% left bf16"] == ("sequential", exact)
         assert targets[f"{backend}: exact 4x4, 50% left fp32"] == ("sequential", None)
         assert targets[f"{backend}: host fp32"] == ("allowed", host)
@@ -75,9 +76,9 @@ def test_rows_know_their_targets_and_names():
 def test_a_copy_is_scaled_to_the_bytes_of_the_row():
     here = CpuLab()
     here.clock = lambda: lambda step, once: 1.0  # every call takes a second
-    nothing = baselines.Contender(lambda: None, [], lambda: lambda: None)
-    times = here.beside_copy({"prox_sgd": nothing}, [(2**12,)], torch.float32)
-    assert set(times["prox_sgd"]) == {1.0} and set(times["copy"]) == {20 * 2**12 / 2**13}
+    (times,) = Bench(here).sgd("a", [(2**12,)]).measure()
+    assert set(times) == {"fused_sgd", "prox_sgd", "copy"} and set(times["prox_sgd"]) == {1.0}
+    assert set(times["copy"]) == {20 * 2**12 / 2**13}
 
 
 def test_tensors_rotate_until_the_cache_is_cold():
@@ -85,28 +86,27 @@ def test_tensors_rotate_until_the_cache_is_cold():
 
     def make(shapes, dtype, device):
         made.append((shapes, dtype, device))
-        return baselines.Contender(partial(int, len(made)), [], lambda: None)
+        return baselines.Contender(partial(int, len(made)), [])
 
     step = CpuLab().contender(make, [(10, 10)], torch.bfloat16).step
     sets = 4 * 1024 // (3 * 2 * 100) + 1
     assert made == [([(10, 10)], torch.bfloat16, "cpu")] * sets
     assert [step() for _ in range(sets + 1)] == [*range(1, sets + 1), 1]
-    assert sets * 3 * 2 * 100 > 2 * CpuLab.l2_bytes
-    assert CpuLab().cache([(10, 10)], torch.bfloat16) == "cold"
+    assert sets * 3 * 2 * 100 > 2 * CpuLab.cache_bytes
     assert CpuLab().sets([(2, 2)], torch.bfloat16) == CpuLab.most_sets
-    assert CpuLab().cache([(2, 2)], torch.bfloat16) == "warm"
 
 
-def test_turns_warm_up_then_alternate():
+def test_turns_warm_up_then_alternate_each_after_what_prepares_it():
     calls = []
 
     def clock(step, once):
         calls.append((step(), once))
         return float(len(calls))
 
-    times = timing.take_turns({"a": lambda: "a", "b": lambda: "b"}, lambda: None, clock, seconds=0.0)
-    assert [name for name, _ in calls] == ["a", "b"] * 7 and all(once for _, once in calls)
-    assert times == {"a": [5.0, 7.0, 9.0, 11.0, 13.0], "b": [6.0, 8.0, 10.0, 12.0, 14.0]}
+    steps, before = {"a": lambda: "a", "b": lambda: "b"}, {"b": lambda: calls.append("before")}
+    times = timing.take_turns(steps, clock, seconds=0.0, before=before)
+    assert calls == [("a", False), "before", ("b", True)] * 7
+    assert times == {"a": [7.0, 10.0, 13.0, 16.0, 19.0], "b": [9.0, 12.0, 15.0, 18.0, 21.0]}
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -151,14 +151,14 @@ def test_only_kernels_count_as_launches():
 
 
 def test_the_gpu_names_the_files(monkeypatch):
-    for name, short in [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb")]:
+    for name, short in [("NVIDIA H200", "gpu-h200"), ("NVIDIA A100-SXM4-80GB", "gpu-a100-sxm4-80gb")]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert lab.Lab.name(CpuLab()) == short
 
 
 @pytest.mark.parametrize("said", ["570.1, 1980 MHz, 3201 MHz\n570.1, 345 MHz, 3201 MHz", None])
 def test_environment_of_a_gpu(monkeypatch, said):
-    monkeypatch.setattr(lab, "output", lambda *command: said)
+    monkeypatch.setattr(lab, "output", lambda name, *rest: said if name == "nvidia-smi" else None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     found = lab.Lab.environment(CpuLab(), "abc")
@@ -169,28 +169,25 @@ def test_environment_of_a_gpu(monkeypatch, said):
 
 def test_quick_rows_are_those_of_one_backend_without_the_slow_ones(monkeypatch):
     slow = []
-    model_row = gpu.Table.model
-    monkeypatch.setattr(gpu.Table, "model", lambda *a: slow.append(a[2]) or model_row(*a))
+    make = Bench.row
+    monkeypatch.setattr(Bench, "row", lambda *a, **o: slow.append(bool(o.get("slow"))) or make(*a, **o))
     case, host = (Case(name, "feature", [(4, 4)], slow=True) for name in ("model", "host"))
-    rows = gpu.quick_rows(CpuLab(), "triton", [case._replace(name="weight")], [case], host)
+    weight = case._replace(name="weight")
+    rows = gpu.rows(CpuLab(), ["triton"], [weight], [case], [], host, slow=False)
     names = ["host fp32", "weight fp32", "weight bf16", "AdamW, weight fp32", "AdamW, weight bf16"]
     names += ["model fp32", "model bf16"]
-    assert [row.name for row in rows] == [f"triton: {name}" for name in names] and slow == [False, False]
+    assert [row.name for row in rows] == [f"triton: {name}" for name in names] and slow == [False] * 7
+    slow.clear()
+    gpu.rows(CpuLab(), ["cuda", "triton"], [weight], [case], [], host)
+    assert slow == [False] * 12 + [True] * 2  # the last backend has them
     assert gpu.arguments(["--quick"]).runs == 1 and gpu.arguments([]).runs == 3
-
-
-def test_plans_in_python_are_put_back(monkeypatch):
-    before = BUILT.get("cpu")
-    with baselines.plans_in_python():
-        assert "cpu" not in BUILT
-    assert BUILT.get("cpu") is before
 
 
 @pytest.mark.full("torch.compile, which takes seconds, makes a contender of the reference")
 def test_the_compiled_contender_takes_the_step_of_the_reference():
     shapes = [(6, 4), (5, 2, 3)]
     torch.manual_seed(1)
-    step, params, _ = baselines.compiled(shapes)
+    step, params = baselines.compiled(shapes)
     step()
     torch.manual_seed(1)
     again = [p.detach() for p in baselines.parameters(shapes)]

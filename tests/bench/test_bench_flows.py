@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 
+import gpu_smoke as smoke
 import pytest
 import torch
 from cuda_emulator.build import compiler
@@ -15,7 +16,7 @@ from helpers import emulated
 from helpers.cpu_lab import NO_GPU, CpuLab
 from helpers.programs import PATHS, ROOT
 
-from bench import baselines, gpu, plots, readme, smoke, suites, table, workloads
+from bench import baselines, gpu, pages, table, workloads
 from bench.workloads import Case
 from cges_kernels import available_backends
 from cges_kernels.backends.extension import BUILT
@@ -45,42 +46,27 @@ def test_the_whole_flow_of_bench_gpu(tmp_path):
     results = {result["row"]: result for result in report["results"]}
     backends = [b for b in gpu.BACKENDS if any(row.startswith(b) for row in results)]
     assert len(results) == len(printed.splitlines())
-    core = table.of_suite(report["results"], "core", "models")
-    assert len(core) == len(backends) * (1 + 2 * (3 + 3 + 7 + 3))
+    assert len(results) == len(backends) * (1 + 2 * (3 + 3 + 8 + 3))
     assert not any("error" in result or "facts_error" in result for result in results.values())
-    assert table.holes(report["results"]) == []
-    stems = ["models", *(f"{backend}-{suite}" for backend in backends for suite in ("grid", "scaling"))]
-    pictures = {f"gpu-cpu-{stem}.{form}" for stem in stems for form in plots.FORMATS}
-    assert pictures == {path.name for path in tmp_path.iterdir()} - {"gpu-cpu.json", "gpu-cpu.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-cpu.json", "gpu-cpu-models.svg"}
     for backend in backends:
         host = results[f"{backend}: 4 tensors, host fp32"]["contenders"]
         assert {"fused_sgd", "empty", "allowed", "prox_sgd"} <= set(host)
         exact = results[f"{backend}: exact 16x12, 50% left fp32"]
         assert 20 < exact["percent_nonzero_exact"] < 80
     model = results["triton: ResNet-50 feature bf16"]
-    assert model["compiled_error"] == "ValueError: no compiler" and model["percent_of_copy"] > 0
-    everyone = {"copy", "fused_sgd", "prox_sgd", "foreach", *baselines.others()}
+    assert model["compiled_error"] == "ValueError: no compiler" and table.percent_of_copy(model) > 0
+    everyone = {"copy", "fused_sgd", "prox_sgd", *baselines.others()}
     assert everyone - {"compiled"} == set(model["contenders"])
     assert "eager" not in results["triton: AlexNet feature bf16"]["contenders"]
-    text = readme.gpu_part([{"name": "gpu-cpu", **report}])
+    assert all(c["host_us"] > 0 and c["ops"] >= 0 for n, c in model["contenders"].items() if n != "copy")
+    text = "\n".join(pages.gpu_part({"name": "gpu-cpu", **report}))
     assert "| feature 50257x1024 | a copy | 55% |" in text and "| tensor 4096x4096 | a copy | - |" in text
-    assert "](bench/results/gpu-cpu-triton-grid.svg)" in text and "| None" not in text
+    assert "](../bench/results/gpu-cpu-models.svg)" in text and "| None" not in text
     if "cuda" in backends:
-        paths = {"rows": 0, "tile": 1, "shared": 0, "ticket": 0}
-        assert results["cuda: feature 50257x1024 bf16"]["paths"] == paths
         assert "eager" not in results["cuda: ResNet-50 feature bf16"]["contenders"]
         assert "| feature 50257x1024 | a copy | 70%/45% |" in text
         assert "| 4 tensors, host | an empty step and 20 µs | 1.00 |" in text
-        assert "4 tensors, host, fp32: " in text and " ms with empty." in text
-
-
-@pytest.mark.full("that the tuner runs and prints what TILES takes")
-def test_the_whole_flow_of_bench_tune():
-    pytest.importorskip("triton")
-    printed = interpreted("tune")
-    assert "NUM_WARPS = 8" in printed and "    COLUMNS.value: (\n        Tile(" in printed
-    assert "with 4 warps: COLUMNS 16 " in printed and "bytes of a window" in printed
-    assert "nan" not in printed and "inf" not in printed
 
 
 @pytest.mark.full("that the smoke test runs with triton too; the first tier runs it with cuda")
@@ -116,25 +102,13 @@ def flow_of_gpu(out):
     def fails(*arguments, **options):
         raise ValueError("no compiler")
 
-    gpu.OTHERS["compiled"] = fails
+    others = baselines.others()
+    baselines.others = lambda: {**others, "compiled": fails}
     cases, models = ([tiny(case) for case in found] for found in (workloads.gpu_cases(), workloads.models()))
     host = Case("4 tensors, host", "feature", [(4, 4)] * 4)
     backends = [b for b in gpu.BACKENDS if b in available_backends()]
     rows = gpu.rows(CpuLab(), backends, cases[-3:], models, [(16, 12)], host)
-    suites.SPECS, small = ("feature", "filter"), workloads.small
-    workloads.small = lambda count, elements: small(min(count, 4), min(elements, 16))
-    rows += gpu.pictured(CpuLab(), backends, (18,), 2**10, (8, 6))
     assert gpu.run(CpuLab(), rows, gpu.arguments(["--out", out, "--runs", "1"]))
-
-
-def flow_of_tune():
-    from bench import tune
-    from cges_kernels.backends.triton import tiles
-    from cges_kernels.backends.triton.tiles import Tile
-
-    tune.PART, tune.LONG["COLUMNS"], tune.WARPS, tune.WINDOWS = range(256, 512), 20, (4, 8), (0.5,)
-    tiles.TILES[tune.KINDS["COLUMNS"]] = (Tile(16, 16, 16), Tile(0, 16, 16))
-    print(tune.tune(CpuLab(), ["COLUMNS"], 8, 256, workers=1))
 
 
 def flow_of_smoke():
@@ -147,4 +121,4 @@ def flow_of_smoke():
 if __name__ == "__main__":
     if compiler():
         BUILT["cuda"] = emulated.load()
-    {"gpu": flow_of_gpu, "tune": flow_of_tune, "smoke": flow_of_smoke}[sys.argv[1]](*sys.argv[2:])
+    {"gpu": flow_of_gpu, "smoke": flow_of_smoke}[sys.argv[1]](*sys.argv[2:])

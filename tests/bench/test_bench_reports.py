@@ -7,7 +7,7 @@ import pytest
 from helpers.cpu_lab import CpuLab, steady
 from helpers.programs import ROOT
 
-from bench import gpu, readme, table
+from bench import gpu, pages, table
 from bench.table import Row
 
 
@@ -27,23 +27,23 @@ def made_up_rows():
         ),
         Row(
             *("m fp32", "fused_sgd", "prox_sgd", 1.25, steady(**model)),
-            {**known("m"), "compiled_error": "no compiler"},
+            {**known("m"), "suite": "models", "compiled_error": "no compiler"},
         ),
         Row("e fp32", "sequential", "exact", None, steady(sequential=2, exact=3), known("e"), fails),
         Row("f fp32", "copy", "prox_sgd", 1.1, fails, known("f")),
     ]
 
 
-def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
+def test_files_and_pages_of_made_up_numbers(tmp_path):
     saved = []
     results = table.measure(made_up_rows(), runs=2, save=lambda found: saved.append(len(found)))
     assert saved == [5] * (
         5 + 4 + 2
     )  # after each row in each round (one failed in the first), and with facts
     first, second, model, exact, failed = results
-    assert first["met"] is False and first["percent_of_copy"] == pytest.approx(80)
+    assert first["met"] is False and table.percent_of_copy(first) == pytest.approx(80)
     assert second["met"] is True and second["launches"] == 2.0 and second["runs"] == 2
-    assert model["met"] is False and model["percent_of_copy"] == pytest.approx(50)
+    assert model["met"] is False and table.percent_of_copy(model) == pytest.approx(50)
     assert exact["met"] is None and exact["target"] is None
     assert exact["facts_error"] == "RuntimeError: out of luck"  # its times stand
     assert failed["error"] == "RuntimeError: out of luck" and "contenders" not in failed
@@ -51,37 +51,36 @@ def test_results_csv_and_readme_of_made_up_numbers(tmp_path):
 
     env = CpuLab().environment("abc") | {"gpu": "NVIDIA X", "runs": 2}
     report = {"name": "gpu-x", "environment": env, "results": results}
-    table.write({"environment": env, "results": results}, "gpu-x", tmp_path / "new")
+    table.write({"environment": env, "results": results}, tmp_path / "new" / "gpu-x.json")
     assert {"name": "gpu-x", **json.loads((tmp_path / "new" / "gpu-x.json").read_text())} == report
-    environment, lines = table.read_csv(tmp_path / "new" / "gpu-x.csv")
-    assert environment == {key: str(value) for key, value in env.items()}
-    assert len(lines) == 2 + 2 + 5 + 2
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"gpu-x.json", "gpu-x.csv"}
-    assert lines[1]["percent_of_copy"] == "80" and lines[1]["target"] == "1.111"
-    assert lines[0]["target"] == "" and lines[3]["launches"] == "2"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["gpu-x.json"]
 
-    text = readme.gpu_part([report])
+    text = "\n\n".join(pages.gpu_part(report))
     assert "NVIDIA X" in text and "| a | a copy | 90% | 1.250 | 80% [80, 80] (missed) |" in text
-    assert "| 1.000 | 100% [100, 100] | 2 |" in text
-    assert "| m | torch's fused SGD | 1.25 | 6.000 | 1.50 [1.50, 1.50], 50% (missed) |" in text
+    assert "| 1.000 | 100% [100, 100] | 2 |  |" in text
+    assert (
+        "| m | torch's fused SGD | 1.25 | 6.000 | 1.50 [1.50, 1.50], 50% (missed) |  |  |  | 10.0 |" in text
+    )
     assert "failed: RuntimeError: out of luck" in text
-    assert "m, fp32: the eager reference 10.0, foreach SGD 2.0, torch.compile of it failed." in text
-    assert "Measured with triton: 4 rows of commit abc (" in text and ", 2 runs)." in text
-    cpu, *_ = readme.reports()
-    whole = readme.with_tables((ROOT / "README.md").read_text(), cpu, [report])
-    assert text in whole and readme.with_tables(whole, cpu, [report]) == whole
-    assert readme.gpu_part([]) == "GPU: not yet measured."
+    assert "| reference, eager | 40 |" in text and "m: torch.compile failed (no compiler)." in text
+    assert "By triton: 4 rows at commit abc (" in text and ", 2 runs)." in text
+    cpu, *_ = pages.reports()
+    whole = pages.pages(cpu, [report], [])
+    assert text in whole[ROOT / "docs" / "speed.md"] and "| X, Triton (abc) |" in whole[ROOT / "README.md"]
+    again = pages.between_markers(whole[ROOT / "README.md"], pages.short_part(cpu, [report]))
+    assert again == whole[ROOT / "README.md"]
 
 
 def test_a_cpu_table_with_and_without_the_rows_of_today():
-    (cpu, *_), *_ = readme.reports()
+    (cpu, *_), *_ = pages.reports()
     row = Row("a", "python", "cpp", None, steady(python=4, cpp=1))
     new, later = (Row(name, "python", "cpp", 1.0, list) for name in ("new", "later"))
     failed = {"row": "new", "suite": "core", "baseline": "python", "contender": "cpp", "error": "no luck"}
-    text = readme.cpu_table([{**cpu, "results": [*table.measure([row], 1), failed]}], [row, new, later])
-    assert "| a | the same in Python |  | 1.000 | 0.25 [0.25, 0.25] |  |" in text
-    assert "| new | the same in Python | 1.00 |  | failed: no luck |  |" in text
-    assert "| later | the same in Python | 1.00 |  |  |  |" in text
+    report = {**cpu, "results": [*table.measure([row], 1), failed]}
+    text, *_ = pages.cpu_part([report], [row, new, later])
+    assert "| a | the same in Python | - | 1.000 | 0.25 [0.25, 0.25] |" in text
+    assert "| new | the same in Python | 1.00 |  | failed: no luck |" in text
+    assert "| later | the same in Python | 1.00 |  |  |" in text
 
 
 def test_no_row_begins_when_time_is_up():
@@ -99,11 +98,7 @@ def test_a_run_that_is_cut_keeps_what_it_has(tmp_path):
         gpu.run(CpuLab(), rows, gpu.arguments(["--out", str(tmp_path), "--commit", "abc"]))
     first, second = json.loads((tmp_path / "gpu-cpu.json").read_text())["results"]
     assert first["contenders"]["a"]["ms"] == pytest.approx(2) and second["error"] == table.NO_TIME
-    _, lines = table.read_csv(tmp_path / "gpu-cpu.csv")
-    assert [(n["row"], n["contender"], n["commit"]) for n in lines] == [
-        ("a", "copy", "abc"),
-        ("a", "a", "abc"),
-    ]
+    assert first["commit"] == "abc"
 
 
 def test_a_quick_run_keeps_other_rows_and_each_says_when_it_was_measured(tmp_path):
@@ -121,16 +116,16 @@ def test_a_quick_run_keeps_other_rows_and_each_says_when_it_was_measured(tmp_pat
 
     old = table.measure([row("a", 4), row("b", 4), row("t", 4, "triton")], 3)  # no row says when
     environment = CpuLab().environment("old") | {"date": "2020-01-02"}
-    table.write({"environment": environment, "results": old}, "gpu-cpu", tmp_path)
+    table.write({"environment": environment, "results": old}, tmp_path / "gpu-cpu.json")
     report, found = ran([row("a", 2), row("c", 2)], "--quick")
     assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 2)}
     assert list(found) == ["a", "b", "t", "c"]
     assert {r["row"]: r["date"] for r in report["results"]}["t"] == "2020-01-02"
-    text = readme.gpu_part([{"name": "gpu-cpu", **report}])
+    text = "\n".join(pages.gpu_part({"name": "gpu-cpu", **report}))
     today = report["environment"]["date"]
-    both = f"2 rows of commit new ({today}, 1 run), 1 row of commit old (2020-01-02, 3 runs)."
-    assert f"Measured with cuda: {both}" in text
-    assert "Measured with triton: 1 row of commit old (2020-01-02, 3 runs)." in text
+    both = f"2 rows at commit new ({today}, 1 run), 1 row at commit old (2020-01-02, 3 runs)."
+    assert f"By cuda: {both}" in text
+    assert "By triton: 1 row at commit old (2020-01-02, 3 runs)." in text
     _, found = ran([row("c", 3), row("b", None)], "--quick")
     assert found == {"a": ("new", 2), "b": ("old", 4), "t": ("old", 4), "c": ("new", 3)}
     _, found = ran([row("a", 2), row("c", 2)], "--runs", "1")  # a whole run replaces everything

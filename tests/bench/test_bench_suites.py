@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 from helpers.programs import ROOT
 
-from bench import baselines, core, guard, lab, plots, readme, run, suites, table, timing, workloads
+from bench import baselines, core, guard, lab, pages, plots, run, suites, table, timing, workloads
+from bench.rows import Bench
 from bench.workloads import Case
 from cges_kernels import available_backends
 from cges_kernels.backends.extension import BUILT
@@ -21,7 +21,7 @@ class Tiny(lab.Cpu):
     copy_bytes, seconds = 2**12, 0.0
 
     def __init__(self):
-        self.l2_bytes = 2**11
+        self.cache_bytes = 2**11
 
     def free(self):
         pass
@@ -41,8 +41,7 @@ def report(tmp_path_factory):
         patch.setattr(suites.baselines, "others", lambda: {**others, "compiled": no_compiler})
         patch.setattr(suites, "DTYPES", {name: suites.DTYPES[name] for name in ("fp32", "bf16")})
         patch.setattr(suites, "SPECS", ("feature", "filter"))
-        patch.setattr(run, "peak_extra_memory", lambda threads: {"2x3": 2**20})
-        patch.setattr(core, "take_turns", partial(timing.take_turns, seconds=0.0))
+        patch.setattr(core, "SECONDS", 1e-9)
         small = workloads.small
         patch.setattr(workloads, "resnet50", lambda: [(6, 3, 2, 2), (6,)])
         cases = [Case("small feature", "feature", [(6, 5), (6,)]), Case("m feature", "feature", [(3, 4)])]
@@ -50,18 +49,20 @@ def report(tmp_path_factory):
         with pytest.MonkeyPatch.context() as less:
             less.setattr(workloads, "matrix", lambda rows, columns: [(10, 6)])
             less.setattr(workloads, "small", lambda count, elements: small(4, 16))
-            targets = core.rows()
+            targets = core.rows(tiny)
         rows = [
             *targets,
-            *suites.models(tiny, cases, runs=1),
-            *suites.grid(tiny, (4, 18), runs=1),
-            *suites.scaling(tiny, 1, 2**10, (8, 6), runs=1),
+            *suites.models(Bench(tiny), cases, runs=1),
+            *suites.grid(Bench(tiny), (4, 18), runs=1),
+            *suites.scaling(Bench(tiny), 1, 2**10, (8, 6), runs=1),
         ]
         out = tmp_path_factory.mktemp("bench")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # two that wait for each other on a busy machine take milliseconds a step
         try:
-            assert run.run(rows, run.arguments(["--out", str(out), "--runs", "2"]), "cpu-any")
+            options = table.arguments("bench", None, 2, 60).parse_args(["--out", str(out)])
+            environment = tiny.environment()
+            assert table.run(rows, "cpu-any", environment, options, peak_extra_memory={"2x3": 2**20})
         finally:
             torch.set_num_threads(threads)
     return out
@@ -75,51 +76,31 @@ def test_files(report):
     assert model["compiled_error"] == "ValueError: no compiler" and model["bytes"] == 36 * 20
     assert set(model["contenders"]) >= {"copy", "fused_sgd", "foreach", "for_loop", "eager", "vectorised"}
     of = {name: c.get("ops") for name, c in model["contenders"].items()}
-    assert 0 < of["prox_sgd"] < of["vectorised"] < of["eager"] and of["copy"] == 1
-    assert "counts" not in model
+    assert 0 < of["prox_sgd"] < of["vectorised"] < of["eager"] and of["copy"] is None
+    assert "counts" not in model and (model["suite"], model["cache"]) == ("models", "cold")
     exact = results["filter 18x18 bf16 exact"]
-    assert exact["bytes"] == 18 * 18 * 10 and exact["contenders"]["prox_sgd"]["gb_per_s"] > 0
-    assert exact["mode"] == "exact" and exact["percent_of_copy"] > 0
-    environment, lines = table.read_csv(report / "cpu-any.csv")
-    assert environment["torch"] == torch.__version__ and environment["runs"] == "2"
-    assert {"commit", "date", "cpu", "threads", "last_cache_bytes", "peak_extra_memory"} < set(environment)
-    ours = next(n for n in lines if n["row"] == model["row"] and n["contender"] == "prox_sgd")
-    assert (ours["bytes"], ours["suite"], ours["cache"], ours["target"]) == ("720", "models", "cold", "")
-    assert float(ours["ms_low"]) <= float(ours["ms"]) <= float(ours["ms_high"])
+    assert exact["bytes"] == 18 * 18 * 10 and exact["mode"] == "exact"
+    assert table.percent_of_copy(exact) > 0 and 0 < exact["percent_nonzero_prox_sgd"] < 100
+    found = json.loads((report / "cpu-any.json").read_text())
+    assert found["environment"]["torch"] == torch.__version__ and found["peak_extra_memory"] == {"2x3": 2**20}
+    assert {"commit", "date", "cpu", "threads", "last_cache_bytes"} < set(found["environment"])
+    assert results["500 tensors of 16, host"]["cache"] == "warm"
+    ours = model["contenders"]["prox_sgd"]
+    assert ours["ms_low"] <= ours["ms"] <= ours["ms_high"]
 
 
-def test_every_row_has_every_number(report):
-    _, lines = table.read_csv(report / "cpu-any.csv")
-    assert {n["suite"] for n in lines} == {"core", "grid", "models", "scaling"}
-    for n in lines:
-        empty = {key for key in (*table.NUMBERS, *table.COUNTS, *table.FACTS) if n[key] == ""}
-        assert empty == table.UNKNOWN.get(n["contender"], set()), n
-        same = {"copy": "to_copy", "fused_sgd": "to_fused_sgd"}.get(n["contender"])
-        assert same is None or float(n[same]) == 1
-        assert float(n["host_us"]) > 0 and float(n["extra_bytes"]) >= 0
-    nothing = [n for n in lines if n["contender"] in table.MOVE_NOTHING]
-    assert nothing and all(float(n["gb_per_s"]) == float(n["percent_of_copy"]) == 0 for n in nothing)
-
-
-def test_a_run_that_lacks_a_number_does_not_go_well(report, capsys):
+def test_contenders_are_counted_where_the_pages_tell_of_it(report):
     results = json.loads((report / "cpu-any.json").read_text())["results"]
-    assert table.tell(results) and table.holes(results) == []
-    for key in (*table.NUMBERS, *table.COUNTS):
-        kept = results[0]["contenders"]["prox_sgd"].pop(key)
-        lacking = [f"{results[0]['row']:34s} lacks {key} of prox_sgd"]
-        assert table.holes(results) == lacking
-        results[0]["contenders"]["prox_sgd"][key] = kept
-    for key in table.FACTS:
-        kept = results[1].pop(key)
-        assert len(table.holes(results)) == 1 and f"lacks {key}" in table.holes(results)[0]
-        results[1][key] = kept
-    del results[1]["bytes"]
-    assert not table.tell(results) and "lacks bytes" in capsys.readouterr().out
-
-
-def test_files_without_an_environment_are_read_too(tmp_path):
-    (tmp_path / "old.csv").write_bytes(b"row,contender,ms\r\na b,copy,1.5\r\n")
-    assert table.read_csv(tmp_path / "old.csv") == ({}, [{"row": "a b", "contender": "copy", "ms": "1.5"}])
+    assert {r["suite"] for r in results} == {"core", "grid", "models", "scaling"}
+    for r in results:
+        for name, of in r["contenders"].items():
+            expected = set() if name in ("copy", "one_thread") else {"host_us", "extra_bytes", "ops"}
+            found = expected & set(of)
+            assert found == (expected if r["suite"] in ("core", "models") else set()), (r["row"], name)
+            assert {"ms", "ms_low", "ms_high", "ratio", "ratio_low", "ratio_high", "to_copy"} <= set(of)
+            same = {"copy": "to_copy", "fused_sgd": "to_fused_sgd"}.get(name)
+            assert same is None or of[same] == 1
+            assert name != "one_thread"  # it has gone into the baseline
 
 
 def test_ratios_are_to_those_of_the_same_turns_or_of_the_same_run():
@@ -132,35 +113,33 @@ def test_ratios_are_to_those_of_the_same_turns_or_of_the_same_run():
 
 
 def test_plots(report):
-    drawn = {f"cpu-any-{suite}.{form}" for suite in plots.PICTURES for form in plots.FORMATS}
-    assert drawn == {path.name for path in report.iterdir()} - {"cpu-any.json", "cpu-any.csv"}
+    drawn = {f"cpu-any-{suite}.svg" for suite in plots.PICTURES}
+    assert drawn == {path.name for path in report.iterdir()} - {"cpu-any.json"}
     before = {path.name: path.read_bytes() for path in report.glob("*.svg")}
     plots.draw(json.loads((report / "cpu-any.json").read_text())["results"], "cpu-any", report)
     assert before == {path.name: path.read_bytes() for path in report.glob("*.svg")}
     assert plots.draw([], "cpu", report) == []
 
 
-def test_the_readme_shows_contenders_and_plots(report):
-    cpus, gpus, _ = readme.reports()
+def test_the_page_shows_contenders_and_plots(report):
+    cpus, _, _ = pages.reports()
     measured = json.loads((report / "cpu-any.json").read_text())["results"]
     measured = [r for r in measured if r["suite"] != "core"]
-    core = table.of_suite(cpus[0]["results"], "core")
-    cpus = [{**cpus[0], "name": "cpu-any", "results": core + measured}]
-    whole = (ROOT / "README.md").read_text()
-    text = readme.with_tables(whole, cpus, gpus)
+    core_rows = table.of_suite(cpus[0]["results"], "core", failed=True)
+    whole = {**cpus[0], "name": "cpu-any", "results": core_rows + measured}
+    text = "\n\n".join(pages.cpu_part([whole], core.rows(Tiny())))
     assert "| ms per step | small | m | operations, small | extra memory, small | host time, small |" in text
-    assert "host time what it costs on one thread" in text
     assert "small feature: torch.compile failed (ValueError: no compiler)." in text
-    assert "](bench/results/cpu-any-grid.svg)" in text and "](bench/results/cpu-any-scaling.svg)" in text
+    assert "](../bench/results/cpu-any-grid.svg)" in text and "cpu-any-scaling.svg)" in text
     assert "| feature 4x4 fp32" not in text  # the table with targets holds no other rows
-    assert readme.with_tables(text, cpus, gpus) == text
-    assert readme.cpu_models({"results": core}) == readme.pictures(core, "cpu") == ""
+    none = {**cpus[0], "results": core_rows}
+    assert pages.models(none, table.of_suite(core_rows, "models")) == "" and pages.pictures(none) == []
 
 
 def result_of(row, ratio, target):
     numbers = {"ms": 2.0, "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}
-    of = {"suite": "core", "row": row, "baseline": "fused_sgd", "contender": "prox_sgd", "target": target}
-    return {**of, "met": ratio <= target, "contenders": {"prox_sgd": numbers}}
+    of = {"suite": "core", "row": row, "baseline": "fused_sgd", "contender": "prox_sgd", "runs": 5}
+    return {**of, "target": target, "met": ratio <= target, "contenders": {"prox_sgd": numbers}}
 
 
 def test_machines_stand_side_by_side_beside_targets_of_today():
@@ -181,12 +160,16 @@ def test_machines_stand_side_by_side_beside_targets_of_today():
         ]
     )
     rows = [table.Row(name, "fused_sgd", "prox_sgd", t, list) for name, t in [("both", 1.2), ("new", 1.0)]]
-    text = readme.cpu_table([older, newer], rows)
+    text = "\n".join(pages.cpu_part([{"name": "a", **older}, {"name": "b", **newer}], rows))
     sgd = "torch's fused SGD"
     both = f"| both | {sgd} | 1.20 | 2.000 | 1.30 [1.30, 1.30] (missed) | 2.000 | 1.10 [1.10, 1.10] |"
     new = f"| new | {sgd} | 1.00 |  |  | 2.000 | 1.00 [1.00, 1.00] |"
     assert both in text and new in text and "gone" not in text
-    assert "AMD EPYC, ms" in text and "| Intel Xeon, ms" in text and "at commit c" in text
+    assert (
+        "AMD EPYC, ms" in text
+        and "| Intel Xeon, ms" in text
+        and "2 rows at commit c (2026-01-01, 5 runs)" in text
+    )
 
 
 def test_kinds_of_machines():
@@ -194,8 +177,8 @@ def test_kinds_of_machines():
         **{"AMD EPYC 9B14": "epyc", "Intel(R) Xeon(R) Processor": "xeon", "AMD Ryzen 9 5950X": "ryzen"},
         **{"12th Gen Intel(R) Core(TM) i7-8650U": "core", "Apple M2": "unknown", "x86_64": "unknown"},
     }
-    assert {model: timing.cpu_kind(model) for model in names} == names
-    assert lab.Cpu().name() == f"cpu-{timing.cpu_kind(timing.cpu_model())}"
+    assert {model: lab.cpu_kind(model) for model in names} == names
+    assert lab.Cpu().name() == f"cpu-{lab.cpu_kind(lab.cpu_model())}"
 
 
 def test_every_row_has_a_name_of_its_own_and_is_measured():
@@ -223,33 +206,27 @@ def test_rows_take_part_in_as_many_runs_as_they_say():
 
 def test_spread_and_speed_of_contenders():
     runs = [[{"copy": [s], "a": [2 * s]}] for s in (1e-3, 2e-3, 4e-3)]
-    row = table.Row("r", "copy", "a", None, list, {"bytes": 10**6, "counts": {"a": {"ops": 3}}})
-    found = table.result(row, runs)["contenders"]
-    assert (found["a"]["ms_low"], found["a"]["ms"], found["a"]["ms_high"]) == (2.0, 4.0, 8.0)
-    assert found["a"]["gb_per_s"] == pytest.approx(0.25) and found["a"]["percent_of_copy"] == 50
-    assert found["a"]["ops"] == 3 and "ops" not in found["copy"]
+    row = table.Row("r", "copy", "a", None, list, {"counts": {"a": {"ops": 3}}})
+    found = table.result(row, runs)
+    ours = found["contenders"]["a"]
+    assert (ours["ms_low"], ours["ms"], ours["ms_high"]) == (2.0, 4.0, 8.0)
+    assert table.percent_of_copy(found) == 50
+    assert ours["ops"] == 3 and "ops" not in found["contenders"]["copy"]
 
 
-def test_the_cpu_rotates_a_few_sets_and_knows_its_cache():
-    made = []
+def test_the_cpu_knows_its_cache_and_whether_tensors_stay_in_it(monkeypatch):
     cpu = lab.Cpu()
-    assert cpu.l2_bytes == timing.last_cache_bytes() >= 2**18
-
-    def make(shapes, dtype, device):
-        made.append(shapes)
-        return baselines.Contender(lambda: None, [], lambda: None)
-
-    cpu.contender(make, [(2, 2)])
-    cpu.contender(make, workloads.matrix(2**14, cpu.l2_bytes >> 14))
-    assert len(made) == cpu.most_sets + 1
-    assert cpu.cache([(2, 2)], torch.float32) == "warm"
-    assert cpu.cache(workloads.matrix(2**14, cpu.l2_bytes >> 14), torch.float32) == "cold"
+    assert cpu.cache_bytes == lab.last_cache_bytes() >= 2**18
+    for cache_bytes, said in ((2**26, "cold"), (2**28, "warm")):
+        cpu.cache_bytes = cache_bytes
+        assert Bench(cpu).sgd("a", [(2, 2)]).note["cache"] == said
+    assert Bench(cpu).sgd("a", workloads.matrix(2**13, 2**12)).note["cache"] == "cold"
+    assert cpu.sets([(2, 2)], torch.float32) == 1  # the copy in every turn clears the caches
 
 
 def test_budgets():
-    text, good = guard.report([("a case", 4.5, 5.0), ("another", 5.5, 5.0)])
-    assert not good and text.count("OVER") == 1 and "another" in text.splitlines()[2]
-    assert guard.report([("a case", 5.0, 5.0)])[1]
+    assert "OVER" not in guard.line("a case", 4.5, 5.0) and "OVER" in guard.line("another", 5.5, 5.0)
+    assert "OVER" not in guard.line("a case", 5.0, 5.0)
     assert guard.Case("a", "bf16", "exact", 8, 8, 3).name() == "a 3 of 8x8 bf16 exact"
     assert guard.collected("==1== Collected : 1234\n") == 1234
     for said in ("valgrind: no such file", "==1== Collected : 0\n"):
@@ -275,12 +252,20 @@ def test_the_guard_says_that_valgrind_is_absent(tmp_path):
     assert ended.stderr == "bench.guard: expected valgrind on the PATH, found none\n"
 
 
-def test_thread_counts_are_put_back(monkeypatch):
+def test_thread_counts_are_put_back():
     seen = []
-    monkeypatch.setattr(suites, "beside", lambda *a, **o: lambda: seen.append(torch.get_num_threads()) or [])
+
+    def make(shapes, dtype, device):
+        return baselines.Contender(lambda: seen.append(torch.get_num_threads()), [])
+
     before = torch.get_num_threads()
-    rows = suites.scaling(Tiny(), 2, 2**10, (8, 6))
-    for row in rows:
-        if row.note["along"] == "threads":
-            row.measure()
-    assert seen == [1, 2] and torch.get_num_threads() == before
+    for threads in (1, 3):
+        makers = {"fused_sgd": make, "prox_sgd": make}
+        Bench(Tiny()).row("a", [(2,)], makers, suite="scaling", threads=threads).measure()
+        assert set(seen) == {threads} and torch.get_num_threads() == before
+        seen.clear()
+
+
+def test_the_baseline_takes_the_better_number_of_threads_turn_by_turn():
+    times = {"one_thread": [1.0, 4.0], "fused_sgd": [2.0, 3.0], "prox_sgd": [1.0, 1.0]}
+    assert core.faster_baseline(times) == {"fused_sgd": [1.0, 3.0], "prox_sgd": [1.0, 1.0]}

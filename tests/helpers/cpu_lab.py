@@ -12,7 +12,7 @@ NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 class CpuLab(lab.Lab):
     """A lab on the CPU, with so small an L2 cache that tensors rotate through several sets."""
 
-    device, copy_bytes, warm_up, seconds, l2_bytes, most_sets = "cpu", 2**12, 0.0, 0.0, 1024, 8
+    device, copy_bytes, warm_up, seconds, cache_bytes, most_sets = "cpu", 2**12, 0.0, 0.0, 1024, 8
 
     def __init__(self):
         pass
@@ -27,10 +27,10 @@ class CpuLab(lab.Lab):
         pass
 
     def name(self):
-        return "cpu"
+        return "gpu-cpu"
 
     def environment(self, commit=None):
-        return {**timing.environment(commit), "gpu": "none", "driver": "0", "cuda": None, "triton": "3"}
+        return {**lab.environment(commit), "gpu": "none", "driver": "0", "cuda": None, "triton": "3"}
 
 
 def steady(**ms):

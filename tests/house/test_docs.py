@@ -16,7 +16,7 @@ from helpers.pages import Net, blocks
 from helpers.programs import ROOT
 from torch import nn
 
-from bench import readme
+from bench import pages
 from cges_kernels import ProxSGD, cges_param_groups, prox, sparsity_param_groups
 
 README = (ROOT / "README.md").read_text()
@@ -126,7 +126,10 @@ def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
 
 def test_tables_are_those_of_the_results():
     """The tables are those that are made from bench/results."""
-    assert readme.with_tables(README, *readme.reports()) == README, "run `make readme-table`"
+    found = pages.pages(*pages.reports())
+    assert len(found) == 2
+    for path, text in found.items():
+        assert path.read_text() == text, f"{path.name}: run `make tables`"
 
 
 def test_the_readme_stays_short():

@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 # The launch choices for each kind of layout: the first tile whose `longest` covers the group is taken. A part
 # of 4096 elements is 16 per thread, so that 12 loads of 16 bytes are in flight, and three programs fit an SM
-# where there is one part. `python -m bench.tune` measures these choices.
+# where there is one part.
 NUM_WARPS = 8
 TILES: dict[int, tuple[Tile, ...]] = {
     ELEMENTWISE.value: (Tile(1, 1, 4096),),

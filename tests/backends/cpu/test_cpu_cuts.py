@@ -13,8 +13,8 @@ import torch
 from helpers.right import DTYPES, MODES, SPECS, check_step, coefficients, fresh, inputs, one_step, training
 from helpers.tiers import covering, each_value
 
+from bench.lab import l2_bytes
 from bench.memory import Case, peak_extra_memory
-from bench.timing import l2_bytes
 from cges_kernels import ProxSGD, prox
 from cges_kernels.backends.extension import BUILT
 

@@ -1,6 +1,6 @@
-"""A few steps on every path of every GPU executor, beside the reference: ``python -m bench.smoke``.
+"""Compares a few steps on every path of every GPU executor with the reference: ``python tests/gpu_smoke.py``.
 
-The tensors are small and of odd sizes: compute-sanitizer runs this and sees each access beyond one.
+The tensors are small and of odd sizes. compute-sanitizer runs this program and sees each access beyond one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from cges_kernels import ProxAdamW, ProxSGD, available_backends
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core.groups import grouped_layout
 
-from .lab import DTYPES, cuda_paths
-
-GROUPS = {  # from short groups to those that some blocks together do not hold; a bias has none
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUMBERED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the CUDA executor knows them
+GROUPS = {  # from short groups to those that several blocks together cannot hold; a bias has none
     "feature": [(37, 51), (1100, 9), (3000, 20), (16000, 20), (70,)],
-    # rows of odd lengths and even ones, of a part of a warp, a warp and a block; then those beyond registers
+    # rows of odd and even lengths, for part of a warp, a warp and a block; then those that exceed registers
     "filter": [(33, 7), (65, 48), (17, 900), (9, 2052), (3, 4096), (2, 20001), (2, 40001), (1, 300007)],
     "channel": [(24, 5, 3, 3), (150, 2, 3, 3), (12, 2, 47, 45)],
     "tensor": [(90, 71)],
@@ -36,7 +36,7 @@ OPTIONS: Sequence[dict[str, Any]] = (
 
 
 def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
-    """The weights after two steps from the same numbers whatever the backend."""
+    """The weights after two steps, which start from the same numbers whatever the backend."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(shape: tuple[int, ...]) -> torch.Tensor:  # made on the CPU: no kernels but those under test
@@ -52,7 +52,7 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
             penalty = {"group_lasso": 0.5 * size**0.5, "exclusive_lasso": 1 / size, "l1": 0.05}
             groups.append({"params": [p], "group_by": group_by, **penalty})
     make = options.get("optimizer", ProxSGD)
-    # The reference that counts in a tensor forms powers in float32, as torch does: many roundings off.
+    # With capturable the reference forms powers in float32, as torch does, and so is many roundings off.
     left_out = {"optimizer", "capturable"} if backend == "reference" else {"optimizer"}
     told = {key: x for key, x in options.items() if key not in left_out}
     optimizer = make(groups, lr=0.1, backend=backend, **told)
@@ -61,11 +61,18 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
     return [p.detach().cpu() for group in groups for p in group["params"]]
 
 
+def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> dict[str, int]:
+    """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
+    layouts = [grouped_layout(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
+    counts = BUILT["cuda"].cuda_paths(layouts, NUMBERED.index(dtype), 0)
+    return dict(zip(("rows", "tile", "shared", "ticket"), counts))
+
+
 def check_paths(dtype: torch.dtype) -> None:
     """That the CUDA executor takes every path."""
     paths = cuda_paths([(spec, shape) for spec, shapes in GROUPS.items() for shape in shapes], dtype)
     if not all(paths.values()):
-        sys.exit(f"bench.smoke: expected blocks on every path with {dtype}, got {paths}")
+        sys.exit(f"gpu_smoke: expected blocks on every path with {dtype}, got {paths}")
 
 
 def check(backend: str, device: str, name: str, options: dict[str, Any]) -> None:
@@ -74,7 +81,7 @@ def check(backend: str, device: str, name: str, options: dict[str, Any]) -> None
     for got, right in zip(steps(backend, device, dtype, options), expected):
         error = (got.double() - right.double()).norm() / right.double().norm()
         if not error <= 8 * torch.finfo(dtype).eps:
-            sys.exit(f"bench.smoke: {backend} {name} {options} {tuple(got.shape)}: error {error:.2g}")
+            sys.exit(f"gpu_smoke: {backend} {name} {options} {tuple(got.shape)}: error {error:.2g}")
 
 
 def main(backends: Sequence[str], device: str = "cuda") -> None:
@@ -83,23 +90,23 @@ def main(backends: Sequence[str], device: str = "cuda") -> None:
         for options in OPTIONS:
             check(backend, device, name, options)
         if backend == "cuda":
-            BUILT["cuda"].limit_device(multiprocessors=4)  # so few that they do not hold the largest groups
+            BUILT["cuda"].limit_device(multiprocessors=4)  # so few that they cannot hold the largest groups
             try:
                 check_paths(DTYPES[name])
                 for options in OPTIONS:
                     check(backend, device, name, options)
             finally:
                 BUILT["cuda"].limit_device()
-    print(f"bench.smoke: right with {', '.join(backends)}")
+    print(f"gpu_smoke: right with {', '.join(backends)}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="bench.smoke", description=__doc__)
+    parser = argparse.ArgumentParser(prog="gpu_smoke", description=__doc__)
     parser.add_argument("--backend", choices=("cuda", "triton"), help="try this one (default: all here)")
     wish = parser.parse_args().backend
     if not torch.cuda.is_available():
-        sys.exit(f"bench.smoke: expected a CUDA device, found none (torch {torch.__version__})")
+        sys.exit(f"gpu_smoke: expected a CUDA device, found none (torch {torch.__version__})")
     here = [wish] if wish else [b for b in ("cuda", "triton") if b in available_backends()]
     if not here:
-        sys.exit("bench.smoke: expected a GPU executor, found none")
+        sys.exit("gpu_smoke: expected a GPU executor, found none")
     main(here)
