@@ -71,7 +71,7 @@ MUTANTS = (
         "dead groups keep their momentum",
         TILE,
         old="if (state(s, r) != nullptr) zero_dead_groups(state(s, r));",
-        new="",
+        new=";",
         seen_by=("test_cpu_cuts", "test_state*", "test_frozen_zeros"),
     ),
     Mutant(
