@@ -22,7 +22,7 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
 CPP  := $(wildcard csrc/*.cpp $(foreach kind,cpp h inc cu cuh,csrc/*/*.$(kind)))
 ON_GPU := PY="$(PY)" OUT="$(OUT)"
-LINTED := $(CPP) bench/guard.cpp $(wildcard tests/backends/*/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+LINTED := $(CPP) tests/guard.cpp $(wildcard tests/backends/*/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 # Stamp files say what is done. The torch stamp carries the requirement in its name,
 # so another TORCH= installs that torch and rebuilds what was compiled against the old one.
@@ -33,7 +33,7 @@ BENCH_STAMP := $(VENV)/.bench
 DOCS_STAMP  := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench bench-guard accuracy gpu gpu-quick tables docs clean distclean
+.PHONY: help install demo demo-transformer test test-full mutants lint format wheel bench guard accuracy gpu gpu-quick tables docs clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,8 +77,8 @@ bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU,
 accuracy: install  ## train the thesis's experiments, in some minutes; docs/claims.md has what came out
 	$(PY) -m bench.accuracy all $(ARGS)
 
-bench-guard: install  ## count the CPU executor's instructions with valgrind, against budgets
-	$(PY) -m bench.guard
+guard: install  ## count the CPU executor's instructions with valgrind, against budgets
+	$(PY) tests/guard.py
 
 # `make gpu PY=python3` takes that python as it is, with its torch and triton, and installs nothing.
 gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measure on an NVIDIA GPU

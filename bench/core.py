@@ -6,15 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from cges_kernels.backends import gathering
-from cges_kernels.backends.extension import BUILT
-from cges_kernels.core.groups import grouped_layout
-from cges_kernels.core.hyperparameters import Hyperparameters
 
 from . import baselines, workloads
-from .baselines import Contender, Maker
+from .baselines import Contender
 from .lab import Lab
 from .rows import Bench, on_threads
 from .table import Row
@@ -31,21 +25,6 @@ def mostly_dead(shapes: Shapes, **options: Any) -> Contender:
         for p in ours.params:
             p[torch.rand(len(p)) < 0.9] = 0
     return ours
-
-
-def checks(shapes: Shapes, dtype: torch.dtype, device: str, in_python: bool) -> Contender:
-    """What a GPU's step costs before its launch: a StepPlan's gather and run, without the launch."""
-    params = baselines.parameters(shapes, dtype, device)
-    layouts = [grouped_layout(p, "feature", None) for p in params]
-    plan = (gathering if in_python else BUILT["cpu"]).StepPlan([params], [layouts])
-    plan.set_hyperparameters(0, Hyperparameters.make(lr=baselines.LR, momentum=baselines.MOMENTUM))
-    state: dict[Tensor, Any] = {}
-
-    def step() -> None:
-        assert plan.gather([params], state)
-        plan.run(lambda table: None)
-
-    return Contender(step, params)
 
 
 def on_one_thread(shapes: Shapes, **options: Any) -> Contender:
@@ -78,12 +57,6 @@ def rows(lab: Lab) -> list[Row]:
     dead = {"make": mostly_dead, "target": 0.25, "seconds": SECONDS}
     better = {"more": {"one_thread": on_one_thread}, "adjust": faster_baseline, "target": 0.6}
     empty = {"more": {"empty": baselines.empty_step}, "threads": 1, "target": 1 / 3}
-    checked: dict[str, Maker] = {
-        "python": partial(checks, in_python=True),
-        "cpp": partial(checks, in_python=False),
-        "fused_sgd": baselines.fused_sgd,
-    }
-    kinds = {"baseline": "python", "contender": "cpp"}
     halves = ("bf16", "fp16")
     return [
         sgd("feature 4096x4128", uneven, 1.35),
@@ -97,7 +70,6 @@ def rows(lab: Lab) -> list[Row]:
         bench.sgd("filter 4096x4096, 90% dead", matrix, "filter", **dead),
         bench.sgd("300 tensors of 1,024", small, **on_host, **better),
         bench.sgd("500 tensors of 16, host", tiny, **on_host, **empty),
-        bench.row("500 tensors, checks alone", tiny, checked, **on_host, **kinds),
         *(
             bench.modes(f"exact 4096x4128, {left}% left", uneven, left, target=1.5, seconds=SECONDS)
             for left in (90, 50, 10)

@@ -52,10 +52,8 @@ def extra_bytes(step: Step, device: str = "cpu") -> int:
 
 def host_us(idle: Step) -> float:
     """Microseconds of the CPU that ``idle`` takes: a step on one thread with one element in each tensor."""
-    return (
-        1e6
-        * Timer("step()", globals={"step": idle}, num_threads=1).blocked_autorange(min_run_time=5e-3).median
-    )
+    timer = Timer("step()", globals={"step": idle}, num_threads=1)
+    return 1e6 * timer.blocked_autorange(min_run_time=5e-3).median
 
 
 def counted(step: Step, idle: Step, device: str, compiled: bool) -> dict[str, float]:

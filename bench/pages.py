@@ -24,7 +24,6 @@ BASELINES = {
     "fused_sgd": "torch's fused SGD",
     "fused_adamw": "torch's fused AdamW",
     "sequential": "sequential mode",
-    "python": "the same in Python",
     "copy": "a copy",
     "allowed": "an empty step and 20 µs",
 }
@@ -170,13 +169,11 @@ def cpu_part(reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
     groups = {machine(r): {x["row"]: x for x in known} for r, known in zip(reports, cores)}
     parts = [table(groups, rows)]
     for report, known in zip(reports, cores):
-        env, memory = report["environment"], report["peak_extra_memory"]
-        taken = ", ".join(f"{size / 2**20:.2f} for {name}" for name, size in memory.items())
+        env = report["environment"]
         parts.append(
             f"The {machine(report)} has an L2 of {env['l2_bytes'] / 2**20:.0f} MiB a core and was measured "
             f"on {env['threads']} threads with torch {env['torch']} ({env['capability']}): "
-            f"{measured_at(report, known)}. Beside parameters, gradients and momentum the first steps take "
-            f"scratch memory, in MiB a thread with groups by feature: {taken}."
+            f"{measured_at(report, known)}."
         )
     for report in reports:
         parts += [models(report, of_suite(report["results"], "models")), *pictures(report)]

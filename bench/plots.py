@@ -60,9 +60,8 @@ def models(results: Results) -> Figure:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (title, known) in zip(panels, found.items()):
         colors = ["C1" if label.startswith(NAMES["prox_sgd"]) else "C0" for label in known]
-        axes.bar_label(
-            axes.barh(list(known), list(known.values()), color=colors), fmt="%.3g", fontsize=7, padding=2
-        )
+        drawn = axes.barh(list(known), list(known.values()), color=colors)
+        axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.tick_params(labelsize=7)

@@ -9,7 +9,6 @@ import torch
 
 from . import core, suites, table, workloads
 from .lab import Cpu, Lab
-from .memory import peak_extra_memory
 from .rows import Bench
 from .table import Row
 
@@ -27,14 +26,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    memory = {} if options.only else peak_extra_memory(options.threads)
-    for case, taken in memory.items():
-        print(f"memory taken by the first steps, {case}: {taken / 2**20:.2f} MiB a thread")
     lab = Cpu()
     rows = all_rows(lab, options.threads)
     gc.freeze()  # what imports made is not looked through before every row
     environment = lab.environment(options.commit)
-    good = table.run(rows, lab.name(), environment, options, peak_extra_memory=memory)
+    good = table.run(rows, lab.name(), environment, options)
     sys.exit(0 if good else 1)
 
 

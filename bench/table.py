@@ -193,11 +193,10 @@ def run(
     environment: dict[str, Any],
     options: argparse.Namespace,
     keep: bool = False,
-    **more: Any,
 ) -> bool:
     """Measure the rows, write the file of that name and draw it; whether all went well.
 
-    With ``keep`` the file's other rows stay. Each row says when it was measured. ``more`` goes into the file.
+    With ``keep`` the file's other rows stay. Each row says when it was measured.
     """
     rows, path = [row for row in rows if options.only in row.name], options.out / f"{name}.json"
     old = earlier(path) if keep else []
@@ -206,7 +205,7 @@ def run(
 
     def save(results: Results) -> None:
         if not options.only:
-            write({"environment": environment, **more, "results": merged(old, results)}, path)
+            write({"environment": environment, "results": merged(old, results)}, path)
 
     results = measure(rows, options.runs, options.minutes, save)
     print(*map(line, results), sep="\n")

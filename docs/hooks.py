@@ -1,4 +1,4 @@
-"""What mkdocs does beside its plugins: pages from outside docs/, pictures of results, and links to the sources.
+"""What mkdocs does beside its plugins: pages and pictures from outside docs/, and links to the sources.
 
 The same Markdown is read in the repository and on the site. In the repository links lead to files anywhere in
 it; the site has only its own pages, so here a link to another file becomes its text, and a picture from
@@ -38,7 +38,7 @@ def on_config(config: MkDocsConfig) -> None:
     reference = (DOCS / "api.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^::: cges_kernels\.(\w+)$", reference, re.MULTILINE))
     if unlisted := set(cges_kernels.__all__) ^ listed:
-        raise PluginError(f"docs/api.md: expected the names of cges_kernels.__all__, not so: {sorted(unlisted)}")
+        raise PluginError(f"docs/api.md: expected each public name once, not so: {sorted(unlisted)}")
     if silent := [name for name, value in public_names() if not inspect.getdoc(value)]:
         raise PluginError(f"expected a docstring for every public name, found none for {silent}")
 

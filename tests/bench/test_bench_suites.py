@@ -1,18 +1,14 @@
 """The CPU suite in miniature: rows, files, plots, the README's part; and what counts its instructions."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers.programs import ROOT
 
-from bench import baselines, core, guard, lab, pages, plots, run, suites, table, timing, workloads
+from bench import baselines, core, lab, pages, plots, run, suites, table, timing, workloads
 from bench.rows import Bench
 from bench.workloads import Case
 from cges_kernels import available_backends
-from cges_kernels.backends.extension import BUILT
 
 pytestmark = pytest.mark.xdist_group("bench_suites")
 
@@ -62,7 +58,7 @@ def report(tmp_path_factory):
         try:
             options = table.arguments("bench", None, 2, 60).parse_args(["--out", str(out)])
             environment = tiny.environment()
-            assert table.run(rows, "cpu-any", environment, options, peak_extra_memory={"2x3": 2**20})
+            assert table.run(rows, "cpu-any", environment, options)
         finally:
             torch.set_num_threads(threads)
     return out
@@ -82,7 +78,7 @@ def test_files(report):
     assert exact["bytes"] == 18 * 18 * 10 and exact["mode"] == "exact"
     assert table.percent_of_copy(exact) > 0 and 0 < exact["percent_nonzero_prox_sgd"] < 100
     found = json.loads((report / "cpu-any.json").read_text())
-    assert found["environment"]["torch"] == torch.__version__ and found["peak_extra_memory"] == {"2x3": 2**20}
+    assert found["environment"]["torch"] == torch.__version__
     assert {"commit", "date", "cpu", "threads", "last_cache_bytes"} < set(found["environment"])
     assert results["500 tensors of 16, host"]["cache"] == "warm"
     ours = model["contenders"]["prox_sgd"]
@@ -147,7 +143,6 @@ def test_machines_stand_side_by_side_beside_targets_of_today():
     older, newer = (
         {
             "environment": {**env, "cpu": cpu, "date": date},
-            "peak_extra_memory": {"a": 2**20},
             "results": results,
         }
         for cpu, date, results in [
@@ -222,34 +217,6 @@ def test_the_cpu_knows_its_cache_and_whether_tensors_stay_in_it(monkeypatch):
         assert Bench(cpu).sgd("a", [(2, 2)]).note["cache"] == said
     assert Bench(cpu).sgd("a", workloads.matrix(2**13, 2**12)).note["cache"] == "cold"
     assert cpu.sets([(2, 2)], torch.float32) == 1  # the copy in every turn clears the caches
-
-
-def test_budgets():
-    assert "OVER" not in guard.line("a case", 4.5, 5.0) and "OVER" in guard.line("another", 5.5, 5.0)
-    assert "OVER" not in guard.line("a case", 5.0, 5.0)
-    assert guard.Case("a", "bf16", "exact", 8, 8, 3).name() == "a 3 of 8x8 bf16 exact"
-    assert guard.collected("==1== Collected : 1234\n") == 1234
-    for said in ("valgrind: no such file", "==1== Collected : 0\n"):
-        with pytest.raises(SystemExit, match="expected callgrind's count"):
-            guard.collected(said)
-    assert all(len(most) == len(guard.INSTRUCTION_SETS) for most in guard.BUDGETS.values())
-
-
-@pytest.mark.full("a program of its own, compiled against the executor's object files")
-def test_what_the_guard_counts_steps():
-    if "cpu" not in BUILT or not list((guard.ROOT / "build").glob("temp.*/csrc/cpu/rows.o")):
-        pytest.skip("the extension was not built here")
-    for case in (guard.Case("feature", dtype, "exact", 300, 250) for dtype in ("fp32", "bf16", "fp16")):
-        told = [str(guard.driver()), *map(str, case), "64"]
-        said = subprocess.run(told, capture_output=True, text=True, check=True).stdout
-        assert 0.5 < float(said.split()[0]) < 0.9
-
-
-def test_the_guard_says_that_valgrind_is_absent(tmp_path):
-    command = [sys.executable, "-m", "bench.guard"]
-    ended = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert ended.stderr == "bench.guard: expected valgrind on the PATH, found none\n"
 
 
 def test_thread_counts_are_put_back():

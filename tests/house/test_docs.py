@@ -27,7 +27,7 @@ def batches(count):
 
 
 def test_use(capsys):
-    """The first example trains a network as it stands, prints a report, and what it makes small computes the same."""
+    """The first example trains and reports as it stands, and what it makes small computes the same."""
     (use,) = blocks("README.md")
     model, data = Net(), batches(3)
     scope = {"model": model, "data": data, "loss_fn": nn.CrossEntropyLoss()}
@@ -79,7 +79,7 @@ def test_fractions_left_by_the_modes():
 
 
 def test_groups_of_a_reshaped_weight():
-    """Weak heads and LSTM units become zero as the groups that the page says they are, and nothing else does."""
+    """A weak head and a weak LSTM unit become zero as one group each, and nothing else does."""
     (views,) = blocks("docs/groups.md")
     attention, lstm = nn.MultiheadAttention(64, 4), nn.LSTM(8, 32)
     scope = {"attention": attention, "lstm": lstm, "ProxSGD": ProxSGD}
@@ -146,14 +146,16 @@ BREAKS = {
     "a name without a reference": ("docs/api.md", "::: cges_kernels.prox_\n", ""),
     "a reference without a docstring": (
         "cges_kernels/__init__.py",
-        '__all__ = [\n',
+        "__all__ = [\n",
         'def silent(): pass\n\n\n__all__ = [\n    "silent",\n',
     ),
 }
 
 
 @pytest.mark.full("builds the site once for each way in which it must not build")
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: `make docs` does")
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: `make docs` does"
+)
 @pytest.mark.parametrize("broken", BREAKS)
 def test_the_site(broken, tmp_path):
     """A dead link or anchor, a missing picture, and a public name without text fail the build."""

@@ -10,11 +10,11 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.memory import Case, peak_extra_memory
 from helpers.right import DTYPES, MODES, SPECS, check_step, coefficients, fresh, inputs, one_step, training
 from helpers.tiers import covering, each_value
 
 from bench.lab import l2_bytes
-from bench.memory import Case, peak_extra_memory
 from cges_kernels import ProxSGD, prox
 from cges_kernels.backends.extension import BUILT
 

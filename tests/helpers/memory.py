@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import torch
 
-from . import baselines
-from .timing import Step
-from .workloads import matrix
+from bench import baselines
+from bench.timing import Step
+from bench.workloads import matrix
 
 
 class Case(NamedTuple):

@@ -1,4 +1,4 @@
-"""Instructions per element of the CPU executor, against budgets: ``python -m bench.guard``.
+"""Instructions per element of the CPU executor, against budgets: ``python tests/guard.py``.
 
 valgrind counts the same on every run, however busy the machine is. Only what runs inside cges::cpu::step
 counts, on one thread, once with the loops for AVX2 and once with those for any x86-64; valgrind does not know
@@ -67,11 +67,11 @@ def driver() -> Path:
     folders = sorted((ROOT / "build").glob("temp.*/csrc/cpu"), key=lambda path: path.stat().st_mtime)
     objects = [folders[-1] / name for name in OBJECTS] if folders else []
     if not objects or not all(path.exists() for path in objects):
-        sys.exit("bench.guard: expected the extension's object files under build/, found none: make install")
+        sys.exit("guard: expected the extension's object files under build/, found none: make install")
     lib, program = Path(torch.__file__).parent / "lib", ROOT / "build" / "guard-driver"
     include = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
     link = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10", "-o", str(program)]
-    files = [str(path) for path in (ROOT / "bench" / "guard.cpp", *objects)]
+    files = [str(path) for path in (ROOT / "tests" / "guard.cpp", *objects)]
     subprocess.run(["c++", "-std=c++20", "-O1", "-fopenmp", *include, *files, *link], check=True)
     return program
 
@@ -80,7 +80,7 @@ def collected(said: str) -> int:
     """The instructions that callgrind says it counted."""
     found = re.search(r"Collected : (\d+)", said)
     if found is None or int(found[1]) == 0:  # 0 where the function has another name by now
-        sys.exit(f"bench.guard: expected callgrind's count, got: {said[-500:]}")
+        sys.exit(f"guard: expected callgrind's count, got: {said[-500:]}")
     return int(found[1])
 
 
@@ -97,7 +97,7 @@ def line(name: str, found: float, most: float) -> str:
 
 def main() -> None:
     if shutil.which("valgrind") is None:
-        sys.exit("bench.guard: expected valgrind on the PATH, found none")
+        sys.exit("guard: expected valgrind on the PATH, found none")
     program, kept = driver(), True
     print(f"{'instructions per element':50s} {'counted':>8s} {'budget':>8s}")
     for case, budgets in BUDGETS.items():
