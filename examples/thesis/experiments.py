@@ -95,14 +95,9 @@ def fit_subgradient(repetition: Repetition, model: nn.Module, arm: Arm, lam: flo
     sgd = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
 
     def omega() -> Tensor:
-        terms = [
-            penalty(p, **{key: group[key] for key in PENALTY})
-            for group in coefficients.param_groups
-            if any(group[key] for key in PENALTY[:3])
-            for p in group["params"]
-        ]
-        none = torch.zeros((), device=settings.device)  # when the warm-up begins
-        return (1 - settings.momentum) * (torch.stack(terms).sum() if terms else none)
+        groups = coefficients.param_groups
+        terms = [penalty(p, **{key: g[key] for key in PENALTY}) for g in groups for p in g["params"]]
+        return (1 - settings.momentum) * torch.stack(terms).sum()
 
     repetition.fit(model, sgd, coefficients=coefficients, penalty=omega)
 

@@ -98,9 +98,9 @@ def epochs_to(rows: Iterable[Row], arm: str, share: float, rival: str) -> dict[i
 
 def sooner(ours: dict[int, float], theirs: dict[int, float]) -> tuple[str, str]:
     """(by how many epochs CGES reaches SHARE before a rival, whether that holds)."""
-    for epochs, whom in ((ours, "CGES"), (theirs, "it")):
+    for epochs, whom in ((ours, "CGES"), (theirs, "the other")):
         if never := list(epochs.values()).count(math.inf):
-            return "", f"{whom} does not get there with {never} of {len(epochs)} seeds"
+            return "", f"{whom} does not get there in {never} of {len(epochs)} seeds"
     found = Interval.of([theirs[seed] - ours[seed] for seed in ours])
     return f"{found.signed}: ", found.verdict
 

@@ -1,5 +1,6 @@
 """What the examples share: settings, trainings in processes, verdicts, options of the commands, and files."""
 
+import copy
 import math
 from functools import partial
 
@@ -18,7 +19,7 @@ from examples.common.data import load
 from examples.common.jobs import jobs_of, run_jobs
 from examples.common.methods import LABELS, METHODS
 from examples.common.results import Interval, Results
-from examples.common.training import SETTINGS, Repetition, Settings, without_scaled
+from examples.common.training import SETTINGS, Repetition, Settings, fit, without_scaled
 from examples.demo.cli import train
 
 PARSED = cli.parser_of("prog", "what it does")
@@ -48,6 +49,9 @@ def test_margin_at_equal_cost():
     assert found.interval.half == pytest.approx(4.30265 * 0.2 / math.sqrt(3), rel=1e-5)
     assert str(found) == "+2.00 ± 0.50 (90% to 7%): holds"
     assert str(invented(2.0).margin("cges", "l2", "nonzero")) == "no common level"  # l2 is at 100% only
+    gone = [row | dict(nonzero=0.0) if row["seed"] == 2 else row for row in invented(2.0).rows]
+    some = [a if a["arm"] == "l1" else b for a, b in zip(gone, invented(2.0).rows)]
+    assert Results(some, LABELS).margin("cges", "l1", "nonzero").levels == ()  # nothing is left in a seed
 
 
 def test_the_interval_decides():
@@ -79,6 +83,21 @@ def test_lambdas_keep_their_effect_without_momentum():
     assert Settings(momentum=0.0, strength=2).coefficient(0.5) == pytest.approx(0.1)
     assert METHODS["l1"].lambdas(3) == [0.003, 0.0122, 0.05] and METHODS["l1"].lambdas(1) == [0.0122]
     assert SETTINGS["mnist"].epochs * 60000 // SETTINGS["mnist"].batch == 30000  # the thesis's
+
+
+def test_the_training_loop():
+    """A step per batch: the loss and the penalty, every scheduler, then what is to be done after a step."""
+    model, steps = torch.nn.Linear(3, 2), []
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    batches = [(torch.randn(4, 5, 3), torch.randint(2, (4, 5))) for _ in range(2)]
+    fit(model.eval(), optimizer, [schedule], batches, lambda: model.weight.sum(), steps.append)
+    assert steps == [1, 2] and model.training
+    x, y = batches[0]  # the second step has no learning rate
+    (torch.nn.functional.cross_entropy(before(x.view(20, 3)), y.view(20)) + before.weight.sum()).backward()
+    for a, b in zip(model.parameters(), before.parameters()):
+        torch.testing.assert_close(a, b - 0.5 * b.grad)
 
 
 def test_either_optimizer():

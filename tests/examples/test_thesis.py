@@ -11,13 +11,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from cges_kernels import ProxSGD
+from cges_kernels import ProxSGD, penalty
 from examples.common import networks, results
 from examples.common.data import Dataset
 from examples.common.methods import METHODS
 from examples.common.training import Repetition, Settings
 from examples.thesis import cli, page
-from examples.thesis.experiments import EXPERIMENTS, jobs, on_layers, pretrain, work
+from examples.thesis.experiments import EXPERIMENTS, fit_subgradient, jobs, on_layers, pretrain, work
 
 TINY = ["--epochs", "1", "--seeds", "2", "--lambdas", "1", "--workers", "1"]
 FILES = ("-runs.csv", ".csv", ".svg")
@@ -102,6 +102,22 @@ def test_the_command(tmp_path, capsys):
     assert "fig4c.csv" in capsys.readouterr().out
     kept = {f"l2-digits-lenet-1-{seed}.pt" for seed in (0, 1)}
     assert {path.name for path in out.iterdir()} == {f"fig4c{part}" for part in FILES} | kept
+
+
+def test_the_subgradient_method_has_the_same_objective():
+    """A first step of it, with momentum, goes down the loss + (1 - momentum) * Omega."""
+    settings = Settings(epochs=1, batch=100, warmup=0)
+    repetition = Repetition(small_dataset(), settings, 0)
+    without, stepped, start = (repetition.network() for _ in range(3))
+    for model, lam in ((without, 0.0), (stepped, 0.5)):
+        torch.manual_seed(1)  # of dropout
+        fit_subgradient(repetition, model, METHODS["cges"], lam)
+    groups = ProxSGD(METHODS["cges"].param_groups(start, 0.5), lr=0.1).param_groups
+    keys = ("group_lasso", "exclusive_lasso", "group_by")
+    sum(penalty(p, **{key: g[key] for key in keys}) for g in groups for p in g["params"]).backward()
+    for a, b, p in zip(without.parameters(), stepped.parameters(), start.parameters()):
+        expected = 0 * p if p.grad is None else settings.lr * 0.1 * p.grad  # of biases there is no penalty
+        torch.testing.assert_close(a - b, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_an_unknown_experiment(capsys):
