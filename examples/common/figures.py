@@ -80,7 +80,7 @@ def _line(panel: Axes, results: Results, groups: Sequence[Group], x: str) -> Non
 
 
 def finish(figure: Figure, panels: Sequence[Axes], results: Results, title: str) -> Figure:
-    """With a legend, and a title that says of what the figure is."""
+    """Add a legend, and a title that names the data, the network and the number of seeds."""
     panels[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=int(figure.get_figwidth() // 3))

@@ -50,7 +50,7 @@ class MnistNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions of 3x3, their norms first, around a sum."""
+    """Two 3x3 convolutions, each behind a batch norm, whose result is added to the input."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()

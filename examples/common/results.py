@@ -115,7 +115,7 @@ class Results:
 
     @property
     def told(self) -> str:
-        """What the runs are of."""
+        """The data, the network, the epochs and the number of seeds of the runs."""
         first, seeds = self.rows[0], len({row["seed"] for row in self.rows})
         return f"{first['data']}, network {first['net']}, {first['epochs']:g} epochs, {seeds} seeds"
 

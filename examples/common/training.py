@@ -52,7 +52,8 @@ class Settings:
 
     def coefficient(self, lam: float) -> float:
         """What has at this momentum the effect that ``lam`` has at TUNED_AT (see ProxSGD's docstring)."""
-        return lam * self.strength * (1 - TUNED_AT) / (1 - self.momentum)
+        momentum = self.momentum if self.optimizer == "sgd" else TUNED_AT
+        return lam * self.strength * (1 - TUNED_AT) / (1 - momentum)
 
 
 SETTINGS = {

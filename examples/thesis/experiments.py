@@ -186,7 +186,7 @@ EXPERIMENTS = {
 
 
 def jobs(name: str, settings: Settings, seeds: int, lambdas: int | None) -> list[Job]:
-    """The jobs of an experiment, without the arms that ask for batch norm where there is none to be had."""
+    """The jobs of an experiment; arms with batch norm are left out where the network has no such variant."""
     experiment = EXPERIMENTS[name]
     has_norm = NORMED.get(settings.net) == settings.net
     fresh = not settings.pretrain_epochs  # a network with batch norm would need a pretraining of its own

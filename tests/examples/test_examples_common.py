@@ -101,8 +101,9 @@ def test_the_training_loop():
 
 
 def test_either_optimizer():
-    for name, kind in (("sgd", ProxSGD), ("adamw", ProxAdamW)):
-        repetition = Repetition(load("digits"), Settings(optimizer=name, strength=2), 0)
+    for name, kind, momentum in (("sgd", ProxSGD, 0.9), ("adamw", ProxAdamW, 0.0)):
+        settings = Settings(optimizer=name, momentum=momentum, strength=2)
+        repetition = Repetition(load("digits"), settings, 0)
         optimizer = repetition.optimizer(repetition.network(), METHODS["l1"], 0.1)
         assert type(optimizer) is kind
         assert {group["l1"] for group in optimizer.param_groups} == {0.0, 0.2}
