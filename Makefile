@@ -40,11 +40,11 @@ help:  ## list the targets
 
 install: $(EXT_STAMP)  ## set up .venv, the dependencies and the C++ extension
 
-demo: install  ## train the demo on real data
-	$(PY) -m cges_kernels.demo $(ARGS)
+demo: install  ## train on real data under six penalties and make a network smaller, in under 3 minutes
+	$(PY) -m examples.demo $(ARGS)
 
 demo-transformer: install  ## train a small transformer whose heads and hidden units die, and make it smaller
-	$(PY) examples/transformer.py $(ARGS)
+	$(PY) -m examples.transformer $(ARGS)
 
 test: install $(LINT)  ## lint, then the tests that see a break within minutes
 	$(PY) -m pytest $(PARALLEL) -m "not full" $(ARGS)
@@ -74,8 +74,8 @@ wheel: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## build a wheel, for this
 bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU, in 10 minutes
 	$(PY) -m bench.run $(ARGS)
 
-accuracy: install  ## train the thesis's experiments, in some minutes; docs/claims.md has what came out
-	$(PY) -m bench.accuracy all $(ARGS)
+accuracy: install  ## repeat the thesis's experiments, in some minutes, and write docs/claims.md
+	$(PY) -m examples.thesis all $(ARGS)
 
 guard: install  ## count the CPU executor's instructions with valgrind, against budgets
 	$(PY) tests/guard.py
@@ -114,7 +114,7 @@ $(TORCH_STAMP): | $(PY)
 $(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing the dependencies into $(VENV)"
 	$(PIP) "setuptools>=77" wheel
-	CGES_EXT=0 $(PIP) --no-build-isolation $(TORCH) -e ".[demo,triton,test,trainers,zoo,dev]"
+	CGES_EXT=0 $(PIP) --no-build-isolation $(TORCH) -e ".[examples,triton,test,trainers,zoo,dev]"
 	@touch $@
 
 # Nothing but torchao is in the extra that is not there already; it must bring no other torch.

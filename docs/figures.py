@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as MatplotlibPath
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from cges_kernels import ProxSGD, compact, plot_weights, prox
 from cges_kernels.core import groups, reference
-from cges_kernels.demo.data import load_digits
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 GREY, LIGHT = "#8c8c8c", "#e8e8e8"
@@ -89,7 +89,7 @@ def trained(**penalties: float) -> tuple[Tensor, float]:
     """The last layer of a small network trained on the digits, and how many of the others it knows."""
     torch.manual_seed(0)
     digits = load_digits()
-    x, y = torch.from_numpy(digits.x).flatten(1), torch.from_numpy(digits.y)
+    x, y = torch.from_numpy(digits.data / 16).float(), torch.from_numpy(digits.target)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     last = {"params": [model[2].weight], **penalties}
     others = {"params": [*model[0].parameters(), model[2].bias]}

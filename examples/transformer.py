@@ -1,10 +1,11 @@
-"""A small transformer whose heads and hidden units die under ProxAdamW, and a smaller one of what is left.
+"""A small transformer whose heads and hidden units die under ProxAdamW, made smaller by compact().
 
-    python examples/transformer.py [--out DIR] [--steps N] [--group-lasso X] [--seed N]
+    python -m examples.transformer [--out DIR] [--steps N] [--group-lasso X] [--seed N]
 
 It learns to continue the reference texts that come with Python, character by character. Each head and each
-hidden unit is one group of group lasso; what dies is removed by compact(). A dense run beside it shows what
-that costs. It prints a table and writes a figure and its numbers; two minutes on two cores.
+hidden unit is one group of group lasso, and compact() removes those that have died. A dense run beside it
+shows what that costs. The command prints a summary, and writes a figure and its numbers. It takes two minutes
+on two cores.
 """
 
 from __future__ import annotations
@@ -20,17 +21,24 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from cges_kernels import CoefficientWarmup, ProxAdamW, compact
 
+from .common.cli import at_least_one, write
+from .common.figures import RC, STYLES
+from .common.jobs import progress
+from .common.training import fit
+
 CONTEXT, WIDTH, HEADS, HEAD_WIDTH, HIDDEN, BLOCKS = 48, 64, 4, 16, 256, 2
 LR, BATCH = 4e-3, 24
 PENALISED = 0.6  # of the steps
-HEADS_MORE = 2.2  # times the strength of a hidden unit's group: a head's gradients agree more
+HEADS_MORE = 2.2  # times a hidden unit's strength is a head's, because a head's gradients agree more
 EVERY = 25  # steps between two points of the figure
 
 
@@ -48,7 +56,7 @@ class Head(nn.Module):
 
 
 class Block(nn.Module):
-    """Heads, then hidden units; a column of ``down`` is all that is read of a unit, and one group."""
+    """Attention heads, then hidden units. Only its column of ``down`` reads a unit, and is one group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +72,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Of characters: [N, T <= CONTEXT] of ints below ``characters`` to [N, T, characters] of logits."""
+    """Predicts the next character: from ints [N, T <= CONTEXT] to logits [N, T, characters]."""
 
     def __init__(self, characters: int) -> None:
         super().__init__()
@@ -78,7 +86,7 @@ class Transformer(nn.Module):
 
 
 def load_text() -> tuple[Tensor, Tensor, int]:
-    """(characters to train on, to test on, how many different ones there are), a tenth of them for tests."""
+    """(characters to train on, the last tenth to test on, how many different characters there are)."""
     text = "\n".join(topics[name] for name in sorted(topics))
     known = sorted(set(text))
     encoded = torch.tensor([known.index(c) for c in text])
@@ -118,7 +126,7 @@ def test_loss(model: nn.Module, text: Tensor) -> float:
 
 @torch.no_grad()
 def alive(model: Transformer) -> tuple[int, int]:
-    """(heads, hidden units) that give anything."""
+    """(heads, hidden units) whose output is not always zero."""
     heads = [bool(module.out.weight.any()) for module in model.modules() if isinstance(module, Head)]
     units = [int(module.down.weight.any(0).sum()) for module in model.modules() if isinstance(module, Block)]
     return sum(heads), sum(units)
@@ -134,45 +142,38 @@ class Run:
 
 
 def train(label: str, group_lasso: float, steps: int, seed: int, text: tuple[Tensor, Tensor, int]) -> Run:
-    """The strength grows from 0 over a third of the steps. After PENALISED of them the penalty ends, and what
-    is zero stays so: the rest trains on without what pulled at it.
-    """
-    from tqdm import tqdm
+    """The penalty grows from 0 over a third of the steps, and ends after PENALISED of them.
 
+    From then on what is zero stays zero, and the rest trains on without a penalty.
+    """
     torch.manual_seed(seed)
     training, testing, characters = text
     run = Run(label, Transformer(characters))
     model = run.model
     optimizer = ProxAdamW(param_groups(model, group_lasso), lr=LR, weight_decay=0.01)
-    schedulers = [
-        OneCycleLR(optimizer, LR, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False),
-        CoefficientWarmup(optimizer, max(steps // 3, 1)),
-    ]
+    warmup = CoefficientWarmup(optimizer, max(steps // 3, 1))
+    schedule = OneCycleLR(optimizer, LR, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+    schedulers = [schedule, warmup]
     generator = torch.Generator().manual_seed(seed)
-    last_penalised = round(PENALISED * steps)
-    quiet = 0.1 if sys.stderr.isatty() else 20  # a log wants few lines
-    for step in tqdm(range(1, steps + 1), desc=label, unit="step", mininterval=quiet):
-        x, y = batch_of(training, BATCH, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-        optimizer.step()
-        for scheduler in schedulers if step < last_penalised else schedulers[:1]:
-            scheduler.step()
-        if step == last_penalised:
+    batches = (batch_of(training, BATCH, generator) for _ in range(steps))
+
+    def after_step(step: int) -> None:
+        if step == round(PENALISED * steps):
+            schedulers.remove(warmup)
             for group in optimizer.param_groups:
                 group.update(group_lasso=0.0, freeze_zeros="group")
         if step % EVERY == 0 or step in (1, steps):
             run.curve.append((step, test_loss(model, testing), *alive(model)))
+
+    fit(model, optimizer, schedulers, progress(batches, label, "step", steps), after_step=after_step)
     return run
 
 
-def figure_of(runs: Sequence[Run]) -> Any:
+def figure_of(runs: Sequence[Run]) -> Figure:
     """Test loss, and what is alive, over the steps."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for run, colour in zip(runs, ("#000000", "#D55E00")):
+    for run, colour in zip(runs, (STYLES["l2"][0], STYLES["cges"][0])):
         steps, losses, heads, units = zip(*run.curve)
         left.plot(steps, losses, color=colour, label=run.label)
         right.plot(
@@ -183,23 +184,19 @@ def figure_of(runs: Sequence[Run]) -> Any:
     left.set(xlabel="step", ylabel="test loss, nats a character")
     right.set(xlabel="step", ylabel="% alive", ylim=(-3, 103))
     for panel in (left, right):
-        panel.legend(frameon=False)
-        panel.grid(color="#e4e4e4")
+        panel.legend()
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train both, compact the sparse one, print and write what came of it."""
+    """Train both, compact the sparse one, print and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo_out"), metavar="DIR", help="of figure and numbers"
-    )
-    parser.add_argument("--steps", type=int, default=1500, metavar="N")
-    parser.add_argument("--group-lasso", type=float, default=0.3, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="of figure and numbers")
+    add("--steps", type=at_least_one, default=1500, metavar="N")
+    add("--group-lasso", type=float, default=0.3, metavar="X")
+    add("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"argument --steps: expected at least 1, got {args.steps}")
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     text = load_text()
@@ -221,13 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compact": small.to_dict(),
         "curves": {run.label: run.curve for run in (dense, sparse)},
     }
-    (args.out / "transformer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    figure_of((dense, sparse)).savefig(args.out / "transformer.png", dpi=150)
-    print(
-        "\n".join(
-            ["", *lines, "", f"Figure and numbers: {args.out}{os.sep} ({time.perf_counter() - start:.0f} s)"]
-        )
-    )
+    with matplotlib.rc_context(RC):
+        figures = {"transformer.png": figure_of((dense, sparse))}
+        write(args.out, {"transformer.json": json.dumps(report, indent=1) + "\n"}, figures)
+    where = f"Figure and numbers: {args.out}{os.sep} ({time.perf_counter() - start:.0f} s)"
+    print("\n".join(["", *lines, "", where]))
     return 0
 
 

@@ -73,14 +73,20 @@ def test_files_and_pages_of_made_up_numbers(tmp_path):
 
 def test_a_cpu_table_with_and_without_the_rows_of_today():
     (cpu, *_), *_ = pages.reports()
-    row = Row("a", "python", "cpp", None, steady(python=4, cpp=1))
-    new, later = (Row(name, "python", "cpp", 1.0, list) for name in ("new", "later"))
-    failed = {"row": "new", "suite": "core", "baseline": "python", "contender": "cpp", "error": "no luck"}
+    row = Row("a", "sequential", "exact", None, steady(sequential=4, exact=1))
+    new, later = (Row(name, "sequential", "exact", 1.0, list) for name in ("new", "later"))
+    failed = {
+        "row": "new",
+        "suite": "core",
+        "baseline": "sequential",
+        "contender": "exact",
+        "error": "no luck",
+    }
     report = {**cpu, "results": [*table.measure([row], 1), failed]}
     text, *_ = pages.cpu_part([report], [row, new, later])
-    assert "| a | the same in Python | - | 1.000 | 0.25 [0.25, 0.25] |" in text
-    assert "| new | the same in Python | 1.00 |  | failed: no luck |" in text
-    assert "| later | the same in Python | 1.00 |  |  |" in text
+    assert "| a | sequential mode | - | 1.000 | 0.25 [0.25, 0.25] |" in text
+    assert "| new | sequential mode | 1.00 |  | failed: no luck |" in text
+    assert "| later | sequential mode | 1.00 |  |  |" in text
 
 
 def test_no_row_begins_when_time_is_up():

@@ -10,10 +10,9 @@ from helpers.networks import IMAGE, ZOO, residual, reused, tied
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from cges_kernels import compact, load_compacted, save_compacted, sparsity_report
+from cges_kernels import compact, load_compacted, save_compacted
 from cges_kernels.compaction import following
-from cges_kernels.demo.training import LeNet
-from cges_kernels.demo.training import compacted as compacted_by_hand
+from examples.common.networks import LeNet
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -88,13 +87,6 @@ def test_a_dead_network_keeps_one_channel(dead):
         "2.weight": (1, 1, 3, 3),
         "4.weight": (2, 1, 3, 3),
     }
-
-
-def test_compacted_flops_are_those_of_the_demo():
-    """For a LeNet compact() removes as much as the demo's own code for this network."""
-    model, x = kill(LeNet(8)), torch.randn(1, 1, 8, 8)
-    small = sparsity_report(compact(model, x).model, x).total.flops_compacted
-    assert small == sparsity_report(compacted_by_hand(model), x).total.flops_compacted
 
 
 def test_outputs_of_the_model_stay():

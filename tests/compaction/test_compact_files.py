@@ -11,7 +11,7 @@ from helpers.steps import assert_same_bits
 from torch import nn
 
 from cges_kernels import compact, load_compacted, save_compacted
-from cges_kernels.demo.training import LeNet
+from examples.common.networks import LeNet
 
 
 def test_a_whole_module_is_saved_too():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from helpers.compacting import conv, net
 from torch import nn
 
-from cges_kernels.demo.training import LeNet
+from examples.common.networks import LeNet
 
 
 def residual():

@@ -73,7 +73,7 @@ def graph(files):
 def test_every_file_of_the_package_is_in_a_room():
     """A new file or folder of the package has to be added to ROOMS, and so to the rules."""
     rest = {path.name for path in PACKAGE.iterdir()} - {f"{room}.py" for room in ROOMS} - set(ROOMS)
-    assert rest - {"__pycache__"} == {"__init__.py", "demo", "py.typed"}
+    assert rest - {"__pycache__"} == {"__init__.py", "py.typed"}
 
 
 def test_imports_go_one_way():
@@ -82,6 +82,11 @@ def test_imports_go_one_way():
     for name, others in graph(modules()).items():
         found[name.split(".")[0]] |= {other.split(".")[0] for other in others}
     assert {room: others - {room} for room, others in found.items()} == ROOMS
+
+
+def test_nothing_but_tests_imports_examples():
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "bench").rglob("*.py")):
+        assert not re.search(r"^ *(from|import) examples\b", path.read_text(), re.MULTILINE), path
 
 
 def test_imports_have_no_circles():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cges_kernels import ProxSGD, cges_param_groups, density_schedule, prune_to_density, sparsity_param_groups
-from cges_kernels.demo.data import load_digits
+from examples.common.data import load
 
 
 def mlp():
@@ -188,7 +188,7 @@ def test_refusals():
 def test_rounds_of_pruning_on_digits():
     """A tenth of the weights, in four rounds with CGES in retraining, does about as well as all of them."""
     pytest.importorskip("sklearn")
-    x, y = map(torch.from_numpy, load_digits())
+    x, y = map(torch.from_numpy, load("digits")[:2])
     x, y, unseen, answers = x[:1200].flatten(1), y[:1200], x[1200:].flatten(1), y[1200:]
     model = nn.Sequential(nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, 10))
     optimizer = ProxSGD(cges_param_groups(model, 1e-3, scale="size"), lr=0.1, momentum=0.9)

@@ -11,15 +11,15 @@ from helpers.schedules import warmed
 from torch import nn
 
 from cges_kernels import ProxSGD, TargetDensity, cges_param_groups, sparsity_report
-from cges_kernels.demo.data import load_digits
-from cges_kernels.demo.training import LeNet
 from cges_kernels.training.recipes import sparsity_param_groups
+from examples.common.data import load
+from examples.common.networks import LeNet
 
 
 def digits():
     """400 images of digits and their labels."""
     pytest.importorskip("sklearn")
-    x, y = map(torch.from_numpy, load_digits())
+    x, y = map(torch.from_numpy, load("digits")[:2])
     return x[:400], y[:400]
 
 

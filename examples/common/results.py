@@ -1,0 +1,183 @@
+"""From the rows of single runs to means with confidence intervals, and to verdicts on what differs."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from cges_kernels.reporting.files import as_csv
+
+TEXT = ("data", "net", "arm")  # columns that are no numbers
+FACTS = ("data", "net", "epochs")  # of every row
+KEYS = ("arm", "lambda", "epoch", "density")  # what rows of different seeds have in common
+COSTS = {
+    "nonzero": "nonzero weights",
+    "flops_nonzero": "FLOPs by nonzeros",
+    "weights_compacted": "weights, compacted",
+    "flops_compacted": "FLOPs, compacted",
+}
+LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # percent, where curves are compared
+
+Row = dict[str, Any]  # FACTS, some KEYS, "seed", and what was measured
+
+
+class Interval(NamedTuple):
+    """A mean and half the width of its 95% confidence interval (Student's t; NaN for a single value)."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        n = len(values)
+        half = stats.sem(values) * stats.t.ppf(0.975, n - 1) if n > 1 else math.nan
+        return cls(float(np.mean(values)), float(half))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.half:.1f}"
+
+    @property
+    def signed(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half:.2f}"
+
+    @property
+    def verdict(self) -> str:
+        """Of the claim that what is estimated is positive."""
+        if not abs(self.mean) > self.half:  # so NaN is undecided
+            return "undecided"
+        return "holds" if self.mean > 0 else "does not hold"
+
+
+class Margin(NamedTuple):
+    """What an arm has more than a rival at equal cost, mean over levels of that cost and over seeds."""
+
+    interval: Interval
+    levels: tuple[float, ...]  # percent; none if no level is on the curves of both
+
+    def __str__(self) -> str:
+        if not self.levels:
+            return self.verdict
+        levels = " to ".join(f"{level:g}%" for level in dict.fromkeys((self.levels[0], self.levels[-1])))
+        return f"{self.interval.signed} ({levels}): {self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """Of the claim that it is more."""
+        return self.interval.verdict if self.levels else "no common level"
+
+
+class Group(NamedTuple):
+    """The rows that differ in nothing but their seed."""
+
+    arm: str
+    lam: float
+    point: float  # epoch or density; 0 where rows have neither
+    rows: list[Row]
+
+    def interval(self, measure: str) -> Interval:
+        return Interval.of([row[measure] for row in self.rows])
+
+    def gain(self, over: Group) -> Interval:
+        """Accuracy less the other's, seed by seed."""
+        theirs = {row["seed"]: row["accuracy"] for row in over.rows}
+        return Interval.of([row["accuracy"] - theirs[row["seed"]] for row in self.rows])
+
+
+def point_of(row: Row) -> float:
+    """Where in the training the row was measured."""
+    return float(row["epoch"] if "epoch" in row else row.get("density", 0.0))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of an experiment, and the labels of its arms in their order."""
+
+    rows: Sequence[Row]
+    labels: Mapping[str, str]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Arms in their order, lambdas ascending, points in the order of training."""
+        together: dict[tuple[str, float, float], list[Row]] = {}
+        for row in self.rows:
+            together.setdefault((row["arm"], row["lambda"], point_of(row)), []).append(row)
+        order = list(self.labels)
+        keys = sorted(together, key=lambda key: (order.index(key[0]), key[1]))  # stable: points stay in order
+        return [Group(*key, sorted(together[key], key=lambda row: row["seed"])) for key in keys]
+
+    @property
+    def told(self) -> str:
+        """The data, the network, the epochs and the number of seeds of the runs."""
+        first, seeds = self.rows[0], len({row["seed"] for row in self.rows})
+        return f"{first['data']}, network {first['net']}, {first['epochs']:g} epochs, {seeds} seeds"
+
+    def of(self, arm: str) -> list[Group]:
+        return [group for group in self.groups if group.arm == arm]
+
+    def at(self, point: float) -> Results:
+        """The rows of one epoch or density."""
+        return Results([row for row in self.rows if point_of(row) == point], self.labels)
+
+    def best(self, arm: str) -> Group:
+        """The arm at the lambda of its greatest mean accuracy, as tested."""
+        return max(self.of(arm), key=lambda group: group.interval("accuracy").mean)
+
+    def over(self, dense: str, arm: str) -> str:
+        """A cell: how much more accurate the arm is than the dense one, each at its most accurate lambda."""
+        best = self.best(arm)
+        gain, weights = best.gain(self.best(dense)), best.interval("nonzero").mean
+        return f"{gain.signed} ({weights:.0f}% of the weights): {gain.verdict}"
+
+    def _curves(self, arm: str, x: str, y: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Per seed: (log x ascending, y). Runs in which nothing is left are not on the curve."""
+        points: dict[int, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            if row["arm"] == arm and row[x] > 0:
+                points.setdefault(row["seed"], []).append((math.log(row[x]), row[y]))
+        return {seed: tuple(np.array(sorted(curve)).T) for seed, curve in points.items()}
+
+    def margin(self, arm: str, rival: str, x: str, y: str = "accuracy") -> Margin:
+        """``y`` of the arm less the rival's, each interpolated over log ``x``, seed by seed.
+
+        Compared at those LEVELS that every curve of both covers.
+        """
+        ours, theirs = self._curves(arm, x, y), self._curves(rival, x, y)
+        curves = [*ours.values(), *theirs.values()]
+        low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+        levels = tuple(level for level in LEVELS if low <= math.log(level) <= high)
+        if not levels or ours.keys() != theirs.keys():
+            return Margin(Interval(math.nan, math.nan), ())
+        at = np.log(levels)
+        found = [np.interp(at, *ours[seed]) - np.interp(at, *theirs[seed]) for seed in ours]
+        return Margin(Interval.of([difference.mean() for difference in found]), levels)
+
+    def runs_csv(self) -> str:
+        """Every row as it is."""
+        return as_csv(list(self.rows[0]), (list(row.values()) for row in self.rows))
+
+    def summary_csv(self) -> str:
+        """The means over seeds, each with half the width of its confidence interval as ``_ci``."""
+        keys = [key for key in KEYS if key in self.rows[0]]
+        measures = [key for key in self.rows[0] if key not in (*FACTS, *KEYS, "seed")]
+        header = [*FACTS, "seeds", *keys, *(f"{key}{part}" for key in measures for part in ("", "_ci"))]
+        lines = []
+        for group in self.groups:
+            first = group.rows[0]
+            values = [x for key in measures for x in group.interval(key)]
+            lines.append([*(first[k] for k in FACTS), len(group.rows), *(first[k] for k in keys), *values])
+        return as_csv(header, lines)
+
+
+def read_runs(path: Path) -> list[Row]:
+    """What :meth:`Results.runs_csv` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value if key in TEXT else float(value) for key, value in row.items()} for row in rows]

@@ -1,0 +1,8 @@
+"""``python -m examples.thesis``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":  # worker processes may import this module too
+    sys.exit(main())
