@@ -75,13 +75,8 @@ def test_a_cpu_table_with_and_without_the_rows_of_today():
     (cpu, *_), *_ = pages.reports()
     row = Row("a", "sequential", "exact", None, steady(sequential=4, exact=1))
     new, later = (Row(name, "sequential", "exact", 1.0, list) for name in ("new", "later"))
-    failed = {
-        "row": "new",
-        "suite": "core",
-        "baseline": "sequential",
-        "contender": "exact",
-        "error": "no luck",
-    }
+    sides = {"baseline": "sequential", "contender": "exact"}
+    failed = {"row": "new", "suite": "core", **sides, "error": "no luck"}
     report = {**cpu, "results": [*table.measure([row], 1), failed]}
     text, *_ = pages.cpu_part([report], [row, new, later])
     assert "| a | sequential mode | - | 1.000 | 0.25 [0.25, 0.25] |" in text
