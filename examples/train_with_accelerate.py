@@ -5,7 +5,7 @@ the accumulated gradients are complete, and saves and loads both. The state is s
 run can be resumed from there.
 
     python examples/train_with_accelerate.py
-    accelerate launch --cpu --num_processes 2 examples/train_with_accelerate.py
+    accelerate launch examples/train_with_accelerate.py
     python examples/train_with_accelerate.py --resume accelerate_out/epoch-10 --out resumed
 
 Needs accelerate and scikit-learn. It takes about ten seconds on two CPU cores.
@@ -54,7 +54,7 @@ def train(
     out: Path,
     resume: Path | None = None,
 ) -> nn.Module:
-    steps = epochs * len(loader) // 2
+    steps = epochs * len(loader) // 2  # of all processes together: accelerate steps a schedule for each
     optimizer: Any = make_optimizer(model)  # before `prepare`, which may replace the parameters in it
     warmup: Any = CoefficientWarmup(optimizer, steps=steps // 2)
     model, optimizer, warmup, loader = accelerator.prepare(model, optimizer, warmup, loader)

@@ -1,7 +1,8 @@
-"""The example scripts that users copy from: as modules, and as the commands that they are."""
+"""The example scripts that users copy from, as modules and as commands; and the code that pages show."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -44,3 +45,9 @@ def torchrun(processes, name, *arguments, cwd, limit=170):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def code_blocks(page):
+    """The Python code of a page under docs/, apart from the files that it includes."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [block for block in blocks if not block.startswith("--8<--")]

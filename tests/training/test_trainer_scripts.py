@@ -1,6 +1,7 @@
-"""The example scripts run as users run them, say what came of it, and go on from a checkpoint to the same weights."""
+"""The example scripts run as users run them, and go on from a checkpoint to the same weights."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -25,14 +26,11 @@ def check_output(printed):
     assert 0 < float(printed.partition("test accuracy: ")[2].partition("%")[0]) <= 100
 
 
-def assert_goes_on(run, checkpoint, weights_of, moved):
-    """Resumed from ``checkpoint`` in its first run, a script ends with the weights of that run."""
+def assert_goes_on(run, weights_of, first, last):
+    """Resumed from the first epoch's checkpoint, a script ends with the weights of the run that went on."""
     check_output(run(*EPOCHS, "--out", "whole"))
-    check_output(run(*EPOCHS, "--out", "resumed", "--resume", f"whole/{checkpoint}"))
-    whole, resumed, before = (
-        weights_of(f"{folder}/{moved if folder == 'resumed' else name}")
-        for folder, name in (("whole", moved), ("resumed", moved), ("whole", checkpoint))
-    )
+    check_output(run(*EPOCHS, "--out", "resumed", "--resume", f"whole/{first}"))
+    before, whole, resumed = map(weights_of, (f"whole/{first}", f"whole/{last}", f"resumed/{last}"))
     assert whole.keys() == resumed.keys()
     assert_same_bits(list(whole.values()), list(resumed.values()))
     assert not all(torch.equal(whole[key], before[key]) for key in whole)
@@ -46,27 +44,27 @@ def safetensors_in(folder):
 @pytest.mark.full("the script for Lightning, which takes seconds to import")
 def test_lightning(tmp_path):
     needs("lightning")
-    assert_goes_on(
-        lambda *given: run_script("train_with_lightning", *given, cwd=tmp_path),
-        "epoch=0.ckpt",
-        lambda path: torch.load(tmp_path / path, weights_only=True)["state_dict"],
-        "epoch=3.ckpt",
-    )
+
+    def weights(path):
+        return torch.load(tmp_path / path, weights_only=True)["state_dict"]
+
+    run = partial(run_script, "train_with_lightning", cwd=tmp_path)
+    assert_goes_on(run, weights, "epoch=0.ckpt", "epoch=3.ckpt")
 
 
 @pytest.mark.full("the script for the Hugging Face Trainer, which takes seconds to import")
 def test_hf_trainer(tmp_path):
     needs("transformers")
     needs("accelerate")
-    run = lambda *given: run_script("train_with_hf_trainer", *given, cwd=tmp_path)  # noqa: E731
-    assert_goes_on(run, "checkpoint-12", safetensors_in(tmp_path), "checkpoint-48")
+    run = partial(run_script, "train_with_hf_trainer", cwd=tmp_path)
+    assert_goes_on(run, safetensors_in(tmp_path), "checkpoint-12", "checkpoint-48")
 
 
 @pytest.mark.full("the script for accelerate, which takes seconds to import")
 def test_accelerate(tmp_path):
     needs("accelerate")
-    run = lambda *given: run_script("train_with_accelerate", *given, cwd=tmp_path)  # noqa: E731
-    assert_goes_on(run, "epoch-1", safetensors_in(tmp_path), "epoch-4")
+    run = partial(run_script, "train_with_accelerate", cwd=tmp_path)
+    assert_goes_on(run, safetensors_in(tmp_path), "epoch-1", "epoch-4")
 
 
 @pytest.mark.full("the script for FSDP2, in two processes that torchrun starts")
@@ -76,8 +74,8 @@ def test_fsdp2(tmp_path):
         dcp_to_torch_save(tmp_path / path, tmp_path / "one.pt")
         return torch.load(tmp_path / "one.pt", weights_only=True)["model"]
 
-    run = lambda *given: torchrun(2, "train_with_fsdp2", *given, cwd=tmp_path)  # noqa: E731
-    assert_goes_on(run, "epoch-1", weights, "epoch-4")
+    run = partial(torchrun, 2, "train_with_fsdp2", cwd=tmp_path)
+    assert_goes_on(run, weights, "epoch-1", "epoch-4")
 
 
 @pytest.mark.full("the script that makes a ResNet-18 smaller: a minute of training")
