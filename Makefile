@@ -89,7 +89,7 @@ gpu-quick: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## on an NVIDIA GPU, b
 	$(ON_GPU) STAGES="quick-build quick-smoke quick-bench" BACKEND="$(or $(BACKEND),cuda)" bash tests/gpu.sh
 
 docs: $(DOCS_STAMP)  ## build the site into build/site; a dead link or an undocumented public name fails
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 tables: $(DEPS_STAMP)  ## write the tables of README.md and docs/speed.md from bench/results
 	$(PY) -m bench.pages

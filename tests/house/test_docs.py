@@ -170,7 +170,7 @@ def test_the_site(broken, tmp_path):
         with (copy / "docs" / "api.md").open("a") as page:
             page.write("\n::: cges_kernels.silent\n")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "--quiet", "build"],
+        [sys.executable, "-m", "mkdocs", "build"],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy)},
         capture_output=True,
