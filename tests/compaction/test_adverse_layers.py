@@ -120,6 +120,9 @@ def test_experts_without_a_token():
     result = compact(model, X)
     assert not result.kept
     torch.testing.assert_close(result.model(X), model(X))
+    large = torch.cat([1e4 * X, -1e4 * X])  # of which the second expert has some rows
+    assert len(set(model.route(large).argmax(1).tolist())) == 2
+    torch.testing.assert_close(result.model(large), model(large))
 
 
 def causal(self, x):

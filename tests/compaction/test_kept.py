@@ -100,7 +100,7 @@ def test_a_dense_model_has_nothing_in_kept(make, shape):
     "forward, width, columns, left",
     [
         (gated, 4, [1], {"a.weight": (6, 8), "c.weight": (2, 3)}),  # one unit of each half
-        (rotated, 8, [2, 6], {"a.weight": (6, 8), "c.weight": (2, 6)}),
+        (rotated, 8, [2, 6], {"a.weight": (8, 8), "c.weight": (2, 8)}),  # has halves of eight written out
     ],
 )
 def test_pairs_go_together(forward, width, columns, left):
@@ -108,22 +108,25 @@ def test_pairs_go_together(forward, width, columns, left):
     model = net(forward, a=nn.Linear(8, 8), c=nn.Linear(width, 2))
     unread(model.c, columns)
     result = compact(model, torch.randn(ROWS))
-    if forward is rotated:  # its forward has halves of eight written out
-        assert shapes(result) == {"a.weight": (8, 8), "c.weight": (2, 8)}
+    assert shapes(result) == left
+    if forward is rotated:
         assert result.kept["a"].startswith(f"{DEAD}2; without them ")
     else:
-        assert shapes(result) == left and not result.kept
+        assert not result.kept
     assert_same(result.model, model, torch.randn(ROWS))
 
 
 def test_a_split_by_numbers_is_told():
-    """A split whose size is written out still computes the same; what stays is reported."""
-    model = net(split_and_joined, a=conv(3, 8, 1), c=conv(8, 2, 1))
-    unread(model.c, [0])
-    result = compact(model, torch.randn(IMAGE))
-    if result.kept:
-        assert result.kept["a"].startswith(f"{DEAD}1; without them ")
-    assert_same(result.model, model, torch.randn(IMAGE))
+    """A split by numbers loses channels of its last part; a channel of its first stays, with the reason."""
+    for column, left in ((0, 7), (4, 8)):
+        model = net(split_and_joined, a=conv(3, 8, 1), c=conv(8, 2, 1))
+        unread(model.c, [column])
+        result = compact(model, torch.randn(IMAGE))
+        assert shapes(result) == {"a.weight": (left, 3, 1, 1), "c.weight": (2, left, 1, 1)}
+        assert bool(result.kept) == (left == 8)
+        if result.kept:
+            assert list(result.kept) == ["a"] and result.kept["a"].startswith(f"{DEAD}1; without them ")
+        assert_same(result.model, model, torch.randn(IMAGE))
 
 
 def test_blocks_alike_are_refused_at_once():

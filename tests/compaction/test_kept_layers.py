@@ -82,9 +82,9 @@ def test_dead_rows_of_attention_are_named():
     model = nn.Sequential(Attention(), nn.Linear(8, 3))
     dead(model[0].qkv, [0, 9], also=[model[0].qkv.bias])
     result = compact(model, torch.randn(ROWS))
-    assert result.kept == {"0.qkv": f"{DEAD}2; 0 (_unsafe_view) lays them out along two dims"} or (
-        list(result.kept) == ["0.qkv"] and "lays them out along two dims" in result.kept["0.qkv"]
-    )
+    assert list(result.kept) == ["0.qkv"]
+    assert result.kept["0.qkv"].startswith(f"{DEAD}2; ")
+    assert result.kept["0.qkv"].endswith(" lays them out along two dims")
 
 
 def test_dead_rows_of_in_proj_are_named():

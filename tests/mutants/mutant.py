@@ -15,5 +15,4 @@ class Mutant:
     new: str
     # names of test modules anywhere in tests/ that should notice it, with * for any characters
     seen_by: tuple[str, ...]
-    hangs: bool = False  # whether its tests may wait for ever
     sanitizer: bool = False  # whether it is a race that only ThreadSanitizer can see

@@ -159,6 +159,8 @@ def test_without_freezing_momentum_and_gradient_bring_weights_back():
 def test_refusals():
     """Bad arguments, optimizers that do not fit and NaN weights are errors, and nothing was pruned."""
     model = mlp()
+    weights = [model[0].weight, model[2].weight]
+    before = [w.detach().clone() for w in weights]
     for density in (0, -0.1, 1.01, float("nan"), "1", True):
         with pytest.raises(ValueError, match=r"density: expected a fraction of nonzero weights in \(0, 1\]"):
             prune_to_density(model, density)
@@ -174,10 +176,8 @@ def test_refusals():
         prune_to_density(model, 0.5, optimizer=ProxSGD(model[2].parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"only weights to prune in param_groups\[0\], .* got 2 others"):
         prune_to_density(model, 0.5, optimizer=ProxSGD(model.parameters(), lr=0.1))
-    weights = [model[0].weight, model[2].weight]
     with pytest.raises(ValueError, match=r"freeze_zeros='element': expected .* got SGD"):
         prune_to_density(model, 0.5, optimizer=torch.optim.SGD(weights, lr=0.1))
-    before = [w.detach().clone() for w in weights]
     assert all(torch.equal(a, b) for a, b in zip(before, weights)) and sum(nonzeros(model)) == 120
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
