@@ -1,9 +1,12 @@
 """The figures of the pages: docs/figures.py draws all that pages use, and pages use all that it draws."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from helpers.programs import PATHS, ROOT, run_python
+from helpers.programs import ROOT
 
 DOCS = ROOT / "docs"
 
@@ -23,10 +26,8 @@ def figures_used():
 def test_every_figure_is_drawn_and_used(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    code = (
-        f"import runpy, pathlib; runpy.run_path('docs/figures.py')['draw'](pathlib.Path({str(tmp_path)!r}))"
-    )
-    run_python(code, cwd=ROOT, PYTHONPATH=PATHS)
+    command = [sys.executable, "docs/figures.py", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     drawn, kept = (
         {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.svg")}
         for folder in (tmp_path, DOCS)
