@@ -10,7 +10,7 @@ then makes the smaller network, which is checked, saved and loaded again.
 
 It begins with random weights and learns scikit-learn's digits, enlarged to 3x32x32. With --data it learns a
 folder of images, which has a folder for each class. Other images and weights need another strength: double or
-halve it until the table says what you want. Needs torchvision and scikit-learn. It takes two to three
+halve it until the table says what you want. Needs torchvision and scikit-learn. It takes about two
 minutes on two CPU cores.
 """
 
