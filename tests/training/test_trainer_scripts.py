@@ -80,11 +80,11 @@ def test_fsdp2(tmp_path):
 
 @pytest.mark.full("the script that makes a ResNet-18 smaller: a minute of training")
 def test_small_resnet(tmp_path):
-    """Six times as strong, one epoch is enough for channels to leave."""
+    """A penalty that is far too strong kills within an epoch all that it reaches, which then leaves."""
     needs("torchvision")
-    printed = run_script("small_resnet", "--epochs", 1, "--group-lasso", 0.2, cwd=tmp_path)
+    printed = run_script("small_resnet", "--epochs", 1, "--group-lasso", 0.1, cwd=tmp_path)
     before, after = map(int, rows(printed)["parameters"])
-    assert after < 0.9 * before
+    assert after < before / 2
     flops, fewer = map(int, rows(printed)["FLOPs"])
     assert fewer < flops and "latency, ms" in printed
     own, loaded = printed.rpartition("test accuracy: ")[2].split(", and ")
