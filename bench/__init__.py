@@ -1,1 +1,1 @@
-"""Benchmarks: run.py measures on the CPU, gpu.py on a GPU; readme.py writes the README's tables of both."""
+"""Benchmarks: run.py measures on the CPU, gpu.py on a GPU; pages.py writes the tables of both."""

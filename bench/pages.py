@@ -169,11 +169,11 @@ def cpu_part(reports: Sequence[Report], rows: Sequence[Row]) -> list[str]:
     groups = {machine(r): {x["row"]: x for x in known} for r, known in zip(reports, cores)}
     parts = [table(groups, rows)]
     for report, known in zip(reports, cores):
-        env = report["environment"]
+        env, shown = report["environment"], {row.name for row in rows}
         parts.append(
             f"The {machine(report)} has an L2 of {env['l2_bytes'] / 2**20:.0f} MiB a core and was measured "
             f"on {env['threads']} threads with torch {env['torch']} ({env['capability']}): "
-            f"{measured_at(report, known)}."
+            f"{measured_at(report, [r for r in known if r['row'] in shown])}."
         )
     for report in reports:
         parts += [models(report, of_suite(report["results"], "models")), *pictures(report)]

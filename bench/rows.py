@@ -115,7 +115,8 @@ class Bench:
             with on_threads(threads or torch.get_num_threads()):
                 sets = [turns(makers)]
                 while waiting:
-                    n, make = waiting.popitem()
+                    n = next(iter(waiting))
+                    make = waiting.pop(n)
                     try:
                         sets.append(turns({baseline: makers[baseline], n: make}))
                     except Exception as error:  # such as torch.compile's, which is no failure of ours

@@ -63,6 +63,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links as they are in the repository into the site's; code is left alone."""
+    if re.search(r"<(?:a|img)\b[^>]*\b(?:href|src)=", FENCED.sub("", markdown)):
+        raise PluginError(f"{page.file.src_uri}: expected links in Markdown, which are checked, got HTML's")
     source = ROOT / PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     pages = {ROOT / repository: site for site, repository in PAGES.items()}
 
@@ -70,14 +72,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = Path(os.path.normpath(source.parent / link["target"]))
         if "://" in link["target"] or not target.exists():
             return link[0]
-        if target in pages or DOCS in target.parents:
-            uri = pages.get(target) or target.relative_to(DOCS).as_posix()
-        elif link["picture"]:
+        uri = pages.get(target) or os.path.relpath(target, DOCS)
+        if link["picture"] and uri.startswith(".."):
             uri = f"pictures/{target.relative_to(ROOT).as_posix().replace('/', '-')}"
             if files.get_file_from_path(uri) is None:
-                picture = File.generated(config, uri, abs_src_path=str(target))
-                files.append(picture)
-        else:
+                files.append(File.generated(config, uri, abs_src_path=str(target)))
+        found = files.get_file_from_path(uri)
+        if found is None or found.inclusion.is_excluded():
             return link["text"]
         here = Path(page.file.src_uri).parent
         return f"{link['picture']}[{link['text']}]({os.path.relpath(uri, here)}{link['anchor'] or ''})"

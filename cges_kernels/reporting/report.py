@@ -139,7 +139,7 @@ class SparsityReport:
         header = ["layer", "shape", "weights", "nonzero", "dead groups", "dead outputs", "dead inputs"]
         rows = [layer.cells() for layer in self.layers]
         if self.other_flops is not None:
-            header += ["FLOPs", "x nonzero", "compacted"]
+            header += ["FLOPs", "x nonzero", "without dead"]
             rows.append(["(other)", *[""] * 6, *[f"{self.other_flops:,}"] * 3])
         return str(Table(tuple(header), (*map(tuple, rows), tuple(self.total.cells())), left=2))
 
@@ -160,7 +160,8 @@ def sparsity_report(
     `flops_compacted` is flops times the fraction of the weight left when dead outputs and dead inputs are cut
     out, block by block in a grouped convolution. Under "feature" an input is one kernel tap of one channel (a
     column of the convolution's matrix), under any other spec a whole channel. An operation with two listed
-    weights counts for the first.
+    weights counts for the first. The printed table calls it "without dead". What a smaller dense network
+    costs is another number, which [`compact`][cges_kernels.compact] gives.
 
     Args:
         model: the model, with initialised parameters.

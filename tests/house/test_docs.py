@@ -141,6 +141,7 @@ BREAKS = {
     "nothing": (None, "", ""),
     "a dead link": ("docs/groups.md", "# Groups\n", "# Groups\n\n[gone](gone.md)\n"),
     "a dead link to a source": ("docs/groups.md", "# Groups\n", "# Groups\n\n[gone](../csrc/gone.h)\n"),
+    "a link in HTML": ("docs/groups.md", "# Groups\n", '# Groups\n\n<img src="gone.svg">\n'),
     "a dead anchor": ("docs/groups.md", "# Groups\n", "# Groups\n\n[gone](install.md#gone)\n"),
     "a missing picture": ("docs/groups.md", "# Groups\n", "# Groups\n\n![gone](figures/gone.svg)\n"),
     "a name without a reference": ("docs/api.md", "::: cges_kernels.prox_\n", ""),
@@ -180,3 +181,7 @@ def test_the_site(broken, tmp_path):
     if broken == "nothing":
         index = (copy / "build" / "site" / "index.html").read_text()
         assert "ProxSGD" in index and "](docs/" not in index
+        site = copy / "build" / "site"
+        for page in site.rglob("*.html"):
+            for link in re.findall(r'(?:href|src)="([^"#:?]+)[#"?]', page.read_text()):
+                assert (page.parent / link).exists() or page.name == "404.html", f"{page}: {link}"

@@ -3,8 +3,8 @@
     python tests/mutants/run.py [NAME or AREA ...] [--suite test|full] [--copy N] [--commit ...]
 
 Each mutant (see mutant.py) is put into a copy of the checkout, build/mutants. There the parts that it affects
-are built, the tests that should see it run, and the file is restored. Results are added to results.csv, one
-line for each mutant. A mutant that this suite has killed at this commit is skipped, so that an interrupted
+are built, the tests that should see it run, and the file is restored. Results are added to results.csv, a
+line for each trial. A mutant that this suite has killed at this commit is skipped, so that an interrupted
 run can be continued. Two runs over different areas may go on at the same time, each in a copy of its own. Run
 this only where all tests pass: a test that fails without a mutant would count as seeing every one.
 

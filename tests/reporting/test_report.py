@@ -141,11 +141,11 @@ def test_the_model_is_left_as_it_was_when_it_fails():
 
 
 TABLE = """\
-layer     shape  weights  nonzero  dead groups  dead outputs  dead inputs  FLOPs  x nonzero  compacted
-0.weight  2x2          4   25.00%          1/2           1/2          1/2  4,000      1,000      1,000
-2.weight  1x2          2  100.00%          0/2           0/1          0/2  2,000      2,000      2,000
-(other)                                                                        0          0          0
-total                  6   50.00%          1/4           1/3          1/4  6,000      3,000      3,000"""
+layer     shape  weights  nonzero  dead groups  dead outputs  dead inputs  FLOPs  x nonzero  without dead
+0.weight  2x2          4   25.00%          1/2           1/2          1/2  4,000      1,000         1,000
+2.weight  1x2          2  100.00%          0/2           0/1          0/2  2,000      2,000         2,000
+(other)                                                                        0          0             0
+total                  6   50.00%          1/4           1/3          1/4  6,000      3,000         3,000"""
 
 
 def test_table():
