@@ -99,7 +99,10 @@ class ProximalOptimizer(Optimizer):
             expected, got = len(self.param_groups), len(state_dict["param_groups"])
             if expected == got:
                 raise
-            raise ValueError(f"state_dict: expected {expected} param groups, got {got}") from error
+            raise ValueError(
+                f"state_dict: expected {expected} param groups, got {got}: a file fits an optimizer that was "
+                "built from the same param groups"
+            ) from error
         finally:
             hook.remove()
 

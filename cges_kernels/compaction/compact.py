@@ -35,7 +35,8 @@ class Compaction:
         layers: the shapes of the weights that changed, by parameter name.
         parameters: the number of parameters.
         flops: dense FLOPs of one forward pass on the example, counted as in `sparsity_report`.
-        latency_ms: the median time of such a pass in milliseconds.
+        latency_ms: the median time of such a pass in milliseconds. Both models take turns for half a second;
+            on a busy machine and for tiny models it says little.
         max_difference: the largest difference between the outputs on the example.
         kept: by layer, what is dead and had to stay, and why.
         varied: in what the inputs on which outputs were compared differed from the example.
@@ -63,7 +64,7 @@ class Compaction:
 
     def __str__(self) -> str:
         def row(name: str, pair: tuple[float, float], spec: str) -> tuple[str, ...]:
-            left = f"{100 * pair[1] / pair[0]:.1f}%" if pair[0] else ""
+            left = f"{100 * pair[1] / pair[0]:.1f}%" if pair[0] and self.layers else ""
             return (name, *(format(x, spec) for x in pair), left)
 
         shapes = ((name, *("x".join(map(str, x)) for x in pair), "") for name, pair in self.layers.items())

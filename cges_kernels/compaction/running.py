@@ -25,7 +25,7 @@ from .layers import WEIGHTED, is_floating
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
 SLACK = 5  # a network that runs in its own dtype may differ by so many times the tolerance
 FAR_OUT = 1e3  # values of more than so many times the median are no measure of the outputs' size
-TIMES = 3  # how often latency is measured
+TURNS, SECONDS = (3, 30), 0.5  # of latency: the fewest and the most, and when they end between these
 
 
 def check_modules(model: nn.Module, keep: Collection[str]) -> None:
@@ -164,7 +164,10 @@ def latencies(models: tuple[nn.Module, nn.Module], given: Given) -> tuple[float,
         for model in models:
             stack.enter_context(unchanged(model))
             stack.enter_context(in_mode(model, train=False))
-        for _ in range(TIMES):
+        begin = time.perf_counter()
+        for turn in range(1 + TURNS[1]):
+            if turn > TURNS[0] and time.perf_counter() - begin > SECONDS:
+                break
             for model, taken in zip(models, times):
                 own = fresh(given)
                 wait()
@@ -172,4 +175,4 @@ def latencies(models: tuple[nn.Module, nn.Module], given: Given) -> tuple[float,
                 call(model, own)
                 wait()
                 taken.append(1000 * (time.perf_counter() - start))
-    return median(times[0]), median(times[1])
+    return median(times[0][1:]), median(times[1][1:])  # the first turn warms up

@@ -29,7 +29,9 @@ class TargetDensity(CoefficientScheduler):
       those param groups) and the rest is removed ever more gently. When the density is within half a point
       the coefficients become 0. What is left trains on without a penalty, as after pruning.
 
-    Where single groups hold more than a point of all weights, it cannot land within a point.
+    Where single groups hold more than a point of all weights, it cannot land within a point. Large groups,
+    such as whole channels, shrink for some hundred steps before they die, all at about the same time. With a
+    few hundred `steps` the factor may have grown too far by then, so that whole layers die.
 
     Args:
         optimizer: a [`ProxSGD`][cges_kernels.ProxSGD] or [`ProxAdamW`][cges_kernels.ProxAdamW] with a penalty
@@ -47,7 +49,8 @@ class TargetDensity(CoefficientScheduler):
 
     Warns:
         UserWarning: once, where the density stays more than a point away though the factor is at an end of
-            its range of 1e-6 to 1e6.
+            its range of 1e-6 to 1e6; and once, where a weight of two or more dims has become zero as a whole,
+            which cuts the network in two.
 
     Examples:
         >>> optimizer = ProxSGD(cges_param_groups(model, 1e-3, scale="size"), lr=0.05, momentum=0.9)
@@ -86,7 +89,7 @@ class TargetDensity(CoefficientScheduler):
         self.target, self.steps, self.freeze = float(density), steps, freeze
         self.density = 1.0  # as last measured
         self.factor = self.START  # of the initial coefficients, which the landing may weaken further
-        self.landing = self.frozen = self._warned = False
+        self.landing = self.frozen = self._warned = self._told = False
         self._error = 0.0
         super().__init__(optimizer, last_epoch)
         groups = self._groups()
@@ -124,6 +127,7 @@ class TargetDensity(CoefficientScheduler):
         landed = self.frozen and self.density <= self.target + self.TOLERANCE / 2
         if k % every == 0 or (k >= self.steps and self.freeze and not landed):
             self.density = self.measure()
+            self._warn_of_dead_weights()
             self._control(k, every)
         super().step(epoch)
 
@@ -163,6 +167,21 @@ class TargetDensity(CoefficientScheduler):
         self.factor = min(max(self.factor * math.exp(change), low), high)
         if k >= self.steps and not self._warned:
             self._warn_if_stuck(low, high)
+
+    def _warn_of_dead_weights(self) -> None:
+        """Warn, once, where all of a weight is zero: nothing passes through its layer any more."""
+        for group in [] if self._told else self._groups():
+            for i, p in enumerate(group["params"]):
+                if p.dim() > 1 and p.numel() and not p.any():
+                    self._told = True
+                    name = group["param_names"][i] if "param_names" in group else f"a weight {tuple(p.shape)}"
+                    warnings.warn(
+                        f"density {self.target}: {name} is zero as a whole (the coefficients are at "
+                        f"{self.factor:.2g} of their initial values): take more steps, a greater density, or "
+                        "smaller groups",
+                        stacklevel=3,
+                    )
+                    return
 
     def _warn_if_stuck(self, low: float, high: float) -> None:
         """Warn, once, where the density cannot come nearer to the target."""

@@ -163,7 +163,7 @@ def test_machines_stand_side_by_side_beside_targets_of_today():
     assert (
         "AMD EPYC, ms" in text
         and "| Intel Xeon, ms" in text
-        and "2 rows at commit c (2026-01-01, 5 runs)" in text
+        and "1 row at commit c (2026-01-01, 5 runs)" in text
     )
 
 

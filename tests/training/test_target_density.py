@@ -42,6 +42,23 @@ def controlled(density, lam=0.01, epochs=50, momentum=0.9, **options):
     return model, optimizer, control
 
 
+def test_a_weight_that_dies_as_a_whole_is_told_once():
+    """A layer through which nothing passes any more is named, with what may help."""
+    model = mlp(3, 4, 2)
+    optimizer = ProxSGD(sparsity_param_groups(model, l1=1.0), lr=0.1)
+    control = TargetDensity(optimizer, 0.5, 1000)
+    control.step()
+    with torch.no_grad():
+        model[1].weight.zero_()
+    with pytest.warns(UserWarning, match=r"density 0\.5: 1\.weight is zero as a whole .*: take more steps"):
+        for _ in range(10):
+            control.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            control.step()
+
+
 OTHERS = pytest.mark.full(
     "other densities are reached too, and from lambdas far from the right one; each trains for seconds"
 )
