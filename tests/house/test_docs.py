@@ -95,23 +95,40 @@ def test_groups_of_a_reshaped_weight():
     assert (attention.out_proj.weight == 0).sum() == 64 * 16 and (lstm.weight_ih_l0 == 0).sum() == 4 * 8
 
 
-@pytest.mark.full("trains for seconds, as the page on going from dense to small does")
-def test_from_dense_to_small(tmp_path, monkeypatch, capsys):
-    """The code reaches the density it asks for, and its small network computes the same."""
-    pytest.importorskip("matplotlib")
-    small, rounds = blocks("docs/smaller.md")
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)  # in so few steps on noise some draws end points below the density
-    data = batches(20)
-    scope = {"Net": Net, "model": Net(), "data": data, "loss_fn": nn.CrossEntropyLoss(), "epochs": 10}
+def trained(scope):
+    """The names that the code of docs/smaller.md needs, beside all of cges_kernels."""
+    scope |= {"Net": Net, "model": Net(), "loss_fn": nn.CrossEntropyLoss(), "torch": torch}
     exec("from cges_kernels import *", scope)
-    exec(small, scope)
-    assert abs(scope["control"].measure() - 0.1) <= 0.01
+    return scope
+
+
+def test_the_recipe_from_dense_to_small(tmp_path, monkeypatch, capsys):
+    """The recipe ends with zeros that are held, and a smaller network that computes the same."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    data = batches(100)
+    scope = trained({"batches": data, "steps": len(data)})
+    recipe, *_ = blocks("docs/smaller.md")
+    exec(recipe.replace("group_lasso=0.03", "group_lasso=0.3"), scope)
+    assert {g["freeze_zeros"] for g in scope["optimizer"].param_groups} == {"group"}
     assert "parameters" in capsys.readouterr().out
     assert scope["result"].parameters[1] < scope["result"].parameters[0]
     x = data[0][0]
-    torch.testing.assert_close(scope["small"](x), scope["model"](x))
-    assert {path.name for path in tmp_path.iterdir()} == {"sparsity.csv", "last_layer.png", "small.pt"}
+    torch.testing.assert_close(scope["small"](x), scope["model"].eval()(x))
+
+
+@pytest.mark.full("trains for seconds, as the page on going from dense to small does")
+def test_a_density_and_rounds_of_pruning(tmp_path, monkeypatch):
+    """The code reaches the densities that it asks for."""
+    pytest.importorskip("matplotlib")
+    _, density, rounds = blocks("docs/smaller.md")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)  # in so few steps on noise some draws end points below the density
+    data = batches(20)
+    scope = trained({"data": data, "epochs": 10})
+    exec(density, scope)
+    assert abs(scope["control"].measure() - 0.1) <= 0.01
+    assert {path.name for path in tmp_path.iterdir()} == {"sparsity.csv", "last_layer.png"}
 
     def train(model, optimizer):
         for x, y in data:

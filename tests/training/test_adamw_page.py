@@ -13,15 +13,15 @@ USE, FREEZE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adamw.md").re
 
 
 def test_its_code_runs():
-    """The first block builds the optimizer, and only with the second does a zeroed row stay 0."""
+    """The first block builds the optimizer, and only with the second does a zeroed column stay 0."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3))
     scope = {"model": model, "sparsity_param_groups": sparsity_param_groups, "ProxAdamW": ProxAdamW}
     exec(USE, scope)
     optimizer = scope["optimizer"]
-    assert optimizer.param_groups[0]["group_lasso"] == pytest.approx(0.1 * 12**0.5)
+    assert optimizer.param_groups[0]["group_lasso"] == pytest.approx(0.1 * 40**0.5)
     weight = model[0].weight
-    weight.data[3] = 0
+    weight.data[:, 3] = 0
     for freeze in (True, False):
         if freeze:
             exec(FREEZE, scope)
@@ -29,9 +29,9 @@ def test_its_code_runs():
             optimizer.param_groups[0]["freeze_zeros"] = None
         optimizer.zero_grad()
         model(torch.randn(16, 12)).square().mean().backward()
-        assert weight.grad[3].any()
+        assert weight.grad[:, 3].any()
         optimizer.step()
-        assert bool(weight[3].any()) is not freeze
+        assert bool(weight[:, 3].any()) is not freeze
 
 
 @pytest.mark.parametrize(("lr", "scale"), [(1e-3, 1.0), (1e-2, 1e-4), (1e-2, 1e4)])
