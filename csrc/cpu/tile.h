@@ -73,7 +73,7 @@ class TileRunner {
     const int64_t n = tile_.rows() * tile_.columns();
     if (has_ones(tensor_) && thresholds_.need_norms())
       ops_.apply_ones(n, z(tile_.r0), thresholds_, tensor_.h->exact, w(tile_.r0));
-    else if (thresholds_.any())
+    else if (thresholds_.c != A(0))
       ops_.apply_run(n, z(tile_.r0), {A(1), thresholds_.c}, w(tile_.r0));
     else if (!z_in_w_)
       ops_.store(n, z(tile_.r0), w(tile_.r0));

@@ -262,10 +262,12 @@ def test_denormals_and_negative_zeros(fused_backend):
     tiny = torch.finfo(torch.float32).tiny
     w = fresh((40, 40)) * tiny
     w[0] = -0.0
-    same = prox(w, backend=fused_backend)
-    assert torch.equal(same, w) and torch.equal(
-        torch.signbit(same), torch.signbit(w)
-    )  # without a penalty every bit stays
+    # Without a penalty every bit stays, and without groups group lasso is none.
+    for same, of in (
+        (prox(w, backend=fused_backend), w),
+        (prox(w[0], group_lasso=1.0, backend=fused_backend), w[0]),
+    ):
+        assert torch.equal(same, of) and torch.equal(torch.signbit(same), torch.signbit(of))
     got, expected = (prox(w, l1=tiny / 2, backend=name) for name in (fused_backend, "reference"))
     assert torch.equal(got, expected) and got.any()
     assert not torch.signbit(got[got == 0]).any()
