@@ -1,4 +1,4 @@
-"""Which layers are Linear or convolutions, and what modules call the sizes of their weights.
+"""The layers that are Linear or convolutions, and the names of modules' attributes for sizes of weights.
 
 This is the only table of layers in compaction/; everything else follows operations.
 """
@@ -31,7 +31,7 @@ def channel_dim(layer: Weighted) -> int:
 
 
 def columns(layer: Weighted) -> Tensor:
-    """The weight as [in / blocks, out, *kernel], a detached view: what reads each input channel."""
+    """The weight as [in / blocks, out, *kernel], a detached view: its columns read one input channel each."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     return layer.weight.detach().movedim(dim, 0)
 

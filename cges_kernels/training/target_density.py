@@ -46,7 +46,7 @@ class TargetDensity(CoefficientScheduler):
         TypeError: `freeze` that is not a bool.
 
     Warns:
-        UserWarning: once, where the density stays more than a point away though the factor is at an end of
+        UserWarning: once, if the density stays more than a point away although the factor is at an end of
             its range of 1e-6 to 1e6.
 
     Examples:
@@ -63,11 +63,11 @@ class TargetDensity(CoefficientScheduler):
         *("target", "steps", "freeze", "last_epoch", "density", "factor", "landing", "frozen"),
         *("_error", "_warned"),
     )
-    TOLERANCE = 0.01  # one percentage point
-    BAND = 0.1  # the landing begins at so much above the target
-    START = 0.01  # the first factor
-    FACTORS = (1e-6, 1e6)  # its range
-    PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # gains, per measurement
+    TOLERANCE = 0.01  # the target counts as reached within one percentage point
+    BAND = 0.1  # the landing begins when the density is no more than this above the target
+    START = 0.01  # the initial factor
+    FACTORS = (1e-6, 1e6)  # the range of the factor
+    PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # the gains of the feedback loop, per measurement
     LARGEST = 0.5  # the largest change of log(factor) per measurement
 
     def __init__(
@@ -84,8 +84,8 @@ class TargetDensity(CoefficientScheduler):
         if not isinstance(freeze, bool):
             raise TypeError(f"freeze: expected a bool, got {freeze!r}")
         self.target, self.steps, self.freeze = float(density), steps, freeze
-        self.density = 1.0  # as last measured
-        self.factor = self.START  # of the initial coefficients, which the landing may weaken further
+        self.density = 1.0  # the density at the last measurement
+        self.factor = self.START  # multiplies the initial coefficients; the landing may weaken them further
         self.landing = self.frozen = self._warned = False
         self._error = 0.0
         super().__init__(optimizer, last_epoch)
@@ -110,7 +110,7 @@ class TargetDensity(CoefficientScheduler):
         ]
 
     def step(self, epoch: int | None = None) -> None:
-        """Measure the density where that is due, and move on by one optimizer step.
+        """Measure the density if a measurement is due, and move on by one optimizer step.
 
         Args:
             epoch: an argument of LRScheduler's; it must be None.
@@ -165,7 +165,7 @@ class TargetDensity(CoefficientScheduler):
             self._warn_if_stuck(low, high)
 
     def _warn_if_stuck(self, low: float, high: float) -> None:
-        """Warn, once, where the density cannot come nearer to the target."""
+        """Warn, once, if the density cannot come nearer to the target."""
         above = self.density - self.target
         reason = None
         if above < -self.TOLERANCE and (self.factor == low or self.frozen):
