@@ -9,7 +9,7 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kShortBlock = 2048;  // about how many elements a block has
+constexpr int64_t kShortBlock = 2048;  // the approximate number of elements in a block
 
 template <typename T>
 class ShortGroups {
@@ -134,7 +134,7 @@ class ShortGroups {
   const Thresholds<A> thresholds_;
   const Update<A> update_;
   const bool freeze_;
-  const int64_t most_;  // groups in a block, a multiple of kTogether
+  const int64_t most_;  // the most groups in a block, a multiple of kTogether
   Scratch& scratch_;
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;
   const RowOps<T>& ops_ = row_ops<T>();
