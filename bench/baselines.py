@@ -23,7 +23,7 @@ from .workloads import Shapes
 FP32 = torch.float32
 LR, MOMENTUM = 1e-4, 0.9
 COEFFICIENTS = {"group_lasso": 1e-3, "exclusive_lasso": 1e-6}
-PAT_GROUPERS = {"feature": "Dim1Grouper", "filter": "Dim0Grouper"}  # from dimension 1 on, both flatten
+PAT_GROUPERS = {"feature": "Dim1Grouper", "filter": "Dim0Grouper"}  # both flatten dimensions 1 and up
 
 
 class Contender(NamedTuple):

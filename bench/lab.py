@@ -71,7 +71,7 @@ class Lab:
         }
 
     def sets(self, shapes: Shapes, dtype: torch.dtype) -> int:
-        """How many copies of its tensors a contender steps over, so that none is in the L2 at its turn."""
+        """The number of copies of its tensors that a contender steps over, so that none is in the L2."""
         return min(self.cold * self.cache_bytes // held_bytes(shapes, dtype) + 1, self.most_sets)
 
     def contender(
@@ -154,7 +154,7 @@ def find(program: str) -> Lab:
 
 
 def output(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None if the command is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

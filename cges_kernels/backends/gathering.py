@@ -84,7 +84,7 @@ class _Slot:
 
 
 class _Gathered(NamedTuple):
-    """What `gather` hands to `run`: the optimizer's state, a Row per parameter, and their tensors.
+    """The data that `gather` hands to `run`: the optimizer's state, a Row per parameter, and their tensors.
 
     The tensors are kept so that the addresses in the rows stay valid.
     """

@@ -65,7 +65,7 @@ class Collected(NamedTuple):
     backend: str
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[Tensor | None]  # those of Rule.states_with, parameter by parameter; None if not begun
+    states: list[Tensor | None]  # the states of Rule.states_with for each parameter; None if not begun
     steps: list[Tensor | None]
 
 

@@ -286,7 +286,7 @@ class Planner:
 
     def _take(self, index: int, group: dict[str, Any], values: tuple[Any, ...]) -> None:
         """Check those hyperparameters of a param group that have changed, and pass all to its plan."""
-        if (before := self._values[index]) is not None:  # else _build has just checked it
+        if (before := self._values[index]) is not None:  # if None, _build has just checked all
             new = zip(self._reader.keys, values, before)
             changed = [key for key, value, was in new if value is not was or isinstance(value, Tensor)]
             check_changed(self.rule, group, changed)

@@ -49,7 +49,7 @@ class Reading:
 
     @staticmethod
     def _nonzero(x: Tensor) -> Tensor:
-        """How many entries of a weight are not 0, summed over its kernel: [dim 0, dim 1], on the CPU."""
+        """The number of nonzero entries of a weight, summed over its kernel: [dim 0, dim 1], on the CPU."""
         taps = (x.detach() != 0).to(torch.float32).flatten(2) if x.dim() > 2 else (x.detach() != 0)[..., None]
         return (taps.to(torch.float32) @ taps.new_ones(taps.shape[-1], dtype=torch.float32)).cpu()
 

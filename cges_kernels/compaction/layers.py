@@ -73,6 +73,6 @@ def sizes(module: nn.Module) -> dict[str, int]:
             return {"input_size": module.get_parameter("weight_ih_l0").shape[1], "hidden_size": hidden}
         case nn.RNNCellBase() if {"weight_ih", "weight_hh"} <= module._parameters.keys():
             return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
-    if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
+    if type(module).__name__ == "Conv1D" and len(shape) == 2:  # the layer of transformers
         return {"nx": shape[0], "nf": shape[1]}
     return {}

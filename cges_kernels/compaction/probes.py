@@ -42,7 +42,7 @@ def shortened(given: Given) -> list[Given]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How outputs differ from those expected, and in which module the forward pass failed, if it did."""
+    """A difference from the expected outputs, and the module in which the forward pass failed, if it did."""
 
     reason: str
     layer: str | None = None
@@ -92,7 +92,7 @@ class Probes:
             self.varied.append("length")
 
     def differs(self, model: nn.Module) -> Difference | None:
-        """How the outputs of `model` differ from those expected; None if they do not.
+        """The difference between the outputs of `model` and those expected; None if there is none.
 
         In training mode only shapes are compared. A batch norm makes other constants there, and on a batch of
         two it enlarges small differences.

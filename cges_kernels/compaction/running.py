@@ -100,7 +100,7 @@ def outputs(model: nn.Module, given: Given) -> list[Any]:
 
 @torch.no_grad()
 def run(model: nn.Module, given: Given) -> list[Any]:
-    """As `outputs`, in the mode that the model is in."""
+    """Does the same as `outputs`, in the mode that the model is in."""
     torch.manual_seed(0)
     numbers: list[Tensor] = []
 
@@ -118,7 +118,7 @@ def run(model: nn.Module, given: Given) -> list[Any]:
 
 
 def fresh(given: Given) -> Given:
-    """The same arguments in other memory, since a model may write into them."""
+    """Copies of the arguments, since a model may write into them."""
     return mapped(lambda x: x.clone(), given)
 
 

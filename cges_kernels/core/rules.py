@@ -52,7 +52,7 @@ class Rule:
         return bool(self.states_with(options))
 
     def told(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the options that are passed to `update`."""
+        """The options that are passed to `update`, by name."""
         return {key: options[key] for key in self.options if key not in self.untold}
 
 

@@ -64,7 +64,7 @@ class CrossingTensor:
         self.local, self.axes, self.copies, self.dtype = local, axes, copies, compute_dtype(local.dtype)
         self._view, self._reduced = view, reduced
         shape = local.shape if view is None else view
-        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # of numbers per group
+        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # shape of group sums
         self._grad, self._states, self._grad_scale = grad, tuple(states), grad_scale
         rule, counted = hyperparameters.rule, {} if count is None else {STEP: count}
         told = rule.told(hyperparameters.chosen)

@@ -151,7 +151,7 @@ def sparsity_report(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> SparsityReport:
-    """How sparse each layer of a model is, and what it costs.
+    """Reports the sparsity and the cost of each layer of a model.
 
     The layers are those of [`sparsity_param_groups`][cges_kernels.sparsity_param_groups], and frozen ones
     too. The numbers of a layer come from its own weight alone: a unit that is dead in one layer is not

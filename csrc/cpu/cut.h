@@ -1,5 +1,5 @@
-// How a step's tensors are cut into tiles, which threads take one by one. cpu/executor.cpp calls cut() in
-// each step; tile.h and short_groups.h run the tiles.
+// Cuts a step's tensors into tiles, which threads take one by one. cpu/executor.cpp calls cut() in each step;
+// tile.h and short_groups.h run the tiles.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// How cpu::step runs on all threads. Tiles of whole groups (cut.cpp) are one flat list, which one parallel
-// region works off. Large groups go in pieces and take a parallel region for each pass over them.
+// Runs cpu::step on all threads. Tiles of whole groups (cut.cpp) are one flat list, which one parallel region
+// works off. Large groups are cut into pieces and take a parallel region for each pass over them.
 // plan/executor.cpp calls this.
 //
 // The step is bound by memory (20 bytes per fp32 element with momentum), so a tile is cut such that its z

@@ -17,7 +17,7 @@ constexpr int64_t kShortGroup = kSorted;  // the most elements of groups that ar
 constexpr int64_t kTogether = 64;         // the number of short groups that are solved at once
 constexpr int64_t kSumRows = 32;          // rows summed in the compute type before they are added in double
 
-// How a tensor is updated: its phase, the rule, and the rule's numbers in the compute type.
+// The update of a tensor: its phase, the rule, and the rule's numbers in the compute type.
 template <typename A>
 struct Update {
   Phase phase;

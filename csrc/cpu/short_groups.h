@@ -101,7 +101,7 @@ class ShortGroups {
     return scratch_.take<A>(L_.R1 * columns + 3);  // solve_short may read 3 elements behind z
   }
 
-  // Where groups are frozen, sets alive_ for each column: 1 if its group has a weight that is not zero.
+  // If groups are frozen, sets alive_ for each column: 1 if its group has a weight that is not zero.
   void find_alive(int64_t columns, const T* w, int64_t stride) {
     if (!freeze_) return;
     std::fill_n(alive_, columns, A(0));

@@ -221,7 +221,7 @@ class TileRunner {
       });
   }
 
-  // Where a group has several stat columns, adds their sums up to the group's.
+  // If groups have several stat columns, adds up the sums of these for each group.
   void fold_sums() {
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
       for (int64_t g = 0; sum != nullptr && fold_ > 1 && g < groups_; ++g)

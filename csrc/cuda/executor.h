@@ -46,12 +46,12 @@ constexpr int kMostSlots = 3, kLeastSlots = 2;
 CGES_FN constexpr int ring_arrays(int states) { return 2 + states; }
 CGES_FN constexpr int64_t slot_bytes(int states) { return ring_arrays(states) * kTileThreads * int64_t{16}; }
 
-// What a block of step_tiles holds on the chip at a time: whole groups, or elements without groups. A tile is
-// one or several matrices of rows x columns elements that lie one after the other in memory, or some columns
-// of one matrix. The block's threads lie `across` the columns, with 16 bytes each, and `down` the rows. After
-// these rows they pass on to the next ones. If no block can hold a group whole, a panel of such groups is cut
-// into tiles of some rows each, its parts. These are on the chip at the same time, and wait for each other's
-// sums.
+// The work that a block of step_tiles holds on the chip at a time: whole groups, or elements without
+// groups. It is one or several matrices of rows x columns elements that lie one after the other in memory,
+// or some columns of one matrix. The block's threads lie `across` the columns, with 16 bytes each, and
+// `down` the rows. After these rows they pass on to the next ones. If no block can hold a group whole, a
+// panel of such groups is cut into tiles of some rows each, its parts. These are on the chip at the same
+// time, and wait for each other's sums.
 struct alignas(16) Tile {
   enum class Kind : uint16_t { elements, groups };
   static constexpr uint32_t kOne = 1u << 20;
@@ -71,7 +71,7 @@ struct alignas(16) Tile {
   int32_t panel;                   // the index of the panel, for the counters that its parts share
   int64_t sums;                    // the place of the sums of the panel's parts in the scratch
 
-  // Which of the `down` rows thread t has: t / across, as a multiplication. It is exact for t < 1,024.
+  // The row of thread t among the `down` rows: t / across, as a multiplication. It is exact for t < 1,024.
   CGES_FN int row_of(int t) const { return int(uint32_t(t) * across_inverse / kOne); }
 };
 static_assert(sizeof(Tile) == 64 && kTileThreads <= 1024);
@@ -192,7 +192,7 @@ struct Capacity {
 };
 Capacity capacity(Rule rule, DType dtype);
 
-// How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours. Only elements
+// The cut of a tensor depends on its layout, dtype and device alone, never on its neighbours. Only elements
 // without groups, whose bits no cut can change, are given to a kernel that runs anyway.
 Work cut(const std::vector<TensorShape>& tensors, Rule rule, DType dtype, const Device& device);
 

@@ -35,7 +35,7 @@ class CpuExecutor : public Executor {
   }
 
  private:
-  // Which groups of one tensor the last step held at zero, if skip_dead asks for that.
+  // The groups of one tensor that the last step held at zero, if skip_dead asks for them.
   struct Held {
     cpu::HeldGroups groups{};
     Phase phase = Phase::skipped;  // the phase of the step that held them; another one keeps other states

@@ -1,4 +1,4 @@
-"""What the examples share.
+"""The code that the examples share.
 
 data.py loads images. networks.py has the networks, methods.py the six methods that are compared, and
 training.py the training loop and the measurements of a trained network. jobs.py runs many trainings in worker

@@ -44,7 +44,7 @@ def device(text: str) -> str:
     return text
 
 
-WHOLE: dict[str, Any] = dict(type=at_least_one, metavar="N")  # of an option that takes a whole number
+WHOLE: dict[str, Any] = dict(type=at_least_one, metavar="N")  # arguments of an option that is a whole number
 
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:

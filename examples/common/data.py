@@ -21,7 +21,7 @@ class Dataset(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     classes: int
-    tested: int = 0  # how many images at the end are the published test set; 0 if there is none
+    tested: int = 0  # the size of the published test set, which comes last; 0 if there is none
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(indices to train on, indices to test on) of repetition ``seed``.

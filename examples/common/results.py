@@ -92,7 +92,7 @@ class Group(NamedTuple):
 
 
 def point_of(row: Row) -> float:
-    """Where in the training the row was measured."""
+    """The epoch or density at which the row was measured; 0 if it has neither."""
     return float(row["epoch"] if "epoch" in row else row.get("density", 0.0))
 
 

@@ -41,7 +41,7 @@ def train(dataset: Dataset, settings: Settings, job: Job) -> tuple[Row, nn.Modul
     row = row_of(settings, job, dict(repetition.measure(model)))
     total = sparsity_report(model).total
     last = last_layer(model)
-    readers = (last != 0).sum(0)  # of each feature: the classes that read it
+    readers = (last != 0).sum(0)  # the number of classes that read each feature
     row["dead_groups"] = 100 * total.dead_groups / total.groups
     row["dead_units"] = 100 * total.dead_outputs / total.outputs
     row["last_nonzero"] = 100 * int(readers.sum()) / last.numel()
