@@ -104,9 +104,9 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
 
 
 def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
-    """Called before an in-place write to `x`: gives each line of the tensor that `x` is a view of a channel.
+    """Called before an in-place write to `x`: gives channels to the tensor of which `x` is a view.
 
-    The lines are those along the dim in which the channels of the written values vary.
+    Each line gets its own channel, along the dim in which the channels of the written values vary.
     """
     whole = x if x._base is None else x._base
     if x.numel() == 1 or whole.dim() != x.dim() or not is_dense(whole):
