@@ -7,15 +7,16 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # Extra arguments for demo, bench, accuracy, mutants, test and test-full: make demo ARGS="--help"
 ARGS   ?=
-# Empty, tests do without a look at style and types first
+# Set LINT= to run the tests without checking style and types first.
 LINT   ?= lint
-# Where `make gpu` leaves results and logs, which of its stages it runs (all, if empty), and which backend it
-# smokes, sanitizes and measures (all, if empty; `make gpu-quick`: cuda)
+# OUT is the folder for the results and logs of `make gpu`. STAGES limits it to some of its stages, and
+# BACKEND limits the smoke test, the sanitizers and the benchmarks to one backend. Empty means all of them,
+# except that an empty BACKEND means cuda for `make gpu-quick`.
 OUT     ?= bench/results
 STAGES  ?=
 BACKEND ?=
 
-# Tests run in two processes; those that share what is slow to make stay together.
+# Tests run in two processes; tests that share a slow fixture run in the same process.
 PARALLEL := -n 2 --dist loadgroup
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -24,8 +25,8 @@ CPP  := $(wildcard csrc/*.cpp $(foreach kind,cpp h inc cu cuh,csrc/*/*.$(kind)))
 ON_GPU := PY="$(PY)" OUT="$(OUT)"
 LINTED := $(CPP) tests/guard.cpp $(wildcard tests/backends/*/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
-# Stamp files say what is done. The torch stamp carries the requirement in its name,
-# so another TORCH= installs that torch and rebuilds what was compiled against the old one.
+# Each stamp file records that a step of the set-up is done. The torch stamp carries the requirement in its
+# name, so another TORCH= installs that torch and rebuilds what was compiled against the old one.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' '-')
 DEPS_STAMP  := $(VENV)/.deps
 EXT_STAMP   := $(VENV)/.ext
@@ -66,12 +67,12 @@ format: $(DEPS_STAMP)  ## apply the formatters
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(LINTED)
 
-# The wheel is built from the sdist, so that one which lacks something shows. Like `make gpu`, it takes another
-# PY as it is.
+# The wheel is built from the sdist, so that a file missing in the sdist makes the build fail. With PY=... it
+# uses that Python and installs nothing.
 wheel: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## build a wheel, for this torch, and the sdist into dist/
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m build --no-isolation --outdir dist .
 
-bench: install $(BENCH_STAMP)  ## measure against what else there is on the CPU, in 10 minutes
+bench: install $(BENCH_STAMP)  ## measure against other optimizers on the CPU, in 10 minutes
 	$(PY) -m bench.run $(ARGS)
 
 accuracy: install  ## repeat the thesis's experiments, in some minutes, and write docs/claims.md
@@ -84,7 +85,7 @@ guard: install  ## count the CPU executor's instructions with valgrind, against 
 gpu: $(if $(filter $(VENV)/%,$(PY)),install)  ## build, test, sanitize and measure on an NVIDIA GPU
 	$(ON_GPU) STAGES="$(STAGES)" BACKEND="$(BACKEND)" ARGS="$(ARGS)" bash tests/gpu.sh
 
-# For a GPU at hand for minutes: it builds for that GPU alone.
+# For a GPU that is available for a few minutes only: it builds for that GPU alone.
 gpu-quick: $(if $(filter $(VENV)/%,$(PY)),$(DEPS_STAMP))  ## on an NVIDIA GPU, build for it and measure what matters most
 	$(ON_GPU) STAGES="quick-build quick-smoke quick-bench" BACKEND="$(or $(BACKEND),cuda)" bash tests/gpu.sh
 
@@ -117,7 +118,7 @@ $(DEPS_STAMP): pyproject.toml $(TORCH_STAMP)
 	CGES_EXT=0 $(PIP) --no-build-isolation $(TORCH) -e ".[examples,triton,test,trainers,zoo,dev]"
 	@touch $@
 
-# Nothing but torchao is in the extra that is not there already; it must bring no other torch.
+# The extra `bench` adds only torchao to what is installed already. --no-deps keeps it from replacing torch.
 $(BENCH_STAMP): $(DEPS_STAMP)
 	$(PIP) --no-deps torchao
 	@touch $@

@@ -1,11 +1,11 @@
 """Build of the C++ extension `cges_kernels.backends._C`; all other metadata is in pyproject.toml.
 
 The package also works without the extension, so a machine without a C++ compiler gets a one-line warning.
-A compiler that is there and fails is an error. CGES_EXT=0 leaves the extension out.
+A compiler that exists but fails is an error. CGES_EXT=0 leaves the extension out.
 
-The CUDA executor is in it wherever nvcc is found, also with a torch for the CPU alone: what is built says
-nothing of what can run. CGES_CUDA=0 leaves it out, CGES_CUDA=1 demands it. TORCH_CUDA_ARCH_LIST says for
-which GPUs, as for torch's own extensions.
+The extension contains the CUDA executor wherever nvcc is found, even if the installed torch is for the CPU
+alone. Whether the executor can run is found out when it is used. CGES_CUDA=0 leaves it out, CGES_CUDA=1
+demands it. TORCH_CUDA_ARCH_LIST names the GPUs to build for, as for torch's own extensions.
 """
 
 import glob
@@ -36,14 +36,14 @@ NVCC_FLAGS = [
     "-lineinfo",
     "--threads=2",
     "-Xcompiler=-fvisibility=hidden",
-    # torch's build forbids what the kernels use of the 16-bit types
+    # torch's build disables these operators and conversions of the 16-bit types, which the kernels use
     "-U__CUDA_NO_HALF_OPERATORS__",
     "-U__CUDA_NO_HALF_CONVERSIONS__",
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
 ]
-ARCHITECTURES = "8.0 9.0 10.0+PTX"  # A100, H100 and H200, B200, and through PTX what comes after
-CUDA_FOLDER = "/usr/local/cuda"  # where it usually is
-CUDA_NEEDED = (12, 8)  # the first nvcc that knows them all; kernel arguments of 32 KB came with 12.1
+ARCHITECTURES = "8.0 9.0 10.0+PTX"  # A100, H100 and H200, B200, and later GPUs through PTX
+CUDA_FOLDER = "/usr/local/cuda"  # the usual folder of the toolkit
+CUDA_NEEDED = (12, 8)  # the first nvcc for all ARCHITECTURES; kernel arguments of 32 KB came with 12.1
 
 NO_COMPILER = "cges_kernels: warning: no C++ compiler on PATH: installing without the C++ executor"
 NO_TORCH = """\
@@ -68,7 +68,7 @@ def find_cuda(env):
         return None
     homes = [env.get("CUDA_HOME", ""), env.get("CUDA_PATH", ""), CUDA_FOLDER]
     nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
-    if nvcc:  # it may be a script that calls another; it says itself where its files are
+    if nvcc:  # it may be a script that calls another nvcc, so it is asked for the toolkit's folder
         dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         homes[:0] = re.findall(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
     found = f"none on PATH, in CUDA_HOME or in {CUDA_FOLDER}"
@@ -86,27 +86,30 @@ def find_cuda(env):
 
 
 def nvcc_version(home):
-    """A toolkit's, as (major, minor)."""
+    """The version of a toolkit's nvcc, as (major, minor)."""
     nvcc = os.path.join(home, "bin", "nvcc")
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return tuple(map(int, re.findall(r"release (\d+)\.(\d+)", said)[0]))
 
 
 def cuda_runtime(home):
-    """A toolkit's static runtime library: linked in, it needs nothing that torch may not have brought."""
+    """The path of a toolkit's static runtime library, or None.
+
+    It is linked statically because torch need not have installed the shared one.
+    """
     folders = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
     paths = (os.path.join(home, folder, "libcudart_static.a") for folder in folders)
     return next(filter(os.path.exists, paths), None)
 
 
 def cuda_options(home):
-    """What the CUDA executor adds to the extension: sources, nvcc's flags, libraries to link."""
+    """(sources, flags for nvcc, libraries to link) that the CUDA executor adds to the extension."""
     import torch
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = home  # torch looks for it only where it was itself built with CUDA
-    # and then wants its own major version, which does not matter: the kernels include no header of torch. No
-    # option and no method of BuildExtension turns that off, which it asks of every extension with a .cu file.
+    # For every extension with a .cu file, BuildExtension demands the CUDA version that torch was built with.
+    # That does not matter here, because the kernels include no header of torch. No option turns it off.
     if torch.version.cuda and int(torch.version.cuda.split(".")[0]) != nvcc_version(home)[0]:
         cpp_extension._check_cuda_version = lambda *_: None
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
@@ -115,7 +118,10 @@ def cuda_options(home):
 
 
 def drop_stale_objects():
-    """Remove what nvcc made of older headers: with a torch for the CPU alone the build notes none of them."""
+    """Remove the object files that nvcc made from older headers.
+
+    With a torch for the CPU alone the build records no headers as dependencies of a .cu file.
+    """
     newest = max(os.path.getmtime(path) for path in glob.glob("csrc/c*/*.*"))
     for source in glob.glob("csrc/cuda/*.cu"):
         for built in glob.glob(f"build/temp*/{os.path.splitext(source)[0]}.o"):
@@ -124,7 +130,7 @@ def drop_stale_objects():
 
 
 def build_options(env=os.environ):
-    """Keyword arguments of `setup` that concern the extension; {} where there is none to build."""
+    """The keyword arguments of `setup` that concern the extension; {} if none is built."""
     if env.get("CGES_EXT", "1") == "0":
         return {}
     compiler = find_compiler(env)
@@ -141,7 +147,7 @@ def build_options(env=os.environ):
     sources = {path for path in glob.glob("csrc/**/*.cpp", recursive=True) if cuda_home or "cuda" not in path}
     cuda_sources, nvcc_flags, libraries = cuda_options(cuda_home) if cuda_home else ([], [], [])
 
-    # As system headers, torch's and Python's own warnings stay out of sight.
+    # Included as system headers, torch's and Python's headers give no warnings.
     system_headers = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     extension = CppExtension(
         "cges_kernels.backends._C",

@@ -1,1 +1,4 @@
-"""Benchmarks: run.py measures on the CPU, gpu.py on a GPU; pages.py writes the tables of both."""
+"""Benchmarks. run.py measures steps on the CPU, gpu.py on a GPU, and training.py measures whole iterations.
+
+pages.py writes the tables of README.md and docs/speed.md.
+"""

@@ -1,7 +1,7 @@
-"""The contenders, one maker each: from shapes, dtype, device and options to a step to call.
+"""The contenders of the benchmarks. A maker takes shapes, dtype, device and options, and returns a Contender.
 
-All train on normal random weights and gradients, never zeros, and SGD with momentum 0.9. The learning rate is
-small enough that hundreds of steps leave the weights what they are.
+All train on normal random weights and gradients, never zeros. SGD has momentum 0.9. The learning rate is so
+small that hundreds of steps hardly change the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .workloads import Shapes
 FP32 = torch.float32
 LR, MOMENTUM = 1e-4, 0.9
 COEFFICIENTS = {"group_lasso": 1e-3, "exclusive_lasso": 1e-6}
-PAT_GROUPERS = {"feature": "Dim1Grouper", "filter": "Dim0Grouper"}  # from dimension 1 on, both flatten
+PAT_GROUPERS = {"feature": "Dim1Grouper", "filter": "Dim0Grouper"}  # both flatten dimensions 1 and up
 
 
 class Contender(NamedTuple):
@@ -47,13 +47,13 @@ def torch_sgd(shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu", **
     return Contender(torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, **options).step, params)
 
 
-fused_sgd = partial(torch_sgd, fused=True)  # what an optimizer costs at the least
+fused_sgd = partial(torch_sgd, fused=True)  # the cheapest step without a penalty
 foreach_sgd = partial(torch_sgd, foreach=True)  # torch's default on a GPU
 for_loop_sgd = partial(torch_sgd, foreach=False)
 
 
 def fused_adamw(shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu") -> Contender:
-    """torch.optim.AdamW(fused=True), which does no proximal step: what AdamW costs at the least."""
+    """torch.optim.AdamW(fused=True), which does no proximal step: the cheapest AdamW without a penalty."""
     params = parameters(shapes, dtype, device)
     return Contender(torch.optim.AdamW(params, lr=LR, fused=True).step, params)
 
@@ -102,10 +102,10 @@ def compiled(shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu", **o
 def vectorised(
     shapes: Shapes, dtype: torch.dtype = FP32, device: str = "cpu", group_by: str = "feature", **options: Any
 ) -> Contender:
-    """The reference's step in sequential mode and without l1, as fast as plain PyTorch can.
+    """The reference's step in sequential mode and without l1, written to be as fast as plain PyTorch allows.
 
-    It takes torch._foreach_* over all tensors and works in place. Only sums along dimensions and clamps
-    between tensors, of which foreach has none, go tensor by tensor.
+    It calls torch._foreach_* over all tensors and works in place. Sums along dimensions and clamps between
+    tensors go tensor by tensor, because foreach has no such operations.
     """
     of = {"lr": LR, **COEFFICIENTS, **options}
     a, b = of["lr"] * of["group_lasso"], of["lr"] * of["exclusive_lasso"]
@@ -124,7 +124,7 @@ def vectorised(
         torch._foreach_add_(weights, bufs, alpha=-of["lr"])
         if not kept:
             return
-        z = [w.to(reference.compute_dtype(dtype)) for w in kept]  # w itself, but for 16-bit types
+        z = [w.to(reference.compute_dtype(dtype)) for w in kept]  # w itself, unless w is of a 16-bit type
         u = torch._foreach_abs(z)
         t = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
         torch._foreach_mul_(t, b)
@@ -170,7 +170,7 @@ def pat(
 
 
 def others() -> dict[str, Maker]:
-    """What a user could pick instead, the fast ones first; torchao's where it is installed."""
+    """The alternatives that a user could pick, fast ones first, with torchao's if it is installed."""
     found = {"foreach": foreach_sgd, "compiled": compiled, "vectorised": vectorised, "eager": eager}
     return {**found, "pat": pat} if importlib.util.find_spec("torchao") else found
 

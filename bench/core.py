@@ -15,11 +15,11 @@ from .table import Row
 from .timing import Times
 from .workloads import Shapes
 
-SECONDS = 1.0  # of turns in a run of a row
+SECONDS = 1.0  # for the turns of one row in one run
 
 
 def mostly_dead(shapes: Shapes, **options: Any) -> Contender:
-    """ProxSGD that passes by the nine tenths of the rows that are zero, of which fused SGD knows nothing."""
+    """ProxSGD with skip_dead on a matrix with 90% zero rows; fused SGD steps all rows."""
     ours = baselines.prox_sgd(shapes, freeze_zeros="group", skip_dead=True, **options)
     with torch.no_grad():
         for p in ours.params:
@@ -33,13 +33,13 @@ def on_one_thread(shapes: Shapes, **options: Any) -> Contender:
 
 
 def faster_baseline(times: Times) -> Times:
-    """torch's fused SGD as fast as it is on the better number of threads, turn by turn."""
+    """Takes as the baseline, in each turn, the faster of torch's fused SGD on one thread and on all."""
     rest = {name: values for name, values in times.items() if name != "one_thread"}
     return {**rest, "fused_sgd": [min(pair) for pair in zip(times["one_thread"], times["fused_sgd"])]}
 
 
 def rows(lab: Lab) -> list[Row]:
-    """The table: each target is the ratio to aim at."""
+    """The rows of the table; each target is the most that the row's ratio should be."""
     bench = Bench(lab)
     matrix, uneven = workloads.matrix(4096, 4096), workloads.matrix(4096, 4128)
     small, tiny = workloads.small(300, 1024), workloads.small(500, 16)

@@ -1,6 +1,6 @@
-"""What is told of a contender beside its time: operations, memory, time on the host.
+"""Counts for a contender beside its time: operations, extra memory, and time on the host.
 
-Each is found once per row and outside the turns, which a profiler and other tensors would disturb.
+Each is found once per row, outside of the timed turns, which profilers and further tensors would disturb.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 
 from .timing import Step
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints when it starts and stops
 
 
 class OpCounter(TorchDispatchMode):
@@ -26,14 +26,14 @@ class OpCounter(TorchDispatchMode):
 
 
 def dispatched_ops(step: Step) -> int:
-    """Calls through torch's dispatcher in one step, views among them; those of compiled code are not seen."""
+    """The number of calls through torch's dispatcher in one step, calls that make views included."""
     with OpCounter() as counter:
         step()
     return counter.count
 
 
 def extra_bytes(step: Step, device: str = "cpu") -> int:
-    """The most of torch's memory that one step holds at a time beyond what was held before it."""
+    """The most bytes that torch holds during one step beyond the bytes that it held before the step."""
     if device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -57,6 +57,9 @@ def host_us(idle: Step) -> float:
 
 
 def counted(step: Step, idle: Step, device: str, compiled: bool) -> dict[str, float]:
-    """What is known of a step that has run before; what is compiled passes by the dispatcher."""
+    """Memory, host time and number of operations of a step that has already run once.
+
+    Compiled code does not use the dispatcher, so its operations are not counted.
+    """
     found = {"extra_bytes": extra_bytes(step, device), "host_us": host_us(idle)}
     return found if compiled else {**found, "ops": dispatched_ops(step)}

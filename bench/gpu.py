@@ -1,7 +1,7 @@
 """The GPU benchmarks: ``python -m bench.gpu`` writes bench/results/gpu-NAME.json and its pictures.
 
-Times are the GPU's own, with the host running ahead and the L2 cold; the row named "host" is the CPU's time.
-A copy's speed is that of a plain copy on the same GPU, in turn with each row.
+Times are measured on the GPU, with the host running ahead and the L2 cold; the row named "host" is the CPU's
+time. Percents of a copy compare with a plain copy on the same GPU, which takes turns with the contenders.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .workloads import DTYPES, Case
 
 BACKENDS = ("cuda", "triton")  # in the order of measuring
 KINDS = ("fp32", "bf16")
-EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # groups of a block, of several, of many
+EXACT = [(512, 32768), (4096, 4096), (50257, 1024)]  # one thread block holds a group, or several do, or many
 HOST = 20e-6  # seconds that step() may take beyond an empty one
 TINY = Case("500 tensors of 16, host", "feature", workloads.small(500, 16))
 
 
-# The most that ratios are to be: of a model to torch's fused SGD, of exact mode to sequential mode by shape,
-# of the host's time to an empty step and HOST. The percents of a copy stand with the workloads.
+# The greatest ratios to accept: a model's time to torch's fused SGD, exact mode's to sequential mode's by
+# shape, and the host's time to that of an empty step plus HOST. workloads.py has the percents of a copy.
 TARGETS: dict[str, dict[str, Any]] = {
     "triton": {"model": 1.25, "exact": {}, "host": None},
     "cuda": {"model": 1.05, "exact": {(512, 32768): 1.3, (4096, 4096): 1.6}, "host": 1.0},
@@ -43,7 +43,7 @@ def with_allowance(times: Times) -> Times:
 
 
 def target_of_adamw(case: Case, backend: str, dtype: str) -> float | None:
-    """Groups by filter are to come within 3 points of ProxSGD's percent of a copy, others within 8."""
+    """ProxAdamW's target: ProxSGD's percent of a copy, less 3 points for "filter" and 8 for other specs."""
     target = case.target(backend, DTYPES[dtype])
     return target and 100 / (100 / target - (3 if case.group_by == "filter" else 8))
 
@@ -57,7 +57,7 @@ def rows(
     tiny: Case = TINY,
     slow: bool = True,
 ) -> list[Row]:
-    """What has targets, what matters most first, as no row begins once time is up.
+    """The rows with targets, most important first, because no row is started once the time is used up.
 
     The row named "host" is the CPU's time for a step() that has next to nothing to compute. The slow
     contenders are the same beside every backend, so only the last one has them.

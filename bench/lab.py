@@ -30,10 +30,10 @@ class Lab:
     """A GPU to measure on."""
 
     device = "cuda"
-    copy_bytes = 2**28  # of the copy that takes turns with every step
-    warm_up, seconds = 0.05, 0.4  # per set of contenders and run
-    cold = 4  # a contender steps over copies of its tensors that amount to so many times the L2,
-    most_sets = 256  # or over so many copies
+    copy_bytes = 2**28  # the size of the copy that takes turns with every step
+    warm_up, seconds = 0.05, 0.4  # for each set of contenders in each run
+    cold = 4  # a contender steps over copies of its tensors, which together are this many times the L2
+    most_sets = 256  # the most copies, even if they are smaller than that together
 
     def __init__(self) -> None:
         found = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0)
@@ -56,7 +56,7 @@ class Lab:
         return "-".join(["gpu", *(w for w in words if w not in ("nvidia", "amd", "geforce", "tesla"))])
 
     def environment(self, commit: str | None = None) -> dict[str, Any]:
-        """What a reader needs to judge the numbers; the clocks are read while a kernel spins."""
+        """The facts about machine and software for the results; clocks are read while a kernel spins."""
         torch.cuda._sleep(2**30)
         smi = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader")
         driver, sm, memory = (((output(*smi) or "").splitlines() or [""])[0] + ", , ").split(", ")[:3]
@@ -71,7 +71,7 @@ class Lab:
         }
 
     def sets(self, shapes: Shapes, dtype: torch.dtype) -> int:
-        """How many copies of its tensors a contender steps over, so that none is in the L2 at its turn."""
+        """The number of copies of its tensors that a contender steps over, so that none is in the L2."""
         return min(self.cold * self.cache_bytes // held_bytes(shapes, dtype) + 1, self.most_sets)
 
     def contender(
@@ -95,7 +95,7 @@ class Lab:
 
     def launches(self, step: Step, steps: int = 4) -> float | None:
         """Kernels per call, as torch's profiler sees them; None where it sees none."""
-        step(), step()  # compiles, and makes the momentum buffers
+        step(), step()  # untimed: compile kernels and make the momentum buffers
         self.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
@@ -109,7 +109,7 @@ class Lab:
 
 
 class Cpu(Lab):
-    """The CPU. The copy that takes turns with the steps leaves the caches to other data than theirs."""
+    """The CPU. The copy that takes turns with the steps replaces their data in the caches."""
 
     device, copy_bytes, warm_up, seconds = "cpu", 2**26, 0.0, 0.15
     most_sets = 1
@@ -135,7 +135,7 @@ class Cpu(Lab):
 
 
 def count_kernels(events: Sequence[Mapping[str, Any]]) -> int:
-    """The kernels in a profiler's trace; copies, memsets and annotations are of other categories."""
+    """The number of kernels in a profiler's trace; copies, memsets and annotations have other categories."""
     return sum(event.get("cat") == "kernel" for event in events)
 
 
@@ -147,14 +147,14 @@ def version_of(package: str) -> str | None:
 
 
 def find(program: str) -> Lab:
-    """The GPU here; without one the program ends and says so."""
+    """The lab of this machine's GPU; without a GPU the program ends with a message."""
     if not torch.cuda.is_available():
         sys.exit(f"{program}: expected a CUDA device, found none (torch {torch.__version__})")
     return Lab()
 
 
 def output(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None if the command is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -162,7 +162,7 @@ def output(*command: str) -> str | None:
 
 
 def last_cache_bytes() -> int:
-    """The size of the largest cache that Linux tells of; 32 MiB where it tells of none."""
+    """The size of the largest cache that Linux lists; 32 MiB if it lists none."""
     sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
     return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=2**25)
 
@@ -173,7 +173,7 @@ def l2_bytes() -> int:
 
 
 def cpu_model() -> str:
-    """As the processor calls itself: "Intel(R) Xeon(R) Processor"."""
+    """The model name that the processor reports: "Intel(R) Xeon(R) Processor"."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return found[1].strip() if found else platform.processor() or "unknown"
@@ -186,7 +186,7 @@ def cpu_kind(model: str) -> str:
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
-    """What a reader needs to judge the numbers; ``commit`` names the sources where git cannot."""
+    """The facts that go into every file of results; ``commit`` names the sources if git cannot."""
     changed = output("git", "status", "--porcelain", "--", "csrc", "cges_kernels")
     found = output("git", "rev-parse", "--short", "HEAD") or "unknown"
     return {

@@ -1,6 +1,6 @@
 """Writes the measurements into README.md and docs/speed.md: ``python -m bench.pages``.
 
-README.md gets one short table, docs/speed.md everything; both between their markers.
+README.md gets one short table, docs/speed.md all tables. Both pages are changed between their markers only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASELINES = {
     "copy": "a copy",
     "allowed": "an empty step and 20 µs",
 }
-COUNTED: dict[str, tuple[str, Callable[[float], str]]] = {  # columns' titles and how cells are written
+COUNTED: dict[str, tuple[str, Callable[[float], str]]] = {  # a column's title, and how its cells are written
     "ops": ("operations", str),
     "extra_bytes": ("extra memory", lambda bytes: f"{bytes / 2**20:.1f} MiB"),
     "host_us": ("host time", lambda us: f"{us / 1e3:.3g} ms"),
@@ -37,7 +37,7 @@ PICTURES = {
     "grid": "Speed of single tensors, in percent of a copy's, by size, group spec, dtype and mode",
     "scaling": "Time of a step over elements, tensors, group length and threads",
 }
-SHORT = {  # lines of the README's table, and the workloads
+SHORT = {  # {line of the README's table: its workload}
     "ResNet-50, 161 tensors": "ResNet-50 feature",
     "ViT-L/16, 296 tensors": "ViT-L/16 feature",
     "one 4096x4096 tensor, groups by filter": "filter 4096x4096",
@@ -47,18 +47,18 @@ SHORT = {  # lines of the README's table, and the workloads
 }
 NAMED = {"cpu": "", "cuda": ", CUDA", "triton": ", Triton"}
 Report = dict[str, Any]
-Groups = Mapping[str, Mapping[str, Report]]  # of columns: results by workload
+Groups = Mapping[str, Mapping[str, Report]]  # {title of a group of columns: {workload: its result}}
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A table whose first columns are ``texts`` and whose others are numbers."""
+    """A table in Markdown. Its first ``texts`` columns are text, the others are numbers."""
     rule = f"|{'---|' * texts}{'---:|' * (len(titles) - texts)}"
     head, *rest = (f"| {' | '.join(cells)} |" for cells in (titles, *lines))
     return "\n".join([head, rule, *rest])
 
 
 def machine(report: Report) -> str:
-    """A machine's name without what says nothing: "Intel Xeon", "H200"."""
+    """A machine's short name, such as "Intel Xeon" or "H200"."""
     env = report["environment"]
     name = re.sub(r"\((R|TM)\)| (CPU|Processor)\b.*", "", env.get("gpu", env["cpu"]))
     return re.sub(r"^NVIDIA | 80GB.*", "", name)
@@ -69,9 +69,9 @@ def workload(result: Report) -> str:
 
 
 def measured_at(report: Report, results: Results) -> str:
-    """How many of these rows are of which commit, day and number of runs.
+    """Counts the rows by commit, date and number of runs.
 
-    Rows that do not say are as the environment says.
+    The environment of the file fills in the commit or date that a row lacks.
     """
     env = report["environment"]
     keys = ((r.get("commit", env["commit"]), r.get("date", env["date"]), r.get("runs")) for r in results)
@@ -82,7 +82,7 @@ def measured_at(report: Report, results: Results) -> str:
 
 
 def cells(result: Report | None, row: Row | None) -> tuple[str, str]:
-    """Milliseconds; then the ratio, or percent of a copy's speed, of the median, lowest and highest run."""
+    """A result's two cells: its milliseconds; and its ratio or percent of a copy, with the extreme runs."""
     if result is None:
         return "", ""
     if "error" in result:
@@ -100,7 +100,7 @@ def cells(result: Report | None, row: Row | None) -> tuple[str, str]:
 
 
 def extras(result: Report) -> dict[str, str]:
-    """Further columns, which a table has where any of its results fills them."""
+    """The result's cells for optional columns, by title. A table has such a column if any result fills it."""
     found, contenders = {}, result["contenders"]
     if "eager" in contenders:
         found["eager reference"] = f"{contenders['eager']['ratio']:.1f}"
@@ -112,7 +112,7 @@ def extras(result: Report) -> dict[str, str]:
 
 
 def table(groups: Groups, rows: Sequence[Row] = ()) -> str:
-    """A line per workload; milliseconds and ratio for each group of columns, then ``extras``.
+    """A table with a line per workload: milliseconds and ratio for each group of columns, then ``extras``.
 
     The workloads and targets are those of ``rows`` where they are given, else those of the results.
     """
@@ -140,7 +140,10 @@ def table(groups: Groups, rows: Sequence[Row] = ()) -> str:
 
 
 def models(report: Report, results: Results) -> str:
-    """A line per contender, a column per model; what was counted on the one with most tensors."""
+    """A table of models: a line per contender, a column per model, then the counts on one of the models.
+
+    That model is the one with the most tensors.
+    """
     if not results:
         return ""
     found = bars(results)
@@ -209,10 +212,10 @@ def short(result: Report | None) -> str:
 
 
 def short_part(cpus: Sequence[Report], gpus: Sequence[Report]) -> list[str]:
-    """The README's table, and where its numbers are from."""
+    """The README's table, and a line that says where and when its numbers were measured."""
     groups: dict[str, dict[str, Report]] = {}
     for report in (*cpus, *gpus):
-        for suite in ("models", "core"):  # a workload that both have is the core's
+        for suite in ("models", "core"):  # a workload in both suites is taken from "core"
             for r in (r for r in of_suite(report["results"], suite) if r["dtype"] == "fp32"):
                 commit = r.get("commit", report["environment"]["commit"])
                 head = f"{machine(report)}{NAMED[r['backend']]} ({commit})"
@@ -239,7 +242,7 @@ def between_markers(text: str, parts: Iterable[str]) -> str:
 
 
 def pages(cpus: Sequence[Report], gpus: Sequence[Report], training: Sequence[Report]) -> dict[Path, str]:
-    """The pages' text with their tables made anew."""
+    """{path: text} of both pages, with new tables."""
     whole = ["## CPU", *cpu_part(cpus, core.rows(Cpu())), "## GPU", *chain(*map(gpu_part, gpus))]
     whole += ["## Training", *chain(*map(training_part, training))] if training else []
     parts = {ROOT / "README.md": short_part(cpus, gpus), ROOT / "docs" / "speed.md": whole}
@@ -247,7 +250,7 @@ def pages(cpus: Sequence[Report], gpus: Sequence[Report], training: Sequence[Rep
 
 
 def reports() -> tuple[list[Report], list[Report], list[Report]]:
-    """What was measured last on each kind of CPU, on each GPU, and of training."""
+    """The newest reports: of each kind of CPU, of each GPU, and of training."""
 
     def read(pattern: str) -> list[Report]:
         return [{"name": p.stem, **json.loads(p.read_text())} for p in sorted(RESULTS.glob(pattern))]

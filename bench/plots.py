@@ -1,4 +1,4 @@
-"""Pictures of a machine's rows, as SVG: ``python -m bench.plots`` draws those of all results."""
+"""Draws a machine's rows as SVG: ``python -m bench.plots`` draws all results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def grid(results: Results) -> Figure:
         for axes, dtype in zip(line, dtypes):
             for spec in distinct(results, "group_by"):
                 here = [r for r in results if (r["mode"], r["dtype"], r["group_by"]) == (mode, dtype, spec)]
-                same: dict[int, list[float]] = {}  # shapes of one size: their mean is drawn
+                same: dict[int, list[float]] = {}  # by number of elements; each list's mean is drawn
                 for r in here:
                     same.setdefault(r["rows"] * r["columns"], []).append(percent_of_copy(r))
                 if same:
@@ -73,7 +73,10 @@ def models(results: Results) -> Figure:
 
 
 def scaling(results: Results) -> Figure:
-    """Milliseconds of a step over what grows, a panel each; fused SGD and a copy beside ProxSGD."""
+    """Milliseconds of a step against elements, tensors, group length and threads, one panel each.
+
+    Fused SGD and a copy are drawn beside ProxSGD.
+    """
     along = [what for what in UNITS if any(r["along"] == what for r in results)]
     figure = Figure(figsize=(3.4 * len(along), 3.2), layout="constrained")
     for axes, what in zip(figure.subplots(1, len(along), squeeze=False).flat, along):
@@ -98,7 +101,7 @@ PICTURES: dict[str, Callable[[Results], Figure]] = {"grid": grid, "models": mode
 
 
 def draw(results: Results, name: str, folder: Path = RESULTS) -> list[Path]:
-    """The pictures of all suites that have rows; the paths written."""
+    """Draws one picture for each suite that has rows, and returns the paths written."""
     written = []
     with matplotlib.rc_context({"svg.hashsalt": "bench", "font.size": 9}):  # equal numbers, equal bytes
         for suite, picture in PICTURES.items():

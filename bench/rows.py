@@ -1,4 +1,4 @@
-"""How rows are made on a machine: who takes turns with whom, and what is counted of them."""
+"""Makes the rows to measure on a machine: which contenders take turns, and what is counted for each."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Bench:
     ) -> Row:
         """A row in which the contenders of ``makers`` take turns with a copy.
 
-        The copy's time is that for the bytes that a step with so many ``states`` must move. ``slow``
-        contenders take turns with the baseline and a copy alone, in the first run only. Those in ``reset``
-        start every step from the same weights. With ``host`` the CPU's time counts, on tensors that are in
-        its caches, and the copy is timed apart. ``adjust`` has the last word on the times. ``note`` goes into
-        the files.
+        The copy's time is scaled to the bytes that a step with this number of ``states`` must move. ``slow``
+        contenders take turns with the baseline and a copy alone, in the first run only. Contenders in
+        ``reset`` start every step from the same weights. With ``host`` the CPU's time is measured, on tensors
+        that are in its caches, and the copy is timed separately. ``adjust`` may change the measured times
+        before ratios are formed. ``note`` goes into the files.
         """
         lab, kind = self.lab, DTYPES[dtype]
         place = {"dtype": kind, "device": lab.device}
@@ -133,9 +133,9 @@ class Bench:
 
 
 def resetting(name: str, contender: Contender, flush: Step, note: dict[str, Any]) -> Step:
-    """What puts a contender's weights back and then fills the caches with other data.
+    """A function that restores a contender's weights and then fills the caches with other data.
 
-    ``note`` gets the percentage of weights that a step leaves.
+    The percentage of weights that a step leaves nonzero is written into ``note``.
     """
     kept = [(p.detach(), p.detach().clone()) for p in contender.params]
     contender.step()
@@ -162,7 +162,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 @cache
 def coefficients_for(fraction: float, size: int) -> dict[str, float]:
-    """A mild group lasso and the exclusive lasso that in exact mode leave ``fraction`` of normal weights."""
+    """Coefficients with which exact mode leaves ``fraction`` of normal weights; the group lasso is mild."""
     known = min(size, 4096)  # coefficients for longer groups follow from those for this length
     sample = torch.randn(known, 64)
     low, high = 1e-6, 1e6

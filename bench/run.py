@@ -14,7 +14,7 @@ from .table import Row
 
 
 def all_rows(lab: Lab, threads: int) -> list[Row]:
-    """Those with targets first: the last rounds are theirs if time runs out."""
+    """All rows. Those with targets come first, so that they are measured if there is no time for all."""
     bench = Bench(lab)
     models = suites.models(bench, workloads.models())
     return [*core.rows(lab), *models, *suites.grid(bench), *suites.scaling(bench, threads)]
@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     lab = Cpu()
     rows = all_rows(lab, options.threads)
-    gc.freeze()  # what imports made is not looked through before every row
+    gc.freeze()  # so that the collection before each row does not scan the objects that imports created
     environment = lab.environment(options.commit)
     good = table.run(rows, lab.name(), environment, options)
     sys.exit(0 if good else 1)

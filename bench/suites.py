@@ -1,4 +1,4 @@
-"""What is measured on a CPU beyond the rows with targets: models, a grid of tensors, how cost scales.
+"""The suites for a CPU beyond the rows with targets: models, a grid of tensors, and how cost scales.
 
 Every row has torch's fused SGD as its baseline and a copy of the bytes that must move beside it.
 """
@@ -16,27 +16,28 @@ from .table import Row
 from .workloads import DTYPES, Case, Shapes
 
 SPECS = ("feature", "filter", "channel", "tensor")
-SIDES = (64, 512, 4096)  # of the grid
-LARGEST = 2**24  # elements, where cost is followed over elements
+SIDES = (64, 512, 4096)  # numbers of rows and columns in the grid
+LARGEST = 2**24  # the largest tensor of the series over elements
 HUGE = (16384, 8192)
 FOR_ALL = 10**8  # elements up to which every contender runs; eager ones take seconds a step beyond
 FOR_CPU = 5 * 10**8  # elements up to which a model is measured on a CPU
 
 
 def models(bench: Bench, cases: Iterable[Case], runs: int = 3) -> list[Row]:
-    """The models that a CPU's memory holds, beside all that a user could pick instead."""
+    """The models that a CPU's memory holds, measured with all alternatives that a user could pick."""
     every = {"for_loop": baselines.for_loop_sgd, **baselines.others()}
     rows = []
     for case in (case for case in cases if workloads.elements(case.shapes) <= FOR_CPU):
         slow, most = (every, runs) if workloads.elements(case.shapes) <= FOR_ALL else ({}, 1)
-        name = f"{case.name}, all contenders"  # the rows with targets have one of these models too
+        # a name of its own, because a row with a target measures one of these models too
+        name = f"{case.name}, all contenders"
         options = {"suite": "models", "workload": case.name, "slow": slow, "runs": most}
         rows.append(bench.sgd(name, case.shapes, **options))
     return rows
 
 
 def grid(bench: Bench, sides: Sequence[int] = SIDES, runs: int = 2) -> list[Row]:
-    """Every group spec, mode and dtype over rows x columns, which differ in fp32 alone.
+    """Every group spec, mode and dtype on matrices of rows x columns, which are square except in fp32.
 
     In exact mode half of the weights are left, and each step starts from the same ones.
     """
@@ -69,7 +70,7 @@ def scaling(
         options = {"runs": runs, "suite": "scaling", "along": what, "x": x, **options}
         return bench.sgd(name, shapes, group_by, **options)
 
-    def near(rows: int) -> Shapes:  # of about half as many elements as the largest
+    def near(rows: int) -> Shapes:  # a matrix of about ``largest`` / 2 elements
         return workloads.matrix(rows, largest // 2 // rows)
 
     side = int(largest**0.5)

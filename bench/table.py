@@ -18,8 +18,8 @@ from .timing import Times, summarise
 
 RESULTS = Path(__file__).parent / "results"
 NO_TIME = "no time was left"
-WHEN = ("commit", "date")  # of measuring, in each row
-NAMES = {  # of contenders, in the order of tables and bars
+WHEN = ("commit", "date")  # keys of each row that say when it was measured
+NAMES = {  # {contender: its name on pages}, in the order of tables and bars
     "copy": "a copy of the same bytes",
     "fused_sgd": "SGD, fused",
     "penalty": "SGD, fused, the penalty in the loss",
@@ -38,10 +38,10 @@ Results = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; the target, if any, is the most of ``contender``'s ratio to ``baseline``.
+    """One line of a table; its target, if any, is the greatest accepted ratio of contender to baseline.
 
-    ``measure`` may add to ``note``, whose "counts" holds what is known of each contender beside its times.
-    ``facts`` are found out once, after all timing, as profilers disturb it. ``runs`` is the most of separated
+    ``measure`` may add to ``note``, whose "counts" holds each contender's operations, memory and host time.
+    ``facts`` is called once, after all timing, because profilers disturb it. ``runs`` is the most separated
     runs that the row takes part in.
     """
 
@@ -58,7 +58,7 @@ class Row:
 def measure(
     rows: Sequence[Row], runs: int, minutes: float = 60.0, save: Callable[[Results], None] | None = None
 ) -> Results:
-    """Results of all rows, the runs of one row far apart in time; nothing is begun after ``minutes``.
+    """Results of all rows. The runs of one row are far apart in time, and none begins after ``minutes``.
 
     A row that fails says so in its result and the others go on. ``save`` is called with all results whenever
     one is new, so that a process that is killed leaves what it has.
@@ -96,7 +96,7 @@ def measure(
 
 
 def result(row: Row, runs: list[list[Times]], error: str | None = None) -> dict[str, Any]:
-    """What the files hold of a row: numbers per contender, or why there are none."""
+    """A row's entry in the files: numbers per contender, or the reason why there are none."""
     note = {key: value for key, value in row.note.items() if key != "counts"}
     head = {"row": row.name, "baseline": row.baseline, "contender": row.contender}
     if error is not None or not runs:
@@ -137,12 +137,12 @@ def line(result: dict[str, Any]) -> str:
 
 
 def of_suite(results: Results, *suites: str, failed: bool = False) -> Results:
-    """The rows of these suites that went well, or all; those that name none have targets and are "core"."""
+    """The rows of these suites, without failed ones unless ``failed``; rows that name no suite are "core"."""
     return [r for r in results if r.get("suite", "core") in suites and (failed or "error" not in r)]
 
 
 def bars(results: Results) -> dict[str, dict[str, float]]:
-    """Milliseconds by model and by contender; what was measured beside several backends counts once."""
+    """Milliseconds by model and by contender; a contender measured beside several backends appears once."""
     dtypes, backends = ({r.get(key) for r in results} for key in ("dtype", "backend"))
     found: dict[str, dict[str, float]] = {}
     for name, text in NAMES.items():
@@ -154,7 +154,7 @@ def bars(results: Results) -> dict[str, dict[str, float]]:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Replaces a file, which is whole at all times."""
+    """Replaces a file in one step, so that a reader never finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
@@ -170,7 +170,7 @@ def earlier(path: Path) -> Results:
 
 
 def merged(old: Results, new: Results) -> Results:
-    """``new`` in the place of the rows of the same names; what there was no time for replaces nothing."""
+    """Replaces rows of the same name by new ones, except new rows that there was no time to measure."""
     rows = {row["row"]: row for row in old}
     rows |= {row["row"]: row for row in new if row.get("error") != NO_TIME or row["row"] not in rows}
     return list(rows.values())
@@ -183,7 +183,7 @@ def arguments(program: str, about: str | None, runs: int, minutes: float) -> arg
     parser.add_argument("--runs", type=int, default=runs, help="separated runs per row (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=minutes, help="begin no row later (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files (default %(default)s)")
-    parser.add_argument("--commit", help="what was measured, where git cannot tell")
+    parser.add_argument("--commit", help="commit that was measured, if git cannot tell")
     return parser
 
 
@@ -194,9 +194,9 @@ def run(
     options: argparse.Namespace,
     keep: bool = False,
 ) -> bool:
-    """Measure the rows, write the file of that name and draw it; whether all went well.
+    """Measure the rows, write the file of that name and draw it. Returns whether no row failed.
 
-    With ``keep`` the file's other rows stay. Each row says when it was measured.
+    With ``keep`` the file's other rows stay. Each row records when it was measured.
     """
     rows, path = [row for row in rows if options.only in row.name], options.out / f"{name}.json"
     old = earlier(path) if keep else []

@@ -26,10 +26,11 @@ def wall_clock(step: Step, once: bool = True) -> float:
 class DeviceClock:
     """Seconds that a call takes on the GPU, between events around a few calls after an untimed one.
 
-    The untimed call leaves in the caches what every later one finds. A kernel that only spins goes before the
-    events, so that the host has queued the calls when the GPU comes to them. triton.testing.do_bench has no
-    such kernel: it would time torch's fused SGD on ResNet-50's 161 tensors, which takes an H200 0.17 ms and
-    its host 0.31 ms, by the host. A CUDA graph would not let the weights be put back before each call.
+    After the untimed call, the first timed one finds the caches in the same state as the later ones. A kernel
+    that only spins goes before the events, so that the host has queued the calls when the GPU reaches them.
+    triton.testing.do_bench has no such kernel. Its time for torch's fused SGD on ResNet-50's 161 tensors,
+    which takes an H200 0.17 ms and its host 0.31 ms, would be the host's. In a CUDA graph the weights could
+    not be put back before each call.
     """
 
     CALLS = 4
@@ -61,10 +62,10 @@ def take_turns(
     warm_up: float = 0.0,
     before: Mapping[str, Step] | None = None,
 ) -> Times:
-    """Seconds of each call, the contenders one after another in every turn.
+    """The seconds of each call by contender. In every turn each contender is called once.
 
-    What ``before`` holds for a contender runs, untimed, before each of its calls. Two turns that compile
-    kernels go first, and then ``warm_up`` seconds of further turns.
+    ``before`` may hold a function for a contender, which runs untimed before each of its calls. Two turns
+    that compile kernels go first, and then ``warm_up`` seconds of further turns.
     """
     times: Times = {name: [] for name in steps}
     prepare = before or {}

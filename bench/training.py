@@ -24,7 +24,7 @@ from .lab import Lab, find
 from .table import Row
 from .timing import Step, Times, take_turns
 
-SECONDS = 7.0  # of a run
+SECONDS = 7.0  # for the turns of one run
 CALLS = 3  # iterations that are timed together
 PROXIMAL: Mapping[str, dict[str, Any]] = {
     "prox_sgd": {"prox_mode": "sequential"},
@@ -73,7 +73,7 @@ if find_spec("torchvision"):
 
 
 class Training:
-    """What a user of one contender writes: called, it does an iteration."""
+    """The training loop that a user of one contender writes. A call does one iteration."""
 
     def __init__(self, task: Task, name: str, device: str) -> None:
         self.task, self.device = task, device
@@ -101,7 +101,7 @@ class Training:
 
 
 def clock(step: Step, once: bool) -> float:
-    """Seconds that a user waits for an iteration; the mean of a few, after others that are not timed."""
+    """Seconds that a user waits for an iteration: the mean of a few, after an untimed warm-up."""
     threads = torch.get_num_threads()
     return Timer("step()", globals={"step": step}, num_threads=threads).timeit(CALLS).median
 

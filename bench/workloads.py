@@ -1,4 +1,4 @@
-"""What is measured: lists of tensor shapes, under the names that the tables use."""
+"""The workloads of the benchmarks: lists of tensor shapes, under the names that the tables use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 Shapes = list[tuple[int, ...]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-Percents = tuple[float | None, float | None]  # of a copy's speed: the targets of fp32 and of 16-bit weights
+Percents = tuple[
+    float | None, float | None
+]  # targets in percent of a copy's speed, for fp32 and 16-bit weights
 
 
 class Case(NamedTuple):
@@ -23,13 +25,13 @@ class Case(NamedTuple):
     slow: bool = False  # eager, foreach and compiled optimizers are measured on it too
 
     def target(self, backend: str, dtype: torch.dtype) -> float | None:
-        """The most that a step may take, in times of a copy of the bytes that must move."""
+        """The most that a step may take, as a multiple of the time that a copy of the same bytes takes."""
         percent = self.percent.get(backend, (None, None))[dtype.itemsize == 2]
         return None if percent is None else 100 / percent
 
 
 def gpu_cases() -> list[Case]:
-    """Weights of 64 MB and more at fp32: each way in which groups lie, short groups and long ones."""
+    """Weights of 64 MB and more in fp32: each group spec, with short groups and long ones."""
 
     def one(group_by: str, rows: int, columns: int, **percent: Percents) -> Case:
         return Case(f"{group_by} {rows}x{columns}", group_by, matrix(rows, columns), percent)
@@ -95,7 +97,7 @@ def resnet50() -> Shapes:
 
 
 def wide_resnet(blocks: int = 2, widen: int = 10) -> Shapes:
-    """WRN-16-10 (Zagoruyko and Komodakis 2016; CIFAR-10), its blocks with the norms first: 17,116,634."""
+    """WRN-16-10 (Zagoruyko and Komodakis 2016; CIFAR-10), pre-activation blocks: 17,116,634 parameters."""
     shapes: Shapes = [(16, 3, 3, 3)]
     channels = 16
     for width in (16 * widen, 32 * widen, 64 * widen):
@@ -131,7 +133,7 @@ def transformer(width: int = 1792, depth: int = 24, vocabulary: int = 50257, con
 
 def vision_transformer(width: int = 1024, depth: int = 24, patch: int = 16, side: int = 14) -> Shapes:
     """ViT-L/16 (Dosovitskiy et al. 2021; images of 224x224, 1,000 classes): 304,326,632 parameters."""
-    positions = side**2 + 1  # and the token of the class
+    positions = side**2 + 1  # one for each patch, and one for the class token
     embedding: Shapes = [(1, 1, width), (width, 3, patch, patch), (width,), (1, positions, width)]
     return [*embedding, *layers(width, depth), (width,), (width,), (1000, width), (1000,)]
 
@@ -147,7 +149,10 @@ def small(count: int, elements: int) -> Shapes:
 
 
 def of_group(group_by: str, rows: int, columns: int) -> Shapes:
-    """About rows x columns elements; 3x3 kernels by channel, or its groups would be those by feature."""
+    """A weight of about rows x columns elements.
+
+    For "channel" it has 3x3 kernels, because on a matrix the groups would be those of "feature".
+    """
     return [(rows, max(columns // 9, 1), 3, 3)] if group_by == "channel" else matrix(rows, columns)
 
 
@@ -156,7 +161,7 @@ def elements(shapes: Shapes) -> int:
 
 
 def bytes_moved(shapes: Shapes, dtype: torch.dtype, states: int = 1) -> int:
-    """What a step must move: w and gradient in, w out, and each state in and out (SGD has 1, AdamW 2)."""
+    """The bytes that a step must move: w and gradient in, w out, states in and out (SGD has 1, AdamW 2)."""
     return (3 + 2 * states) * dtype.itemsize * elements(shapes)
 
 

@@ -1,6 +1,6 @@
 """Functions on tensors: `prox`, `prox_` and `penalty`, for those who keep their own optimizer or loss.
 
-Here arguments are checked and an executor is chosen; the mathematics is in core/reference.py and in the
+This file checks arguments and chooses an executor. The mathematics is in core/reference.py and in the
 executors.
 """
 

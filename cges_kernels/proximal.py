@@ -1,4 +1,4 @@
-"""What ProxSGD and ProxAdamW share: the interface of torch.optim around a planner.
+"""The code that ProxSGD and ProxAdamW share: the interface of torch.optim around a planner.
 
 `ProximalOptimizer` keeps param groups and state as torch.optim does, and leaves each step to its `Planner`
 (backends/planner.py). There is no mathematics here.
@@ -25,7 +25,7 @@ from .core.hyperparameters import COEFFICIENTS
 from .core.names import by_name
 from .core.rules import STEP, Rule
 
-# torch.optim's own check; before torch 2.13 it has another name, and is for CUDA alone.
+# torch.optim's own check. Before torch 2.13 it had another name, and was for CUDA alone.
 _capture_health_check: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
     or Optimizer._cuda_graph_capture_health_check
@@ -83,7 +83,7 @@ class ProximalOptimizer(Optimizer):
         goes by these names, in whatever order they were saved.
 
         Args:
-            state_dict: what `state_dict()` has returned. It must have as many param groups as this optimizer.
+            state_dict: a result of `state_dict()`. It must have as many param groups as this optimizer.
 
         Raises:
             ValueError: a state_dict that does not fit these parameters, or a value that `step` would refuse
@@ -139,9 +139,9 @@ class ProximalOptimizer(Optimizer):
             self._step_supports_amp_scaling = True
 
     def refresh(self) -> None:
-        """Look at all weights and states anew in the next step, whatever `skip_dead` has learnt of them.
+        """Make the next step read all weights and states again, also the groups that `skip_dead` skips.
 
-        Call it after writing to weights or states in a way that does not move their version (`p._version`):
+        Call it after a write to weights or states that does not increase their version (`p._version`):
 
         - through `.data`, NumPy or a storage;
         - through a flat buffer that `p.data` was made a view of;
@@ -160,7 +160,7 @@ class ProximalOptimizer(Optimizer):
             closure: re-evaluates the model and returns the loss; None (default) for no such call.
 
         Returns:
-            What `closure` has returned, or None without one.
+            The result of `closure`, or None without one.
 
         Raises:
             ValueError: a hyperparameter that cannot be served, changed since the last step. Nothing is
@@ -189,13 +189,11 @@ class ProximalOptimizer(Optimizer):
         return loss
 
     def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        """`(grad_scale, found_inf)` as torch.amp.GradScaler has left them; None where it has not."""
+        """`(grad_scale, found_inf)` that torch.amp.GradScaler has set on the optimizer, or None for each."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _check_capture(self) -> bool:
-        """Whether a CUDA graph is being captured; an error where its replays would not do what this step
-        does.
-        """
+        """Whether a CUDA graph is being captured; an error if its replays would not repeat this step."""
         capturing = is_capturing()
         if capturing or self.defaults["capturable"]:
             _capture_health_check(self)
@@ -228,7 +226,7 @@ class ProximalOptimizer(Optimizer):
         states: list[Tensor | None],
         steps: list[Tensor | None],
     ) -> None:
-        """Append to the lists what torch.compile is to step of a param group.
+        """Append to the lists the tensors of a param group that torch.compile is to step.
 
         The method has the name that torch.optim's optimizers use, because torch.compile looks for it.
         """

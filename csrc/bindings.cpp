@@ -143,8 +143,8 @@ void step(Executor& executor, const std::vector<std::array<int64_t, 7>>& rows,
   executor.step(tensors, of_groups, to_scaler(grad_scale, found_inf));
 }
 
-// How many threads a parallel region of this build really runs on. If torch has more than one and this is 1,
-// OpenMP was not linked.
+// The number of threads on which a parallel region of this build really runs. If torch has more than one and
+// this is 1, OpenMP was not linked.
 int64_t parallel_threads() {
   std::atomic<int64_t> ran{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++ran; });
@@ -152,8 +152,8 @@ int64_t parallel_threads() {
 }
 
 #if CGES_CUDA
-// For tests: how many work items of each path of the CUDA executor tensors of these layouts are cut into, as
-// (rows, tiles, tiles of shared panels, chunks).
+// For tests: the number of work items of each path into which the CUDA executor cuts tensors of these
+// layouts, as (rows, tiles, tiles of shared panels, chunks).
 std::tuple<int64_t, int64_t, int64_t, int64_t> cuda_paths(const std::vector<LayoutTuple>& layouts,
                                                           int64_t dtype, int index, const std::string& name) {
   const Rule rule = rule_named(name);
@@ -201,7 +201,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("limit_vector_bytes", &cpu::limit_vector_bytes);
   m.attr("cuda") = bool(CGES_CUDA);
   m.attr("emulated") = bool(CGES_EMULATED);
-  // For tests, which compare these with what stands in Python.
+  // For tests, which compare these with their counterparts in Python.
   py::dict states;
   for (const RuleStates& x : kRuleStates)
     states[x.rule] = std::vector<std::string>(x.names.begin(), x.names.begin() + x.n);

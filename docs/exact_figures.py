@@ -68,7 +68,7 @@ def halleys_step(t: float, sums: reference.GroupStats, h: reference.Thresholds) 
 
 
 def fractions_left(strength: float) -> tuple[float, float]:
-    """Of groups of 1,024 normal numbers, in sequential and exact mode, at this b*n."""
+    """The fractions of groups of 1,024 normal numbers that sequential and exact mode leave at this b*n."""
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(1024, 64)))
     both = (
         prox(z, exclusive_lasso=strength / 1024, prox_mode=mode, backend="reference")

@@ -22,7 +22,7 @@ from cges_kernels import ProxSGD, compact, plot_weights, prox
 from cges_kernels.core import groups
 
 LIGHT = "#e8e8e8"
-# Text stays text, and equal drawings are equal bytes.
+# Text is not turned into paths, and equal drawings give equal bytes.
 STYLE = {"svg.hashsalt": "cges_kernels", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5}
 
 
@@ -43,7 +43,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str
 
 
 def caption(axes: Axes, title: str, above: str, below: str) -> None:
-    """Of a drawing of a matrix that is 10 wide and at most 10 high."""
+    """Writes a title, a line above and a line below a matrix that is drawn 10 wide and at most 10 high."""
     axes.set_title(title, fontweight="bold")
     axes.text(5, -0.5, above, ha="center", va="bottom", fontsize=8.5)
     axes.text(5, 11, below, ha="center", va="top", fontsize=8.5)
@@ -58,7 +58,7 @@ def cells(axes: Axes, dead: np.ndarray, x: float, y: float) -> None:
 
 
 def draw_groups() -> Figure:
-    """What one dead group zeroes in a matrix and in a filter bank: where prox leaves zeros."""
+    """The zeros of one dead group in a matrix and in a filter bank, as prox makes them."""
     figure, panels = sheet(10, 4.6, 4)
     notes = {
         "feature": "one input of all outputs;\nof a convolution one tap of it",
@@ -86,7 +86,7 @@ def draw_groups() -> Figure:
 
 
 def trained(**penalties: float) -> tuple[Tensor, float]:
-    """The last layer of a small network trained on the digits, and how many of the others it knows."""
+    """The last layer of a small network trained on some digits, and its accuracy on the others."""
     torch.manual_seed(0)
     digits = load_digits()
     x, y = torch.from_numpy(digits.data / 16).float(), torch.from_numpy(digits.target)
@@ -152,7 +152,7 @@ def draw_cpu_tiles() -> Figure:
 
 
 def draw_cuda_paths() -> Figure:
-    """What a thread block holds, on each path; the numbers are the order of work items."""
+    """The parts of a matrix that thread blocks hold on each path; the numbers are the order of work items."""
     figure, panels = sheet(10, 3.6, 4)
     colours = (BLUE + "66", ORANGE + "66", GREEN + "66", RED + "66")
     for i in range(8):
@@ -229,16 +229,16 @@ def network(axes: Axes, layers: list[nn.Linear], title: str, names: list[list[in
 
 
 def draw_compact() -> Figure:
-    """A small network with dead weights, and what compact makes of it."""
+    """A small network with dead weights, and the result of compact on it."""
     torch.manual_seed(2)
     layers = [nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 3)]
     with torch.no_grad():
         for layer in layers:
             layer.weight[torch.rand(layer.weight.shape) < 0.45] = 0
-        layers[0].weight[1] = 0  # its bias alone is left: a constant
+        layers[0].weight[1] = 0  # its output is its bias, a constant
         layers[1].weight[:, 3] = 0  # no weight reads it
         layers[2].weight[:, 2] = 0
-        layers[1].weight[2, 4], layers[1].weight[[0, 1, 3, 4], 4] = 1.0, 0  # read by what nobody reads
+        layers[1].weight[2, 4], layers[1].weight[[0, 1, 3, 4], 4] = 1.0, 0  # read by that unit alone
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     result = compact(model, torch.zeros(1, 5))
     small = [layer for layer in result.model if isinstance(layer, nn.Linear)]
@@ -269,7 +269,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures, as SVG; the paths written."""
+    """Draws all figures as SVG and returns the paths written."""
     written, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     with matplotlib.rc_context(STYLE), torch.random.fork_rng(devices=[]):

@@ -39,7 +39,7 @@ from cges_kernels import (
 )
 
 LR = 0.05
-PENALISED = 0.6  # of the steps
+PENALISED = 0.6  # the part of the steps with a penalty
 
 
 def digits() -> tuple[Dataset[Any], int]:
@@ -51,7 +51,7 @@ def digits() -> tuple[Dataset[Any], int]:
 
 
 def folder(path: Path) -> tuple[Dataset[Any], int]:
-    """The same of a folder of images, which ImageNet's mean and deviation normalise."""
+    """(images and labels, how many classes) of a folder, normalised by ImageNet's mean and deviation."""
     steps = [
         *(transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()),
         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -102,7 +102,7 @@ def main() -> None:
         "--group-lasso", type=float, default=0.01, metavar="X", help="strength of the penalty"
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of images in place of the digits")
-    parser.add_argument("--weights", metavar="NAME", help="torchvision's, such as DEFAULT, to begin with")
+    parser.add_argument("--weights", metavar="NAME", help="begin with torchvision's, such as DEFAULT")
     parser.add_argument("--out", type=Path, default=Path("small_resnet.pt"), help="file of the small network")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def train(
     out: Path,
     resume: Path | None = None,
 ) -> nn.Module:
-    steps = epochs * len(loader) // 2  # of all processes together: accelerate steps a schedule for each
+    steps = epochs * len(loader) // 2  # of all processes: accelerate steps a schedule once for each process
     optimizer: Any = make_optimizer(model)  # before `prepare`, which may replace the parameters in it
     warmup: Any = CoefficientWarmup(optimizer, steps=steps // 2)
     model, optimizer, warmup, loader = accelerator.prepare(model, optimizer, warmup, loader)

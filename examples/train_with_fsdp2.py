@@ -34,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cges_kernels import CoefficientWarmup, ProxSGD, cges_param_groups, sparsity_report
 
-BATCH = 128  # of all processes together
+BATCH = 128  # the batch of all processes together
 
 
 def network() -> nn.Sequential:
@@ -43,7 +43,7 @@ def network() -> nn.Sequential:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All 1,797 in a random order that is always the same."""
+    """All 1,797 digits and their labels, in a random order that is always the same."""
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(labels)[
@@ -52,7 +52,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def make_optimizer(model: nn.Module) -> ProxSGD:
-    """To be called after fully_shard, which replaces the parameters."""
+    """The optimizer. Call this after fully_shard, which replaces the parameters."""
     return ProxSGD(cges_param_groups(model, lam=1e-2, scale="size"), lr=0.1, momentum=0.9)
 
 
@@ -71,7 +71,7 @@ def load(model: nn.Module, optimizer: ProxSGD, warmup: CoefficientWarmup, folder
 def train(
     model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, out: Path, resume: Path | None = None
 ) -> None:
-    """Each process takes its own part of each batch; fully_shard averages the gradients."""
+    """Trains. Each process takes its own part of each batch; fully_shard averages the gradients."""
     rank, world = dist.get_rank(), dist.get_world_size()
     x, y = data
     starts = range(0, len(x) - BATCH + 1, BATCH)
@@ -114,7 +114,7 @@ def main() -> None:
     train(model, (x[:1536], y[:1536]), args.epochs, args.out, args.resume)
 
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:  # the others were given nothing
+    if dist.get_rank() == 0:  # the other processes get an empty state
         dense = network().eval()
         dense.load_state_dict(whole)
         x, y = x[1536:].cpu(), y[1536:].cpu()

@@ -25,7 +25,7 @@ from cges_kernels import CoefficientWarmup, ProxSGD, cges_param_groups, sparsity
 
 
 class Warmup(TrainerCallback):
-    """Raises the penalties to their full strength, and goes on where a checkpoint ends."""
+    """Raises the penalties to their full strength. A resumed run continues from the checkpoint's step."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -39,7 +39,7 @@ class Warmup(TrainerCallback):
 
 
 class Net(nn.Module):
-    """Gives the loss where it is given labels, as the Trainer expects of a model."""
+    """Returns the loss too if it gets labels, as the Trainer expects of a model."""
 
     def __init__(self) -> None:
         super().__init__()

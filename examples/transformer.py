@@ -3,9 +3,9 @@
     python -m examples.transformer [--out DIR] [--steps N] [--group-lasso X] [--seed N]
 
 It learns to continue the reference texts that come with Python, character by character. Each head and each
-hidden unit is one group of group lasso, and compact() removes those that have died. A dense run beside it
-shows what that costs. The command prints a summary, and writes a figure and its numbers. It takes two minutes
-on two cores.
+hidden unit is one group of group lasso, and compact() removes those that have died. A dense run for
+comparison shows what that costs. The command prints a summary, and writes a figure and its numbers. It takes
+two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from .common.training import fit
 
 CONTEXT, WIDTH, HEADS, HEAD_WIDTH, HIDDEN, BLOCKS = 48, 64, 4, 16, 256, 2
 LR, BATCH = 4e-3, 24
-PENALISED = 0.6  # of the steps
-HEADS_MORE = 2.2  # times a hidden unit's strength is a head's, because a head's gradients agree more
+PENALISED = 0.6  # the part of the steps with a penalty
+HEADS_MORE = 2.2  # a head's strength over a hidden unit's, because the gradients in a head agree more
 EVERY = 25  # steps between two points of the figure
 
 
 class Head(nn.Module):
-    """One head of attention. Its output weights are one group: without them it gives nothing."""
+    """One head of attention. Its output weights are one group; if they are zero, so is its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Head(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention heads, then hidden units. Only its column of ``down`` reads a unit, and is one group."""
+    """Attention heads, then hidden units. Only one column of ``down`` reads a unit, and it is one group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def param_groups(model: Transformer, group_lasso: float) -> list[dict[str, Any]]
 
 @torch.no_grad()
 def test_loss(model: nn.Module, text: Tensor) -> float:
-    """In nats a character, of the same pieces each time."""
+    """The loss on the test text in nats per character, on the same pieces at each call."""
     x, y = batch_of(text, 128, torch.Generator().manual_seed(0))
     return float(F.cross_entropy(model(x).flatten(0, 1), y.flatten()))
 
@@ -142,7 +142,7 @@ class Run:
 
 
 def train(label: str, group_lasso: float, steps: int, seed: int, text: tuple[Tensor, Tensor, int]) -> Run:
-    """The penalty grows from 0 over a third of the steps, and ends after PENALISED of them.
+    """One training run. The penalty grows from 0 over a third of the steps, and ends after PENALISED of them.
 
     From then on what is zero stays zero, and the rest trains on without a penalty.
     """
@@ -170,7 +170,7 @@ def train(label: str, group_lasso: float, steps: int, seed: int, text: tuple[Ten
 
 
 def figure_of(runs: Sequence[Run]) -> Figure:
-    """Test loss, and what is alive, over the steps."""
+    """The figure of the test loss and of the heads and units alive, over the steps."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, colour in zip(runs, (STYLES["l2"][0], STYLES["cges"][0])):
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train both, compact the sparse one, print and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="of figure and numbers")
+    add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for figure and numbers")
     add("--steps", type=at_least_one, default=1500, metavar="N")
     add("--group-lasso", type=float, default=0.3, metavar="X")
     add("--seed", type=int, default=0, metavar="N")

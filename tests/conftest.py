@@ -114,7 +114,7 @@ def hash_of(text):
 
 
 class Executors(NamedTuple):
-    """Which executors a test parameter stands for, of those that can run here.
+    """The executors that a test parameter stands for, among those that can run here.
 
     ``but`` are left out. Those in ``second_tier`` run in the second tier only, and ``why`` is the reason.
     """

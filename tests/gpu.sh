@@ -3,9 +3,9 @@
 # `make gpu-quick` takes the quick stages alone, which end within three minutes.
 # A stage that fails does not stop the next ones; the last lines say how each ended. Neither git nor a network is
 # needed, and beside torch only triton, pytest, numpy, ninja and pybind11.
-#   PY      the python to use, with torch and triton            OUT      where results and logs go
-#   STAGES  which stages, of those in run_stage                 COMMIT   what is measured, where git cannot tell
-#   ARGS    more arguments for pytest                           BACKEND  smoke, sanitize and measure it alone
+#   PY      the Python to use, with torch and triton        OUT      the folder for results and logs
+#   STAGES  the stages to run, see run_stage                COMMIT   the commit to report, if git cannot tell
+#   ARGS    more arguments for pytest                       BACKEND  the one to smoke, sanitize and measure
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PY:-python3}

@@ -62,14 +62,14 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
 
 
 def cuda_paths(tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> dict[str, int]:
-    """How many blocks of the CUDA executor work on tensors of these group specs and shapes, by path."""
+    """The number of blocks of the CUDA executor that work on these tensors, by path."""
     layouts = [grouped_layout(torch.empty(shape, device="meta"), spec, None) for spec, shape in tensors]
     counts = BUILT["cuda"].cuda_paths(layouts, NUMBERED.index(dtype), 0)
     return dict(zip(("rows", "tile", "shared", "ticket"), counts))
 
 
 def check_paths(dtype: torch.dtype) -> None:
-    """That the CUDA executor takes every path."""
+    """Ends the program unless the CUDA executor takes every path."""
     paths = cuda_paths([(spec, shape) for spec, shapes in GROUPS.items() for shape in shapes], dtype)
     if not all(paths.values()):
         sys.exit(f"gpu_smoke: expected blocks on every path with {dtype}, got {paths}")

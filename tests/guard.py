@@ -17,7 +17,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 OBJECTS = ("executor.o", "cut.o", "rows.o")  # as `make install` compiled them
 COUNT = "--tool=callgrind --callgrind-out-file=/dev/null --toggle-collect=cges::cpu::step(*".split()
-INSTRUCTION_SETS = {"AVX2": 32, "x86-64": 16}  # bytes of a vector
+INSTRUCTION_SETS = {"AVX2": 32, "x86-64": 16}  # {name: bytes of a vector}
 
 
 class Case(NamedTuple):
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     mode: str
     rows: int
     columns: int
-    count: int = 1  # of tensors
+    count: int = 1  # the number of tensors
 
     def name(self) -> str:
         many = f"{self.count} of " if self.count > 1 else ""
@@ -91,7 +91,7 @@ def per_element(program: Path, case: Case, vector_bytes: int) -> float:
 
 
 def line(name: str, found: float, most: float) -> str:
-    """How a count is shown beside its budget."""
+    """A line of text with a count and its budget."""
     return f"{name:50s} {found:8.2f} {most:8.2f}{'  OVER' if found > most else ''}"
 
 

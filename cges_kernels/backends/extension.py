@@ -1,6 +1,6 @@
-"""The C++ extension as Python sees it: the types of csrc/bindings.cpp, and the module where it was built.
+"""The C++ extension as Python sees it: the types of csrc/bindings.cpp, and the module if it was built.
 
-The registry and the calls without a plan (unplanned.py) find it in BUILT.
+The registry and the calls without a plan (unplanned.py) look it up in BUILT.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .gathering import Row
 
 
 class StepPlan(Protocol):
-    """The parameters of param groups, held for steps of two calls; csrc/plan/step_plan.h says how."""
+    """Holds the parameters of param groups and steps them by two calls; see csrc/plan/step_plan.h."""
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None: ...
 
@@ -32,7 +32,7 @@ class StepPlan(Protocol):
 
 
 class Executor(Protocol):
-    """Steps tensors whose shapes were given at its construction; csrc/plan/executor.h."""
+    """Steps tensors whose shapes were given at its construction; see csrc/plan/executor.h."""
 
     def step(
         self,

@@ -1,4 +1,4 @@
-"""What a fused step gathers of an optimizer's parameters: addresses, after checks, and each tensor's phase.
+"""Gathers for a fused step, after checks, the addresses and the phase of each of an optimizer's tensors.
 
 csrc/plan/step_plan.h does the same in C++. The Triton executor uses this StepPlan in installs without the
 extension; other plans and operators.py use the functions.
@@ -23,7 +23,7 @@ from .states import new_like, new_step
 
 
 class Row(NamedTuple):
-    """What an executor is told of a tensor in a step: addresses (0: none), its phase, and its count of steps.
+    """The numbers that an executor gets for a tensor in a step: addresses (0: none), phase, count of steps.
 
     `steps` includes this step. A count on the tensor's device is not known here. It is a float32 that does
     not include this step yet, and kernels read it at `steps_address`.
@@ -39,12 +39,12 @@ class Row(NamedTuple):
 
 
 def _place(p: Tensor) -> tuple[Any, ...]:
-    """What a plan was built for; another value means that the parameter moved or changed."""
+    """The properties of a parameter that a plan relies on; if they differ, it has moved or changed."""
     return p.data_ptr(), p.dtype, p.shape, p.stride()
 
 
 def in_memory_order_of(p: Tensor, x: Tensor) -> Tensor:
-    """`x`, or a copy where its elements lie in another order than p's.
+    """`x`, or a copy in the memory order of `p` if the order of `x` is another one.
 
     The strides of dims of size 1 do not count.
     """
@@ -84,7 +84,7 @@ class _Slot:
 
 
 class _Gathered(NamedTuple):
-    """What `gather` hands to `run`: the optimizer's state, a Row per parameter, and their tensors.
+    """The data that `gather` hands to `run`: the optimizer's state, a Row per parameter, and their tensors.
 
     The tensors are kept so that the addresses in the rows stay valid.
     """
@@ -95,7 +95,7 @@ class _Gathered(NamedTuple):
 
 
 class StepPlan:
-    """The parameters of param groups, held for steps of two calls: gather, which may fail, and run."""
+    """Holds the parameters of param groups and steps them by two calls: gather, which may fail, and run."""
 
     def __init__(
         self,
@@ -123,11 +123,11 @@ class StepPlan:
                 self._slots.append(_Slot(f"param_groups[{g}]['params'][{i}]", p, g, _place(p)))
 
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None:
-        """Take the rule's options, which say what states there are; nothing else matters here."""
+        """Take the rule's options, which decide which states exist; no other hyperparameter matters here."""
         self._options[group] = hyperparameters.chosen
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
-        """Check and collect what a step reads, writing nothing; False where the plan must be built again."""
+        """Check and collect all inputs of a step, writing nothing; False if the plan must be built again."""
         self._gathered = None
         if [len(group) for group in params] != self._sizes:
             return False
@@ -178,8 +178,8 @@ class StepPlan:
         if self._gathered is None:
             raise RuntimeError("StepPlan.run: expected a gather that succeeded before it, got none")
         (state, rows, kept), self._gathered = self._gathered, None
-        # The host must know whether the step overflows where it begins states or counts steps itself.
-        # Elsewhere it does not wait for the device.
+        # The host must know whether the step overflows if it begins states or counts steps itself. Otherwise
+        # it does not wait for the device.
         new = any(row.phase == Phase.FIRST or row.steps > 0 for row in rows) or any(
             slot.param.numel() == 0 for slot in self._slots if self._rule.counts
         )

@@ -1,4 +1,4 @@
-"""What executors and the planner must know of CUDA graphs."""
+"""Asks whether a CUDA graph is being captured, for executors and the planner."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def is_capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
+    """Whether kernels that are launched now are captured in a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,12 +1,17 @@
-"""The step and the proximal map as operators of torch.library: what torch.compile sees of this package.
+"""The step and the proximal map as operators of torch.library, which torch.compile calls in its graphs.
 
-An operator keeps no plan, so it checks its inputs anew at each call, and is given lists for an optimizer:
+An operator keeps no plan, so it checks its inputs anew at each call. It cannot take an optimizer, so `step_`
+takes lists:
 
-    step_   `groups`: each parameter's param group. For each param group: `numbers` as `numbers_of` makes
-            them, SCALARS in `sources` (the tensors, else None), and OPTIONS as text in `options`. `states`:
-            of parameters for which the rule keeps some, parameter by parameter; `steps`: their counts, where
-            the rule counts; `first`: not begun yet.
-    prox_   the arguments of functional.prox_
+    groups     the index of each parameter's param group
+    numbers    for each param group the numbers that `numbers_of` makes
+    sources    for each param group its SCALARS that are tensors, and None for those that are numbers
+    options    for each param group the values of OPTIONS as text
+    states     the states of parameters for which the rule keeps some, parameter by parameter
+    steps      their counts of steps, if the rule counts
+    first      for each parameter with states, whether they have not begun yet
+
+`prox_` takes the arguments of functional.prox_.
 """
 
 from __future__ import annotations
@@ -54,13 +59,13 @@ torch.library.define(
 
 
 class Collected(NamedTuple):
-    """What a compiled step finds in one param group: parameters with a gradient, and what goes with them."""
+    """The parameters of one param group that have a gradient, and the other inputs of a compiled step."""
 
     options: Mapping[str, Any]  # the param group
     backend: str
     params: list[Tensor]
     grads: list[Tensor]
-    states: list[Tensor | None]  # those of Rule.states_with, parameter by parameter; None if not begun
+    states: list[Tensor | None]  # the states of Rule.states_with for each parameter; None if not begun
     steps: list[Tensor | None]
 
 
@@ -128,7 +133,7 @@ def step(
 
 
 def numbers_of(rule: Rule, group: Mapping[str, Any]) -> list[float]:
-    """SCALARS (0 for tensors) and the rule's options, as floats; equally many for all its param groups."""
+    """SCALARS (0 for tensors) and the rule's options as floats, equally many for all its param groups."""
     numbers = [0.0 if isinstance(group[key], Tensor) else float(group[key]) for key in SCALARS]
     for key, default in rule.options.items():
         if key != "fused":  # which is among OPTIONS
@@ -137,7 +142,7 @@ def numbers_of(rule: Rule, group: Mapping[str, Any]) -> list[float]:
 
 
 def _named(rule: Rule, numbers: Sequence[float]) -> dict[str, Any]:
-    """The hyperparameters by name that `numbers_of` has made numbers of."""
+    """The hyperparameters by name, from the numbers that `numbers_of` has made."""
     left = iter(numbers)
     named: dict[str, Any] = {key: next(left) for key in SCALARS}
     for key, default in rule.options.items():
@@ -174,7 +179,7 @@ def _checked(rule: str, numbers: tuple[float, ...], options: tuple[str, ...]) ->
     """A param group's hyperparameters by name, after checks; SCALARS that are tensors are 0 in it."""
     group = {**_named(RULES[rule], numbers), **dict(zip(OPTIONS, map(from_text, options)))}
     group["fused"] = bool(group["fused"])
-    group["skip_dead"] = False  # what is dead would have to be kept from call to call
+    group["skip_dead"] = False  # the dead groups would have to be remembered between calls
     check_param_group(RULES[rule], {"foreach": None, "differentiable": False, **group})
     return MappingProxyType(group)
 
@@ -184,7 +189,7 @@ def _chunks(values: Sequence[Any], n: int) -> Iterator[tuple[Any, ...]]:
 
 
 class Member(NamedTuple):
-    """A parameter with what a step of it takes."""
+    """A parameter with the other inputs of its step."""
 
     param: Tensor
     grad: Tensor
@@ -261,7 +266,7 @@ def _reference_step(rule: Rule, served: Served, grad_scale: Tensor | None, found
     for group, members in served:
         h = Reader(rule).read(group)
         for p, grad, states, step, first in members:
-            # `capturable` does not tell, because torch.compile sets it to True for every optimizer.
+            # `capturable` cannot decide this, because torch.compile sets it to True for every optimizer.
             count = None if step is None else step + 1 if on_device(step) else step.item() + 1
             begun = [None] * len(states) if first else states
             spec = group["group_by"], group["view"]

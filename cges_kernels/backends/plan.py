@@ -26,13 +26,13 @@ class Plan(Protocol):
     def set_hyperparameters(self, group: int, hyperparameters: Hyperparameters) -> None: ...
 
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
-        """Check and collect what a step reads; False where the plan must be built again."""
+        """Check and collect all inputs of a step; False if the plan must be built again."""
         ...
 
     def run(self, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None:
-        """Step what was gathered, once; gradients are divided by `grad_scale`.
+        """Run the gathered step, once; gradients are divided by `grad_scale`.
 
-        Where `found_inf` is not 0 nothing changes, state included. Returns the `found_inf` that ranks have
-        agreed on, where they had to, else None.
+        If `found_inf` is not 0 nothing changes, state included. Returns the `found_inf` that ranks have
+        agreed on, or None if they did not have to agree.
         """
         ...

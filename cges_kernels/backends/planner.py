@@ -1,8 +1,8 @@
 """Chooses which plan steps which param group of an optimizer, keeps plans between steps, and renews them.
 
-Everything that a plan depends on is compared at each step. The plan itself compares its parameters; the
-planner compares the hyperparameters and whatever decides on executors and layouts. `ProximalOptimizer`
-(proximal.py) owns one Planner.
+Each step compares everything that a plan depends on with its last value. The plan itself compares its
+parameters. The planner compares the hyperparameters, and all that determines executors and layouts.
+`ProximalOptimizer` (proximal.py) owns one Planner.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXECUTOR_OPTIONS = ("foreach", "differentiable", "fused", "group_by", "view")
 IN_KERNELS = ("cuda", "triton")  # executors whose kernels can read SCALARS on the device
-SHARDED = "sharded"  # names the plan of param groups with DTensors, which steps the local parts
+SHARDED = "sharded"  # the name of the plan of param groups with DTensors, which steps the local parts
 
 ParamGroups = list[dict[str, Any]]
 # Takes the rule, params, specs, names of params and executors of param groups; see distributed/sharded.py.
@@ -41,7 +41,7 @@ MakeShardedPlan = Callable[
 
 
 def param_names(param_groups: ParamGroups, index: int) -> list[str]:
-    """What errors call the parameters of a param group."""
+    """The names by which errors refer to the parameters of a param group."""
     return [f"param_groups[{index}]['params'][{i}]" for i in range(len(param_groups[index]["params"]))]
 
 
@@ -52,18 +52,18 @@ def _identity(p: Tensor) -> tuple[Any, ...]:
 
 
 def is_sharded(p: Tensor) -> TypeGuard[DTensor]:
-    """Whether `p` is a DTensor, without the slow import: none can exist before somebody has imported them."""
+    """Whether `p` is a DTensor. Does without the slow import of DTensor: before it no DTensor can exist."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(p, distributed.DTensor)
 
 
 def _local(p: Tensor) -> Tensor:
-    """The part of a parameter that executors see."""
+    """The tensor that executors step for `p`: the local part of a DTensor, or `p` itself."""
     return p.to_local() if is_sharded(p) else p
 
 
 def backend_of(backend: str, rule: Rule, group: dict[str, Any]) -> str:
-    """The backend to ask for in a param group, given the optimizer's and what torch.optim's options say."""
+    """The backend to ask for in a param group, from the optimizer's `backend` and torch.optim's options."""
     wishes = [f"{key}=True" for key in ("foreach", "differentiable", *rule.reference_only) if group[key]]
     wishes += ["fused=False"] if group["fused"] is False else []
     if not wishes:
@@ -90,16 +90,17 @@ class Planner:
 
     def forget(self) -> None:
         """Drop all plans, so that the next step builds them anew."""
-        self.plans: dict[str, Plan] = {}  # by executor
-        self.executors: list[str] = []  # of each param group
+        self.plans: dict[str, Plan] = {}  # {executor: its plan}
+        # The lists below have one entry for each param group.
+        self.executors: list[str] = []
         self._key: Any = None
         self._group_sizes: list[int] = []
         self._values: list[Any] = []
-        self._numbers: list[Any] = []  # for each param group, the types of its values if none is a tensor
+        self._numbers: list[Any] = []  # the types of the group's values; None if some of them are tensors
         self._devices: list[torch.device | None] = []
 
     def check(self, param_groups: ParamGroups, first: int = 0) -> None:
-        """Raise what step() would raise of param groups from index `first` on, before there are gradients."""
+        """Raise the errors of step() for param groups from index `first` on, before gradients exist."""
         for index, group in list(enumerate(param_groups))[first:]:
             check_param_group(self.rule, group)
             self._layouts(param_groups, index)
@@ -108,7 +109,7 @@ class Planner:
             self._executor(param_groups, index)
 
     def gather(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
-        """Bring plans up to date and let them collect what the step reads; a step's errors arise here."""
+        """Bring plans up to date and let them collect the step's inputs; a step raises its errors here."""
         for again in (True, False):
             self._prepare(param_groups)
             try:
@@ -121,7 +122,7 @@ class Planner:
         raise RuntimeError("expected parameters that stay in place during a step, got some that moved twice")
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Step what was gathered. The sharded plan goes first, because its ranks then agree on found_inf."""
+        """Run the gathered step. The sharded plan goes first, because its ranks then agree on found_inf."""
         for executor in sorted(self.plans, key=lambda e: e != SHARDED):
             agreed = self.plans[executor].run(grad_scale=grad_scale, found_inf=found_inf)
             found_inf = agreed if executor == SHARDED else found_inf
@@ -131,7 +132,7 @@ class Planner:
         self._in_graphs.append(dict(self.plans))
 
     def check_capture(self, param_groups: ParamGroups, state: dict[Tensor, Any]) -> None:
-        """Raise a RuntimeError where a captured step would not do the same at each replay, or needs the host.
+        """Raise a RuntimeError if replays of a captured step would differ from steps, or would need the host.
 
         A graph cannot hold a first step, which would begin momentum afresh at each replay, and it cannot
         leave a parameter without a gradient for later.
@@ -212,7 +213,7 @@ class Planner:
         return any(has_other_gradient(p) for group in groups for p in group["params"])
 
     def _keys(self, param_groups: ParamGroups) -> list[tuple[Any, ...]]:
-        """For each param group, what its executor and layouts depend on; fused plans compare parameters."""
+        """For each param group, all that its executor and layouts depend on and that no plan compares."""
         keys = []
         for index, group in enumerate(param_groups):
             key = self._executor_options_of(group)
@@ -263,7 +264,7 @@ class Planner:
         self._key = self._keys(param_groups)
 
     def _differentiates(self, index: int, group: dict[str, Any]) -> bool:
-        """Whether autograd follows tensors among the hyperparameters, so that each step takes them anew."""
+        """Whether autograd may follow tensors among the hyperparameters; then each step takes them anew."""
         return bool(group["differentiable"]) and self.executors[index] == "reference"
 
     def _hyperparameters(self, index: int, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -284,8 +285,8 @@ class Planner:
         return values
 
     def _take(self, index: int, group: dict[str, Any], values: tuple[Any, ...]) -> None:
-        """New hyperparameters of a param group: check what has changed, and tell its plan."""
-        if (before := self._values[index]) is not None:  # else _build has just checked it
+        """Check those hyperparameters of a param group that have changed, and pass all to its plan."""
+        if (before := self._values[index]) is not None:  # if None, _build has just checked all
             new = zip(self._reader.keys, values, before)
             changed = [key for key, value, was in new if value is not was or isinstance(value, Tensor)]
             check_changed(self.rule, group, changed)
@@ -296,7 +297,7 @@ class Planner:
         self.plans[self.executors[index]].set_hyperparameters(index, hyperparameters)
 
     def _warn_of_strength(self, index: int, b: float) -> None:
-        """Warn, once, where a param group in sequential mode zeroes far more than it is asked to."""
+        """Warn, once, if sequential mode will zero far more of a param group's weights than exact mode."""
         strength = b * self._group_sizes[index]
         if strength >= 1:
             self.warned = True

@@ -1,4 +1,4 @@
-"""The executors: whether one can serve a tensor, which one is chosen, and the plan that steps by it."""
+"""The registry of executors: it tells whether one can serve a tensor, chooses one, and makes its plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRITON_NEEDED = (3, 6)
 def triton_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors.
 
-    Once the kernels are imported it cannot change any more, whatever the environment says.
+    Once the kernels are imported this cannot change any more, whatever TRITON_INTERPRET is then set to.
     """
     kernels = sys.modules.get(f"{__package__}.triton.kernels")
     if kernels is not None:

@@ -28,7 +28,7 @@ from .registry import choose_backend
 MOST_KEPT = 8
 _kept: OrderedDict[Hashable, Executor] = OrderedDict()  # the one used last comes last
 _in_graphs: dict[Hashable, Executor] = {}  # replays of captured graphs read their tables: never dropped
-_outlived: list[Executor] = []  # such executors that forget() has put aside
+_outlived: list[Executor] = []  # executors of _in_graphs that forget() has put aside
 
 
 def forget() -> None:

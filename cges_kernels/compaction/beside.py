@@ -1,6 +1,7 @@
-"""For each tensor of a forward pass, a tensor of integers beside it that says whose channel each element is.
+"""Keeps for each tensor of a forward pass a tensor of integers: the channel of each of its elements.
 
-`Beside` keeps them and the notes that rules (rules.py, products.py) make; following.py runs the pass.
+`Beside` holds these tensors, and the notes that rules (rules.py, products.py) make. following.py runs the
+pass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
-    before: Tensor | None  # the channels of the first argument before it was turned in place
+    before: Tensor | None  # the channels of the first argument before its dims were moved in place
 
     @property
     def outs(self) -> list[Any]:
@@ -38,20 +39,20 @@ class Beside:
         super().__init__()
         self.channels, self.owners = channels, Owners(model)
         self.model = type(model).__name__
-        self.used: set[str] = set()  # parameters and buffers that operations took
-        self.opaque: dict[str, str] = {}  # weights taken by operations without a rule, and by which
-        self.sizes: dict[bytes, Tensor] = {}  # every line of channels that some tensor had along a dim
-        self.stack: list[str] = []  # the names of the modules at work, innermost last
-        self.calls: Counter[str] = Counter()  # how often each module was called
-        self.given: Any = WeakTensorKeyDictionary()  # the model's arguments and all that depends on them
+        self.used: set[str] = set()  # the names of parameters and buffers that some operation took
+        self.opaque: dict[str, str] = {}  # {weight: the operation without a rule that took it}
+        self.sizes: dict[bytes, Tensor] = {}  # {bytes of ids: ids}, each line of channels along some dim
+        self.stack: list[str] = []  # the names of the modules whose forward is running, innermost last
+        self.calls: Counter[str] = Counter()  # {module: the number of its calls}
+        self.given: Any = WeakTensorKeyDictionary()  # the model's arguments and tensors computed from them
         self.computed: Any = WeakTensorKeyDictionary()  # tensors that are computed from parameters alone
-        self._ids: Any = WeakTensorKeyDictionary()
-        # Tensors made without channels (ANYBODY) and then written in parts: by their memory, the tensor, kept
-        # so that no other takes the memory, and the channels of its elements.
+        self._ids: Any = WeakTensorKeyDictionary()  # {tensor: its ids}
+        # Tensors that were made without channels (ANYBODY) and then written in parts: {memory: (tensor,
+        # channel of each element)}. The tensor is kept so that no other tensor gets the same memory.
         self.written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ids(self, x: Tensor) -> Tensor:
-        """The channel of each element of `x`, with the dims of `x`, of size 1 where channels do not vary."""
+        """The channel of each element of `x`. Dims along which channels do not vary have size 1."""
         if x.layout != torch.strided:
             return torch.full([1] * x.dim(), NOBODY)
         if (written := self.written.get(x.untyped_storage()._cdata)) is not None:
@@ -72,7 +73,7 @@ class Beside:
         return narrowed(self.channels.loose[name].as_strided(x.shape, x.stride(), first))
 
     def note(self, x: Any, ids: Tensor) -> None:
-        """Note that `x` holds these channels; those that vary along two dims cannot be cut and are held."""
+        """Note that `x` holds these channels. If they vary along two dims they cannot be cut and are held."""
         if not isinstance(x, Tensor) or x.dim() != ids.dim():
             return
         ids = narrowed(ids)
@@ -86,7 +87,7 @@ class Beside:
         self._ids[x] = ids
 
     def where(self, operation: str) -> str:
-        """The module at work and the operation, for reasons."""
+        """The running module and the operation, as text for reasons."""
         return f"{self.stack[-1] or self.model} ({operation})" if self.stack else f"the model ({operation})"
 
     def take(self, operation: Any, *tensors: Tensor) -> None:
@@ -105,7 +106,8 @@ class Beside:
     def line(self, func: Any, x: Tensor, dim: int) -> Tensor:
         """The channels of `x` along `dim`, the only one along which they may vary: [x.shape[dim]].
 
-        Where they vary along others, single elements are joined along those, and other channels are held.
+        If they vary along further dims, channels of single elements are joined along those, and any other
+        channels are held.
         """
         ids = self.ids(x)
         dim %= x.dim()

@@ -1,6 +1,6 @@
-"""Which channels of a network can only leave it together, and what holds them.
+"""The channels of a network: which of them can only be removed together, and which must stay.
 
-A channel is a number. Following a forward pass (following.py) hands out numbers for what layers make, joins
+A channel is a number. Following a forward pass (following.py) numbers the channels that layers make, joins
 those that an operation brings together, and holds those that must stay. cutting.py reads the result.
 """
 
@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-NOBODY = 0  # the channel of what cannot be cut, such as the model's input
-ANYBODY = -1  # the channel of values that are all alike, and could be made in any size
+NOBODY = 0  # the channel of elements that cannot be cut, such as those of the model's input
+ANYBODY = -1  # the channel of values that are all alike, of which any number could be made
 
 
 @dataclass
 class Weight:
     """A matrix or kernel that an operation multiplies with, and the channels of its first two dims."""
 
-    name: str  # the parameter's
-    ids: dict[int, Tensor] = field(default_factory=dict)  # by dim, the channel of each line
-    makes: set[int] = field(default_factory=set)  # dims whose lines make one channel each
-    reads: set[int] = field(default_factory=set)  # dims whose lines read one channel each
-    uses: int = 0  # how often operations took it in one pass, of the mode with more uses
+    name: str  # the name of the parameter
+    ids: dict[int, Tensor] = field(default_factory=dict)  # {dim: the channel of each line along it}
+    makes: set[int] = field(default_factory=set)  # dims along which each line makes one channel
+    reads: set[int] = field(default_factory=set)  # dims along which each line reads one channel
+    uses: int = 0  # the most operations that took it in one pass, in eval or in training mode
 
     @property
     def layer(self) -> str:
@@ -33,28 +33,28 @@ class Weight:
 
     @property
     def label(self) -> str:
-        """What the weight is called beside its layer's name, with a colon; "" for "weight"."""
+        """The weight's own name, with a colon, to put after its layer's name; "" if it is "weight"."""
         own = self.name.rpartition(".")[2]
         return "" if own == "weight" else f"{own}: "
 
 
 @dataclass
 class Held:
-    """Channels that stay, and why."""
+    """Channels that must stay, and the reason."""
 
     ids: Tensor
     reason: str
-    read: bool  # whether their values are read, not only their number
+    read: bool  # whether their values matter, and not only their number
 
 
 @dataclass
 class Placed:
-    """Channels that a module lays out by numbers, and how."""
+    """Channels that a module reshapes or slices by numbers, which its code may contain as constants."""
 
     module: str
-    text: str
+    text: str  # the operation with its numbers
     ids: Tensor
-    chooses: bool  # whether some of them are chosen, rather than all given another shape
+    chooses: bool  # whether the operation selects some of them, instead of giving all another shape
 
 
 class Channels:
@@ -62,31 +62,31 @@ class Channels:
 
     def __init__(self) -> None:
         self.count = 1
-        # By parameter, in the order in which the forward pass reads them.
+        # {parameter: its Weight}, in the order in which the forward pass reads them
         self.weights: dict[str, Weight] = {}
-        # Parameters and buffers that no operation multiplies with: a channel per element, in memory order.
+        # {parameter or buffer that no operation multiplies with: the channel of each element in memory
+        # order}. These channels are loose: each element has its own until it is joined with others.
         self.loose: dict[str, Tensor] = {}
-        self.widths: dict[str, Tensor] = {}  # by norm without parameters, the channels of its input
-        # Channels that modules lay out by numbers, which their code may compute or have written into it.
+        self.widths: dict[str, Tensor] = {}  # {norm without parameters: the channels of its input}
         self.by_numbers: list[Placed] = []
-        self.called: set[str] = set()  # layers whose weight is used only when they are called themselves
+        self.called: set[str] = set()  # layers whose weight is used only by calls of the layer itself
         self.held: list[Held] = []
-        self._starts: list[int] = []  # the first channel of each memory of loose ones
-        self._ends: list[int] = []  # and the channel after its last
-        self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.long)]
+        self._starts: list[int] = []  # the first channel of each call of new_loose
+        self._ends: list[int] = []  # the channel after the last one of each call of new_loose
+        self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.long)]  # the pairs that were joined
 
     def new(self, count: int) -> Tensor:
-        """So many new channels. A single one is NOBODY's, because at least one is always left."""
+        """`count` new channels. A single one is NOBODY, because at least one is always left."""
         if count == 1:
             return torch.tensor([NOBODY])
         self.count += count
         return torch.arange(self.count - count, self.count)
 
     def new_loose(self, count: int) -> Tensor:
-        """Channels of the single elements of some memory.
+        """New channels for the single elements of some memory.
 
-        Which of them leave together, and so along which dim they are cut, follows from what they are joined
-        with.
+        The channels that they are later joined with determine which of them are removed together, and so
+        along which dim the memory is cut.
         """
         self._starts.append(self.count)
         ids = self.new(count)
@@ -94,18 +94,18 @@ class Channels:
         return ids
 
     def _memories(self, ids: Tensor) -> Tensor:
-        """For each channel, the memory that it is an element of, in the order of new_loose; -1 if of none."""
+        """For each channel the index of the call of new_loose that made it; -1 if none did."""
         if not self._starts:
             return torch.full_like(ids, -1)
         which = torch.searchsorted(torch.tensor(self._starts), ids.contiguous(), right=True) - 1
         return torch.where(ids < torch.tensor(self._ends)[which], which, -1)
 
     def are_loose(self, ids: Tensor) -> bool:
-        """Whether all of them are single elements, so that they may be joined along any dim."""
+        """Whether all `ids` are channels of single elements, so that they may be joined along any dim."""
         return bool((self._memories(ids) >= 0).all())
 
     def loose_of(self, ids: Tensor) -> list[str]:
-        """The parameters that some of them are elements of."""
+        """The names of the parameters and buffers whose elements have some of the channels `ids`."""
         names = {int(own[0]): name for name, own in self.loose.items()}
         starts = (self._starts[i] for i in self._memories(ids).unique().tolist() if i >= 0)
         return [names[start] for start in starts if start in names]
@@ -122,13 +122,16 @@ class Channels:
         return weight
 
     def hold(self, ids: Tensor, reason: str, read: bool = False) -> None:
-        """Keep these channels; `read` says whether their values are read, or only their number matters."""
+        """Mark channels as not removable.
+
+        If `read` is false only their number must stay, so their values may change.
+        """
         ids = ids[ids > NOBODY].unique()
         if len(ids):
             self.held.append(Held(ids, reason, read))
 
     def join(self, a: Tensor, b: Tensor, reason: str = "they meet what cannot be cut") -> None:
-        """`a` and `b` (which broadcast) meet element by element; channels that meet NOBODY's are held."""
+        """Join the channels `a` and `b` (which broadcast) pair by pair; those paired with NOBODY are held."""
         pairs = torch.stack([x.flatten() for x in torch.broadcast_tensors(a, b)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs >= NOBODY).all(0)]
         if pairs.numel():
@@ -144,7 +147,7 @@ class Channels:
         return touched
 
     def groups(self) -> Tensor:
-        """For each channel the first of those that it can only leave with, as joined: [count]."""
+        """For each channel the first one of its group, the channels that it can only leave with: [count]."""
         a, b = torch.cat(self._pairs, 1)
         first = torch.arange(self.count)
         while True:
@@ -157,7 +160,7 @@ class Channels:
 
 
 class Owners:
-    """Whose memory a tensor is, by the name of a parameter or of a buffer that is saved with the model."""
+    """Finds the parameter, or the buffer in the model's state_dict, whose memory a tensor uses."""
 
     def __init__(self, model: nn.Module) -> None:
         saved = model.state_dict(keep_vars=True)
@@ -182,11 +185,11 @@ class Owners:
         return self.names.get(self._memory(x)) if x.layout == torch.strided else None
 
     def part(self, x: Tensor) -> tuple[str, list[tuple[int, int]]] | None:
-        """Where a matrix, or one that is repeated, lies in the parameter that owns it.
+        """Where a matrix, or a matrix repeated by expand, lies in the parameter whose memory it uses.
 
         Returns:
-            The owner's name, and for each dim the owner's dim and the first line of it; None if it is no such
-                part.
+            The parameter's name, and for each dim of the matrix the parameter's dim and first line there.
+                None if `x` is not such a part of a parameter.
         """
         if (name := self.name(x)) is None or name in self.shared:
             return None
@@ -223,5 +226,5 @@ def varying(ids: Tensor) -> list[int]:
 
 
 def aligned(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
-    """`sizes` with ones in front, as they broadcast."""
+    """`sizes` as `dims` sizes, with ones in front as in broadcasting."""
     return (*[1] * (dims - len(sizes)), *sizes)

@@ -38,8 +38,8 @@ class Compaction:
         latency_ms: the median time of such a pass in milliseconds. Both models take turns for half a second;
             on a busy machine and for tiny models it says little.
         max_difference: the largest difference between the outputs on the example.
-        kept: by layer, what is dead and had to stay, and why.
-        varied: in what the inputs on which outputs were compared differed from the example.
+        kept: {layer: what is dead in it but had to stay, and why}.
+        varied: how the inputs on which outputs were compared differed from the example.
     """
 
     model: nn.Module = field(repr=False)
@@ -162,7 +162,7 @@ def compact(
 
 
 def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compaction:
-    """What compact() returns. The hooks of `model` run if it has any."""
+    """The result of compact(). The hooks of `model` run if it has any."""
     expected, flops_before = _expected(model, given)
     *short, whole = shortened(given)
     for example in (*short, whole):
@@ -176,7 +176,7 @@ def _compaction(model: nn.Module, given: Given, keep: Collection[str]) -> Compac
                 )
             break
         except Exception:
-            if example is whole:  # else the first dim, which was cut, may be no batch: try without the cut
+            if example is whole:  # the first dim of a cut example may be no batch, so try the whole one
                 raise
     before, after = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, small))
     return Compaction(
@@ -213,7 +213,7 @@ def _num_weights(model: nn.Module) -> int:
 def _compacted(
     model: nn.Module, given: Given, keep: Collection[str]
 ) -> tuple[nn.Module, dict[str, str], list[str]]:
-    """The small model, what stayed in it, and in what the probes differed from the example."""
+    """(the small model, {layer: what stayed in it and why}, how the probes differed from the example)."""
     exact, plain = working_copies(model, given)
     try:
         base, given = exact
@@ -237,10 +237,10 @@ def _compacted(
 def _constants(
     model: nn.Module, given: Given, channels: Channels
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What each weight reads that no input changes, and {model: why that is not known}.
+    """({weight: the constants that it reads}, {model: why they are not known}).
 
-    At least one of the two is empty. Where an input decides what is computed, all channels are held, because
-    others may be read then.
+    At least one of the two is empty. If an input decides what is computed, all channels are held, because
+    another input may make the model read others.
     """
     fixed = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
     other = {type(x).__name__ for x in leaves(given) if not isinstance(x, fixed)}
@@ -258,7 +258,7 @@ def _constants(
 
 
 def _not_followed(model: nn.Module, opaque: Mapping[str, str]) -> dict[str, str]:
-    """{layer: how many dead rows and columns stay in weights that are read by operations without a rule}"""
+    """{layer: how many dead rows and columns stay, because an operation without a rule reads the weight}"""
     found: dict[str, str] = {}
     params = {name: p.detach() for name, p in model.named_parameters()}
     for name, where in opaque.items():

@@ -1,6 +1,6 @@
-"""Copies of a model to work on, without wrappers and hooks and in float64 where that runs.
+"""Makes working copies of a model: without wrappers and hooks, and in float64 if the model runs in it.
 
-compact() uses them, and gives dtypes, modes and hooks back to the small model at the end.
+compact() uses them. At the end it gives the small model the dtypes, modes and hooks of the original.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which channels nobody reads, and how they are cut out of every tensor that holds them.
+"""Finds the channels that nobody reads, and cuts them out of every tensor that holds them.
 
-`Reading` answers the first, from the channels that following.py has found; `cut` does the second.
+`Reading` finds them among the channels that following.py has found, and `cut` cuts them out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .picking import laid_out_like
 
 @dataclass
 class Removal:
-    """Channels that leave together; `layer` is the layer that makes them first."""
+    """Channels that are removed together; `layer` is the first layer that makes them."""
 
     layer: str
     ids: Tensor
 
 
 class Reading:
-    """Who reads which channels in `model`, whose parameters may have changed since channels were followed.
+    """Which channels are read in `model`, whose parameters may have changed since channels were followed.
 
     Attributes:
         read: for each channel, whether a weight or an operation reads it; [count].
@@ -49,18 +49,18 @@ class Reading:
 
     @staticmethod
     def _nonzero(x: Tensor) -> Tensor:
-        """How many entries of a weight are not 0, summed over its kernel: [dim 0, dim 1], on the CPU."""
+        """The number of nonzero entries of a weight, summed over its kernel: [dim 0, dim 1], on the CPU."""
         taps = (x.detach() != 0).to(torch.float32).flatten(2) if x.dim() > 2 else (x.detach() != 0)[..., None]
         return (taps.to(torch.float32) @ taps.new_ones(taps.shape[-1], dtype=torch.float32)).cpu()
 
     def reading(self, weight: Weight, dim: int, by: Tensor | None = None) -> Tensor:
-        """Which lines along `dim` have a nonzero entry among the lines of the other dim that `by` selects."""
+        """For each line along `dim`, whether it is nonzero on a line of the other dim that `by` selects."""
         entries = self.nonzero[weight.name].movedim(dim, 0)
         lines = entries.new_ones(entries.shape[1]) if by is None else by.to(entries.dtype)
         return (entries @ lines) > 0  # a product is faster than any()
 
     def _held(self) -> Tensor:
-        """For each group's first channel, the index of the reason why it stays; -1 where nothing holds it."""
+        """For each group's first channel, the index of the reason why it stays; -1 if nothing holds it."""
         why = torch.full((self.channels.count,), -1)
         for place, held in reversed(list(enumerate(self.channels.held))):  # the first reason wins
             why[self.group[held.ids]] = place
@@ -71,7 +71,7 @@ class Reading:
         return self.group[weight.ids[dim].expand(self.nonzero[weight.name].shape[dim])]
 
     def _read(self) -> Tensor:
-        """Which channels are read, found from the outputs back: by weights whose own outputs are read."""
+        """For each channel, whether a weight whose own outputs are read reads it; from the outputs back."""
         alive = torch.zeros(self.channels.count, dtype=torch.bool)
         alive[self._why >= 0] = True  # channels that stay must keep their values
         alive[NOBODY] = True
@@ -127,7 +127,7 @@ class Reading:
         return spared
 
     def removals(self) -> list[Removal]:
-        """What leaves, grouped by the layer that makes it first."""
+        """The channels that are removed, grouped by the first layer that makes them."""
         left = self.gone.clone()
         found = []
         for weight in self.channels.weights.values():
@@ -139,7 +139,7 @@ class Reading:
         return found
 
     def gone_before(self, layer: str | None) -> Tensor:
-        """The channels that leave the inputs of a layer."""
+        """The channels that are removed from the inputs of a layer."""
         weights = (weight for weight in self.channels.weights.values() if weight.layer == layer)
         lines = [self.lines(weight, dim) for weight in weights for dim in weight.reads]
         groups = torch.cat([*lines, torch.zeros(0, dtype=torch.long)])
@@ -184,7 +184,7 @@ def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
         for dim, ids in weight.ids.items():
             _keep(named[name], dim, ~gone[ids])
         bias = bias_of(name)
-        # A bias that no operation used when channels were followed: a fold has given it to the layer.
+        # No operation used this bias when channels were followed, because a fold has since added it.
         if bias != name and bias in named and bias not in channels.loose and len(weight.makes) == 1:
             _keep(named[bias], 0, ~gone[weight.ids[min(weight.makes)]])
     touched = channels.touched()
@@ -200,13 +200,14 @@ def cut(model: nn.Module, channels: Channels, gone: Tensor) -> None:
 
 
 def _cut_of(x: Tensor, ids: Tensor, gone: Tensor, touched: Tensor) -> list[tuple[int, Tensor]] | None:
-    """How to cut a parameter whose elements have channels of their own: along which dim, and which lines.
+    """The dim and the lines along which a parameter is cut whose elements have channels of their own.
 
-    Elements that the forward pass did not touch, such as those of a table for longer inputs, leave with the
-    others of their line.
+    Elements that the forward pass did not touch, such as those of a table for longer inputs, are removed with
+    the others of their line.
 
     Returns:
-        At most one pair of a dim and a mask [size], or None where no set of lines is exactly what leaves.
+        At most one pair of a dim and a mask [size], or None if no set of lines holds exactly the removed
+            elements.
     """
     leaves, stays = (y[ids].as_strided(x.shape, x.stride()) for y in (gone, touched & ~gone))
     if not leaves.any():

@@ -1,7 +1,7 @@
 """Folds: constants that go into the biases of the layers that read them.
 
-A filter whose every weight is zero still gives its bias, and a batch norm its shift: a constant that later
-layers read. Where such a constant reaches a layer, what the layer makes of it goes into the layer's bias.
+A filter whose every weight is zero still outputs its bias, and a batch norm its shift: a constant that later
+layers read. If such a constant reaches a layer, the layer's output for it goes into the layer's bias.
 shrinking.py chooses which folds are made.
 """
 
@@ -19,7 +19,7 @@ from .layers import WEIGHTED, bias_of
 
 @dataclass
 class Fold:
-    """A layer's constant inputs, and the bias that takes what the layer makes of them."""
+    """A layer's constant inputs, and the bias to which the layer's output for them is added."""
 
     layer: str
     weight: str  # the name of the parameter that reads them
@@ -60,14 +60,14 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 def find_folds(
     model: nn.Module, weights: Mapping[str, Weight], constants: Mapping[str, Tensor], fixed: Mapping[str, str]
 ) -> tuple[list[Fold], dict[str, str]]:
-    """Which constants can go into biases, so that the outputs in eval mode stay the same.
+    """Finds the constants that can go into biases so that the outputs in eval mode stay the same.
 
     A constant other than 0 stays where it meets zero padding or where there is no bias to take it.
 
     Args:
-        model: in eval mode.
-        weights: what each weight does, by the parameter's name.
-        constants: what each of them reads, NaN for what is not constant: [in].
+        model: the model in eval mode.
+        weights: {parameter name: its Weight}.
+        constants: {parameter name: the constant that each of its inputs has, NaN if it is none: [in]}.
         fixed: {layer name: why its weight must not change}.
 
     Returns:

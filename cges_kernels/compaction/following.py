@@ -1,10 +1,10 @@
 """Follows the channels of a network through one forward pass, operation by operation.
 
-Beside each tensor stands one of integers that says whose channel each element is, with size 1 along the dims
-along which that does not vary. Operations that move elements move those integers the same way. Elementwise
-operations join what meets. Reductions, pooling and norms pass channels that they do not take together.
-Products with a weight read the channels of one dim and make those of the other. Any other operation that
-takes a channel holds it. `follow` does this for compact().
+For each tensor a tensor of integers holds the channel of each element, with size 1 along dims along which
+channels do not vary. Operations that move elements move those integers the same way. Elementwise operations
+join the channels of their operands. Reductions, pooling and norms pass channels on, unless they combine
+several of them. Products with a weight read the channels of one dim and make those of the other. Any other
+operation that takes a channel holds it. `follow` does this for compact().
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Follower(Beside, EachOperation):
             for y in ops.tensors((out,), {}):
                 self.computed[y] = True
             if kind != "drawn" and max(x.numel() for x in tensors) > LARGE:
-                kind = "opaque"  # so large, it is a weight computed from others, no table that channels meet
+                kind = "opaque"  # so large a tensor is a weight that is computed, and no table to add
         made = Call(func, args, kwargs, out, before)
         try:
             RULES[kind](self, made)
@@ -114,17 +114,17 @@ class Followed:
     """The result of following a network."""
 
     channels: Channels
-    opaque: dict[str, str]  # weights taken by operations without a rule, and where
-    outputs: list[Any]  # of the model in eval mode
-    trained: list[Any] | None  # of the model in training mode, None where it fails
+    opaque: dict[str, str]  # {weight: the operation without a rule that took it}
+    outputs: list[Any]  # the outputs of the model in eval mode
+    trained: list[Any] | None  # its outputs in training mode; None if it fails there
 
 
 def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
     """The channels of `model`, which is in eval mode.
 
-    It is followed in eval mode and, where it runs so, in training mode too, in which other heads may read and
-    other values may be returned. Channels that could still meet a parameter which takes part in neither are
-    held.
+    It is followed in eval mode and, if it runs there, in training mode too, because other heads may read
+    channels and other values may be returned there. Channels that a parameter could read which took part in
+    neither pass are held.
 
     Raises:
         Exception: whatever the forward pass in eval mode raises.
@@ -159,7 +159,7 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
         unused -= second.used
         sizes = {**sizes, **second.sizes}
         trained = out
-    for name, weight in channels.weights.items():  # `uses` is that of the mode with more of them
+    for name, weight in channels.weights.items():  # the count was over both modes: take the larger one
         weight.uses = max(uses.get(name, 0), weight.uses - uses.get(name, 0))
     for placed in channels.by_numbers:
         if placed.chooses and placed.text not in compared:
@@ -181,7 +181,7 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
 def _hold_what_may_be_read(channels: Channels, unused: Mapping[str, Tensor], lines: Iterable[Tensor]) -> None:
     """Hold lines of channels whose number fits a parameter that took no part in the passes.
 
-    Only the number of channels that such a parameter would read is known.
+    Nothing but the number of channels that such a parameter would read is known.
     """
     for line in lines:
         for name, x in sorted(unused.items()):

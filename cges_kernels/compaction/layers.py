@@ -1,4 +1,4 @@
-"""Which layers are Linear or convolutions, and what modules call the sizes of their weights.
+"""The layers that are Linear or convolutions, and the names of modules' attributes for sizes of weights.
 
 This is the only table of layers in compaction/; everything else follows operations.
 """
@@ -31,7 +31,7 @@ def channel_dim(layer: Weighted) -> int:
 
 
 def columns(layer: Weighted) -> Tensor:
-    """The weight as [in / blocks, out, *kernel], a detached view: what reads each input channel."""
+    """The weight as [in / blocks, out, *kernel], a detached view: its columns read one input channel each."""
     dim = 0 if getattr(layer, "transposed", False) else 1
     return layer.weight.detach().movedim(dim, 0)
 
@@ -73,6 +73,6 @@ def sizes(module: nn.Module) -> dict[str, int]:
             return {"input_size": module.get_parameter("weight_ih_l0").shape[1], "hidden_size": hidden}
         case nn.RNNCellBase() if {"weight_ih", "weight_hh"} <= module._parameters.keys():
             return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
-    if type(module).__name__ == "Conv1D" and len(shape) == 2:  # of transformers
+    if type(module).__name__ == "Conv1D" and len(shape) == 2:  # the layer of transformers
         return {"nx": shape[0], "nf": shape[1]}
     return {}

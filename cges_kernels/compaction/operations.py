@@ -1,6 +1,6 @@
-"""Kinds of operations by what they do to channels, and questions about an operation's arguments.
+"""Sorts operations into kinds by their effect on channels, and answers questions about their arguments.
 
-`kind` names the rule (rules.py, products.py) that following.py takes. An operation of no kind here is
+`kind` names the rule (rules.py, products.py) that following.py takes. An operation without a kind here is
 "opaque".
 """
 
@@ -21,7 +21,7 @@ MOVED = {
     *("squeeze", "unsqueeze", "index_select", "index", "gather", "flip", "roll", "repeat", "unfold"),
     *("diagonal", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "tril", "triu"),
 }
-# Moved ones whose arguments are numbers that may be written into a model's code.
+# Operations of kind "moved" whose arguments are numbers that may be constants in a model's code.
 BY_NUMBERS = {
     *("view", "_unsafe_view", "reshape", "slice", "split", "split_with_sizes", "unsafe_split"),
     *("unsafe_split_with_sizes", "select", "index", "index_select"),
@@ -107,7 +107,7 @@ def kind(func: Any) -> str:
 
 
 def spatial_dims(func: Any) -> int:
-    """How many of the last dims a spatial operation acts on."""
+    """The number of last dims that a spatial operation acts on."""
     found = SPATIAL.match(name(func))
     assert found is not None
     return int(found[2])
@@ -120,7 +120,7 @@ def writes(func: Any) -> bool:
 
 
 def on_ids(func: Any) -> Callable[..., Any]:
-    """The operation as it is done to the integers beside a tensor, whose memory order may be another."""
+    """The operation to do on a tensor's channels, whose memory order may differ from that of the tensor."""
     if name(func) in ("view", "_unsafe_view", "_reshape_alias"):
         return lambda ids, sizes, *rest: ids.reshape(sizes)
     return func
@@ -137,7 +137,7 @@ def bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
 
 
 def indexed_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """The dims along which tensors of indices choose."""
+    """The dims along which tensors of indices select elements."""
     if name(func) == "index":
         return {dim for dim, index in enumerate(args[1]) if index is not None}
     dim = bound(func, args, kwargs).get("dim")
@@ -145,7 +145,7 @@ def indexed_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> se
 
 
 def reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """The dims that a reduction takes together."""
+    """The dims over which a reduction combines elements."""
     dims, count = bound(func, args, kwargs).get("dim"), args[0].dim()
     if dims is None and name(func) in ("topk", "sort"):
         dims = -1

@@ -1,4 +1,4 @@
-"""Layers that pick the inputs which they read, where other layers need all of them.
+"""Layers that pick the inputs that they read, for inputs of which other layers need all.
 
 compact() makes them where an unread input channel cannot be removed; saving.py writes and restores them.
 """
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from .layers import PLAIN_FORWARDS, WEIGHTED, Weighted, channel_dim, columns, sizes
 
-GATHER_PAYS = 64  # above so many multiply-adds saved per element copied, picking was measured to be faster
+GATHER_PAYS = 64  # picking was measured to be faster if it saves more multiply-adds per element copied
 
 
 class Picking(Protocol):
     """The attributes that select_inputs adds to a layer."""
 
     read_inputs: Tensor  # indices of the channels that the layer reads
-    given_inputs: int  # the number of channels that it is given
-    inputs_dim: int  # the dim of its input that holds them
+    given_inputs: int  # the number of channels of its input
+    inputs_dim: int  # the dim of its input that holds the channels
 
 
 def picking(layer: nn.Module) -> Picking:
@@ -34,7 +34,7 @@ def pick(self, input: tuple[Tensor]) -> Tensor:
 
 
 def select_inputs(layer: Weighted, read: Tensor, of: int) -> None:
-    """Make `layer` read the input channels `read` (indices) of the `of` channels that it is given."""
+    """Make `layer` read the input channels `read` (indices) of the `of` channels of its input."""
     layer.register_buffer("read_inputs", read)
     added = picking(layer)
     added.given_inputs, added.inputs_dim = of, channel_dim(layer)

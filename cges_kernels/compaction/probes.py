@@ -1,6 +1,6 @@
 """Inputs other than the example's, on which a small model is compared with the original.
 
-What a caller may pass later is unknown, whatever its dtype, so values, batch and length are varied.
+Callers may later pass arguments of any dtype with other values, so values, batch and length are varied.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shortened(given: Given) -> list[Given]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How outputs differ from those expected, and in which module the forward pass failed, if it did."""
+    """A difference from the expected outputs, and the module in which the forward pass failed, if it did."""
 
     reason: str
     layer: str | None = None
@@ -58,15 +58,15 @@ class Probes:
     second dim) is doubled. Other arguments stay.
 
     Args:
-        model: in eval mode; it is run on each set of arguments.
+        model: the model in eval mode; it is run on each set of arguments.
         given: the example.
-        expected: the outputs of `model` on it, if they are known.
-        trained: its outputs in training mode, if it runs so.
+        expected: the outputs of `model` on the example, if they are known.
+        trained: its outputs on the example in training mode, if it runs there.
 
     Attributes:
         given: the sets of arguments, the example first.
-        expected: the outputs of `model` on each.
-        varied: what differs between them, in words.
+        expected: the outputs of `model` on each set.
+        varied: the differences between the sets, in words.
 
     Raises:
         ValueError: the model takes no other values of an integer or boolean argument.
@@ -92,7 +92,7 @@ class Probes:
             self.varied.append("length")
 
     def differs(self, model: nn.Module) -> Difference | None:
-        """How the outputs of `model` differ from those expected; None if they do not.
+        """The difference between the outputs of `model` and those expected; None if there is none.
 
         In training mode only shapes are compared. A batch norm makes other constants there, and on a batch of
         two it enlarges small differences.
@@ -116,7 +116,7 @@ class Probes:
         return None
 
     def _vary_values(self, model: nn.Module, tensors: list[Tensor]) -> None:
-        """Vary all values and the batch at once, or one after the other where the model refuses that."""
+        """Vary all values and the batch at once, or one after the other if the model refuses that."""
         exact = [i for i, x in enumerate(tensors) if not _is_inexact(x) and x.numel()]
         masks = [i for i in exact if tensors[i].dtype == torch.bool]
         others = [next(self._others(x), x) if x.numel() else x for x in tensors]
@@ -149,13 +149,13 @@ class Probes:
         return f"{'truth values' if tensors[i].dtype == torch.bool else 'integers'} of tensor {i}"
 
     def _others(self, x: Tensor) -> Iterator[Tensor]:
-        """Other values than those of `x`, of its shape and dtype."""
+        """Tensors of the shape and dtype of `x` with other values."""
         for other in self._draw(x):
             if not torch.equal(other, x):
                 yield other
 
     def _draw(self, x: Tensor) -> Iterator[Tensor]:
-        """Values of the shape and dtype of `x`, which may be those of `x` by chance."""
+        """Tensors of the shape and dtype of `x`, whose values may be those of `x` by chance."""
         if _is_inexact(x):
             dtype = torch.complex128 if x.is_complex() else torch.float64
             noise = torch.randn(x.shape, generator=self._generator, dtype=dtype).to(x)

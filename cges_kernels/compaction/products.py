@@ -19,7 +19,7 @@ ALSO_FIXED = "what reads them also reads what cannot be cut"
 
 
 def _whole(f: Beside, w: Tensor) -> str | None:
-    """The name of the parameter that `w` is, where it is one as a whole and shares no memory with another."""
+    """The name of `w` if it is a whole parameter that shares no memory with another; None otherwise."""
     name = f.owners.name(w)
     if name is None or name in f.owners.shared or w is not f.owners.tensors[name]:
         return None
@@ -36,7 +36,7 @@ def embedded(f: Beside, call: Call) -> None:
 
 
 def convolved(f: Beside, call: Call) -> None:
-    """A convolution. With groups other than depthwise ones, what it reads and makes is held."""
+    """A convolution. If it has groups and is not depthwise, the channels that it reads and makes are held."""
     func, args, out = call.func, call.args, call.out
     x, w, bias = args[:3]
     transposed, groups = bool(args[6]), args[8]
@@ -63,7 +63,7 @@ def convolved(f: Beside, call: Call) -> None:
 
 
 def multiplied(f: Beside, call: Call) -> None:
-    """mm, bmm and those that add something: [..., n, k] times [..., k, m]."""
+    """mm and bmm, also with an addition (addmm, baddbmm): [..., n, k] times [..., k, m]."""
     func, args, out = call.func, call.args, call.out
     *added, a, b = args[: 3 if ops.name(func) in ("addmm", "baddbmm") else 2]
     if part := f.owners.part(b):

@@ -1,7 +1,7 @@
-"""Rules: what each kind of operation (operations.py) does to channels. Products are in products.py.
+"""The rules for channels, one for each kind of operation (operations.py). Products are in products.py.
 
-Each takes the notes of the forward pass (`f`) and a call, and notes the channels of the results. following.py
-calls the rule whose name is the operation's kind.
+A rule takes the notes of the forward pass (`f`) and a call, and notes the channels of the results.
+following.py calls the rule whose name is the operation's kind.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from .channels import ANYBODY, NOBODY, Placed, aligned, varying
 
 
 def _lead(ids: list[Tensor]) -> Tensor:
-    """The ids that others are joined to: varying along the fewest dims, then with the fewest NOBODYs."""
+    """The ids to join all others to: those that vary along the fewest dims, then with the fewest NOBODYs."""
     return min(ids, key=lambda x: (len(varying(x)), int((x <= NOBODY).sum())))
 
 
 def shaped(f: Beside, call: Call) -> None:
-    """Values that depend on a size alone. They have the channels of the tensor they are like, or ANYBODY."""
+    """Operations whose values depend on a size alone.
+
+    The result of a `_like` operation has its argument's channels, any other result has ANYBODY.
+    """
     func, args, out = call.func, call.args, call.out
     like = args[0] if args and isinstance(args[0], Tensor) and "_like" in ops.name(func) else None
     f.note(out, torch.full([1] * out.dim(), ANYBODY) if like is None else f.ids(like))
@@ -40,7 +43,7 @@ def moved(f: Beside, call: Call) -> None:
     if chosen or any(bool((f.ids(i) > NOBODY).any()) for i in indices):  # other inputs choose other elements
         f.take(func, x, *indices)
         ids = torch.full([1] * x.dim(), NOBODY)
-    if not varying(ids):  # an element that is repeated has ANYBODY: any number of it will do
+    if not varying(ids):  # the copies of one repeated element have ANYBODY, because their number may change
         value = int(ids.flatten()[0]) if ids.numel() else NOBODY
         repeated = value == NOBODY and ops.name(func) == "expand" and out.numel() > x.numel()
         for y in call.outs:
@@ -59,18 +62,18 @@ def moved(f: Beside, call: Call) -> None:
 
 
 def turned(f: Beside, call: Call) -> None:
-    """Dims moved in place. The integers are those from before the call, moved the same way."""
+    """Operations that move dims in place. The channels from before the call are moved the same way."""
     f.note(call.out, getattr(torch.ops.aten, ops.name(call.func)[:-1])(call.before, *call.args[1:]))
 
 
 def pointwise(f: Beside, call: Call) -> None:
-    """Elementwise operations: what meets is joined."""
+    """Elementwise operations: channels of elements that are combined are joined."""
     func, args, kwargs, *_ = call
     meet(f, func, ops.tensors(args, kwargs), call.outs[0], written=args[0] if ops.writes(func) else None)
 
 
 def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = None) -> None:
-    """Join the channels that meet elementwise, with broadcasting, and note them for `out`.
+    """Join the channels of elements that are combined, with broadcasting, and note them for `out`.
 
     `written` is the argument that the operation writes to, if it writes to one.
     """
@@ -101,9 +104,9 @@ def meet(f: Beside, func: Any, given: list[Tensor], out: Any, written: Any = Non
 
 
 def _give_lines(f: Beside, x: Tensor, by: list[Tensor]) -> None:
-    """Before `x` is written to, give every line of the tensor that it is a part of a channel.
+    """Called before an in-place write to `x`: gives channels to the tensor of which `x` is a view.
 
-    The lines are those along the dim in which the channels of the written values vary.
+    Each line gets its own channel, along the dim in which the channels of the written values vary.
     """
     whole = x if x._base is None else x._base
     if x.numel() == 1 or whole.dim() != x.dim() or not is_dense(whole):
@@ -140,7 +143,7 @@ def joined(f: Beside, call: Call) -> None:
 
 
 def padded(f: Beside, call: Call) -> None:
-    """Padding with a constant: what is added along a dim of channels is NOBODY's."""
+    """Padding with a constant: elements that are added along a dim of channels have NOBODY."""
     args, out = call.args, call.out
     ids = f.ids(args[0])
     sides = list(args[1])
@@ -161,7 +164,7 @@ def spatial(f: Beside, call: Call) -> None:
 
 
 def reduced(f: Beside, call: Call) -> None:
-    """Sums, softmax, sorting and the like: channels pass unless the operation takes them together."""
+    """Sums, softmax, sorting and the like: channels are passed on unless the operation combines them."""
     func, args, kwargs = call.func, call.args, call.kwargs
     x = args[0]
     ids = f.ids(x)
@@ -174,7 +177,7 @@ def reduced(f: Beside, call: Call) -> None:
 
 
 def layer_normed(f: Beside, call: Call) -> None:
-    """Layer norm: channels pass unless it normalises over them."""
+    """Layer norm: channels are passed on unless it normalises over them."""
     args, out = call.args, call.out
     ids = f.ids(args[0])
     if any(dim >= ids.dim() - len(args[1]) for dim in varying(ids)):
@@ -186,7 +189,7 @@ def batch_normed(f: Beside, call: Call) -> None:
     """Batch norm: its parameters and statistics are joined to the channels of its input."""
     func, args = call.func, call.args
     x, *others = args
-    if f.channels.are_loose(f.ids(x)):  # a parameter: it is a weight that is computed
+    if f.channels.are_loose(f.ids(x)):  # the input is a parameter, so that a weight is being computed
         return f.take_all(call)
     line = f.line(func, x, 1)
     for other in others:
@@ -196,7 +199,7 @@ def batch_normed(f: Beside, call: Call) -> None:
 
 
 def halved(f: Beside, call: Call) -> None:
-    """glu: one half times a function of the other, so that the halves' channels are joined."""
+    """glu multiplies one half of its input by a function of the other half, so their channels are joined."""
     func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
     dim = ops.bound(func, args, kwargs).get("dim", -1) % args[0].dim()
     ids = f.ids(args[0])

@@ -1,6 +1,6 @@
-"""Forward passes of models under comparison: outputs, whether two lists of them agree, FLOPs and latency.
+"""Runs forward passes of models to compare them: their outputs, FLOPs and latency.
 
-Used by all of compaction/ that runs a model.
+All modules of compaction/ that run a model use it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..core.calls import Given, call, leaves, mapped
 from ..reporting.report import in_mode, measure_flops, unfused_operations
 from .layers import WEIGHTED, is_floating
 
-# By how much outputs may differ, relative to the largest of them.
+# The largest accepted difference between outputs, relative to the largest output.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
-SLACK = 5  # a network that runs in its own dtype may differ by so many times the tolerance
-FAR_OUT = 1e3  # values of more than so many times the median are no measure of the outputs' size
-TURNS, SECONDS = (3, 30), 0.5  # of latency: the fewest and the most, and when they end between these
+SLACK = 5  # a factor on the tolerance for a network that runs in its own dtype
+FAR_OUT = 1e3  # values above so many times the median do not count for the size of the outputs
+TURNS, SECONDS = (3, 30), 0.5  # of latency: the fewest and most turns, and after how long no other begins
 
 
 def check_modules(model: nn.Module, keep: Collection[str]) -> None:
-    """Raise a ValueError that names the module which cannot be compacted, or the unknown name in `keep`."""
+    """Raise a ValueError for a module that cannot be compacted, or for an unknown name in `keep`."""
     modules = dict(model.named_modules())
     if isinstance(keep, str) or (unknown := sorted(set(keep) - set(modules))):
         got = keep if isinstance(keep, str) else unknown
@@ -89,10 +89,10 @@ def cuda_devices(model: nn.Module, given: Given) -> list[torch.device]:
 
 @torch.no_grad()
 def outputs(model: nn.Module, given: Given) -> list[Any]:
-    """The leaves of what `model` returns in eval mode, with the same random numbers each time.
+    """The leaves of the result of `model` in eval mode, with the same random numbers each time.
 
-    Where no floating-point tensor is among them, the last one that a module returned stands in front, because
-    decisions alone do not show the numbers that they were made by.
+    If no floating-point tensor is among them, the last one that some module returned is put in front, because
+    decisions such as an argmax do not show the numbers from which they were made.
     """
     with in_mode(model, train=False):
         return run(model, given)
@@ -100,7 +100,7 @@ def outputs(model: nn.Module, given: Given) -> list[Any]:
 
 @torch.no_grad()
 def run(model: nn.Module, given: Given) -> list[Any]:
-    """What `outputs` returns, in the mode that the model is in."""
+    """Does the same as `outputs`, in the mode that the model is in."""
     torch.manual_seed(0)
     numbers: list[Tensor] = []
 
@@ -118,7 +118,7 @@ def run(model: nn.Module, given: Given) -> list[Any]:
 
 
 def fresh(given: Given) -> Given:
-    """The same arguments in other memory, since a model may write into them."""
+    """Copies of the arguments, since a model may write into them."""
     return mapped(lambda x: x.clone(), given)
 
 
@@ -143,14 +143,14 @@ def compare(a: list[Any], b: list[Any], slack: float = 1) -> tuple[float, bool]:
 
 
 def _typical(x: Tensor) -> float:
-    """The largest magnitude among values that are not far out, as values that masks write are."""
+    """The largest magnitude of the values up to FAR_OUT medians; those that masks write are larger."""
     sizes = x.detach().abs().flatten().double()
     sizes = sizes[sizes.isfinite() & (sizes > 0)]
     return float(sizes[sizes <= FAR_OUT * sizes.median()].max()) if len(sizes) else 0.0
 
 
 def outputs_and_flops(model: nn.Module, given: Given) -> tuple[list[Any], int]:
-    """What `outputs` returns, and the FLOPs of that pass by torch's counter."""
+    """The result of `outputs`, and the FLOPs of that pass by torch's counter."""
     found: list[Any] = []
     flops = sum(measure_flops(model, given, run=lambda *args: found.extend(outputs(*args))))
     return found, flops

@@ -83,7 +83,7 @@ def load_compacted(model: nn.Module, path: str | os.PathLike[str], map_location:
 
 
 def _fit(module: nn.Module, key: str, value: Tensor) -> None:
-    """Make room in `module` for a parameter or buffer of another shape than it has."""
+    """Give a parameter or buffer of `module` the shape of `value`, and make it if it does not exist."""
     if key == "read_inputs":
         assert isinstance(module, WEIGHTED)
         select_inputs(module, torch.empty_like(value), picking(module).given_inputs)

@@ -1,7 +1,7 @@
-"""Attempts at a smaller copy, until one has the outputs of the original.
+"""Tries smaller copies of a model until one has the outputs of the original.
 
-`Shrinking` makes all changes at once and compares outputs (probes.py). If they differ, it finds the change
-that shows, refuses it and tries again.
+`Shrinking` makes all changes at once and compares outputs (probes.py). If they differ, it finds a change
+that changes the outputs, refuses it and tries again.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from .picking import pick_inputs
 from .probes import Difference, Probes
 
 Change: TypeAlias = Fold | Removal
-ATTEMPTS = 12  # at the last of which nothing is removed any more
+ATTEMPTS = 12  # the most attempts; the last one removes nothing
 GIVEN_UP = f"{ATTEMPTS - 1} attempts to remove others showed in the outputs"
 
 
 class Shrinking:
-    """Attempts at a smaller copy of `base`, each without what showed in the outputs of the one before."""
+    """Tries smaller copies of `base`, each without a change that altered the outputs of the one before."""
 
     def __init__(
         self, base: nn.Module, channels: Channels, constants: Mapping[str, Tensor], probes: Probes
     ) -> None:
         self.base, self.channels, self.constants, self.probes = base, channels, constants, probes
-        self._fixed: dict[str, str] = {}  # layers whose inputs must not be folded, and why
+        self._fixed: dict[str, str] = {}  # {layer whose inputs must not be folded: the reason}
         self._unpicked: set[str] = set()  # layers that must not pick their inputs
 
     def run(self) -> tuple[nn.Module, list[dict[str, str]]]:
         """The smallest copy that gives the same outputs, and two dicts {layer: what stayed in it, and why}.
 
-        The first dict tells of constants that were not folded into biases, the second of channels.
+        The first dict is about constants that were not folded into biases, the second about channels.
         """
         for attempt in itertools.count(1):
             if attempt == ATTEMPTS:
@@ -55,16 +55,16 @@ class Shrinking:
             if difference is None:
                 return small, [unfolded, reading.stayed()]
             self._refuse(difference, reading, changes, picked)
-        raise AssertionError  # never reached: what is refused is not tried again, so the attempts end
+        raise AssertionError  # not reachable: a refused change is never tried again, so the loop ends
 
     def _pick(self, small: nn.Module) -> list[str]:
-        """Let layers of `small` pick their inputs where that pays; returns their names."""
+        """Let layers of `small` pick their inputs if that pays; returns their names."""
         return pick_inputs(small, self.channels.called - self._unpicked)
 
     def _those_that_pay(self, folds: Sequence[Fold]) -> list[Fold]:
-        """Those folds after which a channel can leave or need not be picked.
+        """The folds after which a channel can be removed or need not be picked.
 
-        Other folds would change weights for nothing.
+        Other folds would change weights without making the model smaller.
         """
         reading = Reading(self._changed(folds), self.channels)
         picked = self._pick(self._changed([*folds, *reading.removals()]))
@@ -91,7 +91,7 @@ class Shrinking:
     def _refuse(
         self, difference: Difference, reading: Reading, changes: Sequence[Change], picked: Sequence[str]
     ) -> None:
-        """Rule out, for the next attempt, what made the outputs differ."""
+        """Rule out, for the next attempt, changes that made the outputs differ."""
         for suspects in (self._by_numbers(difference.layer, reading), reading.gone_before(difference.layer)):
             if len(suspects):
                 return self.channels.hold(suspects, difference.reason)
@@ -102,7 +102,7 @@ class Shrinking:
                     self.channels.hold(like.ids, reason)
         elif change is not None:
             self._fixed[change.layer] = reason
-        elif picked:  # the changes do not show, so it is the picking of inputs that does
+        elif picked:  # the changes alter nothing, so the picking of inputs does
             self._unpicked |= set(picked)
         else:
             raise RuntimeError(f"compact: expected outputs that stay, got: {difference.reason}")
@@ -116,10 +116,10 @@ class Shrinking:
         return type(self.base.get_submodule(around)), name
 
     def _by_numbers(self, layer: str | None, reading: Reading) -> Tensor:
-        """Channels that leave from modules which lay channels out by numbers, as the one around `layer` does.
+        """The channels removed from modules that lay channels out by numbers, as one around `layer` does.
 
         It is the innermost module around `layer` that does so. All modules of its class are taken, because a
-        size that is written into the code of one is written into that of the others.
+        size that is a constant in the code of one is a constant in that of the others.
         """
         types = {name: type(module) for name, module in self.base.named_modules()}
         laid_out = [(x.module, x.ids[reading.gone[x.ids]]) for x in self.channels.by_numbers]
@@ -131,8 +131,9 @@ class Shrinking:
         return torch.zeros(0, dtype=torch.long)
 
     def _first_to_show(self, changes: Sequence[Change]) -> tuple[Change | None, str]:
-        """The first change that shows in the outputs when made after those before it, and how it shows."""
-        right, wrong, reason = 0, len(changes) + 1, ""  # the first `right` do not show, the first `wrong` do
+        """The first change that alters the outputs when made after those before it, and the difference."""
+        # After the first `right` changes the outputs still agree; after the first `wrong` they do not.
+        right, wrong, reason = 0, len(changes) + 1, ""
         while wrong - right > 1:
             middle = (right + wrong) // 2
             difference = self.probes.differs(self._changed(changes[:middle]))

@@ -1,14 +1,15 @@
-"""Which values inside a network no input can change; compact() moves such constants into biases.
+"""Finds the values inside a network that no input can change; compact() moves such constants into biases.
 
 They are found by forward passes on NaN in which exact zeros are honoured: an output of a product or a
-convolution stays a number if only zeros meet the NaN, and so does what a batch norm or a factor scales by 0.
-Whatever is a number behind that is a constant, through activations, sums, pooling, concatenation and
-flattening alike. Some functions swallow NaN, so a constant must come out the same for +Inf and -Inf.
+convolution stays a number if the NaN is multiplied by zeros only, and so does a value that a batch norm or a
+factor scales by 0. A number that is computed from such numbers is a constant, through activations, sums,
+pooling, concatenation and flattening alike. Some functions turn NaN into a number, so a constant must come
+out the same for +Inf and -Inf.
 
 Integers and truth values cannot be NaN. Those that a caller passes, and those that are computed from unknown
 values (by a comparison, an argmax), are followed from operation to operation. The numbers that are made with
-them (by an embedding, a mask, a cast) are unknown. Elementwise operations tell elements apart; for all others
-the whole result is unknown.
+them (by an embedding, a mask, a cast) are unknown. For elementwise operations this is known element by
+element; for all others the whole result is unknown.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 
 
 class Branches(Exception):
-    """The forward pass asks for a value that an input decides."""
+    """The forward pass branches on a value that depends on an input."""
 
     def __init__(self) -> None:
         super().__init__("its forward pass may go other ways for other inputs")
@@ -61,13 +62,13 @@ class _Lists(TorchFunctionMode):
 
 
 class _Unknowns(EachOperation):
-    """A forward pass on a marker for unknown values, which exact zeros stop; notes what each weight reads."""
+    """A forward pass on a marker for unknown values, which exact zeros stop; notes each weight's inputs."""
 
     def __init__(self, model: nn.Module, marker: float) -> None:
         super().__init__()
         self.marker = marker  # NaN, Inf or -Inf, which stands for values that depend on the model's input
         self.owners = Owners(model)
-        self.inputs: dict[str, list[Tensor]] = {}  # what each weight reads, at each of its uses
+        self.inputs: dict[str, list[Tensor]] = {}  # {weight: its inputs, at each of its uses}
         # Unknown integers and truth values by their memory, and which of their elements are unknown. The
         # tensor is kept, so that no other takes its memory.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -85,7 +86,7 @@ class _Unknowns(EachOperation):
         self._followed[x.untyped_storage()._cdata] = x, where
 
     def unknown(self, x: Tensor) -> Tensor | None:
-        """Which elements of an integer tensor are unknown; None if none is."""
+        """A mask of the unknown elements of an integer tensor; None if all are known."""
         if x.layout != torch.strided:
             return None
         if (followed := self._followed.get(x.untyped_storage()._cdata)) is None:
@@ -98,7 +99,7 @@ class _Unknowns(EachOperation):
         return bool(self.marks(x).any()) if is_floating(x) else self.unknown(x) is not None
 
     def marks(self, x: Tensor) -> Tensor:
-        """Which numbers hold the marker or came of it.
+        """A mask of the numbers that hold the marker or were computed from it.
 
         For the marker -Inf these may include a mask's own -Inf; the pass on NaN tells them apart.
         """
@@ -119,7 +120,7 @@ class _Unknowns(EachOperation):
         return out
 
     def _spread(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Make unknown what an operation makes of unknown integers, and integers made of the marker."""
+        """Make unknown the results computed from unknown integers, and integers computed from the marker."""
         given = ops.tensors(args, kwargs)
         integers = [where for x in given if not is_floating(x) and (where := self.unknown(x)) is not None]
         elementwise = ops.kind(func) == "pointwise"
@@ -143,7 +144,7 @@ class _Unknowns(EachOperation):
                 self._follow(x, where)
 
     def _zeros(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-        """Where an exact zero scales what may be unknown, and the resulting value; None if nowhere."""
+        """A mask of the elements that an exact zero scales, and their values; None if no zero scales any."""
         if ops.name(func) in ("mul", "mul_"):
             factors = [x for x in args[:2] if is_floating(x)]
             if len(factors) == 2 and any(not bool(x.isfinite().all()) for x in factors):
@@ -196,7 +197,7 @@ def inputs_of_weights(model: nn.Module, given: Given) -> dict[str, Tensor]:
     `given` only the shapes matter; other arguments are taken as they are.
 
     Raises:
-        Branches: the forward pass asks for a value that an input decides.
+        Branches: the forward pass branches on a value that depends on an input.
         Exception: whatever the forward pass raises on NaN or Inf.
     """
     found: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""Calling a model, and the tensors inside what it is given and returns.
+"""Calls models, and finds the tensors inside their arguments and outputs.
 
-Arguments and outputs may be containers, dataclasses or other objects that hold tensors. Used by the report
-(reporting/) and by compact() (compaction/).
+Arguments and outputs may be containers, dataclasses or other objects that hold tensors. The report
+(reporting/) and compact() (compaction/) use this.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def leaves(x: Any) -> list[Any]:
         for leaf in tree_flatten(x)[0]:
             inside = {} if id(leaf) in seen else _attributes(leaf)
             if inside:
-                seen[id(leaf)] = leaf  # keep the object alive, or another could get its id
+                seen[id(leaf)] = leaf  # keeps the object alive, or another could get its id
             parts = of(list(inside.values()))
             found += parts if any(isinstance(y, Tensor) for y in parts) else [leaf]
         return found

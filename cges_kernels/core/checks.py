@@ -53,7 +53,7 @@ def check_changed(rule: Rule, group: Mapping[str, Any], changed: Collection[str]
 
 
 def check_flags(group: Mapping[str, Any]) -> None:
-    """Raise a TypeError where text stands for a bool, because any text would count as True."""
+    """Raise a TypeError if text is given for a bool, because any text would count as True."""
     for names, expected in ((FLAGS, "a bool"), (WISHES, "a bool or None")):
         for name in names:
             if isinstance(group.get(name), (str, bytes)):
@@ -103,7 +103,7 @@ def check_tensor(name: str, w: Any) -> None:
 
 
 def check_distinct(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Raise a ValueError where two tensors are the same or share memory: their updates would race.
+    """Raise a ValueError if two tensors are the same or share memory, because their updates would race.
 
     The tensors must be dense.
     """
@@ -147,9 +147,9 @@ def check_companion(what: str, name: str, param: Tensor, x: Any, dtype: torch.dt
 
 
 class Inputs(NamedTuple):
-    """What a step reads of a parameter besides its weights: the gradient, its states and its count of steps.
+    """The inputs of a parameter's step besides its weights: the gradient, its states and its count of steps.
 
-    `states` is () and `step` is None where they have not begun.
+    `states` is () and `step` is None if they have not begun.
     """
 
     grad: Tensor
@@ -179,7 +179,7 @@ def checked_inputs(
 
 
 def check_begun(rule: str, name: str, param: Tensor, entry: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Raise what a fused step would raise of the states in `entry`, where the rule's states have begun."""
+    """Raise the errors of a fused step for the states in `entry`, if the rule's states have begun."""
     for key in RULES[rule].states:
         _check_state(key, name, param, entry, dtype)
     if RULES[rule].counts:
@@ -202,7 +202,7 @@ def check_states(name: str, param: Tensor, entry: Mapping[str, Any], rule: Rule)
 
 
 def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    """The count of a parameter's steps after checks: one element, on the CPU or the parameter's device."""
+    """A parameter's count of steps after checks: one element, on the CPU or the parameter's device."""
     step = entry.get(STEP)
     if not isinstance(step, Tensor):
         raise TypeError(f"{name}: expected a tensor as its {STEP}, got {type(step).__name__}")
@@ -221,7 +221,7 @@ def check_step(name: str, param: Tensor, entry: Mapping[str, Any]) -> Tensor:
 def _check_state(
     key: str, name: str, param: Tensor, entry: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """One state of a parameter after checks; a RuntimeError where it is missing."""
+    """One state of a parameter after checks; a RuntimeError if it is missing."""
     if entry.get(key) is None:
         raise RuntimeError(f"{name}: expected its {key} beside {', '.join(sorted(entry))}, got none")
     return check_companion(key, name, param, entry[key], dtype)

@@ -17,7 +17,7 @@ class EachOperation(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with self:  # torch passes on composites undivided where tensors were made in inference mode
+        with self:  # torch does not decompose composites whose tensors were made in inference mode
             out = func.decompose(*args, **kwargs)
         return self.operation(func, args, kwargs) if out is NotImplemented else out
 

@@ -1,4 +1,4 @@
-"""Group specs: which entries of a tensor share a norm, and the one layout that every executor works on.
+"""Group specs, which say which entries of a tensor share a norm, and the one layout that all executors use.
 
 A spec names the dimensions that are REDUCED. Weights are `[out, in, *kernel]`:
 
@@ -88,7 +88,7 @@ def reduced_dims(ndim: int, group_by: GroupSpec) -> tuple[int, ...]:
     if group_by == "tensor":
         return tuple(range(ndim))
     check_spec(group_by)
-    assert not isinstance(group_by, str)  # another name than these has been refused
+    assert not isinstance(group_by, str)  # check_spec has refused any other name
     if any(not -ndim <= d < ndim for d in group_by):
         raise ValueError(f"group_by: expected dims in [{-ndim}, {ndim}) of a {ndim}-d tensor, got {group_by}")
     dims = sorted(d % ndim for d in group_by)
@@ -108,7 +108,7 @@ def is_dense(w: Tensor) -> bool:
 
 
 def viewed(w: Tensor, view: Sequence[int] | None) -> Tensor:
-    """`w.view(view)`, with an error that names both shapes; `w` itself where view is None."""
+    """`w.view(view)`, with an error that names both shapes; `w` itself if view is None."""
     if view is None:
         return w
     try:
@@ -121,7 +121,7 @@ def viewed(w: Tensor, view: Sequence[int] | None) -> Tensor:
 
 
 def canonical_layout(w: Tensor, group_by: GroupSpec = "feature", view: Sequence[int] | None = None) -> Layout:
-    """The layout of `w` under a spec, the one form of it that executors know.
+    """The layout of `w` under a spec, in the one form that executors take.
 
     Dims are taken in memory order (so channels_last costs nothing), those of size 1 are dropped, and
     neighbours of one kind are merged. Where the spec makes no groups (a bias under a named spec), every

@@ -1,8 +1,8 @@
-"""What a step is told: the hyperparameters of a param group, and the phase of each tensor.
+"""The arguments of a step: the hyperparameters of a param group, and the phase of each tensor.
 
-Here is their definition for Python; csrc/common/step.h has C++'s, and backends/triton/tables.py that of
-Triton's kernels. docs/design/a-step.md follows them from a param group to a kernel. The options of the update
-rule (rules.py) are kept apart from what belongs to the prox.
+This file defines them for Python, csrc/common/step.h for C++, and backends/triton/tables.py for Triton's
+kernels. docs/design/a-step.md follows them from a param group to a kernel. The options of the update rule
+(rules.py) are kept apart from those of the prox.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reference import Thresholds, form_thresholds
 from .rules import RULES, SGD, Rule
 
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
-INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # keys under which schedules keep the full values
+INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # the keys for the full values of schedules
 PROX_MODES = ("sequential", "exact")
 FREEZE_MODES = (None, "group", "element")
 
@@ -29,17 +29,17 @@ SCALARS = ("lr", *COEFFICIENTS)  # the hyperparameters that kernels can read fro
 
 
 class Phase(IntEnum):
-    """What a step does with one tensor; the numbers are those of csrc/common/phase.h."""
+    """The kind of a tensor's step; the numbers are those of csrc/common/phase.h."""
 
-    SKIPPED = -1  # no gradient: left alone
-    PROX_ALONE = 0  # no update: z is w
-    STATELESS = 1  # the rule keeps no state of it: SGD without momentum
-    FIRST = 2  # the state is written, but holds nothing yet
+    SKIPPED = -1  # the tensor has no gradient and is left as it is
+    PROX_ALONE = 0  # there is no update: z is w
+    STATELESS = 1  # the rule keeps no state: SGD without momentum
+    FIRST = 2  # the state is written, but holds nothing yet that could be read
     RUNNING = 3  # the state is read and written
 
     @classmethod
     def of(cls, keeps_state: bool, begun: bool) -> Phase:
-        """The phase of a tensor with a gradient: whether the rule keeps a state of it, and has begun it."""
+        """The phase of a tensor with a gradient, given whether the rule keeps a state and has begun it."""
         if not keeps_state:
             return cls.STATELESS
         return cls.RUNNING if begun else cls.FIRST
@@ -52,10 +52,10 @@ class At(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """The hyperparameters of a param group, under their names there.
+    """The hyperparameters of a param group, under their names in it.
 
-    Those in SCALARS are numbers or At; where autograd follows them they may be tensors. lr and the
-    coefficients are as the user gave them, not yet multiplied: `thresholds` does that.
+    Those in SCALARS are numbers or At; if autograd follows them they may be tensors. lr and the coefficients
+    are not yet multiplied with each other: `thresholds` does that.
     """
 
     lr: Any = 0.0
@@ -70,20 +70,20 @@ class Hyperparameters(NamedTuple):
 
     @classmethod
     def make(cls, rule: Rule = SGD, **named: Any) -> Hyperparameters:
-        """From names, those of the rule's options among them; whatever is not named has no effect."""
+        """The hyperparameters with these names, options of the rule included; all others have no effect."""
         options = tuple(named.pop(key, default) for key, default in rule.options.items())
         return cls(rule=rule, options=options, **named)
 
     @classmethod
     def of_values(cls, rule: Rule, values: tuple[Any, ...]) -> Hyperparameters:
-        """From the values that a Reader of the rule has read, in the order of its keys."""
+        """The hyperparameters with the values that a Reader of the rule has read, in its keys' order."""
         return cls._make((*values[: len(OWN)], rule, values[len(OWN) :]))
 
     @classmethod
     def of_prox(
         cls, group_lasso: float, exclusive_lasso: float, l1: float, prox_mode: str
     ) -> Hyperparameters:
-        """For a step that is the prox alone. The coefficients contain the step size already, so lr is 1."""
+        """The hyperparameters of a step without an update, whose coefficients contain lr, so lr is 1 here."""
         return cls(1.0, float(group_lasso), float(exclusive_lasso), float(l1), prox_mode)
 
     @property
@@ -97,16 +97,16 @@ class Hyperparameters(NamedTuple):
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where kernels read each of SCALARS; 0 for those that are numbers here."""
+        """The address at which kernels read each of SCALARS; 0 for those that are numbers."""
         return tuple(x.address if isinstance(x, At) else 0 for x in self[: len(SCALARS)])
 
     @property
     def on_device(self) -> bool:
-        """Whether the device alone knows some of SCALARS, so that only a kernel can form thresholds."""
+        """Whether some of SCALARS are known on the device only, so that only a kernel can form thresholds."""
         return At in map(type, self)
 
     def thresholds(self) -> Thresholds:
-        """lr times each coefficient, of numbers that the host knows; see reference.form_thresholds."""
+        """lr times each coefficient, if the host knows all of them; see reference.form_thresholds."""
         scalars: tuple[Any, ...] = self[: len(SCALARS)]
         return form_thresholds(*(x if isinstance(x, Tensor) else float(x) for x in scalars))
 
@@ -131,14 +131,14 @@ class Reader:
         self._several = [i for i, key in enumerate(self.keys) if key in SEVERAL]
 
     def are_lasting(self, values: tuple[Any, ...]) -> bool:
-        """Whether each option with several values is a tuple of numbers, which cannot change in place."""
+        """Whether each option with several values holds a tuple of numbers, which cannot change in place."""
         several = [values[i] for i in self._several]
         return all(type(x) is tuple and not any(isinstance(y, Tensor) for y in x) for x in several)
 
     def numbers_of(self, group: Mapping[str, Any], device: torch.device | None = None) -> tuple[Any, ...]:
         """The values of `keys` with tensors replaced as `number` does.
 
-        `device` is where kernels read SCALARS; other options always become numbers.
+        `device` is the device whose kernels read SCALARS; other options always become numbers.
         """
         return tuple(number(key, group[key], device if key in SCALARS else None) for key in self.keys)
 

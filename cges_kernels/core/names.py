@@ -1,4 +1,4 @@
-"""Optimizer state that follows the names of parameters, where both a file and the optimizer have names.
+"""Reorders a file's optimizer state by the names of parameters, if both the file and the optimizer have some.
 
 `load_state_dict` in proximal.py uses it.
 """
@@ -15,9 +15,9 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """The state_dict with its parameters in the optimizer's order, group by group, where both have names.
+    """The state_dict with its parameters in the optimizer's order, group by group, if both have names.
 
-    Returns None where the number of param groups differs: torch then raises the error. A param group without
+    Returns None if the number of param groups differs: torch then raises the error. A param group without
     names, or with a wrong number of them, stays as it is.
 
     Raises:
@@ -47,6 +47,6 @@ def by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] 
 
 
 def _plain_names(names: Sequence[str]) -> list[str]:
-    """Parameters' names without the parts that wrappers add; unchanged where two would become the same."""
+    """Parameters' names without the parts that wrappers add; unchanged if two would become the same."""
     plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
     return plain if len(set(plain)) == len(plain) else list(names)

@@ -1,6 +1,6 @@
-"""Checks of hyperparameters that are numbers: of Python or NumPy, or a tensor of one element.
+"""Checks of hyperparameters that are numbers of Python or NumPy, or tensors of one element.
 
-Used by core/checks.py and by the update rules' own checks.
+core/checks.py and the update rules' own checks use them.
 """
 
 from __future__ import annotations

@@ -36,12 +36,12 @@ from .groups import GroupSpec, has_groups, reduced_dims, viewed
 from .tensors import holds_values, is_followed
 from .updates import Scalar, sgd_update
 
-MAX_SWEEPS = 24  # of exact mode's search; 13 were enough for the hardest groups seen
-SORTED = 16  # without group lasso, exact mode sorts groups of at most so many elements instead of searching
+MAX_SWEEPS = 24  # the most sweeps of exact mode's search; 13 were enough for the hardest groups seen
+SORTED = 16  # without group lasso, exact mode sorts groups of up to 16 elements instead of searching
 
 
 class Thresholds(NamedTuple):
-    """Step size times coefficient, as `form_thresholds` makes them."""
+    """The step size times each coefficient, as `form_thresholds` computes them."""
 
     a: Scalar
     b: Scalar
@@ -54,7 +54,7 @@ def form_thresholds(lr: Scalar, group_lasso: Scalar, exclusive_lasso: Scalar, l1
 
 
 class GroupStats(NamedTuple):
-    """Sums over one group of u = soft(z, t): how many are not 0 (for exact mode), the l1 and the l2 norm."""
+    """Sums over one group of u = soft(z, t): the number of nonzeros (for exact mode), l1 and l2 norm."""
 
     alive: Tensor | None
     l1: Tensor
@@ -169,7 +169,7 @@ def _newton(t: Tensor, stats: GroupStats, thresholds: Thresholds) -> tuple[Tenso
 
 
 class Search(NamedTuple):
-    """The exact solver between two sweeps: (s, t) so far, the bracket of t, and which groups are done."""
+    """Exact mode's search between two sweeps: (s, t) so far, the bracket of t, and which groups are done."""
 
     s: Tensor
     t: Tensor
@@ -179,7 +179,7 @@ class Search(NamedTuple):
 
 
 def start_search(stats: GroupStats, thresholds: Thresholds) -> Search:
-    """The search at t = c, the threshold of which `stats` are the sums.
+    """The search at its start, t = c, given the sums `stats` at that threshold.
 
     The root lies between c and the sequential t, or is that t to rounding, so the bracket ends just above it.
     """
@@ -261,7 +261,7 @@ def shrink(
 def frozen_mask(
     w: Tensor, freeze_zeros: str | None, group_by: GroupSpec = "feature", view: Sequence[int] | None = None
 ) -> Tensor | None:
-    """Where `w` must stay zero: its zeros ("element"), its all-zero groups ("group"), or None: nowhere."""
+    """A mask of the elements that must stay zero: zeros ("element"), all-zero groups ("group"), or None."""
     if freeze_zeros == "element":
         return w == 0
     v = viewed(w, view)
@@ -273,7 +273,7 @@ def frozen_mask(
 
 
 def frozen_update(frozen: Tensor | None, *updated: Tensor | None) -> tuple[Any, ...]:
-    """The results of an update, z and states, set to zero where the mask `frozen` is True (None: nowhere)."""
+    """The results of an update, z and states, set to zero where the mask `frozen` (if any) is True."""
     if frozen is None:
         return updated
     return tuple(None if x is None else torch.where(frozen, 0.0, x) for x in updated)

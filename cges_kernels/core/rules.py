@@ -1,4 +1,4 @@
-"""The update rules as the rest of the package knows them: their options, states, checks and update functions.
+"""The update rules for the rest of the package: their options, states, checks and update functions.
 
 A rule computes z from weights, gradients and states; the prox takes z and knows no rule. For C++ the rules
 are defined in csrc/common/sgd.h and adamw.h, for Triton's kernels in backends/triton/updates.py.
@@ -25,7 +25,7 @@ class Rule:
     """An update rule.
 
     Attributes:
-        name: by which C++ and Triton find theirs.
+        name: the name by which C++ and Triton find their code for the rule.
         options: the rule's keys in a param group beside lr, each with the value that has no effect.
         states: the names of the states that fused executors keep for a parameter, tensors like it.
         states_with: the names of the states that the rule keeps with given options, possibly none.
@@ -52,7 +52,7 @@ class Rule:
         return bool(self.states_with(options))
 
     def told(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the options that are passed to `update`."""
+        """The options that are passed to `update`, by name."""
         return {key: options[key] for key in self.options if key not in self.untold}
 
 

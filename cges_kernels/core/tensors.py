@@ -1,4 +1,4 @@
-"""Questions about a tensor: whether it holds values, who follows it, and what its gradient is like.
+"""Questions about a tensor: whether it holds values, whether PyTorch follows it, and its gradient's dtype.
 
 The checks and the choice of an executor depend on the answers.
 """

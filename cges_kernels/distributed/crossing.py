@@ -1,4 +1,4 @@
-"""Tensors whose groups lie on several ranks: only the groups' sums travel, those of a whole model together.
+"""The step of tensors whose groups lie on several ranks, which exchange nothing but the groups' sums.
 
 A step goes from local sums over a packed all_reduce to (s, t) per group, the same on all ranks that share the
 group, and then to the local weights. The formulas are the reference's. ShardedPlan (sharded.py) makes a
@@ -24,16 +24,16 @@ from ..core.reference import GroupStats, Search, compute_dtype
 from ..core.rules import STEP
 from .meshes import Pack
 
-MAX_ROUNDS = 16  # of sums and all_reduces in exact mode; the hardest groups seen took 13
+MAX_ROUNDS = 16  # the most rounds of sums and all_reduces in exact mode; the hardest groups seen took 13
 
 
 class CrossingTensor:
-    """One step of this rank's part of a tensor some of whose groups go on on other ranks.
+    """One step of this rank's part of a tensor, some of whose groups continue on other ranks.
 
     The calls are `sums` and `receive`, in as many rounds as agree_on_groups takes, and then `write`. z is
-    computed anew in each round: kept from one to the next it would cost the memory of the weights again,
-    twice that for 16-bit ones. Only numbers per group are kept, shaped like the local view with the reduced
-    dims of size 1.
+    computed anew in each round, because keeping it would cost as much memory as the weights, or twice as much
+    for 16-bit weights. Only numbers per group are kept, shaped like the local view with the reduced dims of
+    size 1.
 
     Args:
         local: this rank's part of the weights, of any size, 0 too.
@@ -42,10 +42,10 @@ class CrossingTensor:
         axes: the pack's process groups that the tensor's groups cross.
         copies: the pack's process groups over which the tensor is replicated.
         hyperparameters: those of its param group, all numbers.
-        grad: the local gradient. Where it is None this part stays as it is, and counts in its groups' norms.
+        grad: the local gradient. If it is None this part stays as it is, and counts in its groups' norms.
         states: the rule's local states, () before the first step.
-        count: the number of the tensor's steps, this one included, where the rule counts.
-        grad_scale: what gradients are divided by (0-d), or None.
+        count: the number of the tensor's steps, this one included, if the rule counts.
+        grad_scale: the number that gradients are divided by (0-d), or None.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class CrossingTensor:
         self.local, self.axes, self.copies, self.dtype = local, axes, copies, compute_dtype(local.dtype)
         self._view, self._reduced = view, reduced
         shape = local.shape if view is None else view
-        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # of the numbers per group
+        self._shape = [1 if d in reduced else n for d, n in enumerate(shape)]  # shape of group sums
         self._grad, self._states, self._grad_scale = grad, tuple(states), grad_scale
         rule, counted = hyperparameters.rule, {} if count is None else {STEP: count}
         told = rule.told(hyperparameters.chosen)
         self._rule_update = partial(rule.update, lr=hyperparameters.lr, **told, **counted)
         self._thresholds = hyperparameters.thresholds()
         self._freeze = hyperparameters.freeze_zeros
-        self.searches = bool(hyperparameters.exact and self._thresholds.b != 0)  # which takes several rounds
+        self.searches = bool(hyperparameters.exact and self._thresholds.b != 0)  # takes several rounds
         self._search: Search | None = None
         self._dead: Tensor | None = None
         self._s = self._t = torch.empty(0)
@@ -84,7 +84,7 @@ class CrossingTensor:
 
     @property
     def _num_rows(self) -> int:
-        """How many sums per group travel in this round: two norms, the count, whether any weight is left."""
+        """The number of sums per group in this round: two norms, the count, whether any weight is nonzero."""
         return 2 + self.searches + (self._search is None and self._freeze == "group")
 
     def no_sums(self) -> Tensor:
@@ -92,7 +92,7 @@ class CrossingTensor:
         return torch.zeros(self._num_rows * prod(self._shape), dtype=self.dtype, device=self.local.device)
 
     def sums(self) -> Tensor:
-        """What this rank adds to every group's sums in this round, as a flat tensor."""
+        """This rank's part of every group's sums in this round, as a flat tensor."""
         z, *_ = self._update()
         t = self._thresholds.c if self._search is None else self._search.t
         alive, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
@@ -146,11 +146,11 @@ def agree_on_groups(pack: Pack, tensors: Sequence[CrossingTensor], found_inf: Te
     """Let all ranks of a pack agree on all sums of its tensors; nothing is written.
 
     Every rank of the pack must call it with the same tensors in the same order. It takes one all_reduce per
-    process group (a second where one tensor is replicated and another summed over it; see _all_reduce). Where
-    some tensor is in exact mode it takes one in each round, at most MAX_ROUNDS: as many as the slowest group
-    takes, and one to learn that it was the last. Flags that travel with the sums end the rounds. They travel
-    over every process group that is used, so that no two ranks that could wait for each other hold different
-    flags.
+    process group (a second if one tensor is replicated and another summed over it; see _all_reduce). If some
+    tensor is in exact mode it takes one in each of at most MAX_ROUNDS rounds: as many as the slowest group
+    takes, and one to learn that it was the last. Flags that are reduced with the sums end the rounds. They
+    pass over every process group that is used, so that no two ranks that could wait for each other hold
+    different flags.
 
     Returns:
         `found_inf` (0-d) as the ranks have agreed on it.
@@ -184,10 +184,10 @@ def _all_reduce(
 ) -> list[Tensor]:
     """Each tensor's part summed over the axes that it crosses, and the flags summed over all `axes`.
 
-    Over the process groups of replicas nothing is summed. But sums may have been added in another order
-    elsewhere, so all replicas take those of the first one, to stay equal to the bit: an all_reduce runs over
-    them in which the others add zeros. It must come after all axes that the tensor is summed over. Where an
-    axis is too early for that, it is taken in a second turn over the axes.
+    Replicas would sum to equal numbers, but perhaps in another order, so that they would differ in the last
+    bits. Therefore all replicas take the sums of the first one: in an all_reduce over them, the others add
+    zeros. It must come after all axes that the tensor is summed over. An axis that comes too early for that
+    is taken in a second turn over the axes.
     """
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     home = tensors[0].local.device

@@ -1,4 +1,4 @@
-"""Which process groups the tensors of a model's meshes can share for their sums, and in which order.
+"""Finds the process groups that tensors of a model's meshes can share for their sums, and their order.
 
 ShardedPlan (sharded.py) lets its tensors join packs; crossing.py makes one set of collectives per pack.
 """
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class Digit(NamedTuple):
-    """How the process groups of a mesh dim divide a list of ranks: `size` ranks each, `stride` apart."""
+    """How the process groups of a mesh dim divide a list of ranks: into `size` ranks each, `stride` apart."""
 
     stride: int
     size: int
@@ -32,8 +32,8 @@ class Pack:
     No rank can tell from its own process groups which ones others share: two of its mesh dims may be one
     group here and two elsewhere. So mesh dims are compared by how they divide the ranks of their root mesh,
     which is the same on all of these ranks. The mesh dims in a pack are digits of a rank's position there.
-    Therefore what passes over each group once, in any order, has reached every rank that some chain of these
-    groups leads to.
+    Therefore a sum that is reduced over each group once, in any order, reaches every rank that is connected
+    through a chain of these groups.
     """
 
     def __init__(self, ranks: Hashable, device_type: str) -> None:
@@ -54,7 +54,7 @@ class Pack:
 
 
 class Packs:
-    """All packs of a model: one where its meshes are slices of one, as FSDP's with tensor parallelism are.
+    """All packs of a model: one if its meshes are slices of one, as FSDP's with tensor parallelism are.
 
     Tensors whose mesh dims do not fit together have packs, and thus collectives, of their own, also where
     they share some process group. This concerns meshes of other ranks or of ranks in another order, dims that
@@ -62,7 +62,7 @@ class Packs:
     """
 
     def __init__(self) -> None:
-        self.all: list[Pack] = []  # in the order in which ranks enter their collectives
+        self.all: list[Pack] = []  # ranks enter the collectives of packs in this order
         self._digits: dict[DeviceMesh, tuple[Hashable, list[Digit]]] = {}
 
     def join(

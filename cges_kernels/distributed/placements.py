@@ -1,6 +1,6 @@
-"""Which part of a DTensor a rank holds, and what a group spec means for that part.
+"""Finds the part of a DTensor that a rank holds, and translates group specs for that part.
 
-Used by ShardedPlan (sharded.py).
+ShardedPlan (sharded.py) uses it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHARDED = (Shard, _StridedShard)
 
 
 def local_part(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor, ready to be read; call it under no_grad."""
+    """The part of a tensor that this rank holds, ready to be read; call this under no_grad."""
     local = x._local_tensor if isinstance(x, DTensor) else x  # to_local() would wrap it for autograd
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
@@ -59,7 +59,7 @@ def local_companion(what: str, name: str, p: Tensor, x: Tensor) -> Tensor:
     """The local part of a gradient or buffer `x` of `p`.
 
     Raises:
-        RuntimeError: it is distributed otherwise than p. An optimizer is not to redistribute it unasked.
+        RuntimeError: it is distributed otherwise than p. An optimizer should not redistribute it unasked.
     """
     if not isinstance(p, DTensor):
         return x
@@ -93,7 +93,7 @@ def sharded_dims(name: str, p: DTensor) -> list[int]:
 
 
 def _pieces(p: DTensor, d: int) -> int:
-    """Into how many equal pieces sharding cuts dim `d`, if it divides; a rank may hold several apart."""
+    """Into how many equal pieces sharding cuts dim `d`, if it divides evenly; a rank may hold several."""
     pieces = ranks = 1
     for m, placement in enumerate(p.placements):
         if getattr(placement, "dim", None) == d:
@@ -106,14 +106,14 @@ def _pieces(p: DTensor, d: int) -> int:
 def local_view(
     name: str, p: DTensor, local: Tensor, view: Sequence[int]
 ) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Which part of `p.view(view)` this rank holds: its shape, and the dim that each sharded dim became.
+    """The part of `p.view(view)` that this rank holds: its shape, and the dim that each sharded dim became.
 
-    A sharded dim of p must begin where a dim of the view begins, and a shard must hold whole slices of that.
-    This is so where the view keeps the dim, merges it with what follows, or splits it into a first part that
-    divides by the number of shards.
+    A sharded dim of p must begin where a dim of the view begins, and a shard must hold whole slices of that
+    dim. This is the case if the view keeps the dim, merges it with the dims after it, or splits it into a
+    first part that divides by the number of shards.
 
     Raises:
-        ValueError: the view does not do so; on every rank alike.
+        ValueError: the view does none of these; every rank raises it.
     """
     whole = viewed(torch.empty_strided(p.shape, p.stride(), device="meta"), view).shape
     shape, became = list(whole), {}

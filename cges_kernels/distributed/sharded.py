@@ -40,33 +40,33 @@ from .placements import (
 
 @dataclass
 class _Slot:
-    """One parameter, and what this rank holds of it."""
+    """One parameter, and the part of it that this rank holds."""
 
     name: str
     group: int
     param: Tensor
-    local: Tensor  # shares the parameter's memory; its grad is set where an inner plan is to step it
+    local: Tensor  # shares the parameter's memory; its grad is set if an inner plan is to step it
     view: tuple[int, ...] | None  # the local shape that `reduced` refers to
     reduced: tuple[int, ...]
     mesh_dims: tuple[int, ...]  # the dims of the mesh that its groups cross
-    place: tuple[Any, ...]  # of local
+    place: tuple[Any, ...]  # the _place of `local`
     pack: Pack | None = None  # the pack in which its groups' sums travel
     axes: tuple[int, ...] = ()  # the pack's process groups that its groups cross
     copies: tuple[int, ...] = ()  # the pack's process groups over which it is replicated
-    inputs: Inputs | None = None  # the local ones of this step; None without a gradient
+    inputs: Inputs | None = None  # the local inputs of this step; None without a gradient
 
     @property
     def is_dtensor(self) -> bool:
         return isinstance(self.param, DTensor)
 
     def is_in_place(self, p: Tensor) -> bool:
-        """Whether `p` is this parameter and its local part lies where it lay."""
+        """Whether `p` is this parameter and its local part has not moved in memory."""
         return p is self.param and _place(local_part(p)) == self.place
 
     def crosses(self, h: Hyperparameters) -> bool:
         """Whether a step needs sums from other ranks.
 
-        It depends only on what is the same on all ranks, whatever gradients one of them has.
+        The answer is the same on all ranks, whatever gradients each of them has.
         """
         if not self.mesh_dims:
             return False
@@ -96,7 +96,7 @@ class _Slot:
         self.inputs = Inputs(grad, tuple(local), step)
 
     def entry(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The state of the local part for an inner plan; `names` are those of the rule's states."""
+        """The state of the local part for an inner plan; `names` are the names of the rule's states."""
         if self.inputs is None or not self.inputs.states:
             return {}
         entry = {} if self.inputs.step is None else {STEP: self.inputs.step}
@@ -165,7 +165,7 @@ class ShardedPlan:
                 mesh, copied = slot.param.device_mesh, copied_mesh_dims(slot.param)
                 slot.pack, slot.axes, slot.copies = self._packs.join(mesh, slot.mesh_dims, copied)
         check_distinct([slot.name for slot in self._slots], [slot.local for slot in self._slots])
-        self._plans: dict[str, Plan] = {}  # by executor
+        self._plans: dict[str, Plan] = {}  # {executor: the inner plan}
         for executor in sorted({e for e, group in zip(executors, params) if group}):
             served = [rows if e == executor else [] for rows, e in zip(inner, executors)]
             layouts = [[layout for layout, _ in rows] for rows in served]
@@ -185,7 +185,7 @@ class ShardedPlan:
 
     @torch.no_grad()
     def gather(self, params: Sequence[list[Tensor]], state: dict[Tensor, Any]) -> bool:
-        """Check and collect what a step reads, without a collective; False where a plan must be rebuilt.
+        """Check and collect all inputs of a step, without a collective; False if a plan must be rebuilt.
 
         Raises:
             TypeError: a gradient or state of the wrong type.
@@ -209,12 +209,12 @@ class ShardedPlan:
 
     @torch.no_grad()
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Tensor | None:
-        """Step what was gathered; gradients are divided by `grad_scale` (0-d).
+        """Run the gathered step; gradients are divided by `grad_scale` (0-d).
 
-        Where `found_inf` (0-d) is not 0 nothing changes, state included. It should be the same on all ranks,
-        as torch.amp.GradScaler makes it for DTensors. Where groups cross shards, an overflow on one rank
-        counts for every rank, and the host reads it. Meshes that are no slices of one agree in turn, so the
-        last may know of an overflow of which the first did not.
+        If `found_inf` (0-d) is not 0 nothing changes, state included. It should be the same on all ranks, as
+        torch.amp.GradScaler makes it for DTensors. If groups cross shards, an overflow on one rank counts for
+        every rank, and the host reads it. Meshes that are no slices of one agree in turn, so the last may
+        know of an overflow of which the first did not.
 
         Returns:
             `found_inf` as agreed on, for plans that step other parameters of the same optimizer.
@@ -312,6 +312,6 @@ def _slot(name: str, group: int, p: Tensor, spec: Spec) -> tuple[_Slot, GroupedL
     reduced = reduced_dims(ndim, group_by) if has_groups(ndim, group_by) else ()
     crossed = crossed_mesh_dims(p, became, reduced)
     slot = _Slot(name, group, p, local, view, reduced, crossed, _place(local))
-    if slot.mesh_dims:  # without groups, because an inner plan steps it only where no norm is asked for
+    if slot.mesh_dims:  # without groups, because an inner plan steps it only if the step needs no norm
         return slot, GroupedLayout(*canonical_layout(local, ()), False), ((), None)
     return slot, named_layouts([name], [local], group_by, view)[0], (group_by, view)

@@ -1,4 +1,4 @@
-"""`explain`: what an optimizer's group specs amount to, parameter by parameter; and the table type."""
+"""`explain`: a table of the groups that an optimizer's specs make of each parameter; and the table type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Table:
     Attributes:
         header: the columns' names.
         rows: the cells of each row.
-        left: how many columns, counted from the first, are aligned to the left; the others to the right.
+        left: the number of first columns that are aligned to the left; the others are to the right.
     """
 
     header: tuple[str, ...]

@@ -39,8 +39,8 @@ def plot_weights(
             rest].
         names: the parameters of a model to show, as in `model.named_parameters()`. None (default) shows its
             last layer.
-        xlabel: what the columns are.
-        ylabel: what the rows are.
+        xlabel: the label of the columns.
+        ylabel: the label of the rows.
 
     Returns:
         A matplotlib figure, to be saved with `figure.savefig("weights.png")`.
@@ -109,7 +109,7 @@ def _matrices(
 ) -> dict[str, np.ndarray]:
     """{title: weights} to show, each of at least `least` dims.
 
-    Of a model without `names` it is the layer at index `default` of those with so many dims.
+    For a model without `names` it has one entry: the layer at index `default` among those with so many dims.
     """
     if isinstance(weights, nn.Module):
         params = dict(weights.named_parameters())

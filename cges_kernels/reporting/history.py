@@ -58,7 +58,7 @@ class SparsityHistory:
 
         Args:
             step: the number of steps or epochs so far. Rows of this and of later steps are replaced.
-            report: what `sparsity_report` has returned.
+            report: a result of `sparsity_report`.
             **values: further numbers, such as a loss, which stand in the row of the total.
         """
         kept = [row for row in self.rows if row["step"] < step]
@@ -81,7 +81,7 @@ class SparsityHistory:
 
 
 def _open_writer(folder: str | os.PathLike[str]) -> Any:
-    """A SummaryWriter in the folder; an ImportError that says what to install where there is none."""
+    """A SummaryWriter in the folder. Without tensorboard an ImportError says what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

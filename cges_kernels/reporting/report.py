@@ -1,4 +1,4 @@
-"""`sparsity_report`: what a trained model's zeros amount to, per layer, in weights, groups, units and FLOPs.
+"""`sparsity_report`: counts a trained model's zeros per layer, in weights, groups, units and FLOPs.
 
 A zero is an exact zero; nothing here rounds. FLOPs are those of torch's own counter (a multiply and an add
 are two), for the example batch as it is given. compact() measures its FLOPs here as well.
@@ -25,7 +25,7 @@ from .explain import Table
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is sparse in one weight tensor, or in the sum of all.
+    """The sparsity of one weight tensor, or of all together.
 
     Attributes:
         name: the parameter's name, or "total".
@@ -39,9 +39,9 @@ class LayerReport:
         inputs: the number of input units or channels.
         dead_inputs: input units or channels that no weight reads.
         by_spec: (dead groups, groups) under each named spec.
-        flops: of one forward pass, dense. This and the next two are None without an example input.
+        flops: the FLOPs of one forward pass, dense. This and the next two are None without an example input.
         flops_nonzero: `flops * nonzero / weights`, as the thesis counts.
-        flops_compacted: those of this layer without its dead outputs and dead inputs.
+        flops_compacted: the FLOPs of this layer without its dead outputs and dead inputs.
     """
 
     name: str
@@ -88,7 +88,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What is sparse in a model; `str()` gives a table, `to_dict()` plain numbers that JSON takes.
+    """The sparsity of a model; `str()` gives a table, `to_dict()` plain numbers that JSON takes.
 
     Attributes:
         group_by: the spec whose groups were counted.
@@ -151,11 +151,11 @@ def sparsity_report(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> SparsityReport:
-    """How sparse each layer of a model is, and what it costs.
+    """Reports the sparsity and the cost of each layer of a model.
 
     The layers are those of [`sparsity_param_groups`][cges_kernels.sparsity_param_groups], and frozen ones
-    too. What is said of a layer is read from its own weight alone: a unit that is dead in one layer is not
-    taken out of the next, whose input it may or may not be.
+    too. The numbers of a layer come from its own weight alone: a unit that is dead in one layer is not
+    removed from the next, whose input it may or may not be.
 
     `flops_compacted` is flops times the fraction of the weight left when dead outputs and dead inputs are cut
     out, block by block in a grouped convolution. Under "feature" an input is one kernel tap of one channel (a
@@ -230,10 +230,11 @@ def _fraction_left(layer: LayerWeight, group_by: GroupSpec) -> float:
 
 
 class _FlopsByWeight(EachOperation):
-    """Counts each operation's FLOPs for the weight it reads; those of no weight go to the last entry.
+    """Adds each operation's FLOPs to the weight that it reads, or to the last entry if it reads none.
 
-    A weight is known by its address. A transpose or some of its rows (attention's q of in_proj) are therefore
-    recognised as well, whichever module runs the operation. Copies, such as autocast's, are remembered.
+    A weight is recognised by its address. A transpose or some of its rows (attention's q of in_proj) are
+    therefore recognised as well, whichever module runs the operation. Copies, such as autocast's, are
+    remembered.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -246,7 +247,7 @@ class _FlopsByWeight(EachOperation):
         self._copies: list[Tensor] = []  # kept alive, so that no other tensor gets their addresses
 
     def _weight(self, args: Any) -> int:
-        """The index of the first weight among the arguments; the last index where there is none."""
+        """The index of the first weight among the arguments; the last index if there is none."""
         tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.numel() > 0]
         found = (i for x in tensors for low, high, i in self._ranges if low <= x.data_ptr() < high)
         return next(found, len(self.flops) - 1)

@@ -1,4 +1,4 @@
-"""From a model to param groups: which weights are regularised, how strongly, and by which groups.
+"""Makes param groups for a model: the weights to regularise, their coefficients, and their group specs.
 
 CGES shares one strength lambda between group and exclusive lasso, layer by layer (thesis Eq. 5). A layer l is
 one regularised weight tensor, counted from 0 in module registration order (the order of
@@ -68,7 +68,7 @@ class LayerWeight(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """Of a layer: the pattern of its weights' names, and what their first two dims mean (LayerWeight)."""
+    """A kind of layer: the pattern of its weights' names, and the meaning of their dims (see LayerWeight)."""
 
     pattern: str
     blocks: int = 1
@@ -121,7 +121,7 @@ def computed_weights(model: nn.Module) -> list[str]:
 
 
 def warn_of_computed_weights(model: nn.Module, what: str) -> None:
-    """Warn of weights that a helper leaves out because they are computed; `what` says what they miss."""
+    """Warn of weights that a helper leaves out because they are computed; `what` is the consequence."""
     if names := computed_weights(model):
         warnings.warn(
             f"{type(model).__name__}: {what} for {names}, which are no parameters but computed from others "

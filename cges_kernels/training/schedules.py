@@ -116,9 +116,9 @@ class CoefficientScheduler(LRScheduler):
 
     @torch.no_grad()
     def _apply(self) -> None:
-        """Scale every coefficient. A tensor that stands in several places is one coefficient, written once.
+        """Scale every coefficient. A tensor that several param groups hold is one coefficient, written once.
 
-        All full values are therefore taken before the first is written.
+        Therefore all full values are read before the first one is written.
         """
         factor, groups = self.get_factor(), self.optimizer.param_groups
         for group in groups:
@@ -177,7 +177,7 @@ class CoefficientScheduler(LRScheduler):
         Load the optimizer's state_dict first, because it holds the full values.
 
         Args:
-            state_dict: what `state_dict()` has returned.
+            state_dict: a result of `state_dict()`.
 
         Raises:
             ValueError: a state_dict that lacks some of this schedule's keys.

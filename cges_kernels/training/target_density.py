@@ -66,11 +66,11 @@ class TargetDensity(CoefficientScheduler):
         *("target", "steps", "freeze", "last_epoch", "density", "factor", "landing", "frozen"),
         *("_error", "_warned"),
     )
-    TOLERANCE = 0.01  # one percentage point
-    BAND = 0.1  # the landing begins at so much above the target
-    START = 0.01  # the first factor
-    FACTORS = (1e-6, 1e6)  # its range
-    PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # gains, per measurement
+    TOLERANCE = 0.01  # the target counts as reached within one percentage point
+    BAND = 0.1  # the landing begins when the density is no more than this above the target
+    START = 0.01  # the initial factor
+    FACTORS = (1e-6, 1e6)  # the range of the factor
+    PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # the gains of the feedback loop, per measurement
     LARGEST = 0.5  # the largest change of log(factor) per measurement
 
     def __init__(
@@ -113,7 +113,7 @@ class TargetDensity(CoefficientScheduler):
         ]
 
     def step(self, epoch: int | None = None) -> None:
-        """Measure the density where that is due, and move on by one optimizer step.
+        """Measure the density if a measurement is due, and move on by one optimizer step.
 
         Args:
             epoch: an argument of LRScheduler's; it must be None.
@@ -184,7 +184,7 @@ class TargetDensity(CoefficientScheduler):
                     return
 
     def _warn_if_stuck(self, low: float, high: float) -> None:
-        """Warn, once, where the density cannot come nearer to the target."""
+        """Warn, once, if the density cannot come nearer to the target."""
         above = self.density - self.target
         reason = None
         if above < -self.TOLERANCE and (self.factor == low or self.frozen):

@@ -13,8 +13,8 @@ struct AdamwOptions {
   bool decoupled = true;
 };
 
-// Both moments start at zero, so torch divides each by how far it has come. The step of a tensor that has
-// made `count` steps, this one included, is
+// Both moments start at zero, so torch divides each by the total weight of the gradients in it (c1 and c2).
+// The step of a tensor that has made `count` steps, this one included, is
 //   lr * (exp_avg / c1) / (sqrt(exp_avg_sq / c2) + eps),  c1 = 1 - beta1^count,  c2 = 1 - beta2^count
 // With sqrt(c2) taken out of the denominator that is
 //   step_size * exp_avg / (sqrt(exp_avg_sq) + eps')
@@ -30,7 +30,7 @@ CGES_FN AdamwCorrected<double> correct(const AdamwOptions& h, double lr, double 
   return {lr * root / (1 - std::pow(h.beta1, count)), h.eps * root};
 }
 
-// What the update of one element needs. All but `corrected` is the same for a whole param group.
+// The numbers that the update of one element needs. All but `corrected` are the same for a whole param group.
 template <typename T>
 struct AdamwScalars {
   // A weight is multiplied by `kept`, which is 1 unless weight decay is decoupled. `decay` times the weight

@@ -1,4 +1,4 @@
-// How the groups of a dense tensor lie in memory. core/groups.py turns every group spec into this one form,
+// The layout of a dense tensor's groups in memory. core/groups.py turns every group spec into this one form,
 // and both executors cut their work by it.
 #pragma once
 #include <cstdint>

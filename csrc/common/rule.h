@@ -9,7 +9,7 @@ namespace cges {
 
 enum class Rule { sgd, adamw };
 
-constexpr int kMostStates = 2;  // of any rule
+constexpr int kMostStates = 2;  // the most states that a rule keeps
 
 // The n state tensors that a rule keeps for each parameter, by their keys in torch.optim's state. `counts`:
 // the rule also keeps a count of the parameter's steps, under the key kStep.

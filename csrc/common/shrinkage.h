@@ -1,8 +1,8 @@
 // The formulas of the prox as small pure functions, for host and device. The CPU and the CUDA executor both
 // take them from here. core/reference.py has the same functions in PyTorch, under the same names.
 //
-// With z, what the update rule would write (sgd.h, adamw.h), the thresholds a = lr*alpha, b = lr*beta,
-// c = lr*gamma, and u = soft(z, c), every group ends as
+// z is the result of the update rule (sgd.h, adamw.h), the thresholds are a = lr*alpha, b = lr*beta and
+// c = lr*gamma, and u = soft(z, c). Then every group ends as
 //   w = s * soft(z, t)
 // and the modes differ in s and t:
 //   sequential:  s = max(1 - a/||u||_2, 0),  t = c + b*||u||_1
@@ -31,13 +31,13 @@ CGES_FN T soft_magnitude(T z, T t) {
   return positive_part(std::fabs(z) - t);
 }
 
-// Sums over one group of u = soft(z, t): how many elements are not zero, the l1 norm, the l2 norm squared.
+// Sums over one group of u = soft(z, t): the number of nonzeros, the l1 norm, the l2 norm squared.
 template <typename T>
 struct GroupStats {
   T count, l1, l2_squared;
 };
 
-// Adds one element's part.
+// Adds one element to the sums.
 template <typename T>
 CGES_FN void group_stats(T z, T t, GroupStats<T>& sums) {
   const T u = std::fabs(z) - t;
@@ -53,7 +53,7 @@ struct Coefficients {
   T group_lasso, exclusive_lasso, l1;
 };
 
-// Step size times coefficient; see form_thresholds.
+// The step size times each coefficient; see form_thresholds.
 template <typename T>
 struct Thresholds {
   T a, b, c;
@@ -112,7 +112,7 @@ CGES_FN T rise_of_largest(T sum, int k, const Thresholds<T>& h) {
 template <typename T>
 struct ShrinkageSolver {
   static constexpr int kMaxSweeps = 24;  // reference.py calls it MAX_SWEEPS
-  static constexpr T kFew = 4;           // elements; see sweep()
+  static constexpr T kFew = 4;           // a number of elements, see sweep()
   Shrinkage<T> at;
   T low, high;  // the root lies between these
   int sweeps;

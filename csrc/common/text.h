@@ -15,7 +15,7 @@ std::string text_of(const T& part) {
     return std::string(part);
 }
 
-// All parts in one string, one after the other.
+// Joins all parts into one string.
 template <typename... Parts>
 std::string text(const Parts&... parts) {
   return (text_of(parts) + ...);

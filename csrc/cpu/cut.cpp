@@ -10,23 +10,23 @@
 namespace cges::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 131072;  // the most in a tile; enough to amortise it
-constexpr int64_t kLeastElements = 32768;  // the fewest in a tile, if the tensor has so many
-constexpr int64_t kTiles = 4;              // to cut a tensor into at least, unless they get too small
-constexpr int64_t kMaxRowBytes = 8192;     // of z, in a tile of several groups
-constexpr int64_t kRunBytes = 32768;       // of z, in a tile of short contiguous groups or without groups
-constexpr int64_t kLeastRowBytes = 256;    // of z
-constexpr int64_t kPassedBy = 256;         // elements of neighbouring held groups that are worth passing over
+constexpr int64_t kTileElements = 131072;  // the most elements of a tile, enough to amortise its cost
+constexpr int64_t kLeastElements = 32768;  // the fewest elements of a tile, if the tensor has so many
+constexpr int64_t kTiles = 4;              // the fewest tiles of a tensor, unless they would be too small
+constexpr int64_t kMaxRowBytes = 8192;     // the most bytes of z in a row of a tile of several groups
+constexpr int64_t kRunBytes = 32768;       // the same for a tile of short contiguous groups or without groups
+constexpr int64_t kLeastRowBytes = 256;    // the fewest bytes of z in a row, if the matrix has so many
+constexpr int64_t kPassedBy = 256;         // the fewest elements of neighbouring held groups to skip
 
 // Pieces of groups that are summed by columns are whole rows where possible, since these are the longest runs
 // of memory. Each piece leaves sums of all groups that it crosses, so it has many rows.
-constexpr int64_t kPieceElements = 32768;  // the fewest in a piece
-constexpr int64_t kLeastPieceRows = 128;   // so that the sums are small beside the piece
-constexpr int64_t kSumsBytes = 512 << 10;  // the most for the sums of one LargeGroups
+constexpr int64_t kPieceElements = 32768;  // the fewest elements of a piece
+constexpr int64_t kLeastPieceRows = 128;   // the fewest rows, so that the sums are small beside the piece
+constexpr int64_t kSumsBytes = 512 << 10;  // the most bytes for the sums of one LargeGroups
 
 // Large groups of several tensors go through each pass together, so that threads seldom wait for each other,
 // but only so many that the caches still hold their z in the next pass.
-constexpr int64_t kPassElements = 524288;  // for each thread
+constexpr int64_t kPassElements = 524288;  // the most elements in a pass, for each thread
 
 int64_t z_limit = l2_bytes();  // the most bytes of z in a tile
 
@@ -48,7 +48,7 @@ void cut_whole(int32_t index, const Layout& L, int64_t span, int64_t columns, st
           {index, k1, std::min(k1 + span, L.K1), 0, L.R1, c, std::min(c + columns, L.row_length())});
 }
 
-// Cuts a tensor of layout (1, 1, groups, elements) likewise, but leaves out groups that are held.
+// Cuts a tensor of layout (1, 1, groups, elements) as cut_whole does, but leaves out groups that are held.
 void cut_others(int32_t index, const Layout& L, int64_t columns, const HeldGroups& held,
                 std::vector<Tile>& tiles) {
   const auto begin = held.begin(), end = held.end();
@@ -102,8 +102,8 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
     }
 }
 
-// Whether groups that are summed by columns go in pieces even though panels of their columns would fit a
-// tile. Memory is much faster to read in long runs than in the short rows of a panel.
+// Whether groups that are summed by columns are cut into pieces even though panels of their columns would fit
+// a tile. Memory is much faster to read in long runs than in the short rows of a panel.
 bool tall(const Layout& L) {
   return L.R1 >= 2 * kLeastPieceRows && L.R1 * L.row_length() >= 2 * kPieceElements;
 }
@@ -115,8 +115,8 @@ void cut(int32_t index, const StepTensor& tensor, std::vector<Tile>& whole, std:
   const int64_t size = element_size(tensor.dtype), z_size = size_of_z(tensor);
   const bool by_columns = summed_by_columns(L),
              divisible = !has_short_groups(tensor) && (by_columns || L.R2 >= kNarrow);
-  // The most elements of z in a tile. Where z lies in scratch, half of the limit is left for what else lies
-  // there.
+  // The most elements of z in a tile. If z lies in scratch, half of the limit is left for the other arrays in
+  // scratch.
   const int64_t capacity = (holds_z(tensor) ? z_limit : z_limit / 2) / z_size;
   const int64_t least = std::max(L.R2, std::min(kLeastRowBytes / z_size, L.row_length()));
   if (divisible && (L.R1 * least > capacity || (by_columns && tall(L))))
@@ -153,7 +153,7 @@ void limit_z_bytes(int64_t bytes) { z_limit = std::min(bytes, l2_bytes()); }
 
 Work cut(const std::vector<StepTensor>& tensors) {
   Work out;
-  int64_t elements = 0;  // in out.passes.back() so far
+  int64_t elements = 0;  // the number of elements in out.passes.back() so far
   for (size_t i = 0; i < tensors.size(); ++i) {
     std::vector<LargeGroups> large;
     cut(int32_t(i), tensors[i], out.whole, large);

@@ -1,5 +1,5 @@
-// How a step's tensors are cut into tiles, which threads take one by one. cpu/executor.cpp calls cut() in
-// each step; tile.h and short_groups.h run the tiles.
+// Cuts a step's tensors into tiles, which threads take one by one. cpu/executor.cpp calls cut() in each step;
+// tile.h and short_groups.h run the tiles.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,8 +16,9 @@ constexpr int64_t kNarrow = 64;
 // The most bytes of z in a row of a piece that is summed by columns.
 constexpr int64_t kPieceRowBytes = 64 << 10;
 
-// Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1. It has whole groups, or a piece of
-// large ones. Small matrices share a tile, which has the same rows and columns of all k1 in [k1, k1_end).
+// Rows [r0, r1) and columns [c0, c1) of the [R1, K2*R2] matrix at k1. A tile holds whole groups, or a piece
+// of large ones. Small matrices share a tile, which has the same rows and columns of all k1 in [k1,
+// k1_end).
 struct Tile {
   int32_t tensor;
   int64_t k1, k1_end, r0, r1, c0, c1;
@@ -41,7 +42,7 @@ struct LargeGroups {
 
 struct Work {
   std::vector<Tile> whole;                       // tiles of whole groups
-  std::vector<std::vector<LargeGroups>> passes;  // each entry goes through its passes together
+  std::vector<std::vector<LargeGroups>> passes;  // the large groups of an entry go through passes together
 };
 
 Work cut(const std::vector<StepTensor>& tensors);
@@ -49,23 +50,23 @@ Work cut(const std::vector<StepTensor>& tensors);
 // The size of this processor's L2 cache, taken to be between 256 KB and 2 MB.
 int64_t l2_bytes();
 
-// Whether every element is a group of its own. Then nothing is summed: shrink_one has each one's (s, t).
+// Whether every element is a group of its own. Then nothing is summed: shrink_one gives each one's (s, t).
 inline bool has_ones(const StepTensor& tensor) {
   return tensor.has_groups && tensor.layout.group_size() == 1;
 }
 
-// Whether zeros stay zero element by element. For groups of one element, freezing by groups is that.
+// Whether zeros stay zero element by element. Freezing by groups does that if groups have one element.
 inline bool freezes_elements(const StepTensor& tensor) {
   return tensor.h->freeze == Freeze::element || (tensor.h->freeze == Freeze::group && has_ones(tensor));
 }
 
-// Whether the step must know something of whole groups: their norms, or whether they are all zero.
+// Whether the step needs the norms of whole groups, or has to know whether they are all zero.
 inline bool needs_groups(const StepTensor& tensor) {
   return tensor.has_groups && !has_ones(tensor) &&
          (tensor.thresholds().need_norms() || tensor.h->freeze == Freeze::group);
 }
 
-// Whether its groups are so small that many of them are solved side by side (short_groups.h).
+// Whether the tensor's groups are so small that many of them are solved side by side (short_groups.h).
 inline bool has_short_groups(const StepTensor& tensor) {
   return needs_groups(tensor) && tensor.layout.group_size() <= kShortGroup;
 }

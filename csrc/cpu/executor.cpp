@@ -1,5 +1,5 @@
-// How cpu::step runs on all threads. Tiles of whole groups (cut.cpp) are one flat list, which one parallel
-// region works off. Large groups go in pieces and take a parallel region for each pass over them.
+// Runs cpu::step on all threads. Tiles of whole groups (cut.cpp) are one flat list, which one parallel region
+// works off. Large groups are cut into pieces and take a parallel region for each pass over them.
 // plan/executor.cpp calls this.
 //
 // The step is bound by memory (20 bytes per fp32 element with momentum), so a tile is cut such that its z
@@ -36,8 +36,8 @@ namespace cges::cpu {
 namespace {
 
 constexpr int64_t kGroupsPerThread = 1024;  // the fewest large groups whose parts one thread adds up
-constexpr int64_t kGroupsAtOnce = 128;      // of these, how many are added up side by side
-constexpr int64_t kLeastScratch = 1 << 20;  // bytes that the widest pieces need, however small the L2 is
+constexpr int64_t kGroupsAtOnce = 128;      // the number of these groups that are added up side by side
+constexpr int64_t kLeastScratch = 1 << 20;  // the bytes that the widest pieces need, however small the L2 is
 // For each column TileRunner takes s, t and alive, three sums in double, and up to two new states that are
 // not kept; and a block of z.
 static_assert((3 + 3 * 2 + 2) * kPieceRowBytes + kBlockBytes <= kLeastScratch);
@@ -117,8 +117,8 @@ void run_whole_tiles(const std::vector<StepTensor>& tensors, const std::vector<T
   });
 }
 
-// What LargeGroups keep from pass to pass: the sums of their parts and the searches of the groups. sum() and
-// apply() are called once for each piece and pass, solve() between passes.
+// The state of LargeGroups from pass to pass: the sums of their parts and the searches of the groups. sum()
+// and apply() are called once for each piece and pass, solve() between passes.
 class LargeRun {
  public:
   LargeRun(const StepTensor& tensor, const LargeGroups& large)
@@ -187,7 +187,7 @@ class TypedLargeRun final : public LargeRun {
 
   const int64_t groups_, n_;
   const bool searches_;
-  // Arrays of [parts, groups]. After the first solve(), part 0 of alive_ says of each whole group whether it
+  // Arrays of [parts, groups]. After the first solve(), part 0 of alive_ says for each whole group whether it
   // has a weight that is not zero.
   const std::unique_ptr<A[]> memory_;
   const Sums<A> sums_;
@@ -231,7 +231,7 @@ void run_large(const std::vector<StepTensor>& tensors, const std::vector<LargeGr
     });
     std::erase_if(open, [](const PieceOfRun& of) { return of.run->done.load(); });
   }
-  // Backward, since what the last sweep ended with is still in the cache.
+  // Backward, since the pieces that the last sweep ended with are still in the cache.
   parallel_for_each(pieces, Order::backward, [](const PieceOfRun& of) { of.run->apply(*of.piece); });
 }
 

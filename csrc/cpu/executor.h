@@ -7,14 +7,14 @@
 
 namespace cges::cpu {
 
-// For each group, whether the last step found it all zero and held it there, its states too. Another step of
-// the same kind would change nothing. Each has a byte of its own, because several threads write them at once.
+// For each group, whether the last step found it all zero and held it and its states at zero. Another step of
+// the same kind would change nothing. Each group has a whole byte, because several threads write at once.
 using HeldGroups = std::vector<uint8_t>;
 
 // One tensor of one step; none of them is skipped.
 struct StepTensor : TensorShape, TensorInStep {
   const Hyperparameters* h;
-  HeldGroups* held = nullptr;  // the step passes over these groups, and writes down which it holds itself
+  HeldGroups* held = nullptr;  // the step skips these groups, and records the groups that it holds itself
 
   Thresholds<double> thresholds() const { return h->thresholds(); }
 };

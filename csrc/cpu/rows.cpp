@@ -62,7 +62,7 @@ CGES_FN void narrow_halves(const float* from, c10::Half* to) {
 namespace cges::cpu {
 
 namespace {
-int64_t vector_limit = 64;  // bytes
+int64_t vector_limit = 64;  // the most bytes of a vector
 }
 
 void limit_vector_bytes(int64_t bytes) { vector_limit = bytes; }

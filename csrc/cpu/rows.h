@@ -12,12 +12,12 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kLine = 64;             // bytes of a cache line
+constexpr int64_t kLine = 64;             // the bytes of a cache line
 constexpr int64_t kShortGroup = kSorted;  // the most elements of groups that are solved side by side
-constexpr int64_t kTogether = 64;         // how many of these are solved at once
+constexpr int64_t kTogether = 64;         // the number of short groups that are solved at once
 constexpr int64_t kSumRows = 32;          // rows summed in the compute type before they are added in double
 
-// How a tensor is updated: its phase, the rule, and the rule's numbers in the compute type.
+// The update of a tensor: its phase, the rule, and the rule's numbers in the compute type.
 template <typename A>
 struct Update {
   Phase phase;
@@ -37,8 +37,8 @@ struct Update {
   }
 };
 
-// Where some elements lie in each of a tensor's arrays; null where there is no such array. New states go to
-// `new_states`, whose rows lie `out_stride` apart.
+// The addresses of some elements in each of a tensor's arrays; null if there is no such array. New states go
+// to `new_states`, whose rows lie `out_stride` apart.
 template <typename T>
 struct Places {
   const T *w, *grad;
@@ -46,7 +46,7 @@ struct Places {
   std::array<T*, kMostStates> new_states;
   int64_t out_stride;
 
-  // The place `in` elements further on in what is read, and `out` in what is written.
+  // The addresses `in` elements further on in the arrays that are read, and `out` in those that are written.
   Places moved(int64_t in, int64_t out) const {
     Places at{w + in, grad ? grad + in : nullptr, states, new_states, out_stride};
     for (int s = 0; s < kMostStates; ++s) {
@@ -67,7 +67,7 @@ struct Sums {
 // Sums over many rows are kept in double, so that a long group loses no accuracy.
 using ColumnSums = Sums<double>;
 
-// The shape of some rows of a tile. Strides are in elements; z has one of its own.
+// The shape of some rows of a tile. Strides are in elements; the stride of z may differ.
 struct Rows {
   int64_t rows, columns, stride;
   int64_t z_stride;

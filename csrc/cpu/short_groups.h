@@ -9,7 +9,7 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kShortBlock = 2048;  // about how many elements a block has
+constexpr int64_t kShortBlock = 2048;  // the approximate number of elements in a block
 
 template <typename T>
 class ShortGroups {
@@ -101,7 +101,7 @@ class ShortGroups {
     return scratch_.take<A>(L_.R1 * columns + 3);  // solve_short may read 3 elements behind z
   }
 
-  // Where groups are frozen, sets alive_ for each column: 1 if its group has a weight that is not zero.
+  // If groups are frozen, sets alive_ for each column: 1 if its group has a weight that is not zero.
   void find_alive(int64_t columns, const T* w, int64_t stride) {
     if (!freeze_) return;
     std::fill_n(alive_, columns, A(0));
@@ -134,7 +134,7 @@ class ShortGroups {
   const Thresholds<A> thresholds_;
   const Update<A> update_;
   const bool freeze_;
-  const int64_t most_;  // groups in a block, a multiple of kTogether
+  const int64_t most_;  // the most groups in a block, a multiple of kTogether
   Scratch& scratch_;
   A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;
   const RowOps<T>& ops_ = row_ops<T>();

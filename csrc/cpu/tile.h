@@ -14,13 +14,13 @@ namespace cges::cpu {
 // A tile is updated and summed in blocks of rows: so few that a block's z is still in the L1 when it is
 // summed, and fewer where rows are wide.
 constexpr int64_t kBlockRows = 16;
-constexpr int64_t kBlockBytes = 256 << 10;  // of z
+constexpr int64_t kBlockBytes = 256 << 10;  // the most bytes of z in a block
 
 // elementwise: no groups are needed. whole: groups that fit a tile. piece: a part of groups that do not fit.
 enum class TileKind { elementwise, whole, piece };
 
-// "Stat columns" below are what sums, (s, t) and `alive` are kept for: each column of the tile if it is
-// summed by columns, else each group. A group has fold_ of them.
+// Sums, (s, t) and `alive` are kept for each "stat column". That is each column of the tile if it is summed
+// by columns, and each group otherwise. A group has fold_ stat columns.
 template <typename T>
 class TileRunner {
  public:
@@ -67,7 +67,8 @@ class TileRunner {
     return shared ? std::min(layout.row_length(), kPieceRowBytes / int64_t{sizeof(A)}) : tile.columns();
   }
 
-  // Without norms w = soft(z, c), or z itself if nothing shrinks. An element that is a group is its own norm.
+  // Without norms w = soft(z, c), or z itself if nothing shrinks. The norms of a group of one element are
+  // |u|.
   void run_elementwise() {
     update_rows(tile_.r0, tile_.r1, /*keep_states=*/true);
     const int64_t n = tile_.rows() * tile_.columns();
@@ -220,7 +221,7 @@ class TileRunner {
       });
   }
 
-  // Where a group has several stat columns, adds their sums up to the group's.
+  // If groups have several stat columns, adds up the sums of these for each group.
   void fold_sums() {
     for (double* sum : {sums_.count, sums_.l1, sums_.l2_squared})
       for (int64_t g = 0; sum != nullptr && fold_ > 1 && g < groups_; ++g)
@@ -273,14 +274,14 @@ class TileRunner {
   const bool by_columns_;
   const int64_t group0_, groups_, fold_;
   const Thresholds<A> thresholds_;
-  const int states_;  // that the rule keeps
+  const int states_;  // the number of states that the rule keeps
   const Update<A> update_;
   const bool freeze_groups_;
   const int64_t block_rows_;
   const bool z_in_w_;   // whether z lies in w's memory, or else in scratch
   const bool z_stays_;  // whether z stays from the first pass to the last, or else is made again in each
   A* z_ = nullptr;
-  A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // by stat column
+  A *s_ = nullptr, *t_ = nullptr, *alive_ = nullptr;  // one entry for each stat column
   ColumnSums sums_{};
   Solver* solvers_ = nullptr;
   T* unused_states_ = nullptr;  // a row for new states that are not kept

@@ -1,11 +1,11 @@
-// What a kernel is given: one StepTable, by value, in each launch. launch.cu fills it in. What stays the same
-// from step to step, the geometry, lies in device memory instead.
+// The arguments of a kernel: one StepTable, by value, in each launch. launch.cu fills it in. The geometry,
+// which stays the same from step to step, lies in device memory instead.
 #pragma once
 #include "cuda/rule.cuh"
 
 namespace cges::cuda {
 
-constexpr int kMostArguments = 32764;  // bytes that CUDA >= 12.1 takes, from sm_70 on
+constexpr int kMostArguments = 32764;  // the most bytes of arguments, with CUDA >= 12.1 and from sm_70 on
 // A launch with this many bytes takes some 3 us longer than one with the few for kFewTensors, which hold the
 // 161 tensors of ResNet-50. So there are two sizes of StepTable.
 constexpr int kFewTensors = 176;
@@ -19,7 +19,7 @@ struct StepHead {
   int32_t* counters;
   int32_t tile_count, tiles_in_parts, slots, z_passes;  // see Work
   int32_t tickets, stages, panels;
-  void* corrected;  // each tensor's Own, as correct_steps leaves it; null if the host knows all
+  void* corrected;  // the Own of each tensor that correct_steps writes; null if the host knows all numbers
   LossScale loss_scale;
 
   // Whether the step must change nothing. All blocks find the same.

@@ -9,15 +9,15 @@
 namespace cges::cuda {
 namespace {
 
-// A part of a shared panel leaves one in so many passes of the room for z free, so that its block can take in
-// rows of the next tile while it waits for the other parts.
+// A part of a shared panel leaves one kWaitRoom-th of the room for z free, so that its block can take in rows
+// of the next tile while it waits for the other parts.
 constexpr int64_t kWaitRoom = 5;
-constexpr int64_t kSmallTile = 8192;  // elements; smaller tiles are not cut further, see too_few()
-// Bytes of each row that a tile holds. At 256 the memory delivers all it can, at 128 nine tenths of that, at
-// 64 half.
+constexpr int64_t kSmallTile = 8192;  // the number of elements up to which tiles are not cut smaller
+// The bytes of each row that a tile holds. With 256 the memory reaches its full speed, with 128 nine tenths
+// of that, with 64 half.
 constexpr int64_t kTileRowBytes = 256, kNarrowRowBytes = 128, kLeastRowBytes = 64;
-// How many accesses of 16 bytes, or of one element, a thread of a strip makes to a tensor, unless its group
-// needs more.
+// The number of accesses of 16 bytes (kPacks), or of one element (kSingles), that a thread of a strip makes
+// to a tensor, unless its group needs more.
 constexpr int64_t kPacks = 2, kSingles = 8;
 
 int64_t ceil_power_of_two(int64_t n) { return n <= 1 ? 1 : 2 * ceil_power_of_two(ceil_div(n, 2)); }
@@ -62,7 +62,7 @@ class Cutter {
       else
         add_elements(x.groups);
     }
-    // The largest tiles come first, so that what is left to do at the end is small.
+    // The largest tiles come first, so that only small ones are left at the end.
     std::stable_sort(work_.tiles.begin(), work_.tiles.end(),
                      [](const Tile& a, const Tile& b) { return elements_of(a) > elements_of(b); });
     work_.tiles_in_parts = int32_t(parts_.size());
@@ -107,7 +107,7 @@ class Cutter {
   }
   static int64_t passes_of(const Tile& x) { return std::max<int64_t>(x.passes, kLeastPasses); }
   int64_t pass_bytes() const { return kTileThreads * vector_ * int64_t(sizeof(A)); }
-  // For how many passes the shared memory has room for z, beside a ring of so many slots.
+  // The number of passes for which the shared memory has room for z, beside a ring of `slots` slots.
   int64_t room(int slots) const {
     return (device_.tile_bytes - TileMemory<A>(slots, states_).z) / pass_bytes();
   }
@@ -117,8 +117,8 @@ class Cutter {
   bool spans(int64_t columns, int64_t run, int64_t matrices) const {
     return ceil_div(columns, vector_) * matrices <= kTileThreads && columns / run * matrices <= kTileThreads;
   }
-  // Whether a block can take such a tile: z must fit, and the bytes from a thread's row to its next one must
-  // fit 32 bits.
+  // Whether a block can take a tile of these sizes: z must fit, and the number of bytes from a thread's row
+  // to its next one must fit 32 bits.
   bool tile_fits(int64_t rows, int64_t pitch, int64_t columns, int64_t run, int64_t matrices) const {
     if (!spans(columns, run, matrices)) return false;
     const int64_t down = kTileThreads / (ceil_div(columns, vector_) * matrices);
@@ -140,7 +140,7 @@ class Cutter {
     work_.shared_tiles = TileMemory<A>(work_.slots, states_).z + work_.z_passes * pass_bytes();
   }
 
-  // Elements without groups as tiles.
+  // Adds elements without groups as tiles.
   void add_elements(int64_t n) {
     const int64_t row = kTileThreads * vector_;
     int64_t each = row;
@@ -155,10 +155,11 @@ class Cutter {
     int64_t groups, size;
   };
 
-  // Neighbouring elements that a thread has: 16 bytes if no group ends within them, else one.
+  // The number of neighbouring elements that a thread has: those in 16 bytes if no group ends within them, or
+  // else one.
   int64_t width_of(int64_t size) const { return size % vector_ == 0 ? vector_ : 1; }
 
-  // Threads that share a group.
+  // The number of threads that share a group.
   int64_t lanes_of(int64_t size) const {
     const int64_t width = width_of(size);
     const int64_t wish = ceil_power_of_two(ceil_div(size, width > 1 ? kPacks * width : kSingles));
@@ -172,8 +173,8 @@ class Cutter {
         {begin, tensor_, kind, int32_t(size), int32_t(groups), int32_t(lanes), int32_t(width)});
   }
 
-  // Strips of n elements that need no common sums. Those beyond the last whole access are accessed one by
-  // one.
+  // Adds strips for n elements that need no common sums. Elements beyond the last whole access are accessed
+  // one by one.
   void add_strips(Strip::Kind kind, int64_t n) {
     const int64_t lanes = work_.strip_threads, most = lanes * kPacks * vector_;
     const bool one_by_one = kind == Strip::Kind::ones || (n % vector_ != 0 && n < most);
@@ -196,7 +197,7 @@ class Cutter {
                  width_of(rows.size));
   }
 
-  // Contiguous groups that are too long for the registers of a block.
+  // Adds contiguous groups that are too long for the registers of a block.
   void add_long_rows(int64_t groups, int64_t n) {
     const int64_t columns = kTileThreads * vector_, rows = ceil_div(n, columns);
     if (run_fits(n)) {
@@ -210,7 +211,7 @@ class Cutter {
     }
   }
 
-  // Groups that lie across the R1 rows of a matrix, which has K2*R2 columns at each k1.
+  // Adds groups that lie across the R1 rows of a matrix, which has K2*R2 columns at each k1.
   void add_matrices(const Layout& L) {
     if (const int64_t columns = tile_columns(L); columns > 0)
       add_tiles(L, columns);
@@ -218,8 +219,8 @@ class Cutter {
       chunks_.add_panels(tensor_, L);
   }
 
-  // How many rows each part of a shared panel has (the last one may have fewer): a multiple of `down`, the
-  // rows that have threads at once. 0 if not enough blocks run at once to hold all parts.
+  // The number of rows of each part of a shared panel (the last one may have fewer): a multiple of `down`,
+  // the number of rows that threads work on at once. 0 if not enough blocks run at once to hold all parts.
   int64_t rows_of_part(int64_t rows, int64_t down, int64_t panels, int64_t columns) const {
     // Some room stays free, see kWaitRoom.
     const int64_t passes = std::max<int64_t>(room(kLeastSlots) * (kWaitRoom - 1) / kWaitRoom, 1);
@@ -274,7 +275,7 @@ class Cutter {
     return false;
   }
 
-  // Tiles of all rows and so many columns. If these are all columns, a tile may have several matrices.
+  // Adds tiles of all rows and `columns` columns. If these are all columns, a tile may have several matrices.
   void add_tiles(const Layout& L, int64_t columns) {
     const int64_t pitch = L.row_length(), each = columns == pitch ? tile_matrices(L) : 1;
     for (int64_t k1 = 0; k1 < L.K1; k1 += each)
@@ -283,14 +284,14 @@ class Cutter {
                                    std::min(each, L.K1 - k1)));
   }
 
-  // Whether so many tiles of so many elements should be cut smaller, because fewer than half of the
-  // multiprocessors would have one.
+  // Whether `tiles` tiles would keep fewer than half of the multiprocessors busy, so that smaller tiles are
+  // better. Tiles of kSmallTile elements and fewer are not cut smaller.
   bool too_few(int64_t tiles, int64_t elements) const {
     return tiles < device_.multiprocessors / 2 && elements > kSmallTile;
   }
 
-  // Columns of a tile that holds all rows: those of whole groups, and if possible in whole accesses of 16
-  // bytes. 0 if no tile fits.
+  // The number of columns of a tile that holds all rows: those of whole groups, and if possible whole
+  // accesses of 16 bytes. 0 if no tile fits.
   int64_t tile_columns(const Layout& L) const {
     const int64_t pitch = L.row_length();
     for (const int64_t step : {std::lcm(L.R2, vector_), L.R2}) {
@@ -300,7 +301,7 @@ class Cutter {
       const auto of_bytes = [&](int64_t bytes) { return std::min(round_up(bytes / size_, step), pitch); };
       const auto fits = [&](int64_t columns) { return tile_fits(L.R1, pitch, columns, L.R2, 1); };
       int64_t bytes = kTileRowBytes;
-      // If panels cannot be shared, what does not fit a tile crosses the memory twice. Then narrower tiles
+      // If panels cannot be shared, groups that do not fit a tile cross the memory twice. Then narrower tiles
       // are better.
       const int64_t least = device_.cooperative ? kNarrowRowBytes : kLeastRowBytes;
       while (bytes > least && !fits(of_bytes(bytes))) bytes /= 2;
@@ -315,7 +316,7 @@ class Cutter {
     return 0;
   }
 
-  // How many whole matrices a tile holds.
+  // The number of whole matrices that a tile holds.
   int64_t tile_matrices(const Layout& L) const {
     const int64_t elements = L.R1 * L.row_length();
     int64_t matrices = std::clamp<int64_t>(kSlab / elements, 1, L.K1);
@@ -327,7 +328,7 @@ class Cutter {
 
   const Device device_;
   const int64_t size_;
-  const int states_;  // that the rule keeps
+  const int states_;  // the number of states that the rule keeps
   const int64_t vector_, elements_of_thread_;
   std::vector<Rows> rows_, elements_;  // elements_ have no groups, so each element counts as one
   int32_t tensor_ = 0;

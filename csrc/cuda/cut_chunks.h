@@ -1,5 +1,5 @@
 // Cuts groups that not even several blocks together can hold into chunks, for step_chunks. cut.cpp uses it
-// for what fits no other path.
+// for groups that fit no other path.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -8,7 +8,7 @@
 
 namespace cges::cuda {
 
-constexpr int64_t kSlab = 16384;  // elements of a block: enough to amortise it, few enough to share out
+constexpr int64_t kSlab = 16384;  // the elements of a block: enough to amortise it, few enough to share out
 
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
@@ -33,9 +33,9 @@ class ChunkCutter {
         push_panel(chunks_of_panel(L, L.offset(k1, 0, 0) + c, std::min(columns, pitch - c)));
   }
 
-  // Puts chunks into windows, which go through all stages before the next window does. A window has whole
-  // panels, as many as fit half of the L2: a stage then finds there what the one before has read. The other
-  // half still holds what has just been left.
+  // Puts chunks into windows, each of which goes through all stages before the next window does. A window
+  // has as many whole panels as fit half of the L2, so that a stage finds in the L2 what the stage before
+  // has read. The other half still holds the data of the window before.
   void add_windows() {
     auto& chunks = work_.chunks;
     const int64_t keeps = device_.l2_bytes / 2 / ((2 + states_) * size_);
@@ -60,7 +60,7 @@ class ChunkCutter {
   static constexpr int64_t kSectorBytes = 32;
   static constexpr int64_t kPanelColumns = 128, kMinPanelColumns = 32;
 
-  // n contiguous elements as a chunk, whose rows are as long as all threads of a block reach.
+  // A chunk of n contiguous elements, whose rows are as long as all threads of a block reach.
   Item span(int64_t begin, int64_t n) const {
     const int64_t columns = std::max(std::min(n, row_of_threads()), int64_t{1}), rows = ceil_div(n, columns);
     return item(begin, columns, rows, columns, n - (rows - 1) * columns, columns);
@@ -116,15 +116,15 @@ class ChunkCutter {
     ++work_.panels;
   }
 
-  // Columns of a panel: wide enough for the memory to be fast, narrow enough that the L2 keeps the panel
-  // between two sweeps. A group that is wider than a block is a panel of its own.
+  // The number of columns of a panel: enough for the memory to be fast, and few enough that the L2 keeps the
+  // panel between two sweeps. A group that is wider than a block is a panel of its own.
   int64_t panel_columns(const Layout& L) const {
     if (L.R2 > kThreads) return L.R2;
     int64_t columns = std::min<int64_t>(kPanelColumns, kThreads);
     while (columns > kMinPanelColumns && (3 * size_ * L.R1 * columns > device_.l2_bytes / 2 ||
                                           !panel_fits(1, columns, ceil_div(columns, L.R2))))
       columns /= 2;
-    // Whole groups, and if possible whole sectors of the memory, or else whole accesses of 16 bytes.
+    // The columns are whole groups, and if possible whole sectors of the memory, or else whole accesses.
     for (const int64_t step : {std::lcm(L.R2, kSectorBytes / size_), std::lcm(L.R2, vector_)})
       if (step <= columns) return columns / step * step;
     return std::max(columns / L.R2, int64_t{1}) * L.R2;
@@ -154,7 +154,7 @@ class ChunkCutter {
 
   const Device& device_;
   const int64_t size_, vector_;
-  const int states_;  // that the rule keeps
+  const int states_;  // the number of states that the rule keeps
   Work& work_;
   int32_t tensor_ = 0;
 };

@@ -18,27 +18,27 @@
 
 namespace cges::cuda {
 
-constexpr int kThreads = CGES_THREADS;  // of a thread block
+constexpr int kThreads = CGES_THREADS;  // the threads of a thread block
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-// Elements that a thread of step_rows holds in registers, for a type of so many bytes.
+// The number of elements that a thread of step_rows holds in registers, for a type of `bytes` bytes.
 template <int bytes>
 constexpr int kElementsOfThread = bytes == 8 ? CGES_ROW_ELEMENTS / 2 : CGES_ROW_ELEMENTS;
 
-// A block's work in step_rows: some groups that lie one after the other, each contiguous. Or a run of
-// elements that need no common sums, since each is a group of its own (ones) or none has a group (elements);
-// such a run is written down as one group.
+// A block's work in step_rows: some groups that lie one after the other, each contiguous. It may also be a
+// run of elements that need no common sums, because each is a group of its own (ones) or none has a group
+// (elements); such a run is recorded as one group.
 struct alignas(16) Strip {
   enum class Kind : int32_t { elements, ones, groups };
 
-  int64_t begin;  // index of its first element in the tensor
+  int64_t begin;  // the index of its first element in the tensor
   int32_t tensor;
   Kind kind;
-  int32_t size, groups;  // elements of a group, number of groups
-  int32_t lanes;         // neighbouring threads that share a group
-  int32_t width;         // neighbouring elements that a thread has: 16 bytes, or one element
+  int32_t size, groups;  // the number of elements of a group, the number of groups
+  int32_t lanes;         // the number of neighbouring threads that share a group
+  int32_t width;         // the number of neighbouring elements that a thread has: 16 bytes, or one element
 };
 
-constexpr int kTileThreads = 2 * kThreads;  // of a block of step_tiles
+constexpr int kTileThreads = 2 * kThreads;  // the threads of a block of step_tiles
 // step_tiles reads through a ring of slots in shared memory. A slot takes what all threads read of one row
 // each: 16 bytes of the weights, the gradients and each state. All slots but one are being filled at any
 // time. There are three if shared memory suffices, else two.
@@ -46,44 +46,44 @@ constexpr int kMostSlots = 3, kLeastSlots = 2;
 CGES_FN constexpr int ring_arrays(int states) { return 2 + states; }
 CGES_FN constexpr int64_t slot_bytes(int states) { return ring_arrays(states) * kTileThreads * int64_t{16}; }
 
-// What a block of step_tiles holds on the chip at a time: whole groups, or elements without groups. A tile is
-// one or several matrices of rows x columns elements that lie one after the other in memory, or some columns
-// of one matrix. The block's threads lie `across` the columns, with 16 bytes each, and `down` the rows. After
-// these rows they pass on to the next ones. If no block can hold a group whole, a panel of such groups is cut
-// into tiles of some rows each, its parts. These are on the chip at the same time, and wait for each other's
-// sums.
+// The work that a block of step_tiles holds on the chip at a time: whole groups, or elements without
+// groups. It is one or several matrices of rows x columns elements that lie one after the other in memory,
+// or some columns of one matrix. The block's threads lie `across` the columns, with 16 bytes each, and
+// `down` the rows. After these rows they pass on to the next ones. If no block can hold a group whole, a
+// panel of such groups is cut into tiles of some rows each, its parts. These are on the chip at the same
+// time, and wait for each other's sums.
 struct alignas(16) Tile {
   enum class Kind : uint16_t { elements, groups };
   static constexpr uint32_t kOne = 1u << 20;
 
-  int64_t begin;  // index of its first element in the tensor
-  int64_t pitch;  // elements from one row to the next
+  int64_t begin;  // the index of its first element in the tensor
+  int64_t pitch;  // the number of elements from one row to the next
   int32_t rows;
   uint16_t tensor;
   Kind kind;
-  uint16_t columns, last_columns;  // the last row may be shorter than the others
-  uint16_t run;                    // adjacent columns of one group
-  uint16_t groups_each, groups;    // of one matrix, and of all
-  uint16_t lanes, across, down;    // threads side by side in one matrix, in all matrices; rows at once
-  uint16_t passes;                 // until all rows have had their turn; 0 means that there is no tile
-  uint16_t parts, part;            // how many parts its panel has (1: it is whole), and which one this is
+  uint16_t columns, last_columns;  // the columns of a row, and of the last row, which may be shorter
+  uint16_t run;                    // the number of adjacent columns of one group
+  uint16_t groups_each, groups;    // the number of groups of one matrix, and of the whole tile
+  uint16_t lanes, across, down;    // the threads across one matrix, the threads across all; the rows at once
+  uint16_t passes;                 // the number of passes over its rows; 0 means that there is no tile
+  uint16_t parts, part;            // the number of parts of its panel (1: it is whole), and its own index
   uint32_t across_inverse;         // kOne / across, rounded up
-  int32_t panel;                   // index of the panel, for the counters that its parts share
-  int64_t sums;                    // where in the scratch the sums of the panel's parts lie
+  int32_t panel;                   // the index of the panel, for the counters that its parts share
+  int64_t sums;                    // the place of the sums of the panel's parts in the scratch
 
-  // Which of the `down` rows thread t has: t / across, as a multiplication. It is exact for t < 1,024.
+  // The row of thread t among the `down` rows: t / across, as a multiplication. It is exact for t < 1,024.
   CGES_FN int row_of(int t) const { return int(uint32_t(t) * across_inverse / kOne); }
 };
 static_assert(sizeof(Tile) == 64 && kTileThreads <= 1024);
-// A block makes at least so many passes over a tile. The ring is at most so many rows ahead, so it never
+// The fewest passes that a block makes over a tile. The ring is no more rows ahead than that, so it never
 // reaches across a tile into a third one.
 constexpr int kLeastPasses = kMostSlots - 1;
 // Places for tiles in a block's queue. Five are in use: the tile before, the present one, the next, and two
 // that are still being copied.
 constexpr int kQueue = 8;
 
-// Where things lie in the shared memory of a block of step_tiles, in bytes from its beginning: the queue of
-// tiles, each group's (s, t), whether each group is alive, the ring, z.
+// The places of the arrays in the shared memory of a block of step_tiles, in bytes from its beginning: the
+// queue of tiles, each group's (s, t), whether each group is alive, the ring, z.
 template <typename A>
 struct TileMemory {
   int64_t found = kQueue * int64_t(sizeof(Tile)),
@@ -95,21 +95,21 @@ struct TileMemory {
 // A chunk, a block's work in step_chunks: rows x columns elements of one tensor, contiguous along the
 // columns. It is a part of a panel: some neighbouring groups that not even several blocks together can hold.
 struct Item {
-  int64_t begin;  // index of its first element in the tensor
-  int64_t pitch;  // elements from one row to the next
+  int64_t begin;  // the index of its first element in the tensor
+  int64_t pitch;  // the number of elements from one row to the next
   int32_t tensor;
   int32_t rows, columns;
-  int32_t last_columns;               // of the last row, which may be shorter
-  int32_t run;                        // adjacent columns of one group
-  int32_t lanes;                      // threads side by side in a row
+  int32_t last_columns;               // the number of columns of the last row, which may be shorter
+  int32_t run;                        // the number of adjacent columns of one group
+  int32_t lanes;                      // the number of threads side by side in a row
   int32_t panel, chunk, chunks;       // its panel, its place among the panel's chunks, and their number
-  int64_t scratch;                    // where the panel's part of the scratch begins, in bytes
+  int64_t scratch;                    // the place in bytes at which the panel's part of the scratch begins
   int32_t window_begin, window_size;  // the chunks that go through the stages together with it
 
   CGES_FN int32_t groups() const { return columns / run; }
 };
 
-// What one group adds up to.
+// The sums of one group.
 template <typename A>
 struct Sums {
   GroupStats<A> stats;
@@ -123,7 +123,7 @@ struct Sums {
   }
 };
 
-// What a panel of chunks keeps of a group from one sweep to the next.
+// The state of a group that a panel of chunks keeps from one sweep to the next.
 template <typename A>
 struct GroupState {
   ShrinkageSolver<A> solver;
@@ -143,57 +143,57 @@ CGES_FN int64_t sums_bytes(int64_t groups, int64_t parts) {
   return 2 * parts * groups * int64_t(sizeof(Sums<A>));
 }
 
-// Where things lie in the shared memory of a block of step_chunks, in bytes from its beginning.
+// The places of the arrays in the shared memory of a block of step_chunks, in bytes from its beginning.
 template <typename A>
 struct SharedLayout {
   int64_t entries, solvers, alive, z;
 
   CGES_FN explicit SharedLayout(int64_t groups)
-      : entries(16),  // the first word is for what one thread tells the others
+      : entries(16),  // the first word holds the number that one thread passes to the others (tell_all)
         solvers(entries + kThreads * int64_t(sizeof(Sums<A>))),
         alive(solvers + groups * int64_t(sizeof(ShrinkageSolver<A>))),
         z(round_up(alive + groups * 4, 16)) {}
 };
 
-// What has to be known of a GPU.
+// The properties of a GPU on which cuts and launches depend.
 struct Device {
   int index = 0;
   int64_t multiprocessors = 1;
-  int64_t shared_bytes = 0;  // shared memory that a block may have if two share a multiprocessor
-  int64_t tile_bytes = 0;    // shared memory that a block may have if it is alone on a multiprocessor
+  int64_t shared_bytes = 0;  // the shared memory that a block may have if two share a multiprocessor
+  int64_t tile_bytes = 0;    // the shared memory that a block may have if it is alone on a multiprocessor
   int64_t l2_bytes = 0;
   bool cooperative = false;  // whether a launch can demand that all its blocks run at once
 };
 
-// Counters in device memory: the next ticket, how many tickets have ended, and two for each panel (see
-// SharedPanel in tile_sums.cuh and Panel in items.cuh).
+// The counters in device memory: the next ticket, the number of tickets that have ended, and two for each
+// panel (see SharedPanel in tile_sums.cuh and Panel in items.cuh).
 constexpr int kCounters = 2, kPanelCounters = 2;
 
-// The work items of some tensors of one dtype and device, and what their launches need.
+// The work items of some tensors of one dtype and device, and the sizes that their launches need.
 struct Work {
   std::vector<Strip> strips;   // each has a block of its own
-  int32_t strip_threads = 0;   // of such a block
+  int32_t strip_threads = 0;   // the threads of such a block
   bool ones = false;           // whether some strips are of kind `ones`
   std::vector<Tile> tiles;     // dealt out to blocks that all run at once
-  int32_t tiles_in_parts = 0;  // how many of these are parts of shared panels; they come first
-  int32_t tile_blocks = 0;     // set by prepare()
-  int32_t slots = 0;           // of the ring of step_tiles
-  int32_t z_passes = 0;        // for how many passes the shared memory of step_tiles holds z
-  std::vector<Item> chunks;    // of whole panels, ordered by windows
-  // Bytes of shared memory of step_tiles and step_chunks.
+  int32_t tiles_in_parts = 0;  // the number of tiles that are parts of shared panels; they come first
+  int32_t tile_blocks = 0;     // the number of blocks of step_tiles; prepare() sets it
+  int32_t slots = 0;           // the slots of step_tiles' ring
+  int32_t z_passes = 0;        // the number of passes for which the shared memory of step_tiles holds z
+  std::vector<Item> chunks;    // the chunks of whole panels, ordered by windows
+  // The bytes of shared memory of step_tiles and of step_chunks.
   int64_t shared_tiles = 0, shared_chunks = 0;
   int64_t scratch_bytes = 0;
   int32_t panels = 0;
 };
 
-// How many tensors and param groups one launch can carry.
+// The number of tensors and param groups that one launch can carry.
 struct Capacity {
   int64_t tensors, param_groups;
 };
 Capacity capacity(Rule rule, DType dtype);
 
-// How a tensor is cut depends on its layout, dtype and device alone, never on its neighbours. Only elements
-// without groups, whose bits no cut can change, go with whichever kernel runs anyway.
+// The cut of a tensor depends on its layout, dtype and device alone, never on its neighbours. Only elements
+// without groups, whose bits no cut can change, are given to a kernel that runs anyway.
 Work cut(const std::vector<TensorShape>& tensors, Rule rule, DType dtype, const Device& device);
 
 // One step of tensors of one dtype and device, no more than one launch can carry.
@@ -204,7 +204,7 @@ struct Step {
   const Item* chunks;
   void* scratch;
   int32_t* counters;  // zeros before the first step, and every step leaves zeros
-  void* corrected;    // kCorrectedBytes for each tensor, in any state
+  void* corrected;    // kCorrectedBytes for each tensor; the content before a step does not matter
   const std::vector<TensorInStep>& tensors;
   const std::vector<int32_t>& param_groups;  // for each tensor, its index into `hyperparameters`
   const std::vector<Hyperparameters>& hyperparameters;
@@ -213,14 +213,14 @@ struct Step {
 
 // The functions below throw std::runtime_error where the driver or the device does not suffice.
 Device describe_device(int index, Rule rule);
-void check_device(int index);  // throws unless this build runs on it
+void check_device(int index);  // throws unless this build runs on that device
 // Loads all kernels for the rule and dtype, before any step writes anything, and sets work.tile_blocks.
 void prepare(Work& work, Rule rule, DType dtype, const Device& device);
 // `launched` says whether an earlier part of this step has been launched, for the error message. It becomes
 // true.
 void launch(const Step& step, Rule rule, DType dtype, const Device& device, void* stream, bool& launched);
 
-// Bytes of device memory for the numbers of one tensor that the host does not know (Own in rule.cuh).
+// The bytes of device memory for the numbers of one tensor that the host does not know (Own in rule.cuh).
 constexpr int64_t kCorrectedBytes = 16;
 
 // For tests: allows at most so much shared memory and so many multiprocessors, so that small groups count as

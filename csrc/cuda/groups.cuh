@@ -1,5 +1,5 @@
-// Sums, solve and apply for the groups of a slab whose z lies in shared memory: one contiguous group, or
-// those of a panel. step_chunks uses all of it through items.cuh; the other kernels use add_from_lane and
+// Sums, solve and apply for the groups of a slab whose z lies in shared memory: one contiguous group, or the
+// groups of a panel. step_chunks uses all of it through items.cuh; the other kernels use add_from_lane and
 // kEpsilon.
 #pragma once
 #include <limits>
@@ -13,8 +13,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename A>
 constexpr A kEpsilon = std::numeric_limits<A>::epsilon();
 
-// Adds to `sums` those of the lane `apart` (by xor). Counts and `alive` are added only if `counts`. All lanes
-// of the warp must call it.
+// Adds to `sums` the sums of the lane whose number is this lane's xor `apart`. Counts and `alive` are added
+// only if `counts`. All lanes of the warp must call it.
 template <bool counts = true, typename A>
 __device__ __forceinline__ void add_from_lane(Sums<A>& sums, int apart) {
   Sums<A> other{};
@@ -54,8 +54,9 @@ struct SharedArrays {
   }
 };
 
-// Calls f in the first thread and returns its result in all threads of the block. The first barrier keeps the
-// word until all threads have read what was told before, and what they have written is visible to f.
+// Calls f in the first thread and returns its result in all threads of the block. Because of the first
+// barrier all threads have read the earlier result before it is overwritten, and f sees all that they have
+// written.
 template <typename F>
 __device__ __forceinline__ int tell_all(int* word, F f) {
   __syncthreads();
@@ -107,8 +108,8 @@ __device__ __forceinline__ void sum_groups(const Slab<T, kStates>& slab, int run
   }
 }
 
-// Starts each group's search at t = c. Groups count as alive unless zeros are frozen by groups; then
-// mark_alive marks those that are.
+// Starts each group's search at t = c. All groups count as alive unless zeros are frozen by groups; then
+// mark_alive marks the groups that are alive.
 template <typename A, typename Rule>
 __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int groups,
                                              const ParamGroup<A, Rule>& h) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ void start_groups(const SharedArrays<A>& shared, int 
   __syncthreads();
 }
 
-// Marks the groups of those of this thread's columns whose bit in `alive` is set.
+// Marks the groups of this thread's columns whose bit in `alive` is set.
 template <typename T, int kStates>
 __device__ __forceinline__ void mark_alive(const Slab<T, kStates>& slab, int run, unsigned alive,
                                            int* groups) {

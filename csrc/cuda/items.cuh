@@ -1,16 +1,16 @@
-// What a block of step_chunks does with one stage of a chunk, and how the chunks of a panel exchange their
-// sums. A block that waits for a panel waits only for blocks with earlier tickets, which are running (see
-// kernels.cuh).
+// The work of a block of step_chunks in one stage of a chunk, and the exchange of sums between the chunks
+// of a panel. A block that waits for a panel waits only for blocks with earlier tickets, which are running
+// (see kernels.cuh).
 #pragma once
 #include "cuda/arguments.cuh"
 #include "cuda/groups.cuh"
 
 namespace cges::cuda {
 
-// What the blocks of a panel tell each other through device memory.
+// The data that the blocks of a panel exchange through device memory.
 template <typename A>
 struct Panel {
-  int *arrived, *swept;   // chunks that have left their sums in this sweep; sweeps that are done
+  int *arrived, *swept;   // the number of chunks that have left their sums in this sweep; of sweeps done
   GroupState<A>* states;  // [groups]
   Sums<A>* partials;      // [chunks, groups]
 
@@ -67,7 +67,7 @@ __device__ __forceinline__ void sweep_chunk(const StepHead& table, const Item& i
 }
 
 // Returns whether this chunk has anything to do at this stage. If so, it first waits for the stage before,
-// and takes over its groups' searches and whether they are alive.
+// and reads its groups' searches and whether the groups are alive.
 template <typename A, typename Rule>
 __device__ __forceinline__ bool resume_chunk(const StepHead& table, const Item& item,
                                              const ParamGroup<A, Rule>& h, int stage,

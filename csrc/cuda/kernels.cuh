@@ -2,9 +2,9 @@
 //   step_rows      contiguous groups, and elements without groups; z waits in registers
 //   step_tiles     groups that one block or several together hold; z waits in shared memory. Elements without
 //                  groups go there if there are no rows
-//   step_chunks    parts of groups that no blocks can hold, which are taken by tickets; z is made again
-//   correct_steps  runs before the others where the device alone knows a tensor's count of steps, or lr
-// Their parts: arguments.cuh (what a kernel is given); rows.cuh; tiles.cuh with ring.cuh (reading) and
+//   step_chunks    parts of groups that no blocks can hold, which are taken by tickets; z is computed again
+//   correct_steps  runs before the others if only the device knows a tensor's count of steps, or lr
+// Their parts: arguments.cuh (the arguments of kernels); rows.cuh; tiles.cuh with ring.cuh (reading) and
 // tile_sums.cuh; items.cuh (a chunk) with slab.cuh (its elements) and groups.cuh (its sums, solve, apply);
 // rule.cuh (update rules); memory.cuh (accesses to device and shared memory).
 #pragma once
@@ -15,9 +15,9 @@
 namespace cges::cuda {
 namespace {
 
-// How many blocks of kThreads a multiprocessor is to hold at once. This bounds the registers of a thread: 128
-// with two blocks, 80 with three, 64 with four. In step_rows, plain steps of 16-bit types need the fewest,
-// doubles and steps of several states the most.
+// The number of blocks of kThreads that a multiprocessor is to hold at once. This bounds a thread's
+// registers: 128 with two blocks, 80 with three, 64 with four. In step_rows, plain steps of 16-bit types
+// need the fewest, doubles and steps of several states the most.
 constexpr int kBlocks = 2;
 template <typename T, typename Rule, bool plain>
 constexpr int kRowBlocks = sizeof(T) == 8 || (!plain && Rule::kStates > 1) ? 2
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   end_ticket(table, word);
 }
 
-// Runs before the other kernels, with one thread for each tensor. It forms those of a tensor's own numbers
-// that the host does not know, and counts the step where the count lies on the device. A step that overflows
-// is not counted.
+// Runs before the other kernels, with one thread for each tensor. It computes the tensor's own numbers that
+// the host does not know, and counts the step if the count lies on the device. A step that overflows is not
+// counted.
 template <typename T, typename Rule, bool few>
 __global__ void correct_steps(const __grid_constant__ StepTableOf<T, Rule, few> table, int tensors) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);

@@ -1,6 +1,6 @@
-// The host side of the CUDA executor's kernels: what a device allows, the arguments of a step, and its
+// The host side of the CUDA executor's kernels: the limits of a device, the arguments of a step, and its
 // launches. A step of a model's parameters is up to three kernels for each dtype, and a small one before them
-// where the device has to count steps; docs/design/cuda-executor.md says which, and why.
+// if the device has to count steps; docs/design/cuda-executor.md says which, and why.
 // plan/cuda_executor.cpp calls it.
 #include <algorithm>
 #include <stdexcept>
@@ -71,7 +71,7 @@ void with_rule(Rule rule, F f) {
   rule == Rule::sgd ? f.template operator()<Sgd>() : f.template operator()<Adamw>();
 }
 
-// Where some of the numbers lie on the device, the thresholds stay bare coefficients; see ParamGroup.
+// If some of the numbers lie on the device, the thresholds hold bare coefficients; see ParamGroup.
 template <typename A, typename UpdateRule>
 ParamGroup<A, UpdateRule> to_param_group(const Hyperparameters& h) {
   const Coefficients<double>& bare = h.coefficients;
@@ -80,14 +80,14 @@ ParamGroup<A, UpdateRule> to_param_group(const Hyperparameters& h) {
   return {typename UpdateRule::template Group<A>(h), thresholds.as<A>(), h.exact, h.freeze, h.device};
 }
 
-// Whether a step, if its phase is running, is plain: the kind that nearly all users run, and that has a path
-// of its own. It uses no rare option, and the host knows every number.
+// Whether a step whose phase is running is plain: the kind that nearly all users run, and that has a path of
+// its own. It uses no rare option, and the host knows every number.
 bool is_plain(const Hyperparameters& h, const LossScale& loss_scale) {
   return !h.nesterov && h.freeze == Freeze::none && !h.searches() && !h.device.any() &&
          loss_scale.grad_scale == nullptr;
 }
 
-// Whether the device alone knows some of a tensor's own numbers, so that correct_steps must run.
+// Whether only the device knows some of a tensor's own numbers, so that correct_steps must run.
 bool needs_correction(const Hyperparameters& h, const TensorInStep& tensor) {
   return tensor.count_on_device != nullptr || (tensor.count > 0 && h.device.lr != nullptr);
 }
@@ -175,7 +175,7 @@ Device describe_device(int index, Rule rule) {
   device.multiprocessors =
       std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount, index), multiprocessors_limit);
   device.shared_bytes = std::min({half, most, shared_limit});
-  // A limit from limit_device is a limit on z: what else lies in shared memory is needed in any case.
+  // A limit from limit_device is a limit on z: the other arrays in shared memory are needed in any case.
   const int64_t around = TileMemory<double>(kLeastSlots, states_of(rule).n).z;
   device.tile_bytes = shared_limit < most - around ? around + shared_limit : most;
   device.l2_bytes = attribute(cudaDevAttrL2CacheSize, index);

@@ -51,7 +51,7 @@ __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p, bool wide, int n
   return pack;
 }
 
-// Stores likewise; elements that do not exist are not written.
+// Stores a pack as load_pack loads one; elements that do not exist are not written.
 template <bool once, int kSize, typename T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack, bool wide, int n = kSize) {
   if (kSize > 1 && wide) {
@@ -93,8 +93,8 @@ __device__ __forceinline__ Pack<T, n> round_pack(const Compute<T> (&x)[n]) {
   return pack;
 }
 
-// Loads and stores what other blocks write and read. They bypass the L1, which other blocks' writes do not
-// reach.
+// Loads and stores of data that other blocks write and read. They bypass the L1, which other blocks' writes
+// do not reach.
 template <typename U>
 __device__ __forceinline__ U load_whole(const U* p) {
   static_assert(sizeof(U) % 16 == 0);
@@ -134,10 +134,10 @@ __device__ __forceinline__ void store_shared(T* p, const Pack<T>& pack) {
 }
 
 constexpr unsigned kSpinNanoseconds = 64;
-constexpr int64_t kSpinBudget = int64_t{1} << 31;  // some minutes; who waits longer waits for ever
+constexpr int64_t kSpinBudget = int64_t{1} << 31;  // some minutes; a longer wait would never end
 
-// Waits until *counter >= at_least and returns the counter. Whoever raises it executes a fence first, and
-// here a fence follows once the value has been seen. So what was written before the counter was raised is
+// Waits until *counter >= at_least and returns the counter. A thread that raises it executes a fence first,
+// and here a fence follows once the value has been seen. So all writes before the counter was raised are
 // visible to this thread, and after a barrier to its whole block.
 __device__ __forceinline__ int wait_for(int* counter, int at_least) {
 #pragma unroll 1

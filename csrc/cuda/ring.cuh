@@ -1,5 +1,5 @@
-// How one thread of step_tiles reads: which elements of a tile it has (Part), and the ring of shared memory
-// through which they come to the chip (Ring). tiles.cuh uses both.
+// The reads of one thread of step_tiles: its elements of a tile (Part), and the ring of shared memory through
+// which they come to the chip (Ring). tiles.cuh uses both.
 #pragma once
 #include <cuda_pipeline_primitives.h>
 
@@ -13,15 +13,15 @@ template <typename T, int kStates>
 struct Part {
   static constexpr int kVector = Pack<T>::kSize;
 
-  T* w;  // its first element in the row whose turn it is; the same for the other arrays
+  T* w;  // its first element in the row in turn; the same for the other arrays
   const T* grad;
   T* states[kStates];
-  uint32_t step;  // bytes from one of its rows to the next
-  int rows;       // how many of its rows are left
-  // Several small numbers in one word, to spare registers. Byte 0: how many columns it has of a row. Byte 1:
-  // how many of the tile's last row. Bit 16: whether that row is one of its own. Bits 17 and 18: whether the
-  // step reads gradients, and states. Byte 3, unit(): how many bytes one access may move, anywhere in the
-  // tile.
+  uint32_t step;  // the number of bytes from one of its rows to the next
+  int rows;       // the number of its rows that are left
+  // Several small numbers in one word, to spare registers. Byte 0: the number of its columns of a row. Byte
+  // 1: the number of its columns of the tile's last row. Bit 16: whether that row is one of its own. Bits
+  // 17 and 18: whether the step reads gradients, and states. Byte 3, unit(): the number of bytes that one
+  // access may move, anywhere in the tile.
   uint32_t form;
 
   __device__ Part(const Tile& tile, const TensorAddresses<kStates>& tensor, Phase phase)
@@ -53,12 +53,12 @@ struct Part {
            reads_state(phase) << 18 | unit << 24;
   }
 
-  // How many of the kVector columns from its first one on exist, of `columns` that are left.
+  // The number of the kVector columns from its first one on that exist, if `columns` columns are left.
   static __device__ int clamp(int columns) { return max(0, min(columns, kVector)); }
   __device__ uint32_t unit() const { return form >> 24; }
   __device__ bool reads_grad() const { return form >> 17 & 1; }
   __device__ bool reads_states() const { return form >> 18 & 1; }
-  // How many columns it has of the row in turn.
+  // The number of its columns of the row in turn.
   __device__ int length() const { return (rows == 1 && form >> 16 & 1 ? form >> 8 : form) & 0xff; }
   __device__ void go_on() {
     w = advance(w);
@@ -83,7 +83,7 @@ struct Ring {
 
   unsigned char* mine;  // the thread's 16 bytes of the first array in the first slot
   const int32_t& slots;
-  int now = 0;  // where the slot in turn begins, in bytes
+  int now = 0;  // the place in bytes at which the slot in turn begins
 
   __device__ Ring(unsigned char* memory, const int32_t& slots)
       : mine(memory + threadIdx.x * 16), slots(slots) {}

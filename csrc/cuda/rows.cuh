@@ -19,11 +19,11 @@ struct Share {
   static constexpr int kVector = Pack<T>::kSize, kWidth = wide ? kVector : 1;
   static constexpr int kPacks = kElementsOfThread<sizeof(T)> / kWidth;
 
-  int64_t first;  // index of the group's first element in the tensor
-  int size;       // of the group
-  int begin;      // this thread's first element, counted within the group
-  int step;       // from one of its elements to the next
-  int jump;       // from one of its packs to the next
+  int64_t first;  // the index of the group's first element in the tensor
+  int size;       // the number of elements of the group
+  int begin;      // the index of this thread's first element within the group
+  int step;       // the distance from one of its elements to the next
+  int jump;       // the distance from one of its packs to the next
 
   __device__ explicit Share(const Strip& strip) : size(strip.size) {
     const int lane = threadIdx.x % strip.lanes, team = threadIdx.x / strip.lanes;
@@ -34,7 +34,7 @@ struct Share {
     if (team >= strip.groups) size = 0;  // this team has no group
   }
 
-  // Where its k-th pack, or its k-th element, lies within the group.
+  // The index of its k-th pack, or of its k-th element, within the group.
   __device__ int offset(int k) const {
     return wide ? begin + k * jump : begin + k / kVector * jump + k % kVector * step;
   }
@@ -45,7 +45,7 @@ struct Share {
   __device__ void forget() { asm volatile("" : "+r"(begin), "+r"(step), "+r"(jump)); }
 };
 
-// Bytes of shared memory of a block: one Sums for each warp, and another one for whether its group is alive.
+// The bytes of shared memory of a block: one Sums for each warp, and another for whether its group is alive.
 template <typename A>
 constexpr int64_t kRowsShared = 2 * kWarps * sizeof(Sums<A>);
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ Shrinkage<A> solve_team(const A (&z)[kPacks][kWidth],
   }
 }
 
-// How a thread loads, updates and stores its packs of a strip, for one kind of step.
+// Loads, updates and stores a thread's packs of a strip, for one kind of step.
 template <typename T, typename Rule, bool plain, bool wide>
 struct Packs {
   using A = Compute<T>;
@@ -153,7 +153,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
   using A = Compute<T>;
   using P = Packs<T, Rule, plain, wide>;
   constexpr int kPacks = P::Mine::kPacks;
-  // How many packs of gradients and states are loaded at once: all, or as many as the registers allow.
+  // The number of packs of gradients and states to load at once: all, or as many as the registers allow.
   constexpr int kAtOnce = plain && wide ? kPacks / P::kStates : plain && sizeof(T) > 2 ? 4 : 2;
   static_assert(kPacks % kAtOnce == 0);
   const auto& mine = packs.mine;

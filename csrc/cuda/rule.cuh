@@ -1,25 +1,25 @@
-// The update rules as kernels see them, and what a kernel is told of a param group and of a tensor's
-// addresses. arguments.cuh puts these into the kernels' arguments; rows.cuh, tiles.cuh and slab.cuh call
-// update_pack.
+// The update rules in the form that kernels take, and the arguments of kernels for a param group and for a
+// tensor's addresses. arguments.cuh puts these into the kernels' arguments; rows.cuh, tiles.cuh and slab.cuh
+// call update_pack.
 #pragma once
 #include "cuda/executor.h"
 #include "cuda/memory.cuh"
 
 namespace cges::cuda {
 
-// What is known of a step when a kernel is compiled: nothing; that its phase is running; or that it is plain.
-// A plain step is what nearly all users run: its phase is running, it uses no rare option (nesterov,
-// freezing, exact mode with exclusive lasso, a gradient scaler), and the host knows all of its numbers.
+// The facts about a step that are known when a kernel is compiled: nothing; that its phase is running; or
+// that it is plain. Nearly all users run plain steps: the phase is running, no rare option is used
+// (nesterov, freezing, exact mode with exclusive lasso, a gradient scaler), and the host knows all numbers.
 // launch.cu decides (is_plain).
 enum class Known { nothing, running, plain };
 
 // For kernels an update rule is a struct with these members:
-//   kStates         how many states it keeps
-//   kMostTensors    how many tensors the largest arguments hold
-//   kFewArguments   how many bytes of arguments hold kFewTensors
+//   kStates         the number of states that it keeps
+//   kMostTensors    the number of tensors that the largest arguments hold
+//   kFewArguments   the number of bytes of the arguments that hold kFewTensors
 //   Group<A>        the numbers of a param group: lr(), take_lr(lr), unscale(grad_scale)
 //   Own<A>          a tensor's own numbers; kNone: there are none
-//   correct_here(group, own, ...)        forms Own where some number for it lies on the device
+//   correct_here(group, own, ...)        forms Own if some number for it lies on the device
 //   Update<A, known>(group, own, phase)  updates one element
 
 struct Sgd {
@@ -175,8 +175,8 @@ struct ParamGroup {
   __device__ bool need_sums() const { return thresholds.need_norms() || freeze == Freeze::group; }
 };
 
-// The addresses of a tensor in one step. An array that it lacks has w's address, which is never read as such
-// but lets kernels compute offsets without asking.
+// The addresses of a tensor in one step. For an array that it lacks the address is that of w, which lets
+// kernels compute offsets without a branch; nothing is read through it.
 template <int kStates>
 struct TensorAddresses {
   void* w;
@@ -197,8 +197,8 @@ template <typename T, int n, int kStates, typename Update>
 __device__ __forceinline__ void update_pack(const Update& update, bool freezes, bool dead, Compute<T> (&w)[n],
                                             const Pack<T, n>& grad, Pack<T, n> (&states)[kStates]) {
   using A = Compute<T>;
-  // How many elements are updated before their states are rounded: all or, with several states, a pair, to
-  // spare registers.
+  // The number of elements that are updated before their states are rounded: all or, with several states, a
+  // pair, to spare registers.
   constexpr int kTogether = kStates > 1 && n % 2 == 0 ? 2 : n;
 #pragma unroll
   for (int first = 0; first < n; first += kTogether) {

@@ -13,12 +13,12 @@ struct Slab {
   using A = Compute<T>;
   static constexpr int kVector = Pack<T>::kSize;
   template <bool wide>
-  static constexpr int kBatch = wide ? 2 : 1;  // rows whose loads are under way together
+  static constexpr int kBatch = wide ? 2 : 1;  // the number of rows whose loads are under way together
 
   T* w;  // the slab's first element; the same for the other arrays
   const T* grad;
   T* states[kStates];
-  uintptr_t bits;  // of all these addresses
+  uintptr_t bits;  // the bitwise or of all these addresses
   Phase phase;
   int64_t pitch;
   int rows, columns, last_columns;
@@ -171,7 +171,7 @@ __device__ __forceinline__ void clear_states(const Slab<T, kStates>& slab, unsig
         if (dead >> v & 1) store<false>(state + slab.offset(r) + v, T(0.0f));
 }
 
-// w as it is stored: shrunk or, if there is no threshold, z itself bit for bit.
+// The value to store in w: shrunk or, if there is no threshold, z itself bit for bit.
 template <typename T>
 __device__ __forceinline__ T shrunk(Compute<T> z, const Shrinkage<Compute<T>>& at, bool shrinks) {
   return shrinks ? apply_shrinkage<T>(z, at) : T(z);

@@ -52,13 +52,13 @@ __device__ __forceinline__ GroupStats<A> sum_tile(const GroupStats<A> (&stats)[k
   return {counts ? total[kSums - 1] : A(0), total[0], total[1]};
 }
 
-// How the parts of a shared panel tell each other their sums, through device memory. Sweeps use two places by
-// turns. That suffices: a part tells sweep k + 2 only after it has heard all parts of sweep k + 1, and each
-// of these has told it only after it had heard sweep k.
+// The exchange of sums between the parts of a shared panel, through device memory. Sweeps use two places in
+// turn. That suffices: a part writes its sums of sweep k + 2 only after it has read those of all parts for
+// sweep k + 1, and each part has written these only after it had read the sums of sweep k.
 template <typename A>
 struct SharedPanel {
   const Tile& tile;
-  int *arrived, *left;  // how many times parts have told their sums, over all sweeps; how many have left
+  int *arrived, *left;  // how many times parts have written sums, over all sweeps; how many parts have left
   Sums<A>* sums;        // [2, parts, groups]
 
   __device__ SharedPanel(const StepHead& table, const Tile& tile)
@@ -71,7 +71,7 @@ struct SharedPanel {
     return sums + (int64_t(sweep % 2) * tile.parts + part) * tile.groups + group;
   }
 
-  // Tells this part's sums. Each thread with `tells` has those of one group. After the barrier the fence
+  // Writes this part's sums. Each thread with `tells` has the sums of one group. After the barrier the fence
   // makes the sums of all threads visible before the part counts as arrived.
   __device__ void tell(int sweep, bool tells, int group, const Sums<A>& mine) const {
     if (tells) store_whole(place(sweep, tile.part, group), mine);
@@ -81,8 +81,8 @@ struct SharedPanel {
     atomicAdd(arrived, 1);
   }
 
-  // Waits for all parts and returns what they add up to for a group, in a fixed order, to each of the
-  // `sharers` neighbouring threads that have it in common.
+  // Waits for all parts and returns the total of their sums for a group, added in a fixed order, to each of
+  // the `sharers` neighbouring threads that share the group.
   __device__ Sums<A> hear(int sweep, int sharers, int group) const {
     if (threadIdx.x == 0) wait_for(arrived, tile.parts * (sweep + 1));
     __syncthreads();
@@ -93,7 +93,7 @@ struct SharedPanel {
     return all;
   }
 
-  // Called when all threads of the block have heard the last sums. The last part to leave sets the counters
+  // Called when all threads of the block have read the last sums. The last part to leave sets the counters
   // back to zero for the next step.
   __device__ void leave() const {
     if (threadIdx.x != 0 || atomicAdd(left, 1) < tile.parts - 1) return;

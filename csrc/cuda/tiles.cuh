@@ -14,7 +14,8 @@
 
 namespace cges::cuda {
 
-// Stands as s for a group that was zero before the step and is frozen. No other group has a negative s.
+// The value of s that marks a group that was zero before the step and is frozen. No other group has a
+// negative s.
 template <typename A>
 constexpr A kDead = A(-1);
 
@@ -35,7 +36,7 @@ struct TileWalk {
   const Table& table;
   Tile* const queue;          // the block's k-th tile lies at k % kQueue
   Shrinkage<A>* const found;  // the (s, t) of each group
-  int* const alive;  // of each group, whether it has a weight that is not zero, if zeros are frozen by groups
+  int* const alive;           // for each group whether it has a nonzero weight, if zeros are frozen by groups
   Ring<T, kStates> ring;
   // This thread's part of z, which is a circular buffer of z_passes rows: a tile's rows begin where those of
   // the tile before end. Below, "row" is the offset of a row in bytes. A row has kVector numbers for each
@@ -51,7 +52,7 @@ struct TileWalk {
         ring(memory + at.ring, table.slots),
         z(memory + at.z + threadIdx.x * 16) {}
 
-  // What the arguments say of a tile's tensor.
+  // The phase and the param group of a tile's tensor, from the arguments.
   __device__ Phase phase(const Tile& tile) const { return plain ? Phase::running : table.phase(tile.tensor); }
   __device__ Group told(const Tile& tile) const {
     const Group& h = table.of(tile.tensor);
@@ -78,7 +79,7 @@ struct TileWalk {
                             none ? 16 : 0);
   }
 
-  __device__ int back(int row, int rows) const {  // the row that is so many rows before
+  __device__ int back(int row, int rows) const {  // the row that is `rows` rows before
     row -= rows * kRow;
     return row < 0 ? row + table.z_passes * kRow : row;
   }
@@ -106,17 +107,17 @@ struct TileWalk {
     }
   }
 
-  // What a thread works on: the old tile, which is written back, the new one, which is taken in, and the part
-  // whose rows are fetched ahead.
+  // The data that a thread works on: the old tile, which is written back, the new one, which is taken in, and
+  // the part whose rows are fetched ahead.
   struct Hand {
     MyPart out, in, ahead;
-    // Of the old tile: the row of z in turn; each column's (s, t); whether these still wait for the sums of
+    // For the old tile: the row of z in turn; each column's (s, t); whether these still wait for the sums of
     // other parts; whether anything shrinks.
     int out_row = 0;
     Shrinkage<A> at[kVector] = {};
     bool waits = false, shrinks = true;
-    // Of the new tile: the row of z in turn; its update, its l1 threshold, whether zeros stay; its sums. Bit
-    // v of `any` says whether column v has a weight that is not zero.
+    // For the new tile: the row of z in turn; its update, its l1 threshold, whether zeros stay; its sums.
+    // Bit v of `any` says whether column v has a weight that is not zero.
     int in_row = 0;
     Update update;
     A c;
@@ -213,8 +214,8 @@ struct TileWalk {
       int end = pass < goes_over ? goes_over : passes;
       if (pass < waits_until) end = min(end, waits_until);
       end = min(end, pass + min(rows_left(hand.in_row), rows_left(hand.out_row)));
-      // These speak of all three parts in hand: the one that is written back, the one taken in, the one
-      // fetched.
+      // These hold for all three parts in hand: the one that is written back, the one that is taken in, and
+      // the one that is fetched.
       const bool simple = hand.shrinks && (plain || (table.plain(now.tensor) && hand.ahead.reads_states()));
       const bool wide = (hand.out.unit() | hand.in.unit() | hand.ahead.unit()) == 16;
       if (simple && wide)
@@ -229,7 +230,7 @@ struct TileWalk {
       wrap(hand.out_row);
       pass = end;
     }
-    // What is left of an old tile that has more rows than the new one.
+    // Writes back the rows that are left of an old tile that has more rows than the new one.
 #pragma unroll 1
     for (; hand.out.rows > 0; hand.out.go_on(), turn(hand.out_row)) apply<false, false>(hand);
   }
@@ -247,10 +248,10 @@ struct TileWalk {
   }
 
   // Finds (s, t) of this thread's columns, once all of the tile's z lies on the chip, from row `begin` on.
-  // For a part of a panel it tells the part's sums and leaves with hand.waits set; when called again as
-  // `comes_back`, it hears those of all parts. In exact mode, and without kGoesOn, it does both at once. The
-  // first call always has a barrier, which also makes the tiles that fetch_tile has copied visible to all
-  // threads.
+  // For a part of a panel it writes the part's sums and returns with hand.waits set; when it is called
+  // again as `comes_back`, it reads those of all parts. In exact mode, and without kGoesOn, it does both at
+  // once. The first call always has a barrier, which also makes the tiles that fetch_tile has copied
+  // visible to all threads.
   template <bool comes_back>
   __device__ __forceinline__ void solve_tile(Hand& hand, const Tile& tile, int begin) const {
     const Group h = told(tile);

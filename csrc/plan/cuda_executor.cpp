@@ -1,4 +1,4 @@
-// Which tensors share a launch of the CUDA executor, their tables in device memory, and the calls of
+// Decides which tensors share a launch of the CUDA executor, makes their tables in device memory, and calls
 // cuda::launch in each step. make_executor (executor.cpp) makes this executor in builds with CUDA.
 #include "plan/cuda_executor.h"
 

@@ -28,7 +28,7 @@ class CudaExecutor : public Executor {
     DType dtype;
     cuda::Device description;
     cuda::Work work{};
-    std::vector<size_t> tensors{};  // indices into the tensors of the step
+    std::vector<size_t> tensors{};  // the indices of its tensors among those of the step
     std::vector<int32_t> places{};  // for each of `tensors`, the place of its param group in `param_groups`
     std::vector<int64_t> param_groups{};  // indices into the hyperparameters of the step
     at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{}, corrected{};

@@ -35,13 +35,13 @@ class CpuExecutor : public Executor {
   }
 
  private:
-  // Which groups of one tensor the last step held at zero, if skip_dead asks for that.
+  // The groups of one tensor that the last step held at zero, if skip_dead asks for them.
   struct Held {
     cpu::HeldGroups groups{};
-    Phase phase = Phase::skipped;  // of the step that held them; in another phase other states are kept
+    Phase phase = Phase::skipped;  // the phase of the step that held them; another one keeps other states
 
-    // The groups that the coming step may pass over, and where it writes down those that it holds at zero.
-    // Null where all groups must be stepped.
+    // The groups that the coming step may skip, and in which it records those that it holds at zero. Null if
+    // all groups must be stepped.
     cpu::HeldGroups* before(const cpu::StepTensor& tensor) {
       if (!tensor.h->skip_dead || tensor.h->freeze != Freeze::group || !cpu::can_pass_by(tensor)) {
         groups.clear();

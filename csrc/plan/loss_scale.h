@@ -1,5 +1,5 @@
-// What torch.amp.GradScaler hands to an optimizer that divides by the loss scale itself. bindings.cpp makes
-// it of the optimizer's grad_scale and found_inf, and the executors read it.
+// The numbers that torch.amp.GradScaler hands to an optimizer that divides by the loss scale itself.
+// bindings.cpp makes them from the optimizer's grad_scale and found_inf, and the executors read them.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -8,7 +8,7 @@
 
 namespace cges {
 
-// The numbers of a LossScale (common/step.h) as tensors of one element, undefined where there are none.
+// The numbers of a LossScale (common/step.h) as tensors of one element, undefined if there are none.
 struct ScalerTensors {
   at::Tensor grad_scale, found_inf;
 

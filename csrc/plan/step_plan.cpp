@@ -172,8 +172,8 @@ void StepPlan::follow_state(const py::dict& state) {
     slot.entry = py::reinterpret_borrow<py::object>(PyDict_GetItem(state.ptr(), slot.object.ptr()));
 }
 
-// The tensor that `state` holds for this parameter under `key`; undefined where there is none yet. `last` is
-// what the last step left there: if it is still the same Python object, it need not be unpacked again.
+// The tensor that `state` holds for this parameter under `key`; undefined if there is none yet. `last` is the
+// one that the last step left there: if it is still the same Python object, it need not be unpacked again.
 at::Tensor StepPlan::find(const Slot& slot, const py::object& key, const Kept& last) const {
   PyObject* const found = slot.entry ? PyDict_GetItem(slot.entry.ptr(), key.ptr()) : nullptr;
   if (found == nullptr || found == Py_None) return {};
@@ -209,7 +209,7 @@ void* StepPlan::settle(const Slot& slot, const char* what, at::Tensor& x) const 
                          .c_str());
 }
 
-// A count of steps has one element: on the host of float or double, beside the parameter of float.
+// A count of steps has one element: a float or double on the host, or a float on the parameter's device.
 void StepPlan::check_step(const Slot& slot, const at::Tensor& step) const {
   const bool here = step.defined() && step.numel() == 1 && step.layout() == at::kStrided;
   const auto type = here ? step.scalar_type() : at::kByte;
@@ -267,7 +267,7 @@ void StepPlan::keep_states(Slot& slot, const Inputs& inputs, const py::dict& sta
 void StepPlan::begin_states(const Slot& slot, Inputs& inputs) const {
   for (int s = 0; s < kept_.n; ++s) inputs.states[s] = new_like(slot.param, slot.param.options());
   if (!kept_.counts) return;
-  // If the options say so, the count lies beside the parameter, and then in float32, as kernels read it.
+  // If the options say so, the count lies on the parameter's device, and then in float32, as kernels read it.
   const bool with_param = hyperparameters_[slot.shape.param_group].step_on_device;
   const bool is_float = with_param || c10::get_default_dtype_as_scalartype() != at::kDouble;
   const auto type = is_float ? at::kFloat : at::kDouble;
@@ -358,7 +358,7 @@ void StepPlan::run(const py::object& launch, const ScalerTensors& scaler) {
     return all.tensors[i].count > 0 ||
            (all.tensors[i].count_on_device != nullptr && slots_[i].param.numel() == 0);
   };
-  bool host_must_know = false;  // whether to find out now if the step overflowed
+  bool host_must_know = false;  // whether the host must find out now if the step overflowed
   for (size_t i = 0; i < slots_.size(); ++i)
     host_must_know |= all.tensors[i].phase == Phase::first || counted_by_host(i);
   if (host_must_know && scaler.overflowed()) return;

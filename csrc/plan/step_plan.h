@@ -66,7 +66,7 @@ class StepPlan {
     void* data = nullptr;
   };
 
-  // One parameter: what it was when the plan was made, and what the last step left of it and its states.
+  // One parameter: its properties when the plan was made, and the states that the last step left.
   struct Slot {
     py::object object;  // the parameter as a Python object
     at::Tensor param;
@@ -78,7 +78,7 @@ class StepPlan {
     py::object entry{};  // the dict state[param], null before there is one
     std::array<Kept, kMostStates> states{};
     Kept step{};
-    int64_t version = kUnknown;  // of the parameter, after the last step
+    int64_t version = kUnknown;  // the parameter's version after the last step
   };
 
   // The tensors that one step uses of a parameter. They are held until it is done, since some may be copies.
@@ -109,13 +109,13 @@ class StepPlan {
   std::string name(const Slot& slot) const;
 
   const Rule rule_;
-  const RuleStates& kept_;  // what the rule keeps
+  const RuleStates& kept_;  // the states that the rule keeps
   std::vector<py::object> state_keys_;
   py::object step_key_;
   std::vector<Slot> slots_;
   std::vector<int64_t> group_sizes_;
   std::vector<Hyperparameters> hyperparameters_;
-  std::vector<std::pair<py::object, py::object>> state_entries_;  // of `state`, at the last follow_state
+  std::vector<std::pair<py::object, py::object>> state_entries_;  // the items of `state` at follow_state
   std::optional<Gathered> gathered_;
   std::unique_ptr<Executor> executor_;  // null if each run is told what to launch
 };

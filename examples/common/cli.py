@@ -1,4 +1,4 @@
-"""What the commands share: their options, what they begin with, and how they write files."""
+"""The code that the commands share: their options, their preparations, and how they write files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def device(text: str) -> str:
     return text
 
 
-WHOLE: dict[str, Any] = dict(type=at_least_one, metavar="N")  # an option's
+WHOLE: dict[str, Any] = dict(type=at_least_one, metavar="N")  # arguments of an option that is a whole number
 
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
 def prepared(
     parser: argparse.ArgumentParser, args: argparse.Namespace, out: Path
 ) -> tuple[Dataset, Settings, Path]:
-    """The data, the settings, and the folder to write to, which is ``out`` if no other is given."""
+    """(data, settings, folder to write to, which is ``out`` unless the arguments name another)."""
     out = args.out or out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def prepared(
 
 
 def write(out: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
-    """Files by name. All are made before anything is replaced: no half-written one replaces a good one."""
+    """Writes files by name. All are written elsewhere first, so that no partial file replaces a good one."""
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as folder:
         for name, text in texts.items():
             Path(folder, name).write_text(text, encoding="utf-8")

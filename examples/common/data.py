@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-FOLDS = 5  # of data without a test set: one fold is trained on, the others are tested on
+FOLDS = 5  # for data without a test set: training takes one fold, the test takes the others
 
 
 class DataError(Exception):
-    """The images cannot be had; the message says why."""
+    """The images cannot be loaded; the message says why."""
 
 
 class Dataset(NamedTuple):
@@ -21,7 +21,7 @@ class Dataset(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     classes: int
-    tested: int = 0  # how many images at the end are the published test set; 0 if there is none
+    tested: int = 0  # the size of the published test set, which comes last; 0 if there is none
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(indices to train on, indices to test on) of repetition ``seed``.
@@ -47,7 +47,7 @@ def digits(path: Path | None, size: int) -> Dataset:
 
 
 def _published(name: str) -> Callable[[Path | None, int], Dataset]:
-    """A loader of the torchvision data set ``name``, which lies below the path or is downloaded there."""
+    """A loader of the torchvision data set ``name``; it reads it below the path or downloads it there."""
 
     def load(path: Path | None, size: int) -> Dataset:
         from torchvision import datasets
@@ -62,7 +62,10 @@ def _published(name: str) -> Callable[[Path | None, int], Dataset]:
 
 
 def folder(path: Path | None, size: int) -> Dataset:
-    """A folder of images per class, each image's middle square; or train/ and test/ (or val/) of such."""
+    """The middle square of each image below a path that has a folder for each class.
+
+    The path may also have such folders in train/ and test/ (or val/).
+    """
     from torchvision import datasets, transforms
 
     assert path is not None
@@ -82,7 +85,7 @@ def folder(path: Path | None, size: int) -> Dataset:
 
 
 def _joined(x: list[np.ndarray], y: list[np.ndarray], classes: int) -> Dataset:
-    """Both sets, in units of the training set's standard deviation from its mean, channel by channel."""
+    """Both sets in one. Each channel is shifted and scaled by the training set's mean and deviation."""
     mean, deviation = (f(x[0], axis=(0, 2, 3), keepdims=True) for f in (np.mean, np.std))
     joined = (np.concatenate(x) - mean) / np.maximum(deviation, 1e-6)
     return Dataset(joined.astype(np.float32), np.concatenate(y).astype(np.int64), classes, len(y[1]))
@@ -98,10 +101,10 @@ LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {
 
 
 def load(data: str, path: Path | None = None, size: int = 32) -> Dataset:
-    """The data of ``--data``; ``size`` is the side that a folder's images are brought to.
+    """The data set that ``--data`` names. The images of a folder are scaled to ``size`` x ``size``.
 
     Raises:
-        DataError: the data is missing or malformed, cannot be downloaded, or torchvision is not there.
+        DataError: the data is missing or malformed, cannot be downloaded, or torchvision is not installed.
     """
     if path is None and data != "digits":
         raise DataError(f"--data {data} needs --path, the folder that holds it")

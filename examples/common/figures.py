@@ -1,4 +1,4 @@
-"""What the figures of the examples look like, and accuracy over cost."""
+"""The style of the examples' figures, and the figure of accuracy over cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .results import COSTS, Group, Results
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-# Okabe and Ito's palette: told apart with any colour vision, and by marker in grey.
+# Okabe and Ito's palette can be distinguished with any colour vision, and markers also in grey.
 STYLES = {
     "l2": ("#000000", "s", "-"),
     "l1": ("#E69F00", "v", "-"),
@@ -66,7 +66,7 @@ def over_costs(results: Results, title: str, columns: int = 2) -> Figure:
         percent_axis(panel.xaxis, max(0.5, 0.8 * min(positive)))
         panel.set_xlabel(f"{label}, %")
     accuracies = [group.interval("accuracy").mean for group in results.groups]
-    # What falls further leaves the picture.
+    # Accuracies more than 15 points below the best are outside of the picture.
     panels[0].set_ylim(max(min(accuracies) - 1, max(accuracies) - 15), max(accuracies) + 1.5)
     return finish(figure, panels, results, title)
 

@@ -39,13 +39,13 @@ def jobs_of(arms: Mapping[str, Arm], lambdas: int, seeds: int) -> list[Job]:
 
 
 def row_of(settings: Settings, job: Job, measured: Row) -> Row:
-    """What was measured, after what the run was of."""
+    """One result row: the run's settings first, then its measurements."""
     facts = {"data": settings.data, "net": settings.net, "epochs": settings.epochs}
     return {**facts, "arm": job.arm, "lambda": job.lam, "seed": job.seed, **measured}
 
 
 def progress(items: Iterable[R], label: str, unit: str, total: int) -> Iterable[R]:
-    """The items, with a bar that says how many have come."""
+    """Passes the items on, and shows a bar with the number of those that are done."""
     seconds = 0.1 if sys.stderr.isatty() else 20  # a log wants few lines
     return tqdm(items, desc=label, unit=unit, total=total, mininterval=seconds)
 
@@ -61,7 +61,7 @@ def run_jobs(work: Callable[[J], R], jobs: Sequence[J], workers: int, device: st
 
 
 def _alone(work: Callable[[J], R], job: J, device: str) -> R:
-    if device != "cpu":  # the same command gives the same table there too
+    if device != "cpu":  # so that the same command gives the same table on a GPU too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with one_thread():
@@ -70,7 +70,7 @@ def _alone(work: Callable[[J], R], job: J, device: str) -> R:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """On the CPU, torch computes with one thread."""
+    """Makes torch compute with one CPU thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,22 +11,22 @@ from torch import nn
 
 from cges_kernels import cges_param_groups, sparsity_param_groups
 
-ParamGroups = Callable[[nn.Module, float], list[dict[str, Any]]]  # of a network at a lambda
+ParamGroups = Callable[[nn.Module, float], list[dict[str, Any]]]  # called with a network and a lambda
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that an experiment compares: a penalty, and its lambdas from weakest to strongest."""
+    """One of the methods that an experiment compares: a penalty, and its weakest and strongest lambda."""
 
     label: str
     weakest: float
     strongest: float
     param_groups: ParamGroups
-    norm: bool = False  # on the network with batch norm
+    norm: bool = False  # whether it trains the network with batch norm
     slimming: bool = False  # channels are counted as removed where their batch-norm scale is zero
 
     def lambdas(self, count: int) -> list[float]:
-        """``count`` lambdas, each the same factor above the last; one alone is in the middle."""
+        """``count`` lambdas from weakest to strongest, with a constant factor; or the middle one for 1."""
         if count == 1:
             return [float(f"{(self.weakest * self.strongest) ** 0.5:.3g}")]
         return [float(f"{lam:.3g}") for lam in np.geomspace(self.weakest, self.strongest, count)]
@@ -38,9 +38,9 @@ def _by_size(penalty: str, **options: Any) -> ParamGroups:
 
 
 # The ranges go from nearly dense to where accuracy suffers, with ProxSGD at momentum 0.9, where the penalty
-# in force is a tenth of lambda. Scaling by size divides the exclusive penalty by the group size, so ES alone
-# needs a lambda some fifty times the others' to zero as much. CGES has m = 0: mu rises from 0 in the first
-# layer to 1 in the last.
+# in force is a tenth of lambda. Scaling by size divides the exclusive penalty by the group size, so exclusive
+# sparsity alone (ES) needs a lambda about fifty times as large for as many zeros. CGES has m = 0: mu rises
+# from 0 in the first layer to 1 in the last.
 METHODS = {
     "l2": Arm("l2 (dense)", 1e-4, 1e-2, _by_size("weight_decay")),
     "l1": Arm("l1", 0.003, 0.05, _by_size("l1")),

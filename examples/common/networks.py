@@ -1,4 +1,4 @@
-"""The networks, by name: what --net takes."""
+"""The networks that --net can name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 class LeNet(nn.Module):
-    """Two convolutions and two fully connected layers, no padding; images above 16x16 are pooled.
+    """Two convolutions without padding and two fully connected layers; images above 16x16 are pooled.
 
-    ``norm``: with batch norm behind the convolutions.
+    With ``norm`` a batch norm follows each convolution.
     """
 
     def __init__(self, size: int, channels: int = 1, classes: int = 10, norm: bool = False) -> None:
@@ -50,7 +50,7 @@ class MnistNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, each behind a batch norm, whose result is added to the input."""
+    """A residual block: two 3x3 convolutions, each after a batch norm, whose result is added to the input."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Zagoruyko and Komodakis 2016; two blocks in each of three stages and ten times the width: WRN-16-10."""
+    """The wide residual network of Zagoruyko and Komodakis 2016; the defaults give WRN-16-10."""
 
     def __init__(self, channels: int, classes: int, blocks: int = 2, widen: int = 10) -> None:
         super().__init__()
@@ -86,13 +86,14 @@ class WideResNet(nn.Module):
         return self.fc(F.relu(self.norm(self.blocks(self.conv(x)))).mean((2, 3)))
 
 
-NETS: dict[str, Callable[[int, int, int], nn.Module]] = {  # of (size, channels, classes)
+NETS: dict[str, Callable[[int, int, int], nn.Module]] = {  # called with size, channels, classes
     "lenet": LeNet,
     "lenet_bn": lambda size, channels, classes: LeNet(size, channels, classes, norm=True),
     "mnist": MnistNet,
     "wrn-16-10": lambda size, channels, classes: WideResNet(channels, classes),
 }
-NORMED = {"lenet": "lenet_bn", "lenet_bn": "lenet_bn", "wrn-16-10": "wrn-16-10"}  # with batch norm, if any
+# {network: its variant with batch norm}
+NORMED = {"lenet": "lenet_bn", "lenet_bn": "lenet_bn", "wrn-16-10": "wrn-16-10"}
 
 
 def scaled(model: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -105,5 +106,5 @@ def scaled(model: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 
 
 def build(name: str, image: Tensor, classes: int) -> nn.Module:
-    """The network for images like ``image`` [channels, size, size], drawn from torch's random state."""
+    """The network for images like ``image`` [channels, size, size], with weights drawn by torch."""
     return NETS[name](image.shape[-1], image.shape[0], classes).to(image.device)

@@ -1,4 +1,4 @@
-"""From the rows of single runs to means with confidence intervals, and to verdicts on what differs."""
+"""Turns rows of single runs into means with confidence intervals, and into verdicts on differences."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from scipy import stats
 
 from cges_kernels.reporting.files import as_csv
 
-TEXT = ("data", "net", "arm")  # columns that are no numbers
-FACTS = ("data", "net", "epochs")  # of every row
-KEYS = ("arm", "lambda", "epoch", "density")  # what rows of different seeds have in common
+TEXT = ("data", "net", "arm")  # the columns of text; all others are numbers
+FACTS = ("data", "net", "epochs")  # the settings in every row
+KEYS = ("arm", "lambda", "epoch", "density")  # rows that differ only in their seed have these in common
 COSTS = {
     "nonzero": "nonzero weights",
     "flops_nonzero": "FLOPs by nonzeros",
     "weights_compacted": "weights, compacted",
     "flops_compacted": "FLOPs, compacted",
 }
-LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # percent, where curves are compared
+LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # costs in percent to compare curves at
 
-Row = dict[str, Any]  # FACTS, some KEYS, "seed", and what was measured
+Row = dict[str, Any]  # FACTS, some KEYS, "seed", and the measurements
 
 
 class Interval(NamedTuple):
@@ -50,14 +50,14 @@ class Interval(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of the claim that what is estimated is positive."""
+        """The verdict on the claim that the estimated value is positive."""
         if not abs(self.mean) > self.half:  # so NaN is undecided
             return "undecided"
         return "holds" if self.mean > 0 else "does not hold"
 
 
 class Margin(NamedTuple):
-    """What an arm has more than a rival at equal cost, mean over levels of that cost and over seeds."""
+    """An arm's advantage over a rival at equal cost: the mean over levels of that cost and over seeds."""
 
     interval: Interval
     levels: tuple[float, ...]  # percent; none if no level is on the curves of both
@@ -70,7 +70,7 @@ class Margin(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of the claim that it is more."""
+        """The verdict on the claim that the advantage is positive."""
         return self.interval.verdict if self.levels else "no common level"
 
 
@@ -86,13 +86,13 @@ class Group(NamedTuple):
         return Interval.of([row[measure] for row in self.rows])
 
     def gain(self, over: Group) -> Interval:
-        """Accuracy less the other's, seed by seed."""
+        """The accuracy minus that of the other group, seed by seed."""
         theirs = {row["seed"]: row["accuracy"] for row in over.rows}
         return Interval.of([row["accuracy"] - theirs[row["seed"]] for row in self.rows])
 
 
 def point_of(row: Row) -> float:
-    """Where in the training the row was measured."""
+    """The epoch or density at which the row was measured; 0 if it has neither."""
     return float(row["epoch"] if "epoch" in row else row.get("density", 0.0))
 
 
@@ -127,17 +127,17 @@ class Results:
         return Results([row for row in self.rows if point_of(row) == point], self.labels)
 
     def best(self, arm: str) -> Group:
-        """The arm at the lambda of its greatest mean accuracy, as tested."""
+        """The group of the arm at the lambda with the greatest mean accuracy on the test images."""
         return max(self.of(arm), key=lambda group: group.interval("accuracy").mean)
 
     def over(self, dense: str, arm: str) -> str:
-        """A cell: how much more accurate the arm is than the dense one, each at its most accurate lambda."""
+        """The text for a table: how much more accurate the arm is than ``dense``, each at its best lambda."""
         best = self.best(arm)
         gain, weights = best.gain(self.best(dense)), best.interval("nonzero").mean
         return f"{gain.signed} ({weights:.0f}% of the weights): {gain.verdict}"
 
     def _curves(self, arm: str, x: str, y: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Per seed: (log x ascending, y). Runs in which nothing is left are not on the curve."""
+        """{seed: (ascending log x, y)}. Runs whose ``x`` is 0 are not on the curve."""
         points: dict[int, list[tuple[float, float]]] = {}
         for row in self.rows:
             if row["arm"] == arm and row[x] > 0:
@@ -145,9 +145,9 @@ class Results:
         return {seed: tuple(np.array(sorted(curve)).T) for seed, curve in points.items()}
 
     def margin(self, arm: str, rival: str, x: str, y: str = "accuracy") -> Margin:
-        """``y`` of the arm less the rival's, each interpolated over log ``x``, seed by seed.
+        """The arm's ``y`` minus the rival's, each interpolated over log ``x``, seed by seed.
 
-        Compared at those LEVELS that every curve of both covers.
+        They are compared at those LEVELS that every curve of both covers.
         """
         ours, theirs = self._curves(arm, x, y), self._curves(rival, x, y)
         curves = [*ours.values(), *theirs.values()]
@@ -177,7 +177,7 @@ class Results:
 
 
 def read_runs(path: Path) -> list[Row]:
-    """What :meth:`Results.runs_csv` wrote."""
+    """The rows of a file that :meth:`Results.runs_csv` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [{key: value if key in TEXT else float(value) for key, value in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""The training loop, and one repetition: its images, its network, its recipe, and what is measured of it."""
+"""The training loop, and one repetition: its images, its network, its recipe, and its measurements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TUNED_AT = 0.9  # the momentum at which the ranges of lambda were found
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a command share."""
+    """The settings that all runs of a command share."""
 
     data: str = "digits"
     net: str = "lenet"
@@ -42,23 +42,23 @@ class Settings:
     optimizer: str = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
-    lr_decay: int = 0  # times 0.9 every so many steps; 0: a cosine to zero
-    warmup: float = 0.3  # of the steps, in which the penalty grows; strong ones end in chance without it
-    pretrain_epochs: int = 0  # with weight decay alone, before the rest fine-tunes
+    lr_decay: int = 0  # steps after which lr is multiplied by 0.9; 0: lr falls to zero as a cosine
+    warmup: float = 0.3  # part of the steps in which the penalty grows; without it strong ones learn nothing
+    pretrain_epochs: int = 0  # epochs with weight decay alone, before the fine-tuning with a penalty
     pretrain_lr: float = 0.1
     pretrained: Path = Path()  # folder of the networks that fine-tuning starts from
-    strength: float = 1.0  # times every lambda
+    strength: float = 1.0  # a factor on every lambda
     device: str = "cpu"
 
     def coefficient(self, lam: float) -> float:
-        """What has at this momentum the effect that ``lam`` has at TUNED_AT (see ProxSGD's docstring)."""
+        """The coefficient with the same effect at this momentum as ``lam`` at TUNED_AT (see ProxSGD)."""
         momentum = self.momentum if self.optimizer == "sgd" else TUNED_AT
         return lam * self.strength * (1 - TUNED_AT) / (1 - momentum)
 
 
 SETTINGS = {
-    # At this strength the ranges of lambda go from nearly dense to where accuracy suffers; at twice theirs
-    # most runs end in chance.
+    # At this strength the ranges of lambda go from nearly dense to where accuracy suffers. At twice the
+    # strength most runs are no better than chance.
     "digits": Settings(strength=1.3),
     # The thesis's 30,000 steps; it names neither momentum nor a warm-up.
     "mnist": Settings(net="mnist", epochs=50, batch=100, momentum=0, lr_decay=5000, warmup=0),
@@ -94,7 +94,7 @@ def fit(
 
 @torch.no_grad()
 def percent_correct(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Of the images, in eval mode."""
+    """The percentage of images whose class the model predicts, in eval mode."""
     model.eval()
     correct = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000)))
     return 100 * correct / len(y)
@@ -113,7 +113,7 @@ class Repetition:
         self.steps = -(-len(self.x) // settings.batch)  # per epoch
 
     def network(self, norm: bool = False) -> nn.Module:
-        """A fresh network, or the one trained with l2 if fine-tuning starts there; the same each time."""
+        """A fresh network, or the pretrained one if the settings ask for it; the same at each call."""
         torch.manual_seed(self.seed)
         name = NORMED[self.settings.net] if norm else self.settings.net
         model = build(name, self.x[0], self.classes)
@@ -127,7 +127,7 @@ class Repetition:
         return of.pretrained / f"l2-{of.data}-{of.net}-{of.pretrain_epochs}-{self.seed}.pt"
 
     def pretrain(self) -> None:
-        """Train with weight decay 5e-4 and keep the network, unless an earlier command has."""
+        """Train with weight decay 5e-4 and save the network, unless an earlier command has saved it."""
         if self._pretrained.exists():
             return
         torch.manual_seed(self.seed)
@@ -182,7 +182,7 @@ class Repetition:
                 yield self.x[rows], self.y[rows]
 
     def _lr_schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        for group in optimizer.param_groups:  # where an earlier training ended, begin anew
+        for group in optimizer.param_groups:  # an earlier training may have left its last lr
             group["lr"] = group.setdefault("initial_lr", group["lr"])
         if self.settings.lr_decay:
             return StepLR(optimizer, self.settings.lr_decay, 0.9)
@@ -192,7 +192,7 @@ class Repetition:
         return percent_correct(model, self.test_x, self.test_y)
 
     def measure(self, model: nn.Module, slimming: bool = False) -> dict[str, float]:
-        """Accuracy and what the network costs, all in percent, costs of the dense network's.
+        """Accuracy in percent, and the network's costs in percent of the dense network's.
 
         Compacted weights and FLOPs are those of the smaller dense network that compact() makes. Slimming
         removes channels, so all its costs are those of the compacted network.

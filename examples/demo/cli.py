@@ -28,8 +28,9 @@ Train a small LeNet with ProxSGD or ProxAdamW under the six methods of the CGES 
 by filter and by feature, exclusive sparsity, and CGES, each at several strengths. Print what each leaves of
 the network and which of the thesis's claims hold here, make one of the networks smaller with compact(), and
 write figures and CSV. Takes under 3 minutes on two cores."""
-# SGD's lambdas are weighed against the gradients, AdamW's against the signal in them (docs/adamw.md).
-# With these two, AdamW's ranges also go from nearly dense to where accuracy suffers.
+# A penalty works against the gradients under SGD, but under AdamW against the ratio of a gradient's mean to
+# its root mean square (docs/adamw.md). With this lr and strength AdamW's ranges also go from nearly dense to
+# where accuracy suffers.
 ADAMW_LR, ADAMW_STRENGTH = 5e-3, 8.0
 
 
@@ -40,7 +41,7 @@ def train(dataset: Dataset, settings: Settings, job: Job) -> tuple[Row, nn.Modul
     row = row_of(settings, job, dict(repetition.measure(model)))
     total = sparsity_report(model).total
     last = last_layer(model)
-    readers = (last != 0).sum(0)  # of each feature: the classes that read it
+    readers = (last != 0).sum(0)  # the number of classes that read each feature
     row["dead_groups"] = 100 * total.dead_groups / total.groups
     row["dead_units"] = 100 * total.dead_outputs / total.outputs
     row["last_nonzero"] = 100 * int(readers.sum()) / last.numel()

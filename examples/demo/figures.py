@@ -1,4 +1,4 @@
-"""The figures, and the numbers that each shows."""
+"""The demo's figures, and the numbers that each shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..common.figures import STYLES, over_costs
 from ..common.methods import LABELS
 from ..common.results import Results, Row
 
-Shown = Mapping[str, tuple[Row, nn.Module]]  # per method, a run and its network
+Shown = Mapping[str, tuple[Row, nn.Module]]  # {method: (row of a run, its network)}
 
 
 def first_filters(model: nn.Module) -> Tensor:
@@ -33,7 +33,7 @@ def last_layer(model: nn.Module) -> Tensor:
 
 
 def draw(results: Results, shown: Shown) -> tuple[dict[str, Figure], dict[str, str]]:
-    """The figures and the CSV beside them, by file name."""
+    """({file name: figure}, {file name: CSV})."""
     first, last = _weights(shown, first_filters), _weights(shown, last_layer)
     modes_figure, modes_csv = modes()
     figures = {
@@ -52,7 +52,7 @@ def draw(results: Results, shown: Shown) -> tuple[dict[str, Figure], dict[str, s
 
 
 def _weights(shown: Shown, layer: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """Weights of each method's network by a title that says what they are of."""
+    """{panel title: weights of the layer} for each method."""
     found = {}
     for arm, (row, model) in shown.items():
         weight = layer(model)
@@ -79,7 +79,7 @@ def nonzero_left(b_times_n: float, prox_mode: str, n: int = 1024, groups: int = 
 
 
 def nonzero_expected(b_times_n: float, prox_mode: str) -> float:
-    """The same for infinitely large groups: P(|z| > t) of a normal z.
+    """% nonzero after the same step on infinitely large groups: P(|z| > t) for a normal z.
 
     In sequential mode t = bn * E|z|; in exact mode t solves t = bn * E max(|z| - t, 0).
     """
@@ -93,7 +93,7 @@ def nonzero_expected(b_times_n: float, prox_mode: str) -> float:
 
 
 def modes() -> tuple[Figure, str]:
-    """% nonzero that sequential and exact mode leave over b*n, and its numbers; no training is in it."""
+    """The figure and CSV of the % nonzero that each prox_mode leaves, over b*n, without training."""
     points, line = np.geomspace(0.1, 30, 11), np.geomspace(0.08, 40, 120)
     figure = Figure(figsize=(6.6, 4.4), layout="constrained")
     panel = figure.subplots()

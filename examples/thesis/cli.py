@@ -1,4 +1,4 @@
-"""The command: train what an experiment compares, write CSV and figures."""
+"""The command: train the arms of an experiment, write CSV and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiments: what each compares, and what it measures of an arm at a lambda."""
+"""The experiments: the arms that each compares, and how an arm is measured at a lambda."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from ..common.networks import NORMED, scaled
 from ..common.results import Row
 from ..common.training import Repetition, Settings
 
-DENSITY, ROUNDS = 0.1, 4  # of Table 2
-THRESHOLD = 1e-3  # below which the subgradient method's weights are set to zero
+DENSITY, ROUNDS = 0.1, 4  # the last density and the number of rounds for Table 2
+THRESHOLD = 1e-3  # smaller weights of the subgradient method are set to zero
 PENALTY = ("group_lasso", "exclusive_lasso", "l1", "group_by", "view")  # keys that penalty() takes
 
 Measure = Callable[[Repetition, Arm, float], list[Row]]
 
 
 def trained(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
-    """Train, then measure."""
+    """The row of a network that is measured once, after training."""
     return [repetition.measure(repetition.train(arm, lam), arm.slimming)]
 
 
 def curve(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
-    """Train, and measure after every epoch."""
+    """The rows of a network that is measured after every epoch."""
     model, rows = repetition.network(arm.norm), []
 
     def after_epoch(epoch: int) -> None:
@@ -53,7 +53,10 @@ def curve(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
 
 
 def pruned(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
-    """Train, then prune and retrain half as long in rounds; measured before and after every round."""
+    """The rows of a network that is trained, and then pruned and retrained half as long in rounds.
+
+    It is measured before and after every round.
+    """
     model = repetition.network(arm.norm)
     optimizer = repetition.optimizer(model, arm, lam)
     repetition.fit(model, optimizer)
@@ -66,7 +69,7 @@ def pruned(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
 
 
 def side_by_side(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
-    """Sequential mode, exact mode and the subgradient method, on the same network and images in one order."""
+    """The rows of sequential mode, exact mode and the subgradient method, all from one network and order."""
     rows: list[Row] = []
     for mode in ("sequential", "exact"):
         model = repetition.train(arm, lam, prox_mode=mode)
@@ -86,7 +89,7 @@ def side_by_side(repetition: Repetition, arm: Arm, lam: float) -> list[Row]:
 
 
 def fit_subgradient(repetition: Repetition, model: nn.Module, arm: Arm, lam: float) -> None:
-    """Train with the penalty added to the loss, as is done without a proximal step: the same objective.
+    """Train with the penalty added to the loss and without a proximal step, for the same objective.
 
     The proximal step's objective is loss + (1 - momentum) * Omega (see ProxSGD).
     """
@@ -103,7 +106,7 @@ def fit_subgradient(repetition: Repetition, model: nn.Module, arm: Arm, lam: flo
 
 
 def on_layers(chosen: Callable[[nn.Parameter], bool]) -> ParamGroups:
-    """CGES on some layers only, each with the mu that it has when all are regularised."""
+    """CGES on the chosen layers only. Each has the mu that it would have if all were regularised."""
 
     def param_groups(model: nn.Module, lam: float) -> list[dict[str, object]]:
         weights = [layer.param for layer in regularised_weights(model)]
@@ -151,13 +154,13 @@ TABLE2 = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """``measure`` runs an arm at a lambda; ``labels`` are of the rows' arms, in order."""
+    """``measure`` runs an arm at a lambda; ``labels`` holds the labels of the rows' arms, in order."""
 
     title: str
     arms: dict[str, Arm]
     measure: Measure = trained
     lambdas: int = 4
-    measured: dict[str, str] | None = None  # the rows' arms and their labels, where they are not ``arms``
+    measured: dict[str, str] | None = None  # {arm in the rows: its label}, if these are not ``arms``
 
     @property
     def labels(self) -> dict[str, str]:
@@ -206,5 +209,5 @@ def work(name: str, dataset: Dataset, settings: Settings, job: Job) -> list[Row]
 
 
 def pretrain(dataset: Dataset, settings: Settings, seed: int) -> None:
-    """What must be done before the jobs of a seed, where fine-tuning starts from a trained network."""
+    """Makes the trained network from which the jobs of a seed start their fine-tuning."""
     Repetition(dataset, settings, seed).pretrain()

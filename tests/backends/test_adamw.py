@@ -90,7 +90,7 @@ def test_zeros_that_are_frozen_lose_both_moments(executor, group_by):
 
 @pytest.mark.parametrize("prox_mode", MODES)
 def test_infinities_and_nans_are_where_the_reference_has_them(fused_backend, prox_mode):
-    """In weights, gradients and moments."""
+    """This holds for infinities and NaNs in weights, gradients and moments."""
     w, grad = inputs((40, 30), torch.float32, 2)
     states = moments(w.shape, torch.float32)
     for x, (row, column), value in (

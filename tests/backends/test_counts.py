@@ -20,7 +20,7 @@ SHAPES = [(40, 30), (7,), (130, 9), (33, 3, 3)]
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    """Begins and ends without kept plans."""
+    """Drops all kept executors before and after each test."""
     forget()
     yield
     forget()
@@ -34,7 +34,7 @@ def tensors_of(backend, dtype):
 
 
 def hyperparameters(lr, first):
-    """Those of the first or the second param group."""
+    """Hyperparameters of param group 1 (`first`) or 2."""
     options = dict(betas=(0.9, 0.999) if first else (0.5, 0.25), eps=1e-8 if first else 0.1)
     penalties = {
         key: x for key, x in coefficients(torch.ones(SHAPES[0]), "feature").items() if "_by" not in key

@@ -272,17 +272,17 @@ def test_a_launch_that_raises_leaves_everything_alone(Plan):
 
 
 def stepped(plan, params, state):
-    """Ways in which a gather ends: with a run."""
+    """Ends a gather by a run."""
     run(plan)
 
 
 def void(plan, params, state):
-    """With a gather that does not fit."""
+    """Ends a gather by another one whose parameters do not fit the plan."""
     assert not plan.gather([params[1:]], state)
 
 
 def refused(plan, params, state):
-    """With a gather that raises an error."""
+    """Ends a gather by another one that raises an error."""
     params[3].grad = params[3].grad.to_sparse()
     try:
         plan.gather([params], state)

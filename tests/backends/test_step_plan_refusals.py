@@ -230,7 +230,7 @@ def two_executors():
 
 
 def runs_of(params):
-    """What the log holds of a step that is run."""
+    """The log's entries for a step that is run."""
     flat, deep = ([p.data_ptr() for p in params[i::2]] for i in (1, 0))
     return [("deep", "runs", deep), ("flat", "runs", flat)]
 

@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: what is measured, the rows and their targets, the clock, the lab."""
+"""The GPU benchmarks without a GPU: their workloads, the rows and their targets, the clock, the lab."""
 
 import warnings
 from functools import partial
@@ -146,7 +146,7 @@ def test_only_kernels_count_as_launches():
     assert lab.count_kernels([{"cat": c} for c in categories] + [{"name": "no category"}]) == 2
     w = torch.ones(3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no GPU to profile
+        warnings.simplefilter("ignore")  # torch warns that there is no GPU to profile
         assert CpuLab().launches(lambda: w.add_(1)) is None
 
 
@@ -179,7 +179,7 @@ def test_quick_rows_are_those_of_one_backend_without_the_slow_ones(monkeypatch):
     assert [row.name for row in rows] == [f"triton: {name}" for name in names] and slow == [False] * 7
     slow.clear()
     gpu.rows(CpuLab(), ["cuda", "triton"], [weight], [case], [], host)
-    assert slow == [False] * 12 + [True] * 2  # the last backend has them
+    assert slow == [False] * 12 + [True] * 2  # the last backend has the slow contenders
     assert gpu.arguments(["--quick"]).runs == 1 and gpu.arguments([]).runs == 3
 
 

@@ -1,4 +1,4 @@
-"""The contenders of the benchmarks do what they are meant to, and what is counted of them is right."""
+"""The contenders of the benchmarks compute the intended steps, and their counts are right."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def by_reference(steps, dtype=torch.float32, **options):
 
 
 def check(contender, expected):
-    """Equal but for the order of sums, and for 16-bit types for where they are rounded."""
+    """Asserts equal weights, up to the order of sums and the places at which 16-bit types are rounded."""
     for got, right in zip(contender.params, expected):
         tolerance = {} if right.dtype == torch.float32 else {"rtol": 0.03, "atol": 0.02}
         torch.testing.assert_close(got.detach(), right, **tolerance)
@@ -85,7 +85,7 @@ def test_the_first_step_of_pat_is_a_proximal_one(group_by):
         dead += (expected == 0).sum()
     assert dead > 0
     kept = [p.detach().clone() for p in contender.params]
-    contender.step()  # and the second is not: it starts from weights that nothing has shrunk
+    contender.step()  # the second step is another method's: it starts from weights that no step has shrunk
     again = [reference.step(w, p.grad, lr=baselines.LR)[0] for w, p in zip(kept, contender.params)]
     assert not torch.allclose(contender.params[0], again[0])
 

@@ -1,4 +1,4 @@
-"""The GPU benchmarks' programs where no GPU is, and the stages of `make gpu` and `make gpu-quick`."""
+"""The GPU benchmarks' programs without a GPU, and the stages of `make gpu` and `make gpu-quick`."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def test_make_gpu_says_that_there_is_none(tmp_path):
 
 
 def make_gpu_quick(*variables, **environment):
-    """`make gpu-quick`, as if no make ran these tests."""
+    """Runs `make gpu-quick` without the variables of a make that may be running these tests."""
     if shutil.which("make") is None:
         pytest.skip("needs make")
     env = {**NO_GPU, "MAKEFLAGS": "", "BACKEND": "", **environment}
@@ -47,7 +47,7 @@ def test_make_gpu_quick_says_that_there_is_none(tmp_path):
 
 @pytest.mark.parametrize("wish", ["", "triton"])
 def test_make_gpu_quick_builds_for_the_gpu_that_is_there(tmp_path, wish):
-    python = tmp_path / "python"  # knows the GPU's capability, and says what it is asked for
+    python = tmp_path / "python"  # a stand-in that prints the GPU's capability, or its own arguments
     python.write_text('#!/bin/sh\n[ "$1" != -c ] || exec echo 9.0\necho "$TORCH_CUDA_ARCH_LIST: $*"\n')
     python.chmod(0o755)
     out, only = tmp_path / "out", f"--backend {wish or 'cuda'}"
@@ -67,7 +67,7 @@ def test_make_gpu_quick_builds_for_the_gpu_that_is_there(tmp_path, wish):
 
 def test_make_gpu_goes_on_after_a_stage_that_fails(tmp_path):
     for name, fails in (("python", '"$2" = pytest'), ("compute-sanitizer", '"$2" = racecheck')):
-        program = tmp_path / name  # says what it is asked for, and fails at one thing
+        program = tmp_path / name  # a stand-in that prints its arguments, and fails for one of them
         program.write_text(f'#!/bin/sh\necho "asked for $*"\n[ ! {fails} ] || exit 3\n')
         program.chmod(0o755)
     out, path = tmp_path / "out", f"{tmp_path}:{os.environ['PATH']}"

@@ -45,7 +45,7 @@ def test_files_and_pages_of_made_up_numbers(tmp_path):
     assert second["met"] is True and second["launches"] == 2.0 and second["runs"] == 2
     assert model["met"] is False and table.percent_of_copy(model) == pytest.approx(50)
     assert exact["met"] is None and exact["target"] is None
-    assert exact["facts_error"] == "RuntimeError: out of luck"  # its times stand
+    assert exact["facts_error"] == "RuntimeError: out of luck"  # its times are kept
     assert failed["error"] == "RuntimeError: out of luck" and "contenders" not in failed
     assert all(table.line(result).startswith(result["row"]) for result in results)
 

@@ -1,4 +1,4 @@
-"""The CPU suite in miniature: rows, files, plots, the README's part; and what counts its instructions."""
+"""The CPU suite in miniature: rows, files, plots and the README's part; and the counting of instructions."""
 
 import json
 

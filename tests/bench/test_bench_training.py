@@ -1,4 +1,4 @@
-"""Whole training iterations in miniature: what the contenders do, rows, files, the README's table."""
+"""Whole training iterations in miniature: the contenders' steps, rows, files, the README's table."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def run(out, monkeypatch, name, commit):
 
 
 def test_the_whole_flow(tmp_path, monkeypatch, capsys, threads):
-    """And a model on its own keeps the results of the others."""
+    """A run of one model alone keeps the earlier results of the others."""
     threads(1)
     good, report = run(tmp_path, monkeypatch, "small conv net", "abc")
     (result,) = report["results"]

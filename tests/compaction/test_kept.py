@@ -41,7 +41,7 @@ def shuffled(self, x):
 
 
 def biased_in_parts():
-    """As in BEiT: the bias of q, k and v is put together from q's and v's, and constants between them."""
+    """A layer as in BEiT: its bias is put together from those of q and v, and constants between them."""
 
     def forward(self, x):
         bias = torch.cat([self.q, self.none, self.v])

@@ -1,7 +1,7 @@
 // Asynchronous copies into shared memory, made as late as allowed: the source is read, and the bytes arrive,
 // in the wait that covers their batch. Until then the destination holds poison (NaN). So a thread that reads
-// the destination early, or starts a copy into what others still read, gives a wrong result in every order. A
-// thread that writes to the destination makes the launch fail.
+// the destination early, or starts a copy into memory that others still read, gives a wrong result in every
+// order. A thread that writes to the destination makes the launch fail.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -14,7 +14,7 @@ struct Copy {
   unsigned batch;         // the number of commits before it
 };
 
-// The copies of the running thread. What a GPU would not do is refused.
+// The copies of the running thread. Copies that a GPU could not make are refused.
 void add_copy(Copy);
 void commit_copies();
 bool take_copy(size_t prior, Copy*);  // the oldest one that is older than the last `prior` batches

@@ -46,7 +46,7 @@ constexpr int warpSize = 32;
 // ---- what kernels call
 
 namespace emulator {
-// Where a thread has stopped.
+// The operation at which a thread has stopped.
 enum class Stop : unsigned char {
   running,
   syncthreads,
@@ -64,7 +64,7 @@ enum class Stop : unsigned char {
 };
 
 unsigned char* shared_memory();               // the block's own dynamic shared memory
-unsigned char* shared_memory(unsigned rank);  // that of another block of the cluster
+unsigned char* shared_memory(unsigned rank);  // the one of another block of the cluster
 unsigned cluster_rank();
 unsigned cluster_size();
 int barrier(Stop, int predicate = 0);

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the calling thread, with one fiber for each CUDA thread and a few blocks interleaved.
 // The order is drawn from a seed. A fiber runs until it has to wait (at barriers and exchanges in a warp) or
 // may be interrupted (at atomics and fences). Then one of the fibers that can go on is drawn. A launch that
-// cannot end, because not all threads reach a barrier or a spin waits for what never comes, fails with
+// cannot end, because not all threads reach a barrier or a spin never sees its value, fails with
 // cudaErrorLaunchFailure and a message. Its fibers are dropped where they are, without running destructors.
 //
 // The emulator is stricter than a GPU. A barrier or an exchange does not complete without threads that have
@@ -74,7 +74,7 @@ uint64_t exchange(Stop stop, unsigned mask, uint64_t value, unsigned source) {
     for (unsigned left = mask; left; left &= left - 1) f(lanes[std::countr_zero(left)]);
   };
   Fiber& first = lanes[std::countr_zero(mask)];
-  synchronise(me, &first, for_each);  // what was released there before is known to it already
+  synchronise(me, &first, for_each);  // it already knows everything that was released there before
   uint64_t values[warpSize], ballot = 0;
   for_each([&](Fiber& fiber) {
     values[lane(fiber)] = fiber.value;
@@ -99,7 +99,7 @@ void may_switch() {
   look();
 }
 
-// ---- asynchronous copies and the log, which are the host's memory and hidden from TSan
+// ---- asynchronous copies and the log; both use the host's memory and are hidden from TSan
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Fibers have a stack each. Switching between them costs a few nanoseconds, because it needs no system call.
 //
-// AddressSanitizer is told of every switch. ThreadSanitizer takes each fiber for a thread, and does not take
-// a switch for a synchronisation. The synchronisation that CUDA guarantees is told to it by hand
+// AddressSanitizer is notified of every switch. ThreadSanitizer treats each fiber as a thread, and does not
+// treat a switch as a synchronisation. The synchronisation that CUDA guarantees is reported to it explicitly
 // (`synchronise`). For that, emulator.cpp is compiled WITHOUT -fsanitize=thread, so that TSan does not see
 // the emulator's own data, but with -DEMULATOR_TSAN.
 #pragma once
@@ -37,7 +37,7 @@ namespace emulator {
 
 constexpr size_t kPage = 4096, kStack = 256 << 10;  // kernels may take 32 KB of parameters by value
 
-// A place to continue at: a fiber's, or the host's on its own stack.
+// A stack and the place to continue on it: a fiber's, or the host's.
 struct Context {
   void* stack_pointer = nullptr;
   const void* stack = nullptr;
@@ -83,7 +83,7 @@ inline void switch_to(Context& from, Context& to, [[maybe_unused]] bool for_ever
 inline void release([[maybe_unused]] void* token) { IF_TSAN(__tsan_release(token);) }
 inline void acquire([[maybe_unused]] void* token) { IF_TSAN(__tsan_acquire(token);) }
 
-// For TSan, `context` does what follows on this stack.
+// Makes TSan attribute everything that follows on this stack to `context`.
 inline void pose_as([[maybe_unused]] Context& context) {
   IF_TSAN(__tsan_switch_to_fiber(context.tsan_thread, __tsan_switch_to_fiber_no_sync);)
 }

@@ -23,7 +23,7 @@ constexpr const char* kStopNames[] = {
     "cluster.sync", "__syncwarp",    "__shfl_sync",       "__shfl_xor_sync",
     "__any_sync",   "__all_sync",    "__ballot_sync",     "an atomic, a fence or __nanosleep",
     "their end"};
-constexpr unsigned kPatience = 1 << 24;  // how often spins may look at memory while no block starts or ends
+constexpr unsigned kPatience = 1 << 24;  // the most looks of spins at memory while no block starts or ends
 
 struct Block;
 struct Cluster;
@@ -32,7 +32,7 @@ struct Fiber : Context {
   Block* block;
   uint3 index;
   Stop stop = Stop::running;
-  uint64_t value;            // what it gives to an exchange, then what it gets
+  uint64_t value;            // the value that it gives to an exchange, and then the one that it gets
   unsigned source;           // the lane from which it wants a value
   std::vector<Copy> copies;  // asynchronous copies under way, oldest first
   unsigned batches = 0;      // the number of commits until now
@@ -79,8 +79,8 @@ Kernel kernel;
 size_t shared_bytes;
 std::vector<std::unique_ptr<Cluster>> in_flight;
 Fiber* current;
-Block* turn;            // goes on alone until all of its fibers wait, or chance ends its turn
-unsigned ready, looks;  // fibers that can go on; looks by spins since a block started or ended
+Block* turn;            // the block that runs alone until all of its fibers wait, or chance ends its turn
+unsigned ready, looks;  // how many fibers can go on; how many looks spins made since a block started or ended
 bool failed;
 std::string message;
 uint64_t random_state;

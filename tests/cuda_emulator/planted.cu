@@ -207,7 +207,7 @@ const Check checks[] = {
     {"copy_past_shared", copy_past_shared, 6},
     {"copy_past_global", copy_past_global, 60 + 61 + 62 + 63},
     {"copy_without_wait", copy_without_wait, 6},
-    {"copy_with_zeros", copy_with_zeros, 60 + 61},  // and the low half of 62, whose bits are 0
+    {"copy_with_zeros", copy_with_zeros, 60 + 61},  // the low half of 62 is copied too, but its bits are 0
     {"copy_only_zeros", copy_only_zeros, 0},
 };
 

@@ -1,4 +1,4 @@
-// What the planted kernels share: their arguments, and the sum over a block.
+// The code that the planted kernels share: their arguments, and the sum over a block.
 #pragma once
 #include <cuda_runtime.h>
 

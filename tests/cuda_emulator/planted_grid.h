@@ -30,8 +30,8 @@ __global__ void ring(const __grid_constant__ Task task) {
   __stcs(&task.out[blockIdx.x * kThreads + threadIdx.x], total);
 }
 
-// Asynchronous copies of what a neighbour writes. Planted: they are issued before that is sure to be written.
-// Here this gives a right result, because the source is read in the wait, but not on every GPU.
+// Asynchronous copies of data that a neighbour writes. Planted: they are issued before the data is sure to be
+// written. Here this gives a right result, because the source is read in the wait, but not on every GPU.
 __global__ void copy_fresh(const __grid_constant__ Task task) {
   float* source = task.out + kThreads;
   __stcg(&source[threadIdx.x], task.in[threadIdx.x]);

@@ -1,4 +1,4 @@
-"""The demo: the command from end to end in small, and what it says."""
+"""The demo: the command from end to end in small, and the text that it prints."""
 
 import csv
 import re
@@ -60,7 +60,7 @@ def test_table_is_complete_and_in_range(demo):
 
 
 def test_from_dense_to_small(demo):
-    """The report of a network, what compact makes of it, and the accuracy of both."""
+    """The text has the report of a network, the result of compact on it, and the accuracy of both."""
     _, text = demo
     parts = ["From dense to small: the network of CGES", "dead groups", "total", "parameters", "latency, ms"]
     parts.append(r"Test accuracy: (\S+)% of the sparse network, (\S+)% of the small one")
@@ -103,7 +103,7 @@ def test_claims_follow_the_numbers(gain, judged):
 
 
 def test_the_networks_that_are_shown():
-    """Of repetition 0, those nearest to 30% of the weights as ratios: 10% is nearer than 100%."""
+    """The networks of repetition 0 nearest to 30% of the weights, in ratio: 10% is nearer than 100%."""
     rows = results(1.0).rows
     models = [torch.nn.Identity() for _ in rows]
     shown = nearest(Results(rows, LABELS), models)

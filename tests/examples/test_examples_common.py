@@ -1,4 +1,4 @@
-"""What the examples share: settings, trainings in processes, verdicts, options of the commands, and files."""
+"""The code that the examples share: settings, trainings in processes, verdicts, options, and files."""
 
 import copy
 import math
@@ -86,7 +86,7 @@ def test_lambdas_keep_their_effect_without_momentum():
 
 
 def test_the_training_loop():
-    """A step per batch: the loss and the penalty, every scheduler, then what is to be done after a step."""
+    """For each batch it makes a step on loss and penalty, steps the schedulers, and calls after_step."""
     model, steps = torch.nn.Linear(3, 2), []
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

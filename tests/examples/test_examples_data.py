@@ -1,4 +1,4 @@
-"""The images that the examples train on, from files of the real formats, and what is wrong with them."""
+"""The images that the examples train on, from files of the real formats, and the errors for bad files."""
 
 import pickle
 import struct

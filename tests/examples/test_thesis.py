@@ -105,18 +105,18 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_subgradient_method_has_the_same_objective():
-    """A first step of it, with momentum, goes down the loss + (1 - momentum) * Omega."""
+    """Its first step, with momentum, is a gradient step on loss + (1 - momentum) * Omega."""
     settings = Settings(epochs=1, batch=100, warmup=0)
     repetition = Repetition(small_dataset(), settings, 0)
     without, stepped, start = (repetition.network() for _ in range(3))
     for model, lam in ((without, 0.0), (stepped, 0.5)):
-        torch.manual_seed(1)  # of dropout
+        torch.manual_seed(1)  # for dropout
         fit_subgradient(repetition, model, METHODS["cges"], lam)
     groups = ProxSGD(METHODS["cges"].param_groups(start, 0.5), lr=0.1).param_groups
     keys = ("group_lasso", "exclusive_lasso", "group_by")
     sum(penalty(p, **{key: g[key] for key in keys}) for g in groups for p in g["params"]).backward()
     for a, b, p in zip(without.parameters(), stepped.parameters(), start.parameters()):
-        expected = 0 * p if p.grad is None else settings.lr * 0.1 * p.grad  # of biases there is no penalty
+        expected = 0 * p if p.grad is None else settings.lr * 0.1 * p.grad  # biases have no penalty
         torch.testing.assert_close(a - b, expected, atol=1e-6, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The transformer example: its groups are what it says, and the command goes from end to end."""
+"""The transformer example: its groups are as documented, and the command runs from end to end."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What tests of compact() share: they make networks, kill channels, and compare a copy with its original."""
+"""For tests of compact(): make networks, kill channels, and compare a small model with its original."""
 
 import copy
 

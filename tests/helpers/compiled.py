@@ -1,4 +1,4 @@
-"""What tests of torch.compile share: shapes, options, and marks.
+"""For tests of torch.compile: shapes, options, and marks.
 
 The marks let each test begin with nothing compiled, and silence Dynamo's warnings.
 """

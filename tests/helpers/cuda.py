@@ -1,4 +1,4 @@
-"""What tests of the CUDA executor share: shapes for each of its paths, parameters, and optimizers.
+"""For tests of the CUDA executor: shapes for each of its paths, parameters, and optimizers.
 
 A path is a way in which blocks work on groups. "rows" keeps them in registers, "tile" in one block's shared
 memory, and "shared" in the shared memory of several blocks. "ticket" cuts groups that no blocks can hold into
@@ -104,12 +104,12 @@ def rows(dtype):
 
 
 def paths(shape, group_by="feature", dtype=torch.float32):
-    """How many blocks work on a tensor by each path: (rows, tile, shared, ticket)."""
+    """The number of blocks that work on a tensor by each path: (rows, tile, shared, ticket)."""
     return paths_together([shape], group_by, dtype)
 
 
 def paths_together(shapes, group_by="feature", dtype=torch.float32):
-    """As paths(), for several tensors in one launch."""
+    """The same numbers as paths(), for several tensors in one launch."""
     layouts = [grouped_layout(torch.empty(shape, dtype=dtype), group_by, None) for shape in shapes]
     number = (torch.float32, torch.float64, torch.bfloat16, torch.float16).index(dtype)
     return BUILT["cuda"].cuda_paths(layouts, number, 0)

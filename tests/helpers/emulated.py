@@ -102,7 +102,7 @@ class Device:
 
 
 def traffic(accesses: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each byte of ``tensor``, which has no gaps, was read and how often it was written (int64).
+    """For each byte of ``tensor``, which has no gaps, the number of its reads and of its writes (int64).
 
     Accesses of other memory, and bytes beyond the tensor, do not count.
     """

@@ -47,7 +47,7 @@ def peak() -> int:
 
 
 def growth(case: Case, threads: int) -> int:
-    """By how many bytes three steps raise a process's peak, once its threads and code are there."""
+    """The bytes by which three steps raise a process's peak, after small steps have started its threads."""
     torch.set_num_threads(threads)
 
     def made(rows: int, columns: int, **options: float) -> Step:
@@ -60,7 +60,7 @@ def growth(case: Case, threads: int) -> int:
     made(300, 300, group_lasso=0.0, exclusive_lasso=0.0)()
     made(8, 8)()
     step = made(case.rows, case.columns)
-    Path("/proc/self/clear_refs").write_text("5")  # clears the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     for _ in range(3):
         step()

@@ -234,6 +234,6 @@ ZOO = {
     "recurrent": (
         lambda: net(lambda self, x: self.b(self.a(x)[0]), a=nn.LSTM(4, 6), b=nn.Linear(6, 3)),
         (3, 2, 4),
-        None,  # a unit goes only where all that produces it happens to be zero
+        None,  # a unit can be removed only if all weights that produce it happen to be zero
     ),
 }

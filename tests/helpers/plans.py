@@ -1,4 +1,4 @@
-"""Step plans without an executor: what they gather, and whether they keep a gradient's memory alive."""
+"""Step plans without an executor: their gathered tables, and whether they keep a gradient's memory alive."""
 
 import ctypes
 import gc
@@ -59,7 +59,7 @@ def snapshot(params, state):
 
 
 def watched(p):
-    """Gives p a gradient, and returns a reference that tells whether the gradient's memory is alive."""
+    """Gives p a gradient, and returns a weak reference that is None once the gradient's memory is freed."""
     array = np.ones(tuple(p.shape), np.float32)
     p.grad = torch.from_numpy(array)
     return weakref.ref(array)

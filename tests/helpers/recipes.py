@@ -1,4 +1,4 @@
-"""What tests of the recipes share: a stack of Linear layers, and param groups looked up by name."""
+"""For tests of the recipes: a stack of Linear layers, and param groups looked up by name."""
 
 import itertools
 

@@ -37,7 +37,7 @@ def as_bytes(x):
 
 
 def snapshot(optimizer):
-    """All that a refused step must leave as it was."""
+    """Everything that a refused step must leave unchanged, to compare."""
     groups = [{k: repr(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     buffers = {id(p): {k: as_bytes(v) for k, v in s.items()} for p, s in optimizer.state.items() if s}

@@ -1,4 +1,4 @@
-"""What "right" means for an executor, as functions that tests share.
+"""Defines when an executor's result is right, as functions that tests share.
 
 The truth is reference.py in float64. An executor passes when its error is at most twice that of the same
 formulas in PyTorch at the executor's own compute dtype, plus one rounding to the output dtype. Its zeros must
@@ -122,7 +122,7 @@ def check_step(backend, w, grad, states=None, place=torch.clone, *, rule=SGD, st
 def threshold_margin(
     w, grad, *states, lr, update=sgd_update, group_by="feature", view=None, prox_mode="sequential", **options
 ):
-    """How far each element is from changing between zero and nonzero, in float64.
+    """The distance of each element from changing between zero and nonzero, in float64.
 
     That is the relative distance of |z| from t, or of its group's norm from a, whichever is smaller.
     """

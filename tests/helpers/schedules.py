@@ -1,4 +1,4 @@
-"""What tests of the coefficients' schedules share: a model and an optimizer in the middle of a warm-up."""
+"""For tests of the coefficients' schedules: a model and an optimizer in the middle of a warm-up."""
 
 from helpers.recipes import mlp
 

@@ -13,7 +13,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def script(name):
-    """The script as a module, of which nothing has run."""
+    """The script as a module, whose main function has not run."""
     torchvision()  # before what imports it
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -22,7 +22,7 @@ def script(name):
 
 
 def run_script(name, *arguments, cwd):
-    """What ``python examples/NAME.py ARGUMENTS`` prints, after the import of torchvision that fits."""
+    """The output of ``python examples/NAME.py ARGUMENTS``, after helpers.vision has imported torchvision."""
     argv = [str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
     code = (
         "import runpy, sys; from helpers.vision import torchvision; torchvision(); "
@@ -32,7 +32,7 @@ def run_script(name, *arguments, cwd):
 
 
 def torchrun(processes, name, *arguments, cwd, limit=170):
-    """What ``torchrun --nproc_per_node PROCESSES examples/NAME.py ARGUMENTS`` prints."""
+    """The output of ``torchrun --nproc_per_node PROCESSES examples/NAME.py ARGUMENTS``."""
     command = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
     done = subprocess.run(
         [sys.executable, *command, str(EXAMPLES / f"{name}.py"), *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""What tests of the reference's shrinkage share: normal values in float64, and the prox of a single group."""
+"""For tests of the reference's shrinkage: normal values in float64, and the prox of a single group."""
 
 import torch
 

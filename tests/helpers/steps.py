@@ -57,7 +57,7 @@ def train(optimizer, params, steps):
 
 
 def through_a_file(state):
-    """What comes back after the state was saved and loaded."""
+    """The state after it was saved to a file and loaded again."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -77,14 +77,14 @@ def bits(x):
 
 
 def assert_same_bits(xs, ys):
-    """Equal to the last bit, signs of zeros and NaN included."""
+    """Asserts that tensors are equal to the last bit, signs of zeros and NaN included."""
     assert len(xs) == len(ys)
     for x, y in zip(xs, ys):
         assert x.dtype == y.dtype and torch.equal(bits(x), bits(y))
 
 
 def assert_as_near_as(backend, xs, ys):
-    """Equal bits for the reference. The others may fuse multiply-adds, so 1e-12 in float64."""
+    """Asserts equal bits for the reference, and 1e-12 for the others, which may fuse multiply-adds."""
     if backend == "reference":
         return assert_same_bits(xs, ys)
     assert len(xs) == len(ys)

@@ -15,7 +15,7 @@ TILES = ("whole", "pieces")  # the parameters of conftest.py's fixture `tiles`
 
 
 def covering(**options):
-    """Parametrises by the product of these lists, of which the first tier runs a covering array.
+    """Parametrises by the product of these lists; the first tier runs only a covering array of it.
 
     Most breaks show for one value of an option or for one pair of values of two. A covering array holds each
     such pair at least once; for only two options it is the whole product. On a GPU, where kernels are fast,

@@ -1,4 +1,4 @@
-"""What tests of the trainers share: a network, data, optimizers, and the loop that a trainer stands for."""
+"""For tests of trainers: a network, data, optimizers, and the plain loop that each trainer replaces."""
 
 import contextlib
 
@@ -23,14 +23,14 @@ def sparse_adamw(model):
 
 
 def network():
-    """With such weights some of them become zero in so few steps."""
+    """A network with initial weights of which some become zero within a few steps."""
     torch.manual_seed(0)
     features = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*features, nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 3))
 
 
 def batches():
-    """Those of an epoch; gradients are larger than what they are clipped to."""
+    """The batches of an epoch, whose gradients are larger than the norm that they are clipped to."""
     generator = torch.Generator().manual_seed(0)
     x = 10 * torch.randn(5 * ACCUMULATED * STEPS // EPOCHS, 1, 8, 8, generator=generator)
     return DataLoader(TensorDataset(x, torch.randint(3, (len(x),), generator=generator)), batch_size=5)
@@ -47,7 +47,7 @@ def loss_of(model, batch):
 def plain(
     model, optimizer, batches, loss_of=loss_of, schedulers=(), precision=contextlib.nullcontext, clipped=None
 ):
-    """The loop that a trainer stands for; returns the largest norm of the gradients, which it clips to 1."""
+    """The plain training loop; returns the largest norm of the gradients, which it clips to 1."""
     model.train()
     clipped = clipped or list(model.parameters())  # their order decides how the norm rounds
     norms = []
@@ -75,6 +75,6 @@ def coefficients(optimizer):
 
 
 def quietly(monkeypatch, module, name, **options):
-    """The script's ``name`` is given these options too."""
+    """Makes a script call its ``name`` with these further options."""
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **given: original(*args, **{**given, **options}))

@@ -1,4 +1,4 @@
-"""What tests of the Triton executor share: small tensors, steps, and a record of launches."""
+"""For tests of the Triton executor: small tensors, steps, and a record of launches."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ needs_triton = pytest.mark.skipif(BACKEND not in available_backends(), reason="n
 
 WHOLE, SPLIT = "whole_groups", "split_groups"
 PENALTY = dict(group_lasso=0.2, exclusive_lasso=0.01, l1=0.05)
-# groups that fit the tile SMALL, and longer ones
+# Shapes with groups that fit the tile SMALL, and shapes with longer groups.
 MIXED = [(6, 5), (70, 5), (9,), (0, 3), (40, 20), (3, 90), (4, 3, 3, 3)]
 
 

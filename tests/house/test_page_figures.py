@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 
 
 def figures_used():
-    """Of docs, by all pages."""
+    """The figures under docs that some page shows."""
     found = set()
     for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
         for link in re.findall(r"[(\"]([^(\"\s]+\.svg)[)\"]", page.read_text()):

@@ -95,7 +95,7 @@ def dist(tmp_path_factory):
 
 
 def probe(wheel, folder):
-    """What PROBE prints in a virtual environment with this wheel, which finds torch in the present one."""
+    """The output of PROBE in a virtual environment with this wheel, which finds torch in the present one."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", *PIP_OPTIONS, wheel, cwd=folder)
@@ -111,7 +111,7 @@ def probe(wheel, folder):
 
 @pytest.fixture(scope="module")
 def probed(dist, tmp_path_factory):
-    """What PROBE prints for the wheel without the extension."""
+    """The output of PROBE for the wheel without the extension."""
     (wheel,) = dist.glob("*.whl")
     return probe(wheel, tmp_path_factory.mktemp("installed"))
 

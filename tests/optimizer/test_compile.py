@@ -38,7 +38,7 @@ def assert_same(ours, plain):
 
 @covering(prox_mode=MODES, momentum=[0.0, 0.9], executor=available_backends())
 def test_a_compiled_step_has_the_bits_of_a_plain_one(executor, prox_mode, momentum):
-    """In both modes, with and without momentum, by every executor."""
+    """This holds in both modes, with and without momentum, for every executor."""
     options = dict(prox_mode=prox_mode, momentum=momentum, freeze_zeros="group", nesterov=momentum > 0)
     params, twins, ours, plain = pair_of_optimizers(executor, **options)
     step = torch.compile(ours.step, fullgraph=True, backend="aot_eager")

@@ -11,7 +11,7 @@ from cges_kernels import ProxSGD
 @pytest.mark.parametrize("prox_mode", MODES)
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_differentiable_step_has_the_right_gradient(momentum, prox_mode):
-    """gradcheck passes by the weights, the gradient and the momentum buffer that went in."""
+    """gradcheck passes for the weights, the gradient and the momentum buffer that the step takes."""
     w, grad, buf = (p.detach().requires_grad_() for p in parameters([(4, 3)] * 3))
 
     def one_step(w, grad, buf):

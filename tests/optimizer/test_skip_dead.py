@@ -170,21 +170,21 @@ def by_a_checkpoint(p, optimizer):
 
 
 def by_a_checkpoint_of_what_the_buffer_was(p, optimizer):
-    """By a checkpoint that holds another buffer."""
+    """Changes the buffer by a checkpoint that holds another one."""
     saved = optimizer.state_dict()
     saved["state"][0] = {"momentum_buffer": torch.ones_like(p)}
     optimizer.load_state_dict(saved)
 
 
 def by_pruning(p, optimizer):
-    """By prune_to_density, which writes zeros and momenta."""
+    """Writes zeros and momenta by prune_to_density."""
     model = torch.nn.Linear(p.shape[1], p.shape[0], bias=False)
     model.weight = p
     prune_to_density(model, 0.2, optimizer=optimizer, freeze_zeros="group")
 
 
 def without_holding_zeros(p, optimizer):
-    """By steps in which freeze_zeros is off or another mode."""
+    """Makes steps in which freeze_zeros is off or another mode."""
     for mode in (None, "element", "group"):
         optimizer.param_groups[0]["freeze_zeros"] = mode
         p.grad = torch.ones_like(p)
@@ -192,7 +192,7 @@ def without_holding_zeros(p, optimizer):
 
 
 def without_momentum(p, optimizer):
-    """By steps without momentum: rows that die in them keep the momentum that they had."""
+    """Makes steps without momentum: rows that die in them keep the momentum that they had."""
     optimizer.param_groups[0].update(momentum=0.0, group_lasso=400.0)
     for _ in range(3):
         p.grad = torch.zeros_like(p)

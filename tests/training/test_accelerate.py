@@ -85,12 +85,12 @@ def test_it_resumes_in_the_middle_of_a_schedule(run, schedule):
 
 
 def by_mapping(optimizer, old, new):
-    """As accelerate does on TPUs."""
+    """Replaces the parameters as accelerate does on TPUs."""
     optimizer._switch_parameters(dict(zip(old, new)))
 
 
 def by_memory(optimizer, old, new):
-    """As accelerate does with FSDP2: stand-ins first, which hold an address for their method data_ptr."""
+    """Replaces them as accelerate does with FSDP2: first by stand-ins that have an address as `data_ptr`."""
     from accelerate.utils import fsdp2_switch_optimizer_parameters
 
     addresses = {p.data_ptr(): q for p, q in zip(old, new)}

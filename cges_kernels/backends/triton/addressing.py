@@ -1,4 +1,4 @@
-"""Where the entries of a tile lie in memory. A new kind of layout changes nothing else in the kernels."""
+"""Computes where the entries of a tile lie in memory. Only this part of the kernels depends on the layout."""
 
 from __future__ import annotations
 

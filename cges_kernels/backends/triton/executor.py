@@ -45,8 +45,8 @@ from .tiles import VECTOR_BYTES, Tiling, cut, launch_options, working_layout
 from .updates import count_steps
 from .whole import whole_groups
 
-L2_BYTES = 32 << 20  # assumed where the device does not tell the size of its L2
-COUNT_BLOCK = 256  # how many tensors' steps one program counts
+L2_BYTES = 32 << 20  # assumed if the size of the device's L2 is unknown
+COUNT_BLOCK = 256  # the number of tensors whose steps one program counts
 STORED = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -103,7 +103,7 @@ class DeviceTables:
         self.one, self.zero = (
             torch.full((1,), x, dtype=torch.float32, device=self.device) for x in (1.0, 0.0)
         )
-        self.rows = np.zeros(0)  # the content of `tensors` as last uploaded
+        self.rows = np.zeros(0)  # the rows that were last uploaded into `tensors`
         self.aligned = np.zeros(0)
         self.counts = np.zeros(len(tensors), dtype=np.int64)  # addresses of counts on the device, else 0
         self.counts_there = torch.from_numpy(self.counts).to(self.device)
@@ -169,7 +169,7 @@ class DeviceTables:
                 )
 
     def _take_counts(self, counts: np.ndarray) -> None:
-        """Upload the addresses of counts where they have changed; impossible in the capture of a graph."""
+        """Upload the addresses of counts if they have changed; impossible while a graph is captured."""
         if np.array_equal(counts, self.counts):
             return
         if is_capturing():
@@ -230,7 +230,7 @@ class TritonExecutor:
         for i, w in enumerate(tensors):
             if w.numel() > 0:
                 places.setdefault((w.device, w.dtype), []).append(i)
-        self.tables: list[tuple[np.ndarray, DeviceTables]] = []  # and the indices of their tensors
+        self.tables: list[tuple[np.ndarray, DeviceTables]] = []  # (indices of the tensors, their tables)
         for indices in places.values():
             tables = DeviceTables(
                 rule,
@@ -294,7 +294,7 @@ class TritonExecutor:
 
 
 class TritonPlan:
-    """The plan of the Triton executor: a StepPlan checks and gathers, and its rows are launched on."""
+    """The plan of the Triton executor: a StepPlan checks and gathers rows, which the executor steps."""
 
     def __init__(
         self, rule: Rule, params: Sequence[list[Tensor]], layouts: Sequence[Sequence[GroupedLayout]]

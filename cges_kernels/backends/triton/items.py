@@ -32,14 +32,14 @@ from .tiles import Tiling
 
 
 class WholeItems(NamedTuple):
-    """What whole_groups works through: an item per program."""
+    """The items of the kernel whole_groups, one per program."""
 
     variants: list[Variant]
     table: np.ndarray
 
 
 class SplitItems(NamedTuple):
-    """What split_groups works through: windows of equal length, and the scratch memory that panels share."""
+    """The items of the kernel split_groups, in windows of equal length, and the scratch that panels share."""
 
     variants: list[Variant]
     table: np.ndarray

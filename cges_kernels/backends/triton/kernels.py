@@ -8,9 +8,9 @@ partial sums. The last chunk of a panel to arrive adds them in index order and m
 (s, t) on. The apply pass reads everything again. A ticket waits only for tickets already taken, so nothing
 depends on how many programs are resident, and exact mode's further sweeps cost no further launch.
 
-This file has what both kernels do with a tile; updates.py has the update rules, for one of which (RULE) a
-kernel is compiled. The formulas have the names of core/reference.py and shrinkage.h. Numbers come from tables
-in device memory (tables.py), and executor.py launches.
+This file has the functions on tiles that both kernels call. updates.py has the update rules; a kernel is
+compiled for one of them (RULE). The formulas have the names of core/reference.py and shrinkage.h. Numbers
+come from tables in device memory (tables.py), and executor.py launches.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def apply_shrinkage(z, s, t, STORED: tl.constexpr):
 
 @triton.jit
 def frozen(w, alive, freeze):
-    """Where what is zero must stay zero: single elements, or groups none of whose entries is alive."""
+    """Which elements must stay zero: zeros, or all elements of groups none of whose entries is alive."""
     dead = tl.where(freeze == FREEZE_GROUP, alive[None, :] == 0, False)
     return tl.where(freeze == FREEZE_ELEMENT, w == 0, dead)
 

@@ -60,7 +60,7 @@ from .tables import (
 )
 from .updates import hyper_row, load_scalars
 
-SUM_BLOCK = Constant(2048)  # how many partial sums are added at once
+SUM_BLOCK = Constant(2048)  # the number of partial sums that are added at once
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def wait_for(count, at_least):
 def move_search_on(
     scratch, chunks, sweep, thresholds, EXACT: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr
 ):
-    """Add up the chunks' sums and take one step of each group's search; whether all groups are done."""
+    """Add up the chunks' sums, take one step of each group's search, and return whether all are done."""
     partials = scratch + STATE_ROWS * KEEP
     _, _, c, _ = thresholds
     zeros = tl.zeros([KEEP], scratch.dtype.element_ty)
@@ -196,8 +196,8 @@ def split_groups(
 ):  # fmt: skip
     """One program per ticket. Tickets go window by window; in a window, sweep by sweep, then the apply.
 
-    A window holds whole panels, as many as the L2 keeps, so that each pass finds there what the one before
-    has read.
+    A window holds whole panels, as many as the L2 keeps, so that each pass finds in the L2 what the pass
+    before has read.
     """
     STAGES: tl.constexpr = (MAX_SWEEPS if EXACT else 1) + 1
     if tl.load(found_inf) != 0:  # all programs see the same, so no ticket is taken

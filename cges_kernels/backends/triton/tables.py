@@ -1,8 +1,8 @@
 """The tables in device memory that the kernels read, so that a new address or learning rate compiles nothing.
 
-The comment above each table says what it has a row for. A column has one name, by which the host writes it
-and the kernels read it; the last name is the number of columns. Besides the tables, kernels take
-`grad_scale`, which divides gradients, and `found_inf`: where that is not 0 nothing changes.
+The comment above each table says what one of its rows stands for. A column has one name, by which the host
+writes it and the kernels read it; the last name is the number of columns. Besides the tables, kernels take
+`grad_scale`, which divides gradients, and `found_inf`: if that is not 0 nothing changes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ...core.rules import ADAMW, SGD
 
 
 class Constant(tl.constexpr):
-    """A number that kernels may name.
+    """A number that kernels may use as a global.
 
-    At each launch Triton compares all that a kernel names with a deep copy of what it was compiled for. That
-    is several times faster where there is only one object for each number.
+    At each launch Triton compares all globals of a kernel with a deep copy from when it was compiled. That is
+    several times faster if there is only one object for each number.
     """
 
     def __ne__(self, other: Any) -> Any:
@@ -70,7 +70,7 @@ HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # an addres
 # The values of RULE, which kernels are compiled for.
 SGD_RULE, ADAMW_RULE = map(Constant, range(2))
 RULE_NUMBERS = {SGD.name: SGD_RULE, ADAMW.name: ADAMW_RULE}
-# The values of HYPER_FREEZE: what must stay zero, as an index into FREEZE_MODES.
+# The values of HYPER_FREEZE, which are indices into FREEZE_MODES.
 FREEZE_GROUP, FREEZE_ELEMENT = (Constant(FREEZE_MODES.index(mode)) for mode in ("group", "element"))
 
 

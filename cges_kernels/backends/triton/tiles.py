@@ -1,4 +1,4 @@
-"""How tensors are cut for the Triton kernels: the table of launch choices, and which one a layout takes."""
+"""Cuts tensors for the Triton kernels: the table of launch choices, and the choice for a layout."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TILES: dict[int, tuple[Tile, ...]] = {
 
 
 class Tiling(NamedTuple):
-    """How one tensor is cut: its variant, whether a tile holds whole groups, and each panel's first group."""
+    """The cut of one tensor: its variant, whether a tile holds whole groups, and each panel's first group."""
 
     variant: Variant
     whole: bool
@@ -69,17 +69,18 @@ class Tiling(NamedTuple):
 
 
 def working_layout(layout: Layout) -> Layout:
-    """The same groups, with contiguous ones as rows: (K1, R1, 1, 1) is K1 runs of R1 elements."""
+    """A layout of the same groups, contiguous ones as rows: (K1, R1, 1, 1) becomes (1, 1, K1, R1)."""
     return Layout(1, 1, layout.K1, layout.R1) if layout.K2 == layout.R2 == 1 else layout
 
 
 def launch_options(
     variants: Sequence[Variant], dtype: torch.dtype, exact: bool, nvidia: bool
 ) -> dict[str, Any]:
-    """How a kernel is compiled for `variants`.
+    """The options for compiling a kernel for `variants`.
 
     With up to 128 registers per thread two programs share an SM; z of four parts, or 64-bit divisions, take
-    more. ptxas is told its limit, because left to itself it may stop at 64 or 128 and spill the rest.
+    more. The limit is passed to ptxas, because by itself it may stop at 64 or 128 registers and spill the
+    rest.
     """
     options: dict[str, Any] = {"VARIANTS": tuple(variants), "num_warps": NUM_WARPS, "enable_fp_fusion": True}
     if nvidia:
@@ -106,7 +107,7 @@ def tile_for(kind: int, size: int, dtype: torch.dtype, vec: int) -> Tile:
 
 
 def cut(layout: Layout, grouped: bool, dtype: torch.dtype, aligned: bool) -> Tiling:
-    """How to cut a tensor; `aligned` says that its memory begins on a multiple of 16 bytes."""
+    """Cuts a tensor; `aligned` says whether its memory begins on a multiple of 16 bytes."""
     K1, R1, K2, R2 = layout
     if not grouped:
         kind = ELEMENTWISE.value

@@ -73,7 +73,7 @@ def load_number(row, column: tl.constexpr, source: tl.constexpr):
 
 @triton.jit
 def load_grad_sign(row, grad_scale):
-    """What gradients are multiplied by: 1, or -1 to maximize, divided by the gradient scale."""
+    """The factor on gradients: 1, or -1 to maximize, divided by the gradient scale."""
     sign = tl.load(row + HYPER_GRAD_SIGN)
     return divide(sign, tl.load(grad_scale).to(sign.dtype))
 
@@ -135,7 +135,7 @@ def adamw_update(w, grad, exp_avg, exp_avg_sq, phase, adamw):
 
 @triton.jit
 def count_steps(tensors, shapes, hyper, counts, found_inf, n, BLOCK: tl.constexpr):
-    """Count the steps of tensors whose counts lie on the device, and write what other kernels need of them.
+    """Count the steps of tensors whose counts lie on the device, and write AdamW's numbers for these counts.
 
     `counts` holds for each tensor the address of a float32, or 0 where the host counts. An overflow is no
     step.

@@ -26,7 +26,7 @@ def everything():
 
 @pytest.fixture(scope="module")
 def kernels(everything):
-    """Those of SGD."""
+    """The compiled kernels of SGD."""
     return [k for k in everything if k["rule"] == 0]
 
 

@@ -1,4 +1,4 @@
-"""What training loops do to an optimizer, as functions that take a constructor.
+"""Scenarios of training loops and their optimizers, as functions that take a constructor.
 
 Each makes an optimizer, trains with it, and returns the tensors by which two optimizers are compared.
 """

@@ -1,4 +1,4 @@
-"""What a training loop does with a model: zero_grad, closures, loss scaling, names, frozen layers."""
+"""Features of training loops: zero_grad, closures, loss scaling, names, frozen layers."""
 
 import torch
 from helpers.scenarios.registry import scenario
