@@ -50,10 +50,10 @@ class Settings:
     strength: float = 1.0  # times every lambda
     device: str = "cpu"
 
-    def coefficient(self, lam: float) -> float:
+    def coefficient(self, arm: Arm, lam: float) -> float:
         """What has at this momentum the effect that ``lam`` has at TUNED_AT (see ProxSGD's docstring)."""
-        momentum = self.momentum if self.optimizer == "sgd" else TUNED_AT
-        return lam * self.strength * (1 - TUNED_AT) / (1 - momentum)
+        same = arm.in_gradient or self.optimizer != "sgd"
+        return lam * self.strength * (1 if same else (1 - TUNED_AT) / (1 - self.momentum))
 
 
 SETTINGS = {
@@ -139,7 +139,7 @@ class Repetition:
             torch.save(model.state_dict(), path)
 
     def optimizer(self, model: nn.Module, arm: Arm, lam: float, **options: Any) -> Optimizer:
-        groups = arm.param_groups(model, self.settings.coefficient(lam))
+        groups = arm.param_groups(model, self.settings.coefficient(arm, lam))
         if self.settings.optimizer == "adamw":
             return ProxAdamW(groups, lr=self.settings.lr, weight_decay=0.0, **options)
         return ProxSGD(groups, lr=self.settings.lr, momentum=self.settings.momentum, **options)
