@@ -12,15 +12,15 @@ from ..common.cli import WHOLE, at_least, parser_of, prepared
 from ..common.jobs import run_jobs
 from ..common.results import Results
 from .experiments import EXPERIMENTS, jobs, left_out, pretrain, work
-from .files import write_results
-from .page import plain, write_page
+from .files import found, read_results, write_results
+from .page import plain, verdicts, write_page
 
 DESCRIPTION = """\
 Repeat the thesis's experiments with ProxSGD:
 
 {}
   all          every one of them, then the page
-  page         write the page of the results in --out, the only option that it takes
+  page         print the verdicts on the results in --out, and write their page; it takes no other option
 
 An experiment writes NAME-runs.csv (every run), NAME.csv (means and 95% intervals over seeds),
 NAME-settings.csv (what all runs share) and NAME.svg, and prints its verdicts. The page is claims.md in the
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arm, reason in left_out(name, settings).items():
             print(f"{name} is without {experiment.arms[arm].label}: {reason}.")
         todo = jobs(name, settings, args.seeds, args.lambdas)
-        found = run_jobs(partial(work, name, dataset, settings), todo, args.workers, args.device, name)
-        rows = [row for rows in found for row in rows]
+        of_jobs = run_jobs(partial(work, name, dataset, settings), todo, args.workers, args.device, name)
+        rows = [row for rows in of_jobs for row in rows]
         results = Results(rows, experiment.labels, settings.strength)
         write_results(name, results, settings, out)
         print(
@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"({time.perf_counter() - start:.0f} s)")
     if args.experiment in ("all", "page"):
         try:
-            print(f"wrote {write_page(args.out)}")
+            page = write_page(args.out)
         except FileNotFoundError as error:
             parser.exit(1, f"{parser.prog}: {error}\n")
+        said = [verdicts(name, read_results(name, args.out)) for name in found(args.out)]
+        print("\n\n".join([*said, f"wrote {page}"]))
     return 0

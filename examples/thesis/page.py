@@ -28,14 +28,18 @@ def markdown(paragraph: str | Table) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def verdicts(name: str, results: Results) -> str:
+    """An experiment's claims and whether they held, for the terminal."""
+    claims = [f"- {claim}: {verdict}" for claim, verdict in SECTIONS[name](results).claims.items()]
+    parts = [f"{EXPERIMENTS[name].title} ({results.told})", *results.caution, *claims]
+    return "\n".join(textwrap.fill(part, 110, subsequent_indent="  ") for part in parts)
+
+
 def plain(name: str, results: Results) -> str:
-    """The section of an experiment for the terminal: its verdicts first."""
-    section = SECTIONS[name](results)
-    verdicts = [f"- {claim}: {verdict}" for claim, verdict in section.claims.items()]
-    parts: list[str | Table] = [f"{EXPERIMENTS[name].title} ({results.told})", *verdicts, *results.caution]
-    parts += section.paragraphs
-    shown = (textwrap.fill(part, 110) if isinstance(part, str) else str(part) for part in parts)
-    return "\n\n".join(shown).replace("**", "")
+    """The whole section of an experiment, for the terminal."""
+    paragraphs = SECTIONS[name](results).paragraphs
+    shown = (textwrap.fill(part, 110) if isinstance(part, str) else str(part) for part in paragraphs)
+    return "\n\n".join([verdicts(name, results), *shown]).replace("**", "")
 
 
 def measured(folder: Path, links_from: Path, names: Sequence[str] = tuple(EXPERIMENTS)) -> str:

@@ -154,7 +154,7 @@ def fig4a(results: Results) -> Section:
         "**Claim:** training with CGES converges faster than with the other regularisers.",
         "The table shows after how many epochs the test accuracy reaches "
         f"{SHARE:.0%} of what the dense network (l2) ends with. Each sparse method has a λ that leaves about "
-        "as many weights as the others'. The penalty grows over the first 30% of the steps.",
+        "as many weights as the others'. The warm-up of the penalty is part of the epochs that are counted.",
         table(header, lines),
     ]
     told = "; ".join(f"against {labels[arm]}: {verdict}" for arm, (_, verdict) in verdicts.items())

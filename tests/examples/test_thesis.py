@@ -50,6 +50,8 @@ def test_the_authors_factors():
     groups = ProxSGD(FIG3["cges_authors"].param_groups(model, 6e-5), lr=0.1).param_groups
     found = {name: (g["group_lasso"], g["exclusive_lasso"]) for g in groups for name in g["param_names"]}
     pairs = [(0.8, 0.2), (0.6, 0.4 * 0.5), (0.4 / 15, 0.6 * 15), (0.2 / 144, 0.8 * 144)]
+    assert FIG3["cges_authors"].lambdas(1) == [6e-4]
+    assert Settings(momentum=0).coefficient(FIG3["cges_authors"], 6e-4) == pytest.approx(6e-5)
     for name, (group_lasso, exclusive_lasso) in zip(("conv1", "conv2", "fc1", "fc2"), pairs):
         assert found[f"{name}.weight"] == pytest.approx((6e-5 * group_lasso, 6e-5 * exclusive_lasso))
 
@@ -121,7 +123,8 @@ def test_the_command(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {f"fig4c{part}" for part in FILES} | kept
     before = page.PAGE.read_bytes()
     assert cli.main(["page", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"wrote {out / 'claims.md'}\n"
+    again = capsys.readouterr().out
+    assert said.partition("\n\n")[0].strip() in again and again.endswith(f"\n\nwrote {out / 'claims.md'}\n")
     assert "![Figure 4 c: mu increasing or constant](fig4c.svg)" in (out / "claims.md").read_text("utf-8")
     assert page.PAGE.read_bytes() == before
 
@@ -175,6 +178,15 @@ def test_noise_is_not_as_good_as_dense():
     )
     assert sections.fewest([steady, noisy], dense) == "50.0 ± 0.0%, λ 0.2, its weakest"
     assert sections.fewest([noisy, group(0.4, 93.9, 94.0, 94.1)], dense) == "none"
+
+
+@pytest.mark.full("the programme on the page runs; it takes seconds")
+def test_the_programme_of_the_page(monkeypatch, capsys):
+    (programme,) = re.findall("```python\n(.*?)```", page.PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setattr("examples.common.data.load", lambda data, path: small_dataset(size=28, classes=10))
+    exec(programme, {})
+    said = capsys.readouterr().out
+    assert "% of the test images" in said and "fc2.weight    10x1024" in said
 
 
 def test_the_page_is_that_of_the_results():
