@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ COSTS = {
     "flops_compacted": "FLOPs, compacted",
 }
 LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # percent, where curves are compared
-KEPT = 0.9  # of the greatest mean accuracy: at less, a network counts as collapsed and is not compared
+KEPT = 0.9  # of the greatest mean accuracy: at less, an arm has collapsed at that lambda and is not compared
 FEW = 5  # repetitions; verdicts from fewer are hints
 
 Row = dict[str, Any]  # FACTS, some KEYS, "seed", and what was measured
@@ -138,7 +137,7 @@ class Results:
 
     @cached_property
     def enough(self) -> float:
-        """The mean accuracy from which a network counts as not collapsed."""
+        """The mean accuracy below which an arm has collapsed at a lambda."""
         return KEPT * max(group.interval("accuracy").mean for group in self.groups)
 
     def of(self, arm: str) -> list[Group]:
@@ -159,30 +158,24 @@ class Results:
         return f"{gain.signed} ({weights:.0f}% of the weights): {gain.verdict}"
 
     def _curves(self, arm: str, x: str, y: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Per seed: (log x ascending, y). Runs in which nothing is left are not on the curve."""
+        """Per seed: (log x ascending, y), where the arm has not collapsed and something is left."""
         points: dict[int, list[tuple[float, float]]] = {}
-        for row in self.rows:
-            if row["arm"] == arm and row[x] > 0:
-                points.setdefault(row["seed"], []).append((math.log(row[x]), row[y]))
+        for group in self.of(arm):
+            for row in group.rows if group.interval("accuracy").mean >= self.enough else ():
+                if row[x] > 0:
+                    points.setdefault(row["seed"], []).append((math.log(row[x]), row[y]))
         return {seed: tuple(np.array(sorted(curve)).T) for seed, curve in points.items()}
 
     def margin(self, arm: str, rival: str, x: str, y: str = "accuracy") -> Margin:
         """``y`` of the arm less the rival's, each interpolated over log ``x``, seed by seed.
 
-        Compared at those LEVELS that every curve of both covers, from the highest down to the last at which
-        the mean accuracy of both is ``enough``.
+        Compared at those LEVELS that every curve of both covers.
         """
         ours, theirs = self._curves(arm, x, y), self._curves(rival, x, y)
         curves = [*ours.values(), *theirs.values()]
-        low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
-        covered = (level for level in LEVELS if low <= math.log(level) <= high)
-        pair = [self._curves(key, x, "accuracy").values() for key in (arm, rival)]
-
-        def worth(level: float) -> bool:
-            at = math.log(level)
-            return min(np.mean([np.interp(at, *curve) for curve in mine]) for mine in pair) >= self.enough
-
-        levels = tuple(itertools.takewhile(worth, covered))
+        low = max((xs[0] for xs, _ in curves), default=math.inf)
+        high = min((xs[-1] for xs, _ in curves), default=-math.inf)
+        levels = tuple(level for level in LEVELS if low <= math.log(level) <= high)
         if not levels or ours.keys() != theirs.keys():
             return Margin(Interval(math.nan, math.nan), ())
         at = np.log(levels)

@@ -39,8 +39,8 @@ What the thesis claims, and what came out here
 
 A claim holds where the 95% interval of a difference lies above zero. It does not hold where the interval lies
 below zero, and is undecided otherwise. At equal cost, methods are compared on curves that are interpolated
-between their lambdas, averaged over the levels in brackets: those at which both methods keep at least
-{KEPT:.0%} of the greatest mean accuracy."""
+between their lambdas, averaged over the levels in brackets. A lambda at which a method keeps less than
+{KEPT:.0%} of the greatest mean accuracy is not on its curve."""
 
 
 def table(results: Results) -> str:

@@ -55,22 +55,22 @@ def test_margin_at_equal_cost():
 
 
 def test_collapsed_networks_are_not_compared():
-    """Levels end where the mean accuracy of either is below 90% of the greatest, which is 97% here."""
+    """Curves end before a lambda whose mean accuracy is below 90% of the greatest, which is 97% here."""
 
-    def collapsed(arm, seeds):
-        return [
-            row | dict(accuracy=50.0)
-            if row["arm"] == arm and row["nonzero"] < 20 and row["seed"] in seeds
-            else row
-            for row in invented(2.0).rows
-        ]
+    def levels(arm, accuracy, *seeds):
+        rows = invented(2.0).rows
+        weak = [row for row in rows if row["arm"] == arm and row["nonzero"] < 20 and row["seed"] in seeds]
+        rows = [row | dict(accuracy=accuracy) if row in weak else row for row in rows]
+        return Results(rows, LABELS).margin("cges", "l1", "nonzero").levels
 
     for arm in ("cges", "l1"):
-        found = Results(collapsed(arm, (0, 1, 2)), LABELS).margin("cges", "l1", "nonzero")
-        assert found.levels == (90, 80, 70, 60, 50, 40, 30)
-        assert found.interval.mean == pytest.approx(2)
-    assert Results(collapsed("l1", (2,)), LABELS).margin("cges", "l1", "nonzero").levels[-1] == 20
-    assert Results(collapsed("es", (0, 1, 2)), LABELS).margin("cges", "l1", "nonzero").levels[-1] == 7
+        assert levels(arm, 50.0, 0, 1, 2) == (90, 80, 70, 60, 50, 40, 30)
+        assert levels(arm, 88.0, 0, 1, 2)[-1] == 7
+    assert levels("l1", 50.0, 2)[-1] == 30  # the mean is 78%
+    assert levels("l1", 80.0, 2)[-1] == 7  # the mean is 88%
+    assert levels("es", 50.0, 0, 1, 2)[-1] == 7
+    nowhere = [row | dict(accuracy=50.0) if row["arm"] == "l1" else row for row in invented(2.0).rows]
+    assert str(Results(nowhere, LABELS).margin("cges", "l1", "nonzero")) == "no common level"
 
 
 def test_the_interval_decides():
