@@ -69,8 +69,9 @@ def test_collapsed_networks_are_not_compared():
     assert levels("l1", 50.0, 2)[-1] == 30  # the mean is 78%
     assert levels("l1", 80.0, 2)[-1] == 7  # the mean is 88%
     assert levels("es", 50.0, 0, 1, 2)[-1] == 7
-    nowhere = [row | dict(accuracy=50.0) if row["arm"] == "l1" else row for row in invented(2.0).rows]
-    assert str(Results(nowhere, LABELS).margin("cges", "l1", "nonzero")) == "no common level"
+    rest = [row | dict(accuracy=50.0) if row["arm"] in ("l1", "es") else row for row in invented(2.0).rows]
+    for arm in ("cges", "es"):
+        assert str(Results(rest, LABELS).margin(arm, "l1", "nonzero")) == "no common level"
 
 
 def test_the_interval_decides():
