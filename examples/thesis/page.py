@@ -95,7 +95,7 @@ def write_page(folder: Path) -> Path:
     Raises:
         FileNotFoundError: no results lie in the folder.
     """
-    if folder.resolve() == RESULTS:
+    if folder.resolve() == RESULTS.resolve():
         write_text(PAGE, with_measured(PAGE.read_text(encoding="utf-8")))
         return PAGE
     names = found(folder)
