@@ -76,7 +76,7 @@ bench: install $(BENCH_STAMP)  ## measure against other optimizers on the CPU, i
 	$(PY) -m bench.run $(ARGS)
 
 accuracy: install  ## repeat the thesis's experiments, in some minutes, and write docs/claims.md
-	$(PY) -m examples.thesis all $(ARGS)
+	$(PY) -m examples.thesis all --out examples/thesis/results $(ARGS)
 
 guard: install  ## count the CPU executor's instructions with valgrind, against budgets
 	$(PY) tests/guard.py

@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from cges_kernels import CoefficientWarmup, ProxAdamW, compact
 
-from .common.cli import at_least_one, write
+from .common.cli import at_least, write
 from .common.figures import RC, STYLES
 from .common.jobs import progress
 from .common.training import fit
@@ -192,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train both, compact the sparse one, print and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder for figure and numbers")
-    add("--steps", type=at_least_one, default=1500, metavar="N")
+    add("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="of figure and numbers")
+    add("--steps", type=at_least(1), default=1500, metavar="N")
     add("--group-lasso", type=float, default=0.3, metavar="X")
     add("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from .networks import NETS
 from .training import SETTINGS, Settings
 
 
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return whole
 
 
 def positive(text: str) -> float:
@@ -44,41 +47,43 @@ def device(text: str) -> str:
     return text
 
 
-WHOLE: dict[str, Any] = dict(type=at_least_one, metavar="N")  # arguments of an option that is a whole number
+WHOLE: dict[str, Any] = dict(type=at_least(1), metavar="N")  # an option's
 
 
-def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all commands have."""
+def parser_of(prog: str, description: str, out: str) -> argparse.ArgumentParser:
+    """A parser with the options that all commands have; ``out`` is the folder to write to by default."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=formatter)
     add = parser.add_argument
     add("--data", choices=LOADERS, default="digits", help="what to train on (default: digits)")
     path = "folder of MNIST or CIFAR, which are downloaded there if need be, or of images by class"
     add("--path", type=Path, metavar="DIR", help=path)
-    add("--size", default=32, help="side of a folder's images (default: 32)", **WHOLE)
+    add("--size", help="side of a folder's images (default: 32)", **WHOLE)
     add("--net", choices=NETS, help="(default: lenet for digits and folder, mnist, wrn-16-10 for CIFAR)")
-    add("--seeds", default=5, help="repetitions (default: 5, on digits the five folds)", **WHOLE)
+    folds = "on data without a test set, as the digits, these are five folds, and 6 to 10 another shuffle's"
+    add("--seeds", default=5, help=f"repetitions (default: 5; {folds})", **WHOLE)
     add("--epochs", help="(default: digits 40, folder 60, others 50)", **WHOLE)
     add("--strength", type=positive, metavar="X", help="times every lambda (default: 1, for digits 1.3)")
     add("--device", type=device, default="cpu", help="to train on: cpu, cuda, cuda:1, ... (default: cpu)")
     workers = "processes of one thread each (default: the cores)"
     add("--workers", default=joblib.cpu_count(), help=workers, **WHOLE)
-    add("--out", type=Path, metavar="DIR", help="where CSV and figures go")
+    where = "where CSV and figures go; those of an earlier run are replaced"
+    add("--out", type=Path, default=Path(out), metavar="DIR", help=f"{where} (default: {out})")
     return parser
 
 
-def prepared(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, out: Path
-) -> tuple[Dataset, Settings, Path]:
-    """(data, settings, folder to write to, which is ``out`` unless the arguments name another)."""
-    out = args.out or out
+def prepared(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Dataset, Settings, Path]:
+    """The data, the settings, and the folder to write to."""
+    if args.size and args.data != "folder":
+        parser.error("argument --size: only --data folder takes it")
+    out = args.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         parser.error(f"argument --out: expected a folder to write to, got {str(out)!r}: {error}")
     try:
-        dataset = load(args.data, args.path, args.size)
+        dataset = load(args.data, args.path, args.size or 32)
     except DataError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     given = {key: getattr(args, key) for key in ("net", "epochs", "strength") if getattr(args, key)}

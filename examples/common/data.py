@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 FOLDS = 5  # for data without a test set: training takes one fold, the test takes the others
 
@@ -26,7 +27,7 @@ class Dataset(NamedTuple):
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(indices to train on, indices to test on) of repetition ``seed``.
 
-        Without a test set, five repetitions in a row take the five folds of one shuffle.
+        Without a test set, repetitions 0 to 4 take the five folds of one shuffle, 5 to 9 those of another.
         """
         rows = np.arange(len(self.y))
         if self.tested:
@@ -46,12 +47,25 @@ def digits(path: Path | None, size: int) -> Dataset:
     return Dataset((found.images[:, None] / 16).astype(np.float32), found.target.astype(np.int64), 10)
 
 
+def _torchvision() -> Any:
+    """torchvision's data sets and transforms."""
+    try:
+        import torchvision.datasets
+        import torchvision.transforms
+    except (ImportError, RuntimeError) as error:  # one for another torch does not find its operators
+        advice = "pip install torchvision, from the index that torch came from"
+        raise DataError(
+            f"images other than the digits need a torchvision that matches torch {torch.__version__} "
+            f"({advice}): {error}"
+        ) from error
+    return torchvision
+
+
 def _published(name: str) -> Callable[[Path | None, int], Dataset]:
     """A loader of the torchvision data set ``name``; it reads it below the path or downloads it there."""
 
     def load(path: Path | None, size: int) -> Dataset:
-        from torchvision import datasets
-
+        datasets = _torchvision().datasets
         parts = [getattr(datasets, name)(path, train=part, download=True) for part in (True, False)]
         images = [np.asarray(part.data) for part in parts]
         grey = images[0].ndim == 3
@@ -62,12 +76,8 @@ def _published(name: str) -> Callable[[Path | None, int], Dataset]:
 
 
 def folder(path: Path | None, size: int) -> Dataset:
-    """The middle square of each image below a path that has a folder for each class.
-
-    The path may also have such folders in train/ and test/ (or val/).
-    """
-    from torchvision import datasets, transforms
-
+    """A folder of images per class, each image's middle square; or train/ and test/ (or val/) of such."""
+    datasets, transforms = _torchvision().datasets, _torchvision().transforms
     assert path is not None
     square = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
     tests = [path / name for name in ("test", "val") if (path / "train").is_dir() and (path / name).is_dir()]
@@ -104,7 +114,7 @@ def load(data: str, path: Path | None = None, size: int = 32) -> Dataset:
     """The data set that ``--data`` names. The images of a folder are scaled to ``size`` x ``size``.
 
     Raises:
-        DataError: the data is missing or malformed, cannot be downloaded, or torchvision is not installed.
+        DataError: the data is missing or malformed, cannot be downloaded, or torchvision does not work.
     """
     if path is None and data != "digits":
         raise DataError(f"--data {data} needs --path, the folder that holds it")

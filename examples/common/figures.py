@@ -23,6 +23,7 @@ STYLES = {
     "gs_feature": ("#0072B2", "^", "-"),
     "es": ("#009E73", "P", "-"),
     "cges": ("#D55E00", "o", "-"),
+    "cges_authors": ("#8C2D04", "*", "-."),
     "cges_norm": ("#D55E00", "o", "--"),
     "slimming": ("#CC79A7", "X", "--"),
 }
@@ -55,6 +56,12 @@ def percent_axis(axis: Any, low: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def lowest_drawn(results: Results) -> float:
+    """The test accuracy at which the picture ends: what has collapsed would flatten the rest."""
+    accuracies = [group.interval("accuracy").mean for group in results.groups]
+    return max(min(accuracies) - 1, max(accuracies) - 15)
+
+
 def over_costs(results: Results, title: str, columns: int = 2) -> Figure:
     """Test accuracy over each cost: a line per arm, a point per lambda."""
     figure = Figure(figsize=(5.2 * columns, 4.1 * len(COSTS) / columns), layout="constrained")
@@ -66,9 +73,10 @@ def over_costs(results: Results, title: str, columns: int = 2) -> Figure:
         percent_axis(panel.xaxis, max(0.5, 0.8 * min(positive)))
         panel.set_xlabel(f"{label}, %")
     accuracies = [group.interval("accuracy").mean for group in results.groups]
-    # Accuracies more than 15 points below the best are outside of the picture.
-    panels[0].set_ylim(max(min(accuracies) - 1, max(accuracies) - 15), max(accuracies) + 1.5)
-    return finish(figure, panels, results, title)
+    low = lowest_drawn(results)
+    panels[0].set_ylim(low, max(accuracies) + 1.5)
+    cut = f"; what lies below {low:.0f}% is not drawn" if min(accuracies) < low else ""
+    return finish(figure, panels, results, title, cut)
 
 
 def _line(panel: Axes, results: Results, groups: Sequence[Group], x: str) -> None:
@@ -79,10 +87,10 @@ def _line(panel: Axes, results: Results, groups: Sequence[Group], x: str) -> Non
     panel.errorbar(xs, ys, halves, label=results.labels[arm], **looks)
 
 
-def finish(figure: Figure, panels: Sequence[Axes], results: Results, title: str) -> Figure:
-    """Add a legend, and a title that names the data, the network and the number of seeds."""
+def finish(figure: Figure, panels: Sequence[Axes], results: Results, title: str, more: str = "") -> Figure:
+    """Add a legend, and a title that says what the runs are of; ``more`` ends it."""
     panels[0].set_ylabel("test accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=int(figure.get_figwidth() // 3))
-    figure.suptitle(f"{title}\n{results.told}; mean and 95% interval", fontsize=11)
+    figure.suptitle(f"{title}\n{results.told}; mean and 95% interval{more}", fontsize=11)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ COSTS = {
     "weights_compacted": "weights, compacted",
     "flops_compacted": "FLOPs, compacted",
 }
-LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # costs in percent to compare curves at
+LEVELS = (90, 80, 70, 60, 50, 40, 30, 20, 15, 10, 7, 5, 3, 2, 1)  # percent, where curves are compared
+KEPT = 0.9  # of the greatest mean accuracy: at less, an arm has collapsed at that lambda and is not compared
+FEW = 5  # repetitions; verdicts from fewer are hints
 
 Row = dict[str, Any]  # FACTS, some KEYS, "seed", and the measurements
 
@@ -42,16 +44,18 @@ class Interval(NamedTuple):
         return cls(float(np.mean(values)), float(half))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}"
+        return f"{self.mean:.1f}" if math.isnan(self.half) else f"{self.mean:.1f} ± {self.half:.1f}"
 
     @property
     def signed(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}"
+        return f"{self.mean:+.2f}" if math.isnan(self.half) else f"{self.mean:+.2f} ± {self.half:.2f}"
 
     @property
     def verdict(self) -> str:
-        """The verdict on the claim that the estimated value is positive."""
-        if not abs(self.mean) > self.half:  # so NaN is undecided
+        """Of the claim that what is estimated is positive: the one rule for verdicts."""
+        if math.isnan(self.half):
+            return "undecided (one repetition decides nothing)"
+        if abs(self.mean) <= self.half:
             return "undecided"
         return "holds" if self.mean > 0 else "does not hold"
 
@@ -60,7 +64,7 @@ class Margin(NamedTuple):
     """An arm's advantage over a rival at equal cost: the mean over levels of that cost and over seeds."""
 
     interval: Interval
-    levels: tuple[float, ...]  # percent; none if no level is on the curves of both
+    levels: tuple[float, ...]  # percent; none if the two cannot be compared at any
 
     def __str__(self) -> str:
         if not self.levels:
@@ -98,10 +102,11 @@ def point_of(row: Row) -> float:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of an experiment, and the labels of its arms in their order."""
+    """The rows of an experiment, the labels of its arms in their order, and what every lambda was times."""
 
     rows: Sequence[Row]
     labels: Mapping[str, str]
+    strength: float = 1.0
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -115,16 +120,32 @@ class Results:
 
     @property
     def told(self) -> str:
-        """The data, the network, the epochs and the number of seeds of the runs."""
-        first, seeds = self.rows[0], len({row["seed"] for row in self.rows})
-        return f"{first['data']}, network {first['net']}, {first['epochs']:g} epochs, {seeds} seeds"
+        """The data, the network, the epochs, the number of seeds and the strength of the runs."""
+        first, seeds = self.rows[0], self.seeds
+        times = "" if self.strength == 1 else f", every λ times {self.strength:g}"
+        return f"{first['data']}, network {first['net']}, {first['epochs']:g} epochs, {seeds} seeds{times}"
+
+    @property
+    def seeds(self) -> int:
+        return len({row["seed"] for row in self.rows})
+
+    @property
+    def caution(self) -> list[str]:
+        """What has to be said of the verdicts, if anything."""
+        few = f"{self.seeds} of {FEW} repetitions (--seeds): take the verdicts as hints."
+        return [few] if self.seeds < FEW else []
+
+    @cached_property
+    def enough(self) -> float:
+        """The mean accuracy below which an arm has collapsed at a lambda."""
+        return KEPT * max(group.interval("accuracy").mean for group in self.groups)
 
     def of(self, arm: str) -> list[Group]:
         return [group for group in self.groups if group.arm == arm]
 
     def at(self, point: float) -> Results:
         """The rows of one epoch or density."""
-        return Results([row for row in self.rows if point_of(row) == point], self.labels)
+        return replace(self, rows=[row for row in self.rows if point_of(row) == point])
 
     def best(self, arm: str) -> Group:
         """The group of the arm at the lambda with the greatest mean accuracy on the test images."""
@@ -137,11 +158,12 @@ class Results:
         return f"{gain.signed} ({weights:.0f}% of the weights): {gain.verdict}"
 
     def _curves(self, arm: str, x: str, y: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """{seed: (ascending log x, y)}. Runs whose ``x`` is 0 are not on the curve."""
+        """Per seed: (log x ascending, y), where the arm has not collapsed and something is left."""
         points: dict[int, list[tuple[float, float]]] = {}
-        for row in self.rows:
-            if row["arm"] == arm and row[x] > 0:
-                points.setdefault(row["seed"], []).append((math.log(row[x]), row[y]))
+        for group in self.of(arm):
+            for row in group.rows if group.interval("accuracy").mean >= self.enough else ():
+                if row[x] > 0:
+                    points.setdefault(row["seed"], []).append((math.log(row[x]), row[y]))
         return {seed: tuple(np.array(sorted(curve)).T) for seed, curve in points.items()}
 
     def margin(self, arm: str, rival: str, x: str, y: str = "accuracy") -> Margin:
@@ -151,7 +173,8 @@ class Results:
         """
         ours, theirs = self._curves(arm, x, y), self._curves(rival, x, y)
         curves = [*ours.values(), *theirs.values()]
-        low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+        low = max((xs[0] for xs, _ in curves), default=math.inf)
+        high = min((xs[-1] for xs, _ in curves), default=-math.inf)
         levels = tuple(level for level in LEVELS if low <= math.log(level) <= high)
         if not levels or ours.keys() != theirs.keys():
             return Margin(Interval(math.nan, math.nan), ())

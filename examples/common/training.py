@@ -50,10 +50,10 @@ class Settings:
     strength: float = 1.0  # a factor on every lambda
     device: str = "cpu"
 
-    def coefficient(self, lam: float) -> float:
-        """The coefficient with the same effect at this momentum as ``lam`` at TUNED_AT (see ProxSGD)."""
-        momentum = self.momentum if self.optimizer == "sgd" else TUNED_AT
-        return lam * self.strength * (1 - TUNED_AT) / (1 - momentum)
+    def coefficient(self, arm: Arm, lam: float) -> float:
+        """What has at this momentum the effect that ``lam`` has at TUNED_AT (see ProxSGD's docstring)."""
+        same = arm.in_gradient or self.optimizer != "sgd"
+        return lam * self.strength * (1 if same else (1 - TUNED_AT) / (1 - self.momentum))
 
 
 SETTINGS = {
@@ -139,7 +139,7 @@ class Repetition:
             torch.save(model.state_dict(), path)
 
     def optimizer(self, model: nn.Module, arm: Arm, lam: float, **options: Any) -> Optimizer:
-        groups = arm.param_groups(model, self.settings.coefficient(lam))
+        groups = arm.param_groups(model, self.settings.coefficient(arm, lam))
         if self.settings.optimizer == "adamw":
             return ProxAdamW(groups, lr=self.settings.lr, weight_decay=0.0, **options)
         return ProxSGD(groups, lr=self.settings.lr, momentum=self.settings.momentum, **options)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import matplotlib
 from torch import nn
@@ -51,12 +50,12 @@ def train(dataset: Dataset, settings: Settings, job: Job) -> tuple[Row, nn.Modul
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; ``argv`` as on the command line, without the program's name."""
-    parser = parser_of("python -m examples.demo", DESCRIPTION)
+    parser = parser_of("python -m examples.demo", DESCRIPTION, "demo_out")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="(default: sgd)")
     parser.add_argument("--lambdas", default=4, help="strengths per method (default: 4)", **WHOLE)
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    dataset, settings, out = prepared(parser, args, Path("demo_out"))
+    dataset, settings, out = prepared(parser, args)
     settings = replace(settings, pretrain_epochs=0)
     if args.optimizer == "adamw":
         strength = args.strength or ADAMW_STRENGTH
@@ -64,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = jobs_of(METHODS, args.lambdas, args.seeds)
     found = run_jobs(partial(train, dataset, settings), jobs, args.workers, args.device, "training")
     rows, models = [row for row, _ in found], [model for _, model in found]
-    results = Results(rows, LABELS)
+    results = Results(rows, LABELS, settings.strength)
     shown = nearest(results, models)
     small = dense_to_small(*shown["cges"], Repetition(dataset, settings, 0))
-    title = f"{args.optimizer}: {results.told}; every lambda times {settings.strength:g}"
+    title = f"{args.optimizer}: {results.told}"
     text = "\n\n".join([title, table(results), claims(results), small])
     with matplotlib.rc_context(RC):
         figures, texts = draw(results, shown)

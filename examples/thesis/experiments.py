@@ -125,7 +125,24 @@ def slimming(model: nn.Module, lam: float) -> list[dict[str, object]]:
 
 
 CGES = METHODS["cges"]
+# What the TensorFlow code of the paper's authors multiplies a layer's group and exclusive part by.
+FACTORS = {
+    "conv1.weight": (1.0, 1.0),
+    "conv2.weight": (1.0, 0.5),
+    "fc1.weight": (1 / 15, 15.0),
+    "fc2.weight": (1 / 144, 144.0),
+}
+AUTHORS = functools.partial(cges_param_groups, m=0.2, scale=FACTORS)
 FIG3 = METHODS | {
+    # The middle, 6e-4, is the authors' lambda: 6e-5 without momentum.
+    "cges_authors": replace(
+        CGES,
+        label="CGES, authors' factors",
+        weakest=9e-5,
+        strongest=4e-3,
+        param_groups=AUTHORS,
+        nets=("lenet", "lenet_bn", "mnist"),
+    ),
     # Batch norm undoes what shrinks the weights before it, so a filter is harder to bring to zero.
     "cges_norm": replace(CGES, label="CGES, net with batch norm", weakest=0.012, strongest=0.12, norm=True),
     "slimming": Arm("slimming, net with batch norm", 0.06, 0.6, slimming, norm=True, slimming=True),
@@ -188,15 +205,26 @@ EXPERIMENTS = {
 }
 
 
-def jobs(name: str, settings: Settings, seeds: int, lambdas: int | None) -> list[Job]:
-    """The jobs of an experiment; arms with batch norm are left out where the network has no such variant."""
-    experiment = EXPERIMENTS[name]
+def left_out(name: str, settings: Settings) -> dict[str, str]:
+    """The arms of an experiment that cannot be trained with these settings, each with the reason."""
     has_norm = NORMED.get(settings.net) == settings.net
-    fresh = not settings.pretrain_epochs  # a network with batch norm would need a pretraining of its own
-    may_have = has_norm or (fresh and settings.net in NORMED)
-    arms = {key: arm for key, arm in experiment.arms.items() if may_have or not arm.norm}
-    if has_norm:  # it would be CGES again
-        arms.pop("cges_norm", None)
+    reasons = {}
+    for key, arm in EXPERIMENTS[name].arms.items():
+        if arm.nets and settings.net not in arm.nets:
+            reasons[key] = f"it is for the networks {', '.join(arm.nets)}"
+        elif key == "cges_norm" and has_norm:
+            reasons[key] = "the network has batch norm anyway, so it would be CGES again"
+        elif arm.norm and settings.net not in NORMED:
+            reasons[key] = "the network has no variant with batch norm"
+        elif arm.norm and not has_norm and settings.pretrain_epochs:
+            reasons[key] = "the network with batch norm would need a pretraining of its own"
+    return reasons
+
+
+def jobs(name: str, settings: Settings, seeds: int, lambdas: int | None) -> list[Job]:
+    """The jobs of an experiment."""
+    experiment, without = EXPERIMENTS[name], left_out(name, settings)
+    arms = {key: arm for key, arm in experiment.arms.items() if key not in without}
     return jobs_of(arms, lambdas or experiment.lambdas, seeds)
 
 

@@ -116,4 +116,5 @@ def test_the_networks_that_are_shown():
 def test_the_demo_with_adamw(tmp_path):
     assert cli.main([*TINY, "--seeds", "1", "--optimizer", "adamw", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "summary.txt").read_text(encoding="utf-8")
-    assert text.startswith("adamw: digits, network lenet, 1 epochs, 1 seeds; every lambda times 8\n")
+    assert text.startswith("adamw: digits, network lenet, 1 epochs, 1 seeds, every λ times 8\n")
+    assert "1 of 5 repetitions" in text and "nan" not in text

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_image_folder(tmp_path, vision):
     assert found.x.shape == (24, 3, 16, 16) and found.tested == 12
 
 
-def test_bad_folders(tmp_path, vision):
+def test_bad_folders(tmp_path, vision, monkeypatch):
     """Each error names what is wrong."""
 
     def message(name, folder):
@@ -138,6 +139,9 @@ def test_bad_folders(tmp_path, vision):
     for part, classes in (("train", ("cat", "dog")), ("test", ("cat", "fox"))):
         picture_folder(tmp_path / "other" / part, classes)
     assert "expected the classes ['cat', 'dog'], got ['cat', 'fox']" in message("folder", tmp_path / "other")
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    for name in ("mnist", "folder"):
+        assert f"need a torchvision that matches torch {torch.__version__} (pip" in message(name, tmp_path)
 
 
 def test_networks():
