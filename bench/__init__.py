@@ -1,4 +1,1 @@
-"""Benchmarks. run.py measures steps on the CPU, gpu.py on a GPU, and training.py measures whole iterations.
-
-pages.py writes the tables of README.md and docs/speed.md.
-"""
+"""Benchmarks of steps on the CPU (run.py) and a GPU (gpu.py) and of training iterations (training.py)."""

@@ -13,12 +13,7 @@ from matplotlib.figure import Figure
 
 from .table import NAMES, RESULTS, Results, bars, of_suite, percent_of_copy
 
-UNITS = {
-    "elements": "elements",
-    "tensors": "tensors of 1,024",
-    "group length": "group length",
-    "threads": "threads",
-}
+ALONG = ("elements", "tensors", "group length", "threads")
 
 
 def distinct(results: Results, key: str) -> list[Any]:
@@ -77,7 +72,7 @@ def scaling(results: Results) -> Figure:
 
     Fused SGD and a copy are drawn beside ProxSGD.
     """
-    along = [what for what in UNITS if any(r["along"] == what for r in results)]
+    along = [what for what in ALONG if any(r["along"] == what for r in results)]
     figure = Figure(figsize=(3.4 * len(along), 3.2), layout="constrained")
     for axes, what in zip(figure.subplots(1, len(along), squeeze=False).flat, along):
         here = [r for r in results if r["along"] == what]
@@ -88,7 +83,7 @@ def scaling(results: Results) -> Figure:
                 label = NAMES[name] + (f", {spec}" if name == "prox_sgd" and len(specs) > 1 else "")
                 if name == "prox_sgd" or spec == specs[0]:
                     series(axes, [(r["x"], r["contenders"][name]["ms"]) for r in rows], label)
-        axes.set(xlabel=UNITS[what], xscale="log", yscale="log")
+        axes.set(xlabel="tensors of 1,024" if what == "tensors" else what, xscale="log", yscale="log")
         if what == "threads":
             axes.set(xscale="linear", yscale="linear", ylim=(0, None), xticks=[r["x"] for r in here])
         axes.grid(alpha=0.3)
