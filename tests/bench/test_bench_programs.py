@@ -19,8 +19,8 @@ def test_without_a_gpu_programs_say_so(program):
     command = [sys.executable, *program]
     ended = subprocess.run(command, cwd=ROOT, env=NO_GPU, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and ended.stdout == ""
-    assert "expected a CUDA device, found none" in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    *_, last = ended.stderr.splitlines()  # torch may warn before
+    assert "expected a CUDA device, found none" in last and "Traceback" not in ended.stderr
 
 
 def test_make_gpu_says_that_there_is_none(tmp_path):

@@ -187,7 +187,7 @@ def test_every_row_has_a_name_of_its_own_and_is_measured():
         "mode": ("sequential", "exact"),
     }.items():
         assert {note[key] for note in said} == set(values)
-    assert {row.note["along"] for row in rows if "along" in row.note} == {*plots.UNITS, "huge"}
+    assert {row.note["along"] for row in rows if "along" in row.note} == {*plots.ALONG, "huge"}
     assert [row.note["x"] for row in rows if row.note.get("along") == "threads"] == [1, 2, 4]
     assert not any("transformer of 1.02e9" in name for name in names)
     assert {row.name for row in rows if row.target} >= {"feature 4096x4128", "ResNet-50 feature"}
