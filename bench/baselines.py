@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cges_kernels import ProxAdamW, ProxSGD
-from cges_kernels.core import reference
+from cges_kernels.core import reference, shrinkage
 from cges_kernels.core.groups import has_groups, reduced_dims
 
 from .workloads import Shapes
@@ -124,7 +124,7 @@ def vectorised(
         torch._foreach_add_(weights, bufs, alpha=-of["lr"])
         if not kept:
             return
-        z = [w.to(reference.compute_dtype(dtype)) for w in kept]  # w itself, unless w is of a 16-bit type
+        z = [w.to(shrinkage.compute_dtype(dtype)) for w in kept]  # w itself, unless w is of a 16-bit type
         u = torch._foreach_abs(z)
         t = [x.sum(d, keepdim=True) for x, d in zip(u, dims)]
         torch._foreach_mul_(t, b)

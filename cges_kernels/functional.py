@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import operators
 from .backends.registry import choose_backend
 from .backends.unplanned import prox_in_place
-from .core import reference
+from .core import reference, shrinkage
 from .core.checks import check_penalty, check_tensor, named_layouts
 from .core.groups import GroupSpec
 from .core.hyperparameters import Hyperparameters
@@ -138,8 +138,8 @@ def prox(
         choose_backend(backend, [w])
         w = w.clone()
         named_layouts(["w"], [w], group_by, view)
-        thresholds = reference.form_thresholds(1.0, group_lasso, exclusive_lasso, l1)
-        return reference.shrink(w, thresholds, group_by, view, prox_mode)
+        thresholds = shrinkage.form_thresholds(1.0, group_lasso, exclusive_lasso, l1)
+        return shrinkage.shrink(w, thresholds, group_by, view, prox_mode)
     result = w.detach().clone()
     prox_([result], **options, prox_mode=prox_mode, backend=backend)
     return result

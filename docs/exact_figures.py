@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from cges_kernels import prox
-from cges_kernels.core import reference
+from cges_kernels.core import shrinkage
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 GREY = "#8c8c8c"
@@ -18,19 +18,19 @@ GREY = "#8c8c8c"
 def draw_exact_root() -> Figure:
     """Exact mode's equation on a random group, and both searches for its root."""
     z = torch.from_numpy(np.random.default_rng(1).normal(size=(64, 1)))
-    thresholds = reference.Thresholds(1.0, 0.08, 0.1)
+    thresholds = shrinkage.Thresholds(1.0, 0.08, 0.1)
 
-    def stats(t: Any) -> reference.GroupStats:
-        return reference.group_stats(z, t, (0,), with_count=True)
+    def stats(t: Any) -> shrinkage.GroupStats:
+        return shrinkage.group_stats(z, t, (0,), with_count=True)
 
     def right(t: float) -> float:
         sums = stats(t)
-        return float(thresholds.c + thresholds.b * reference.group_scale(sums.l2, thresholds.a) * sums.l1)
+        return float(thresholds.c + thresholds.b * shrinkage.group_scale(sums.l2, thresholds.a) * sums.l1)
 
-    newton, search = [], reference.start_search(stats(thresholds.c), thresholds)
+    newton, search = [], shrinkage.start_search(stats(thresholds.c), thresholds)
     while not search.done.all():
         newton.append(float(search.t))
-        search = reference.sweep(search, stats(search.t), thresholds)
+        search = shrinkage.sweep(search, stats(search.t), thresholds)
     root = float(search.t)
     halley, t = [], thresholds.c
     while len(halley) < 12 and (not halley or abs(t - halley[-1]) > 1e-15):
@@ -56,9 +56,9 @@ def draw_exact_root() -> Figure:
     return figure
 
 
-def halleys_step(t: float, sums: reference.GroupStats, h: reference.Thresholds) -> float:
+def halleys_step(t: float, sums: shrinkage.GroupStats, h: shrinkage.Thresholds) -> float:
     """The step of csrc/common/shrinkage.h, inside its bracket."""
-    s, l1, l2 = float(reference.group_scale(sums.l2, h.a)), float(sums.l1), float(sums.l2)
+    s, l1, l2 = float(shrinkage.group_scale(sums.l2, h.a)), float(sums.l1), float(sums.l2)
     excess = t - h.c - h.b * s * l1
     slope = 1 + h.b * (float(sums.alive) * s + h.a * l1**2 / l2**3)
     if excess < 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..core import reference
+from ..core import shrinkage
 from ..core.checks import check_distinct, named_layouts
 from ..core.groups import GroupedLayout, GroupSpec
 from ..core.hyperparameters import Hyperparameters
@@ -130,7 +130,7 @@ def prox_in_place(
     if executor == "reference":
         options: dict[str, Any] = dict(group_by=group_by, view=view, prox_mode=hyperparameters.prox_mode)
         for w in tensors:
-            w.copy_(reference.shrink(w, hyperparameters.thresholds(), **options))
+            w.copy_(shrinkage.shrink(w, hyperparameters.thresholds(), **options))
         return
     rows = [Row(w.data_ptr()) for w in tensors]
     step_once(executor, tensors, layouts, rows, [0] * len(tensors), [hyperparameters])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .numbers import scalar
-from .reference import Thresholds, form_thresholds
 from .rules import RULES, SGD, Rule
+from .shrinkage import Thresholds, form_thresholds
 
 COEFFICIENTS = ("group_lasso", "exclusive_lasso", "l1")
 INITIAL = {key: f"initial_{key}" for key in COEFFICIENTS}  # the keys for the full values of schedules
@@ -106,7 +106,7 @@ class Hyperparameters(NamedTuple):
         return At in map(type, self)
 
     def thresholds(self) -> Thresholds:
-        """lr times each coefficient, if the host knows all of them; see reference.form_thresholds."""
+        """lr times each coefficient, if the host knows all of them; see shrinkage.form_thresholds."""
         scalars: tuple[Any, ...] = self[: len(SCALARS)]
         return form_thresholds(*(x if isinstance(x, Tensor) else float(x) for x in scalars))
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.states import new_like
-from ..core import reference
+from ..core import reference, shrinkage
 from ..core.hyperparameters import Hyperparameters
-from ..core.reference import GroupStats, Search, compute_dtype
 from ..core.rules import STEP
+from ..core.shrinkage import GroupStats, Search, compute_dtype
 from .meshes import Pack
 
 MAX_ROUNDS = 16  # the most rounds of sums and all_reduces in exact mode; the hardest groups seen took 13
@@ -95,7 +95,7 @@ class CrossingTensor:
         """This rank's part of every group's sums in this round, as a flat tensor."""
         z, *_ = self._update()
         t = self._thresholds.c if self._search is None else self._search.t
-        alive, l1, l2 = reference.group_stats(z, t, self._reduced, with_count=self.searches)
+        alive, l1, l2 = shrinkage.group_stats(z, t, self._reduced, with_count=self.searches)
         rows = [l1, l2.square()] if alive is None else [l1, l2.square(), alive]
         if len(rows) < self._num_rows:
             rows.append((self._viewed(self.local) != 0).sum(self._reduced, keepdim=True).to(self.dtype))
@@ -109,10 +109,10 @@ class CrossingTensor:
             rows = [torch.where(self._dead, 0.0, row) for row in rows]  # z is 0 where a group is frozen
         stats = GroupStats(rows[2] if self.searches else None, rows[0], rows[1].sqrt())
         if not self.searches:
-            self._s, self._t = reference.sequential_shrinkage(stats, self._thresholds)
+            self._s, self._t = shrinkage.sequential_shrinkage(stats, self._thresholds)
             return
-        search = self._search or reference.start_search(stats, self._thresholds)
-        self._search = reference.sweep(search, stats, self._thresholds)
+        search = self._search or shrinkage.start_search(stats, self._thresholds)
+        self._search = shrinkage.sweep(search, stats, self._thresholds)
         self._s, self._t = self._search.s, self._search.t
 
     def write(self) -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ class CrossingTensor:
         if self._grad is None:
             return ()
         z, *states = self._update()
-        w = reference.apply_shrinkage(z, self._s, self._t) if any(self._thresholds) else z
+        w = shrinkage.apply_shrinkage(z, self._s, self._t) if any(self._thresholds) else z
         w = w.to(self.local.dtype)
         self.local.copy_((w + 0.0 if any(self._thresholds) else w).reshape(self.local.shape))
         new = [x for x in states if x is not None]

@@ -121,7 +121,7 @@ class ShardedPlan:
 
     For all meshes that are slices of one, a step takes one all_reduce per mesh dim that groups cross, or over
     which such a tensor is replicated; that keeps replicas equal to the bit. Exact mode takes one per round,
-    at most crossing.MAX_ROUNDS = 16, where the unsharded solver may take reference.MAX_SWEEPS. A second
+    at most crossing.MAX_ROUNDS = 16, where the unsharded solver may take shrinkage.MAX_SWEEPS. A second
     all_reduce over a dim is needed where some groups cross it and another tensor, whose groups cross a dim
     that comes later, is replicated over it. None is needed where no group crosses shards, or no norm is asked
     for. Other meshes take theirs one after the other, also where they share a process group; see

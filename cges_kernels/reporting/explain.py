@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from ..core.groups import canonical_layout, has_groups
 from ..core.hyperparameters import COEFFICIENTS, SCALARS
-from ..core.reference import form_thresholds
+from ..core.shrinkage import form_thresholds
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 // The formulas of the prox as small pure functions, for host and device. The CPU and the CUDA executor both
-// take them from here. core/reference.py has the same functions in PyTorch, under the same names.
+// take them from here. core/shrinkage.py has the same functions in PyTorch, under the same names.
 //
 // z is the result of the update rule (sgd.h, adamw.h), the thresholds are a = lr*alpha, b = lr*beta and
 // c = lr*gamma, and u = soft(z, c). Then every group ends as
@@ -11,7 +11,7 @@
 // one element have a closed form (shrink_one). Small groups without group lasso have one too, once they are
 // sorted (rise_of_largest); the CPU executor uses it.
 //
-// reference.py searches with Newton's steps alone. Both find the root of the same equation, so their t agree
+// shrinkage.py searches with Newton's steps alone. Both find the root of the same equation, so their t agree
 // to rounding, but not after the same number of steps. Everything else is the same.
 #pragma once
 #include "common/arithmetic.h"
@@ -95,8 +95,8 @@ CGES_FN Shrinkage<T> shrink_one(T z, const Thresholds<T>& h, bool exact) {
   return {group_scale(u - rise, h.a), h.c + rise};
 }
 
-// The most elements of a group that the CPU executor and reference.py sort in order to solve exact mode
-// without group lasso. The other executors search for these groups too. reference.py calls it SORTED.
+// The most elements of a group that the CPU executor and shrinkage.py sort in order to solve exact mode
+// without group lasso. The other executors search for these groups too. shrinkage.py calls it SORTED.
 constexpr int kSorted = 16;
 
 // Without group lasso exact mode's equation t = c + b*sum(max(|z| - t, 0)) is linear in t between
@@ -111,7 +111,7 @@ CGES_FN T rise_of_largest(T sum, int k, const Thresholds<T>& h) {
 // at.t, again and again until `done`. Sequential mode is done after the first time.
 template <typename T>
 struct ShrinkageSolver {
-  static constexpr int kMaxSweeps = 24;  // reference.py calls it MAX_SWEEPS
+  static constexpr int kMaxSweeps = 24;  // shrinkage.py calls it MAX_SWEEPS
   static constexpr T kFew = 4;           // a number of elements, see sweep()
   Shrinkage<T> at;
   T low, high;  // the root lies between these

@@ -23,7 +23,7 @@ from helpers.tiers import TILES, covering, fused_backends
 
 from cges_kernels import available_backends, prox, prox_
 from cges_kernels.backends.extension import BUILT
-from cges_kernels.core import reference
+from cges_kernels.core import reference, shrinkage
 
 # Multiples of a vector's width, one column, one row, odd sizes, more dims, and tall and long groups.
 SHAPES = [(64, 48), (37, 1), (1, 29), (131, 67), (16, 8, 3, 3), (5, 6, 7), (300, 70), (20, 2500)]
@@ -300,7 +300,7 @@ def test_empty_and_single_element_tensors(backend):
     for shape in [(0,), (0, 5), (5, 0), (), (1,), (1, 1)]:
         w = fresh(shape)
         got = prox(w, group_lasso=0.1, exclusive_lasso=0.1, l1=0.01, backend=backend)
-        truth = reference.shrink(w.double(), reference.Thresholds(0.1, 0.1, 0.01))
+        truth = shrinkage.shrink(w.double(), shrinkage.Thresholds(0.1, 0.1, 0.01))
         assert got.shape == w.shape
         torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-7)
 

@@ -1,4 +1,4 @@
-"""reference.py's exact mode against independent truths: CVXPY, optimality conditions, sorting, bisection.
+"""shrinkage.py's exact mode against independent truths: CVXPY, optimality conditions, sorting, bisection.
 
 Everything is float64 unless it says so. Solutions are compared on the scale of the largest |z|, because near
 a group's death nothing finer is determined.
@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.shrinkage import EPS, normal, soft_magnitude, solve_group
 
-from cges_kernels.core import reference
-from cges_kernels.core.reference import MAX_SWEEPS, SORTED, Thresholds, shrink
+from cges_kernels.core import shrinkage
+from cges_kernels.core.shrinkage import MAX_SWEEPS, SORTED, Thresholds, shrink
 
 
 def coefficients_for(z):
@@ -87,7 +87,7 @@ def test_exact_mode_without_group_lasso_is_the_sort_formula(n):
     for b in (1e-8, 1e-3, 0.1, 1.0, 1e3, 1e8):
         for c in (0.0, 0.4):
             z = normal(n)
-            _, t = reference.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
+            _, t = shrinkage.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
             # The solver stops at 4 eps. The cumulative sum is right to a few more.
             assert t.item() == pytest.approx(threshold_by_sorting(z.numpy(), b, c), rel=1e-14, abs=0)
 
@@ -135,35 +135,35 @@ def test_exact_mode_is_plain_bisection_on_hard_groups():
     """On groups that are hard to solve, s and t are those of bisection to 1e-14."""
     for _, z, a, b, c in hard_groups():
         s, t = by_bisection(z, a, b, c)
-        got_s, got_t = reference.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
+        got_s, got_t = shrinkage.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
         largest = z.abs().max().item()
         assert abs(got_t.item() - t) <= 1e-14 * max(t, largest)
         expected = s * np.maximum(np.abs(z.numpy().astype(np.longdouble)) - t, 0)
         np.testing.assert_allclose(
-            reference.apply_shrinkage(z, got_s, got_t).abs().numpy(), expected, rtol=0, atol=1e-14 * largest
+            shrinkage.apply_shrinkage(z, got_s, got_t).abs().numpy(), expected, rtol=0, atol=1e-14 * largest
         )
 
 
 def test_the_exact_threshold_lies_in_its_bracket():
     """t is never below c, nor above sequential mode's threshold."""
     for _, z, a, b, c in hard_groups():
-        _, t = reference.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
+        _, t = shrinkage.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
         highest = c + b * soft_magnitude(z, c).sum().item()
         assert c <= t.item() <= highest * (1 + 4 * EPS)
 
 
 def test_exact_mode_takes_few_sweeps(monkeypatch):
     """Newton's method takes few sweeps. Bisection, or a wrong slope, would take far more."""
-    group_stats, counts = reference.group_stats, {}
+    group_stats, counts = shrinkage.group_stats, {}
 
     def counted(*args, **options):
         counts[share][-1] += 1
         return group_stats(*args, **options)
 
-    monkeypatch.setattr(reference, "group_stats", counted)
+    monkeypatch.setattr(shrinkage, "group_stats", counted)
     for share, z, a, b, c in hard_groups():
         counts.setdefault(share, []).append(0)
-        reference.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
+        shrinkage.solve_shrinkage(z, (0,), Thresholds(a, b, c), "exact")
     barely_alive = [n for share, of_share in counts.items() for n in of_share if share > 0.99]
     others = [n for share, of_share in counts.items() for n in of_share if share < 0.99]
     assert max(others) <= 13 and np.mean(others) <= 4.5
@@ -184,12 +184,12 @@ def test_a_weak_exclusive_lasso_takes_few_sweeps(monkeypatch, a, dtype):
         counts[-1] += 1
         return group_stats(*args, **options)
 
-    group_stats = reference.group_stats
-    monkeypatch.setattr(reference, "group_stats", counted)
+    group_stats = shrinkage.group_stats
+    monkeypatch.setattr(shrinkage, "group_stats", counted)
     for n in (SORTED + 1, 100):
         for exponent in range(-4, -24, -2):
             counts.append(0)
-            reference.solve_shrinkage(
+            shrinkage.solve_shrinkage(
                 normal(n, 50).to(dtype), (0,), Thresholds(a, 10.0**exponent, 0.0), "exact"
             )
     assert max(counts) <= 4
@@ -202,7 +202,7 @@ def test_sorting_finds_the_root(b):
         for n in range(2, SORTED + 1):
             z = normal(n, 5, 2) * torch.logspace(-2, 2, 5, dtype=torch.float64)[:, None]
             z[0, 0] = z[1, 0] = 0.5  # equal magnitudes: neighbours when sorted
-            s, t = reference.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
+            s, t = shrinkage.solve_shrinkage(z, (0,), Thresholds(0.0, b, c), "exact")
             assert s.shape == t.shape == (1, 5, 2) and (s == 1).all()
             for i, j in itertools.product(range(5), range(2)):
                 assert t[0, i, j].item() == pytest.approx(

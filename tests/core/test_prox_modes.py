@@ -1,4 +1,4 @@
-"""Where reference.py's two modes agree and where they differ, with the documentation's numbers."""
+"""Where shrinkage.py's two modes agree and where they differ, with the documentation's numbers."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 from helpers.shrinkage import normal, solve_group
 
 from cges_kernels.core.hyperparameters import PROX_MODES
-from cges_kernels.core.reference import Thresholds, shrink
+from cges_kernels.core.shrinkage import Thresholds, shrink
 
 
 @pytest.mark.parametrize(("a", "order"), [(0.0, 2), (3.0, 1)])

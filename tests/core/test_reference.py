@@ -17,7 +17,7 @@ from torch import nn
 
 from cges_kernels.core import reference
 from cges_kernels.core.hyperparameters import PROX_MODES
-from cges_kernels.core.reference import Thresholds, shrink
+from cges_kernels.core.shrinkage import Thresholds, shrink
 from cges_kernels.core.updates import sgd_update
 
 # Two to four dims, one row, one column, and long groups.

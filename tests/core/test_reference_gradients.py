@@ -1,4 +1,4 @@
-"""Gradients through reference.py: of the shrinkage, of the penalty, and of a step by its learning rate."""
+"""Gradients through the reference: of the shrinkage, of the penalty, and of a step by its learning rate."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from helpers.shrinkage import normal
 
 from cges_kernels.core import reference
 from cges_kernels.core.hyperparameters import PROX_MODES
-from cges_kernels.core.reference import Thresholds, shrink
+from cges_kernels.core.shrinkage import Thresholds, shrink
 
 # Thresholds (a, b, c): all three, each pair, and each of a and b alone.
 COMBINATIONS = [(0.5, 0.1, 0.05), (0.5, 0.3, 0), (0.5, 0, 0.05), (0, 0.3, 0.05), (0, 0.1, 0), (0.5, 0, 0)]

@@ -1,4 +1,4 @@
-"""reference.shrink at its edges: zeros, dead groups, NaN and infinity, 16-bit dtypes."""
+"""shrinkage.shrink at its edges: zeros, dead groups, NaN and infinity, 16-bit dtypes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from helpers.right import SPECS
 from helpers.shrinkage import EPS, normal
 
 from cges_kernels.core.hyperparameters import PROX_MODES
-from cges_kernels.core.reference import Thresholds, shrink
+from cges_kernels.core.shrinkage import Thresholds, shrink
 
 NAN, INF = float("nan"), float("inf")
 

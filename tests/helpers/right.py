@@ -10,10 +10,10 @@ from functools import partial
 import torch
 
 from cges_kernels import ProxAdamW, ProxSGD
-from cges_kernels.core import reference
+from cges_kernels.core import reference, shrinkage
 from cges_kernels.core.groups import canonical_layout, has_groups, reduced_dims, viewed
-from cges_kernels.core.reference import Thresholds, compute_dtype
 from cges_kernels.core.rules import ADAMW, SGD, STEP
+from cges_kernels.core.shrinkage import Thresholds, compute_dtype
 from cges_kernels.core.updates import sgd_update
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -134,10 +134,10 @@ def threshold_margin(
     if not (has_groups(v.dim(), group_by) and z.numel() and (a or b)):
         return relative_distance(z.abs(), torch.full_like(z, c))
     dims = reduced_dims(v.dim(), group_by)
-    t = reference.solve_shrinkage(v, dims, Thresholds(a, b, c), prox_mode)[1]
+    t = shrinkage.solve_shrinkage(v, dims, Thresholds(a, b, c), prox_mode)[1]
     margin = relative_distance(v.abs(), t.expand(v.shape))
     if a:
-        norm = reference.group_stats(v, t if prox_mode == "exact" else c, dims).l2
+        norm = shrinkage.group_stats(v, t if prox_mode == "exact" else c, dims).l2
         death = relative_distance(norm, torch.full_like(norm, a)).expand(v.shape)
         margin = torch.where(death.abs() < margin.abs(), death, margin)
     return margin.reshape(z.shape)

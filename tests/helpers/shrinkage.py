@@ -2,7 +2,7 @@
 
 import torch
 
-from cges_kernels.core.reference import Thresholds, shrink
+from cges_kernels.core.shrinkage import Thresholds, shrink
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -12,8 +12,8 @@ from helpers.right import INTERPRETED
 
 from cges_kernels.backends.extension import BUILT
 from cges_kernels.core.hyperparameters import Hyperparameters, Phase
-from cges_kernels.core.reference import MAX_SWEEPS, SORTED
 from cges_kernels.core.rules import RULES, STEP
+from cges_kernels.core.shrinkage import MAX_SWEEPS, SORTED
 
 PACKAGE = ROOT / "cges_kernels"
 CSRC = ROOT / "csrc"

@@ -3,6 +3,7 @@
 from .mutant import Mutant
 
 REFERENCE = "cges_kernels/core/reference.py"
+SHRINKAGE = "cges_kernels/core/shrinkage.py"
 UPDATES = "cges_kernels/core/updates.py"
 NUMBERS = "cges_kernels/core/numbers.py"
 GROUPS = "cges_kernels/core/groups.py"
@@ -20,14 +21,14 @@ MUTANTS = (
     ),
     Mutant(
         "a bias is a group",
-        REFERENCE,
+        SHRINKAGE,
         old="thresholds = thresholds if grouped else Thresholds(0.0, 0.0, thresholds.c)",
         new="thresholds = thresholds if grouped or v.dim() == 1 else Thresholds(0.0, 0.0, thresholds.c)",
         seen_by=("test_tiny_tensors", "test_reference", "test_prox_modes"),
     ),
     Mutant(
         "the reference's zeros keep their sign",
-        REFERENCE,
+        SHRINKAGE,
         old="w = w + 0.0 if w.requires_grad or not holds_values(w) else w.add_(0.0)",
         new="w = w + 0.0 if w.requires_grad or not holds_values(w) else w",
         seen_by=("test_reference", "test_prox_modes", "test_exact_mode", "test_shrinkage_edges"),
@@ -41,7 +42,7 @@ MUTANTS = (
     ),
     Mutant(
         "sorted groups may have a t below l1's",
-        REFERENCE,
+        SHRINKAGE,
         old="t = c + torch.stack(rises).amax(0).relu()",
         new="t = c + torch.stack(rises).amax(0)",
         seen_by=("test_reference", "test_prox_modes", "test_exact_mode", "test_shrinkage_edges"),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...core.groups import GroupedLayout, Layout
 from ...core.hyperparameters import Hyperparameters
-from ...core.reference import MAX_SWEEPS, compute_dtype
 from ...core.rules import Rule
+from ...core.shrinkage import MAX_SWEEPS, compute_dtype
 from .. import gathering
 from ..extension import BUILT
 from ..gathering import Row

@@ -9,7 +9,7 @@ partial sums. The last chunk of a panel to arrive adds them in index order and m
 depends on how many programs are resident, and exact mode's further sweeps cost no further launch.
 
 This file has the functions on tiles that both kernels call. updates.py has the update rules; a kernel is
-compiled for one of them (RULE). The formulas have the names of core/reference.py and shrinkage.h. Numbers
+compiled for one of them (RULE). The formulas have the names of core/shrinkage.py and shrinkage.h. Numbers
 come from tables in device memory (tables.py), and executor.py launches.
 """
 

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...core import reference
+from ...core import shrinkage
 from ...core.hyperparameters import FREEZE_MODES, At, Hyperparameters, Phase
 from ...core.rules import ADAMW, SGD
 
@@ -34,7 +34,7 @@ class Constant(tl.constexpr):
         return self
 
 
-MAX_SWEEPS = Constant(reference.MAX_SWEEPS)
+MAX_SWEEPS = Constant(shrinkage.MAX_SWEEPS)
 
 
 # `tensors`, int64, has a row for each tensor: the addresses of w, gradient and the rule's states (0: none)

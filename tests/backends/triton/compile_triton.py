@@ -23,7 +23,7 @@ from cges_kernels.backends.triton.split import split_groups
 from cges_kernels.backends.triton.tables import ADAMW_RULE, GENERAL, SGD_RULE, Variant
 from cges_kernels.backends.triton.tiles import TILES, VECTOR_BYTES, launch_options, tile_for
 from cges_kernels.backends.triton.whole import whole_groups
-from cges_kernels.core.reference import compute_dtype
+from cges_kernels.core.shrinkage import compute_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LONGER_THAN_ANY_TILE = 1 << 40

@@ -6,7 +6,7 @@ from sharded_cases.common import STRONG, S, buffer, case, check_steps, mesh_of, 
 from torch import nn
 
 from cges_kernels import ProxSGD
-from cges_kernels.core import reference
+from cges_kernels.core import reference, shrinkage
 from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.core.updates import sgd_update
 
@@ -126,10 +126,10 @@ def gradients_that_one_rank_lacks():
             before[0], grads[0], None, **{k: options[k] for k in ("lr", "momentum", "weight_decay")}
         )
         z = torch.cat([z[:4], before[0][4:]])
-        thresholds = reference.Thresholds(
+        thresholds = shrinkage.Thresholds(
             *(0.1 * options[k] for k in ("group_lasso", "exclusive_lasso", "l1"))
         )
-        shrunk = reference.shrink(z, thresholds, prox_mode=options.get("prox_mode", "sequential"))
+        shrunk = shrinkage.shrink(z, thresholds, prox_mode=options.get("prox_mode", "sequential"))
         expected = torch.cat([shrunk[:4], before[0][4:]])
         torch.testing.assert_close(whole(params[0].detach()), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(

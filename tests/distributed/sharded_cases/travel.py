@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 
 from cges_kernels import ProxSGD
-from cges_kernels.core import reference
+from cges_kernels.core import reference, shrinkage
 from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.distributed import sharded
 from cges_kernels.distributed.crossing import MAX_ROUNDS, CrossingTensor
@@ -190,7 +190,7 @@ def exact_mode_where_some_ranks_could_stop_earlier():
         if where != [S(0), S(1)]:
             rounds.append(len(sizes))
         for p, w in zip(params, weights):
-            expected = reference.shrink(w, reference.Thresholds(1e-3, 3.0, 0.0), prox_mode="exact")
+            expected = shrinkage.shrink(w, shrinkage.Thresholds(1e-3, 3.0, 0.0), prox_mode="exact")
             torch.testing.assert_close(whole(p.detach()), expected, rtol=1e-5, atol=1e-6)
     assert gathered(rounds) == [rounds] * 4 and 4 < min(rounds) <= max(rounds) <= 3 * MAX_ROUNDS
 
