@@ -11,6 +11,7 @@
 #pragma once
 #include "cuda/ring.cuh"
 #include "cuda/tile_sums.cuh"
+#include "cuda/z_rows.cuh"
 
 namespace cges::cuda {
 
@@ -23,7 +24,7 @@ constexpr A kDead = A(-1);
 template <typename T, typename Rule, bool plain, typename Table>
 struct TileWalk {
   using A = Compute<T>;
-  static constexpr int kStates = Rule::kStates, kVector = Pack<T>::kSize, kEach = Pack<A>::kSize;
+  static constexpr int kStates = Rule::kStates, kVector = Pack<T>::kSize;
   using Group = ParamGroup<A, Rule>;
   using Update = typename Rule::template Update<A, plain ? Known::plain : Known::nothing>;
   using PlainUpdate = typename Rule::template Update<A, Known::plain>;
@@ -38,11 +39,7 @@ struct TileWalk {
   Shrinkage<A>* const found;  // the (s, t) of each group
   int* const alive;           // for each group whether it has a nonzero weight, if zeros are frozen by groups
   Ring<T, kStates> ring;
-  // This thread's part of z, which is a circular buffer of z_passes rows: a tile's rows begin where those of
-  // the tile before end. Below, "row" is the offset of a row in bytes. A row has kVector numbers for each
-  // thread, in pieces of 16 bytes that lie side by side for all threads.
-  unsigned char* const z;
-  static constexpr int kRow = kVector * kTileThreads * int(sizeof(A));
+  const ZRows<A, kVector> z;
 
   __device__ TileWalk(const Table& table, unsigned char* memory, const TileMemory<A>& at)
       : table(table),
@@ -50,7 +47,7 @@ struct TileWalk {
         found(reinterpret_cast<Shrinkage<A>*>(memory + at.found)),
         alive(reinterpret_cast<int*>(memory + at.alive)),
         ring(memory + at.ring, table.slots),
-        z(memory + at.z + threadIdx.x * 16) {}
+        z(memory + at.z, table.z_passes) {}
 
   // The phase and the param group of a tile's tensor, from the arguments.
   __device__ Phase phase(const Tile& tile) const { return plain ? Phase::running : table.phase(tile.tensor); }
@@ -79,34 +76,6 @@ struct TileWalk {
                             none ? 16 : 0);
   }
 
-  __device__ int back(int row, int rows) const {  // the row that is `rows` rows before
-    row -= rows * kRow;
-    return row < 0 ? row + table.z_passes * kRow : row;
-  }
-  __device__ int rows_left(int row) const { return table.z_passes - row / kRow; }  // to the buffer's end
-  __device__ void wrap(int& row) const { row = row == table.z_passes * kRow ? 0 : row; }
-  __device__ void turn(int& row) const { wrap(row += kRow); }
-  __device__ A* z_at(int row, int v) const {
-    return reinterpret_cast<A*>(z + row + v * (kTileThreads * int(sizeof(A))));
-  }
-  __device__ void load_z(int row, A (&x)[kVector]) const {
-#pragma unroll
-    for (int v = 0; v < kVector; v += kEach) {
-      const Pack<A> some = load_shared(z_at(row, v));
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) x[v + i] = some.x[i];
-    }
-  }
-  __device__ void store_z(int row, const A (&x)[kVector]) const {
-#pragma unroll
-    for (int v = 0; v < kVector; v += kEach) {
-      Pack<A> some;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) some.x[i] = x[v + i];
-      store_shared(z_at(row, v), some);
-    }
-  }
-
   // The data that a thread works on: the old tile, which is written back, the new one, which is taken in, and
   // the part whose rows are fetched ahead.
   struct Hand {
@@ -130,7 +99,7 @@ struct TileWalk {
   template <bool simple, bool wide>
   __device__ __forceinline__ void apply(const Hand& hand) const {
     A x[kVector];
-    load_z(hand.out_row, x);
+    z.load(hand.out_row, x);
     Pack<T> w;
     if (simple || hand.shrinks) {
 #pragma unroll
@@ -168,7 +137,7 @@ struct TileWalk {
       if (v >= n) x[v] = A(0);
       group_stats(x[v], hand.c, hand.stats[v]);
     }
-    store_z(hand.in_row, x);
+    z.store(hand.in_row, x);
   }
 
   // Some passes: each writes back a row of the old tile and takes in one of the new tile, and the ring
@@ -181,11 +150,11 @@ struct TileWalk {
       ring.template fetch<plain || simple, wide>(hand.ahead);
       if (hand.out.rows > 0) apply<simple, wide>(hand);
       hand.out.go_on();
-      hand.out_row += kRow;
+      hand.out_row += z.kRow;
       ring.wait();
       if (hand.in.rows > 0) take_in<simple, wide>(hand);
       hand.in.go_on();
-      hand.in_row += kRow;
+      hand.in_row += z.kRow;
     }
   }
 
@@ -201,7 +170,7 @@ struct TileWalk {
     for (int pass = 0;;) {
       if constexpr (kGoesOn) {
         if (hand.waits && pass == waits_until) {  // no more room, so the old tile must be solved now
-          hand.out_row = back(hand.in_row, pass + passes_of(old));
+          hand.out_row = z.back(hand.in_row, pass + passes_of(old));
           solve_tile<true>(hand, old, hand.out_row);
           hand.out = part(old);
         }
@@ -213,7 +182,7 @@ struct TileWalk {
       // The passes up to `end` are alike: the ring stays with one tile, and no row of z goes round.
       int end = pass < goes_over ? goes_over : passes;
       if (pass < waits_until) end = min(end, waits_until);
-      end = min(end, pass + min(rows_left(hand.in_row), rows_left(hand.out_row)));
+      end = min(end, pass + min(z.left(hand.in_row), z.left(hand.out_row)));
       // These hold for all three parts in hand: the one that is written back, the one that is taken in, and
       // the one that is fetched.
       const bool simple = hand.shrinks && (plain || (table.plain(now.tensor) && hand.ahead.reads_states()));
@@ -226,13 +195,13 @@ struct TileWalk {
         pass_over<false, true>(hand, pass, end);
       else
         pass_over<false, false>(hand, pass, end);
-      wrap(hand.in_row);
-      wrap(hand.out_row);
+      z.wrap(hand.in_row);
+      z.wrap(hand.out_row);
       pass = end;
     }
     // Writes back the rows that are left of an old tile that has more rows than the new one.
 #pragma unroll 1
-    for (; hand.out.rows > 0; hand.out.go_on(), turn(hand.out_row)) apply<false, false>(hand);
+    for (; hand.out.rows > 0; hand.out.go_on(), z.turn(hand.out_row)) apply<false, false>(hand);
   }
 
   // Calls f(v, group) for each of this thread's columns. A column that does not exist counts as the last one.
@@ -310,9 +279,9 @@ struct TileWalk {
   __device__ __forceinline__ void sweep(Hand& hand, int rows, int row) const {
     for (GroupStats<A>& sums : hand.stats) sums = {};
 #pragma unroll(kVector > 4 ? 1 : 2)
-    for (; rows > 0; --rows, turn(row)) {
+    for (; rows > 0; --rows, z.turn(row)) {
       A x[kVector];
-      load_z(row, x);
+      z.load(row, x);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) group_stats(x[v], hand.at[v].t, hand.stats[v]);
     }
@@ -328,9 +297,9 @@ struct TileWalk {
       hand.at[v] = {A(0), A(0)};
     }
     const bool writes_states = writes_state(phase(tile));
-    for (MyPart mine = part(tile); dead != 0 && mine.rows > 0; mine.go_on(), turn(row)) {
+    for (MyPart mine = part(tile); dead != 0 && mine.rows > 0; mine.go_on(), z.turn(row)) {
       A x[kVector];
-      load_z(row, x);
+      z.load(row, x);
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
         if (!(dead >> v & 1)) continue;
@@ -338,7 +307,7 @@ struct TileWalk {
         for (T* const state : mine.states)
           if (writes_states && v < mine.length()) store<true>(state + v, T(0.0f));
       }
-      store_z(row, x);
+      z.store(row, x);
     }
   }
 
@@ -366,7 +335,7 @@ struct TileWalk {
       fetch_tile(k + 3);
       hand.out = part(old);
       if (kGoesOn && hand.waits) hand.out.rows = 0;
-      hand.out_row = back(hand.in_row, passes_of(old));
+      hand.out_row = z.back(hand.in_row, passes_of(old));
       hand.in = part(now);
       const Group h = told(now);
       hand.update = Update(h.rule, table.own(now.tensor), phase(now));
@@ -375,7 +344,7 @@ struct TileWalk {
       for (GroupStats<A>& sums : hand.stats) sums = {};
       hand.any = 0;
       pass_over(hand, old, now, next);
-      if (now.passes > 0) solve_tile<false>(hand, now, back(hand.in_row, passes_of(now)));
+      if (now.passes > 0) solve_tile<false>(hand, now, z.back(hand.in_row, passes_of(now)));
     }
     __pipeline_commit();
     __pipeline_wait_prior(0);  // no copy outlives its block
