@@ -85,7 +85,7 @@ void cut_into_pieces(int32_t index, const StepTensor& tensor, const Layout& L,
   const int64_t share = std::max(parts_of(width / L.R2, shares), parts_of(kLeastRowBytes / z_size, L.R2));
   const int64_t columns = std::min(width, by_columns ? share * L.R2 : kPieceElements);
   const int64_t parts = by_columns ? row_parts : row_parts * parts_of(width, columns);
-  const HeldGroups* const held = can_pass_by(tensor) ? tensor.held : nullptr;  // then `width` is one group
+  const HeldGroups* const held = tensor.held;  // if there are any, `width` is one group
   for (int64_t k1 = 0; k1 < L.K1; ++k1)
     for (int64_t left = 0; left < L.row_length(); left += width) {
       const int64_t right = std::min(left + width, L.row_length()), groups = (right - left) / L.R2;
@@ -128,8 +128,7 @@ void cut(int32_t index, const StepTensor& tensor, std::vector<Tile>& whole, std:
   // A tile has whole groups, and whole cache lines where possible.
   const int64_t aligned = std::lcm(L.R2, kLine / size);
   columns -= columns % (aligned <= columns ? aligned : L.R2);
-  if (tensor.held != nullptr && can_pass_by(tensor))
-    return cut_others(index, L, columns, *tensor.held, whole);
+  if (tensor.held != nullptr) return cut_others(index, L, columns, *tensor.held, whole);
   const int64_t width = std::min(columns, L.row_length());
   cut_whole(index, L, std::max(elements / (L.R1 * width), int64_t{1}), columns, whole);
 }

@@ -66,9 +66,11 @@ inline bool needs_groups(const StepTensor& tensor) {
          (tensor.thresholds().need_norms() || tensor.h->freeze == Freeze::group);
 }
 
-// Whether the tensor's groups are so small that many of them are solved side by side (short_groups.h).
+// Whether the tensor's groups are so small that many of them are solved side by side (short_groups.h). Columns
+// of a matrix lie side by side already, so panels serve them as well, unless there are many sweeps to make.
 inline bool has_short_groups(const StepTensor& tensor) {
-  return needs_groups(tensor) && tensor.layout.group_size() <= kShortGroup;
+  const bool panels = tensor.layout.rows_last().R1 > 1 && !tensor.h->searches();
+  return needs_groups(tensor) && tensor.layout.group_size() <= (panels ? kShortColumn : kShortGroup);
 }
 
 // The layout by which the tensor is cut. Contiguous groups are written as (1, 1, groups, elements). Where the
@@ -77,10 +79,10 @@ inline Layout working_layout(const StepTensor& tensor) {
   return needs_groups(tensor) ? tensor.layout.rows_last() : Layout{1, 1, tensor.layout.numel(), 1};
 }
 
-// Whether single groups can be passed over: they are contiguous, and not solved side by side with others.
+// Whether single groups can be passed over: they are contiguous.
 inline bool can_pass_by(const StepTensor& tensor) {
   const Layout L = working_layout(tensor);
-  return needs_groups(tensor) && !has_short_groups(tensor) && L.K1 == 1 && L.R1 == 1;
+  return needs_groups(tensor) && L.K1 == 1 && L.R1 == 1;
 }
 
 inline bool summed_by_columns(const Layout& L) { return L.R2 < kNarrow && L.R1 > 1; }

@@ -12,10 +12,11 @@
 
 namespace cges::cpu {
 
-constexpr int64_t kLine = 64;             // the bytes of a cache line
-constexpr int64_t kShortGroup = kSorted;  // the most elements of groups that are solved side by side
-constexpr int64_t kTogether = 64;         // the number of short groups that are solved at once
-constexpr int64_t kSumRows = 32;          // rows summed in the compute type before they are added in double
+constexpr int64_t kLine = 64;              // the bytes of a cache line
+constexpr int64_t kShortGroup = 64;        // the most elements of groups that are solved side by side
+constexpr int64_t kShortColumn = kSorted;  // the same for columns in sequential mode
+constexpr int64_t kTogether = 64;          // the number of short groups that are solved at once
+constexpr int64_t kSumRows = 32;           // rows summed in the compute type before they are added in double
 
 // The update of a tensor: its phase, the rule, and the rule's numbers in the compute type.
 template <typename A>

@@ -54,6 +54,8 @@ class ShortGroups {
     const int64_t at = L_.offset(k1, 0, 0) + c, stride = L_.row_length();
     A* const z = take_block(columns);
     find_alive(columns, w(at), stride);
+    for (int64_t g = 0; tensor_.held != nullptr && g < columns / L_.R2; ++g)
+      (*tensor_.held)[c / L_.R2 + g] = alive_[g * L_.R2] == 0;
     const Rows m{L_.R1, columns, stride, columns};
     const Places<T> all = places(at, stride);
     ops_.update(update_, freezes_elements(tensor_), m, all, z);
