@@ -55,8 +55,29 @@ MUTANTS = (
     Mutant(
         "steps are counted on the device after they are read",
         RULES,
-        old="const double count = ++*own.count();",
+        old="const double count = *own.count() += by;",
         new="const double count = (*own.count())++;",
+        seen_by=("test_counts",),
+    ),
+    Mutant(
+        "a step whose first launch fails has been counted on the device",
+        "csrc/cuda/launch.cu",
+        old="if (error != cudaSuccess && !stepped) count(-1);",
+        new="",
+        seen_by=("test_counts",),
+    ),
+    Mutant(
+        "a step whose last launch fails is not counted on the device, though weights have moved",
+        "csrc/cuda/launch.cu",
+        old="if (error != cudaSuccess && !stepped) count(-1);",
+        new="if (error != cudaSuccess) count(-1);",
+        seen_by=("test_counts",),
+    ),
+    Mutant(
+        "Triton's counts stay where they are when no kernel steps",
+        "cges_kernels/backends/triton/executor.py",
+        old="self._count(hyper, found_inf, -1.0)",
+        new="pass",
         seen_by=("test_counts",),
     ),
     Mutant(
