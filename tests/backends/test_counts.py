@@ -136,7 +136,7 @@ def failing(patch, executor, launch):
 @pytest.mark.parametrize("executor", KERNELS)
 @pytest.mark.parametrize("tiles", ["pieces"], indirect=True)
 def test_a_launch_that_fails_counts_nothing(monkeypatch, executor, tiles):
-    """Where no weight has moved, no count on the device has either; if only the last launch fails, all have."""
+    """Where no weight has moved, no count on the device has; if only the last launch fails, all have."""
     shapes = [(40, 30), (7,), (900, 20), (33, 3, 3)]
     for launch, words in enumerate(("no parameter", "no parameter", "some parameters")):
         tensors = tensors_of(executor, torch.float32, shapes)

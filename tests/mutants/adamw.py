@@ -81,6 +81,20 @@ MUTANTS = (
         seen_by=("test_counts",),
     ),
     Mutant(
+        "the reference computes with numbers where torch computes with tensors",
+        "cges_kernels/core/hyperparameters.py",
+        old="if for_reference and key in AS_TENSORS",
+        new="if False",
+        seen_by=("test_prox_adamw",),
+    ),
+    Mutant(
+        "a moment of no dims takes the dtype of beta2",
+        "cges_kernels/core/updates.py",
+        old="exp_avg_sq.mul(beta2).to(w.dtype)",
+        new="exp_avg_sq.mul(beta2)",
+        seen_by=("test_prox_adamw",),
+    ),
+    Mutant(
         "decay does not follow an lr on the device",
         RULES,
         old="scalars.kept = A(1) - lr * decoupled_decay;",

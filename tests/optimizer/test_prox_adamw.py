@@ -35,14 +35,19 @@ def torchs(decoupled):
     return AdamW if decoupled else Adam
 
 
-@covering(**OPTIONS, amsgrad=(False, True), dtype=[torch.float32, torch.float64], way=["host", "tensor"])
+@covering(
+    **OPTIONS,
+    amsgrad=(False, True),
+    dtype=[torch.float32, torch.float64],
+    way=["host", "tensor step", "tensor betas", "tensors"],
+)
 def test_reference_is_torch_bit_for_bit(
     monkeypatch, weight_decay, maximize, betas, eps, decoupled, amsgrad, dtype, way
 ):
     """Parameters and states have torch's bits after 50 steps.
 
     With capturable=True torch computes by another formula, which counts steps in a tensor; it is made to
-    accept the CPU.
+    accept the CPU. With tensors as betas or lr it computes in their dtype.
     """
     monkeypatch.setattr(
         sys.modules[AdamW.__module__.replace("adamw", "adam")],
@@ -50,7 +55,12 @@ def test_reference_is_torch_bit_for_bit(
         lambda *_: ["cpu", "cuda"],
     )
     options = dict(lr=0.03, weight_decay=weight_decay, maximize=maximize, betas=betas, eps=eps)
-    options |= dict(amsgrad=amsgrad, capturable=way == "tensor")
+    options |= dict(amsgrad=amsgrad, capturable=way in ("tensor step", "tensors"))
+    if way in ("tensor betas", "tensors"):
+        of_other_dtype = torch.float64 if dtype == torch.float32 and amsgrad else torch.float32
+        options["betas"] = tuple(torch.tensor([x], dtype=of_other_dtype) for x in betas)
+    if way == "tensors":
+        options["lr"] = torch.tensor(0.03)
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)
     ours = ProxAdamW(params, decoupled_weight_decay=decoupled, backend="reference", **options)
     theirs = torchs(decoupled)(others, foreach=False, **options)
