@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -122,7 +123,7 @@ class ProximalOptimizer(Optimizer):
                 group.setdefault(key, value)
             for name, p in zip(param_names(state["param_groups"], i), group["params"]):
                 entry = state["state"].get(p, {})
-                if STEP in entry and self.rule.counts and not isinstance(entry[STEP], Tensor):
+                if self.rule.counts and isinstance(entry.get(STEP), Real):
                     entry[STEP] = new_step(p, group) + float(entry[STEP])  # old torch saved a number
                 check_states(name, p, entry, self.rule)
         if kept is not None:
