@@ -26,7 +26,7 @@ HANG = 60  # seconds after which a rank gives up waiting for another
 
 
 def make_optimizer(name, model, zero, **options):
-    """One of the two optimizers, or one in which ZeroRedundancyOptimizer gives each rank a part of the state."""
+    """One of the two optimizers; `zero` lets ZeroRedundancyOptimizer give each rank a part of the state."""
     strength = 1 if name == "sgd" else 6
     groups = sparsity_param_groups(
         model, group_lasso=0.05 * strength, exclusive_lasso=0.01 * strength, scale="size", names=not zero

@@ -160,7 +160,7 @@ FIRST_STEP = [
 
 @pytest.mark.parametrize("options", FIRST_STEP, ids=str)
 def test_the_step_that_makes_the_states_changes_no_parameter(checked_backend, options):
-    """That step keeps every bit of the parameters, and leaves the states that torch's optimizer would have."""
+    """That step keeps every bit of the parameters, and leaves the states that torch's would have."""
     check_first_step(sparse_sgd, SGD, {"momentum": 0.9, **options}, checked_backend)
     options = {key: x for key, x in options.items() if key not in ("momentum", "dampening")}
     check_first_step(sparse_adamw, AdamW, options, checked_backend)

@@ -158,6 +158,15 @@ def test_every_scenario_is_torchs_and_with_penalties_the_references(executor, ru
         check(run, executor, got, wanted)
 
 
+def test_a_schedule_may_leave_one_beta_a_tensor(checked_backend):
+    """Where both betas are tensors, torch's schedules of momentum put a number in the first one's place."""
+    run = SCENARIOS["one_cycle_lr_cycles_momentum_too"]
+    betas = tuple(torch.tensor(x, dtype=torch.float64) for x in (0.9, 0.99))
+    wanted = run(of_sgd(AdamW, foreach=False, betas=betas))
+    got = run(of_sgd(ProxAdamW, backend=checked_backend, betas=betas))
+    assert_as_near_as(checked_backend, got, wanted)
+
+
 def check(run, executor, got, wanted):
     """Compares the tensors of a scenario, loosely where it has float32 tensors as hyperparameters.
 
