@@ -174,8 +174,8 @@ MUTANTS = (
     Mutant(
         "an overflow counts in Triton",
         f"{TRITON}/updates.py",
-        old="tl.where(tl.load(found_inf) != 0, 0.0, 1.0)",
-        new="1.0",
+        old="tl.where(tl.load(found_inf) != 0, 0.0, by)",
+        new="by",
         seen_by=("test_counts",),
     ),
     Mutant(
