@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +22,7 @@ from .backends.planner import Planner, backend_of, is_sharded, param_names
 from .backends.registry import check_backend
 from .backends.states import new_step
 from .core import reference
-from .core.checks import check_param_group, check_states
+from .core.checks import check_flags, check_param_group, check_states
 from .core.hyperparameters import COEFFICIENTS
 from .core.names import by_name
 from .core.rules import STEP, Rule
@@ -112,23 +114,32 @@ class ProximalOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take in a state for unpickling and load_state_dict: check all of it before anything changes."""
         kept, before = self.__dict__.get("_planner"), self.__dict__.get("param_groups", [])
-        defaults = state.get("defaults") or self.defaults
+        state = dict(state)
+        defaults = {**self._own_defaults(), **state.get("defaults", {} if kept is None else self.defaults)}
+        if kept is None:
+            state["defaults"] = defaults
         for i, group in enumerate(state["param_groups"]):
             for key, value in {**defaults, **(before[i] if before else {})}.items():
                 group.setdefault(key, value)
             for name, p in zip(param_names(state["param_groups"], i), group["params"]):
                 entry = state["state"].get(p, {})
-                if STEP in entry and self.rule.counts and not isinstance(entry[STEP], Tensor):
+                if self.rule.counts and isinstance(entry.get(STEP), Real):
                     entry[STEP] = new_step(p, group) + float(entry[STEP])  # old torch saved a number
                 check_states(name, p, entry, self.rule)
         if kept is not None:
             kept.check(state["param_groups"])
-        state = dict(state)
         backend = state.pop("_backend", "auto")
         self._planner = Planner(backend, self.rule, _make_sharded_plan) if kept is None else kept
         self._planner.forget()
         super().__setstate__(state)
         self._follow_fused()
+
+    @classmethod
+    def _own_defaults(cls) -> dict[str, Any]:
+        """The defaults of the class that sets `rule`: an older pickle lacks options that were added since."""
+        owner = next(c for c in cls.__mro__ if "rule" in vars(c))
+        arguments = inspect.signature(owner).parameters.values()
+        return {x.name: x.default for x in arguments if x.default is not x.empty and x.name != "backend"}
 
     def _follow_fused(self) -> None:
         """Let GradScaler leave unscaling to step() where fused=True is given to the constructor.
@@ -234,9 +245,11 @@ class ProximalOptimizer(Optimizer):
             raise RuntimeError(
                 "torch.compile: expected plain tensors and differentiable=False in a step, got others"
             )
+        check_flags(self.rule, group)
         for key in self.rule.options:
-            if isinstance(group[key], Tensor):
-                raise TypeError(f"torch.compile: expected a number as {key}, got a tensor")
+            several = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
+            if any(isinstance(x, Tensor) for x in several):
+                raise TypeError(f"torch.compile: expected numbers as {key}, got a tensor")
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)

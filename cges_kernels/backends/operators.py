@@ -264,7 +264,7 @@ def _reference_step(rule: Rule, served: Served, grad_scale: Tensor | None, found
     if found_inf is not None and found_inf.item() != 0:
         return
     for group, members in served:
-        h = Reader(rule).read(group)
+        h = Reader(rule).read(group, for_reference=True)
         for p, grad, states, step, first in members:
             # `capturable` cannot decide this, because torch.compile sets it to True for every optimizer.
             count = None if step is None else step + 1 if on_device(step) else step.item() + 1

@@ -28,7 +28,7 @@ from .registry import choose_backend, make_plan
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-EXECUTOR_OPTIONS = ("foreach", "differentiable", "fused", "group_by", "view")
+EXECUTOR_OPTIONS = ("foreach", "differentiable", "capturable", "fused", "group_by", "view")
 IN_KERNELS = ("cuda", "triton")  # executors whose kernels can read SCALARS on the device
 SHARDED = "sharded"  # the name of the plan of param groups with DTensors, which steps the local parts
 
@@ -96,7 +96,8 @@ class Planner:
         self._key: Any = None
         self._group_sizes: list[int] = []
         self._values: list[Any] = []
-        self._numbers: list[Any] = []  # the types of the group's values; None if some of them are tensors
+        self._types: list[Any] = []  # the types of the group's values
+        self._have_tensors: list[bool] = []  # whether some of them are tensors
         self._devices: list[torch.device | None] = []
 
     def check(self, param_groups: ParamGroups, first: int = 0) -> None:
@@ -219,6 +220,8 @@ class Planner:
             key = self._executor_options_of(group)
             if list in map(type, key):  # a list may change in place, so a copy is kept
                 key = tuple(tuple(x) if isinstance(x, list) else x for x in key)
+            # Types come first: values of other types may compare equal, or not at all.
+            key = (*map(type, key), *key)
             if index >= len(self.executors) or self.executors[index] == "reference":
                 key = (*key, *(_identity(p) for p in group["params"]))
             keys.append(key)
@@ -260,7 +263,8 @@ class Planner:
                 ]
                 self.plans[executor] = make_plan(executor, self.rule, params, *map(list, zip(*served)))
         self._values = [None] * len(param_groups)
-        self._numbers = [None] * len(param_groups)
+        self._types = [None] * len(param_groups)
+        self._have_tensors = [False] * len(param_groups)
         self._key = self._keys(param_groups)
 
     def _differentiates(self, index: int, group: dict[str, Any]) -> bool:
@@ -273,15 +277,14 @@ class Planner:
         types = tuple(map(type, values))
         if self._differentiates(index, group):
             return values
-        lasting = self._reader.are_lasting(values)
-        if types == self._numbers[index] and lasting:
-            return values
-        if not lasting or any(issubclass(x, Tensor) for x in types):
-            return self._reader.numbers_of(group, self._devices[index])
-        if self._numbers[index] is not None:
-            # A value of another type, such as True for 1, may compare equal and still be refused.
-            check_param_group(self.rule, group)
-        self._numbers[index] = types
+        if types != self._types[index]:
+            if self._types[index] is not None:
+                # A value of another type, such as True for 1, may compare equal and still be refused.
+                check_param_group(self.rule, group)
+            self._types[index] = types
+            self._have_tensors[index] = any(issubclass(x, Tensor) for x in types)
+        if self._have_tensors[index] or not self._reader.are_lasting(values):
+            return self._reader.numbers_of(group, self._devices[index], self.executors[index] == "reference")
         return values
 
     def _take(self, index: int, group: dict[str, Any], values: tuple[Any, ...]) -> None:

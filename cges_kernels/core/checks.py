@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -21,11 +22,9 @@ from .numbers import check_coefficient, check_not_negative, check_number, scalar
 from .rules import RULES, STEP, Rule
 from .tensors import holds_values, is_freed
 
-FLAGS = (
-    *("nesterov", "amsgrad", "decoupled_weight_decay", "maximize"),
-    *("skip_dead", "differentiable", "capturable"),
-)
+FLAGS = ("skip_dead", "differentiable", "capturable")  # beside those of the rule
 WISHES = ("foreach", "fused")  # like FLAGS, but None leaves the choice to the package
+BOOLS = (bool, np.bool_)
 SCALARS = frozenset(hyperparameters.SCALARS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,18 +51,22 @@ def check_changed(rule: Rule, group: Mapping[str, Any], changed: Collection[str]
             check_coefficient(name, group[name])
 
 
-def check_flags(group: Mapping[str, Any]) -> None:
-    """Raise a TypeError if text is given for a bool, because any text would count as True."""
-    for names, expected in ((FLAGS, "a bool"), (WISHES, "a bool or None")):
+def check_flags(rule: Rule, group: Mapping[str, Any]) -> None:
+    """Raise a TypeError for a flag that is no bool, because "no" or [] would count as one of the two."""
+    of_rule = [key for key, default in rule.options.items() if isinstance(default, bool)]
+    for names, served, expected in (
+        ((*FLAGS, *of_rule), BOOLS, "a bool"),
+        (WISHES, (*BOOLS, type(None)), "a bool or None"),
+    ):
         for name in names:
-            if isinstance(group.get(name), (str, bytes)):
+            if not isinstance(group.get(name, False), served):
                 raise TypeError(f"{name}: expected {expected}, got {group[name]!r}")
 
 
 def check_param_group(rule: Rule, group: Mapping[str, Any]) -> None:
     """Check the hyperparameters of one param group; errors for bad values are in torch.optim's words."""
     check_number("lr", group["lr"])
-    check_flags(group)
+    check_flags(rule, group)
     check_not_negative("learning rate", scalar("lr", group["lr"]))
     rule.check(group)
     check_penalty(group)

@@ -108,7 +108,8 @@ class Hyperparameters(NamedTuple):
     def thresholds(self) -> Thresholds:
         """lr times each coefficient, if the host knows all of them; see shrinkage.form_thresholds."""
         scalars: tuple[Any, ...] = self[: len(SCALARS)]
-        return form_thresholds(*(x if isinstance(x, Tensor) else float(x) for x in scalars))
+        followed = (isinstance(x, Tensor) and x.requires_grad for x in scalars)
+        return form_thresholds(*(x if follow else float(x) for x, follow in zip(scalars, followed)))
 
 
 OWN = Hyperparameters._fields[: Hyperparameters._fields.index("rule")]  # the keys that every rule has
@@ -116,6 +117,7 @@ OWN = Hyperparameters._fields[: Hyperparameters._fields.index("rule")]  # the ke
 
 # Options that hold several values, such as betas.
 SEVERAL = {key for rule in RULES.values() for key, x in rule.options.items() if isinstance(x, tuple)}
+AS_TENSORS = {"lr", *SEVERAL}  # options with which torch.optim computes in the tensors' dtype
 
 
 class Reader:
@@ -135,16 +137,33 @@ class Reader:
         several = [values[i] for i in self._several]
         return all(type(x) is tuple and not any(isinstance(y, Tensor) for y in x) for x in several)
 
-    def numbers_of(self, group: Mapping[str, Any], device: torch.device | None = None) -> tuple[Any, ...]:
+    def numbers_of(
+        self, group: Mapping[str, Any], device: torch.device | None = None, for_reference: bool = False
+    ) -> tuple[Any, ...]:
         """The values of `keys` with tensors replaced as `number` does.
 
-        `device` is the device whose kernels read SCALARS; other options always become numbers.
+        `device` is the device whose kernels read SCALARS; other options always become numbers. The reference
+        gets copies of the tensors in AS_TENSORS, because torch.optim computes with these as they are.
         """
-        return tuple(number(key, group[key], device if key in SCALARS else None) for key in self.keys)
+        return tuple(
+            _copied(group[key])
+            if for_reference and key in AS_TENSORS
+            else number(key, group[key], device if key in SCALARS else None)
+            for key in self.keys
+        )
 
-    def read(self, group: Mapping[str, Any], device: torch.device | None = None) -> Hyperparameters:
+    def read(
+        self, group: Mapping[str, Any], device: torch.device | None = None, for_reference: bool = False
+    ) -> Hyperparameters:
         """The Hyperparameters of a param group, with tensors replaced as in `numbers_of`."""
-        return Hyperparameters.of_values(self.rule, self.numbers_of(group, device))
+        return Hyperparameters.of_values(self.rule, self.numbers_of(group, device, for_reference))
+
+
+def _copied(value: Any) -> Any:
+    """A copy without dims or history of a tensor of one element, or of those in a list or tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_copied, value))
+    return value.detach().clone().squeeze() if isinstance(value, Tensor) else value
 
 
 def can_be_read(x: Tensor, device: torch.device | None) -> bool:
@@ -156,7 +175,7 @@ def number(name: str, value: Any, device: torch.device | None) -> Any:
     """The value of a hyperparameter without a tensor: a number, or At where kernels on `device` read it.
 
     The number in a float32 tensor is returned as NumPy's float32. With it the reference computes what
-    torch.optim does with the tensor: AdamW then forms its step size in float32.
+    torch.optim does with the tensor: AdamW then multiplies lr by such a weight decay in float32.
     """
     if isinstance(value, (list, tuple)) and name in SEVERAL:
         return tuple(number(name, x, None) for x in value)

@@ -80,8 +80,6 @@ def _check_adamw(group: Mapping[str, Any]) -> None:
         check_number(f"betas[{i}]", beta)
         if not 0 <= scalar(f"betas[{i}]", beta) < 1:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta} (expected a number in [0, 1))")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise ValueError("betas must be either both floats or both Tensors")
     for name in ("eps", "weight_decay"):
         check_number(name, group[name])
     check_not_negative("epsilon value", scalar("eps", group["eps"]))

@@ -69,17 +69,17 @@ def adamw_update(
     if maximize:
         grad = -grad
     if weight_decay != 0 and decoupled_weight_decay:
-        w = w.mul(1 - lr * weight_decay)
+        w = w.mul(1 - lr * weight_decay).to(w.dtype)
     elif weight_decay != 0:
         if isinstance(weight_decay, Tensor) and weight_decay.requires_grad:
             grad = grad.addcmul(w, weight_decay)
         else:
             grad = grad.add(w, alpha=float(weight_decay))
-    exp_avg = exp_avg.lerp(grad, 1 - beta1 if isinstance(beta1, Tensor) else float(1 - beta1))
+    exp_avg = exp_avg.lerp(grad, 1 - beta1.to(w) if isinstance(beta1, Tensor) else float(1 - beta1))
     if isinstance(beta2, Tensor) and beta2.requires_grad:
         exp_avg_sq = exp_avg_sq.lerp(grad.square(), 1 - beta2)
     else:
-        exp_avg_sq = exp_avg_sq.mul(beta2).addcmul_(grad, grad, value=float(1 - beta2))
+        exp_avg_sq = exp_avg_sq.mul(beta2).to(w.dtype).addcmul_(grad, grad, value=float(1 - beta2))
     states: tuple[Tensor, ...] = (exp_avg, exp_avg_sq)
     largest = exp_avg_sq
     if amsgrad:
@@ -88,7 +88,7 @@ def adamw_update(
         states = (exp_avg, exp_avg_sq, largest)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     step_size = lr / correction1
-    if isinstance(correction2, Tensor):
+    if isinstance(step, Tensor):
         negative = -step_size
         denominator = (largest.sqrt() / (correction2.sqrt() * negative)).add_(eps / negative)
         return w.addcdiv(exp_avg, denominator), *states

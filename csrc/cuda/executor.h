@@ -217,7 +217,7 @@ void check_device(int index);  // throws unless this build runs on that device
 // Loads all kernels for the rule and dtype, before any step writes anything, and sets work.tile_blocks.
 void prepare(Work& work, Rule rule, DType dtype, const Device& device);
 // `launched` says whether an earlier part of this step has been launched, for the error message. It becomes
-// true.
+// true. If nothing of this part could be launched, its counts of steps on the device are as they were.
 void launch(const Step& step, Rule rule, DType dtype, const Device& device, void* stream, bool& launched);
 
 // The bytes of device memory for the numbers of one tensor that the host does not know (Own in rule.cuh).

@@ -61,15 +61,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // Runs before the other kernels, with one thread for each tensor. It computes the tensor's own numbers that
 // the host does not know, and counts the step if the count lies on the device. A step that overflows is not
-// counted.
+// counted. `by` is 1, or -1 to take the count back if none of the others could be launched.
 template <typename T, typename Rule, bool few>
-__global__ void correct_steps(const __grid_constant__ StepTableOf<T, Rule, few> table, int tensors) {
+__global__ void correct_steps(const __grid_constant__ StepTableOf<T, Rule, few> table, int tensors,
+                              float by) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= tensors || table.overflowed() || !table.steps(i)) return;
   const auto h = table.of(i).resolved(nullptr);
   using Own = typename StepTableOf<T, Rule, few>::Own;
   static_cast<Own*>(table.corrected)[i] =
-      Rule::correct_here(h.rule, table.owns[i], table.counts_here(i), h.device.lr != nullptr);
+      Rule::correct_here(h.rule, table.owns[i], table.counts_here(i), by, h.device.lr != nullptr);
 }
 
 }  // namespace

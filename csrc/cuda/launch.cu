@@ -14,8 +14,9 @@ namespace {
 int64_t shared_limit = INT64_MAX, multiprocessors_limit = INT64_MAX;  // see limit_device
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("cuda executor: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets the error, which torch would take for that of its own next launch
+  throw std::runtime_error(std::string("cuda executor: ") + what + ": " + cudaGetErrorString(error));
 }
 
 template <typename F>
@@ -97,6 +98,7 @@ template <typename A, typename UpdateRule, bool few>
 bool fill(StepTable<A, UpdateRule, few>& table, const Step& step) {
   using Table = StepTable<A, UpdateRule, few>;
   static_assert(sizeof(table) <= Table::kBytes && Table::kParamGroups > 0);
+  static_assert(sizeof(table) + sizeof(int) + sizeof(float) <= kMostArguments);  // those of correct_steps
   bool all_plain = !step.work.ones;
   table.corrected = nullptr;
   table.tiles = step.tiles;
@@ -228,29 +230,38 @@ void check_device(int index) {
 void launch(const Step& step, Rule rule, DType dtype, const Device& device, void* stream, bool& launched) {
   check(cudaSetDevice(device.index), "cudaSetDevice");
   const Work& work = step.work;
-  const auto run = [&](auto kernel, int64_t blocks, int threads, int64_t shared, bool together,
-                       auto&... arguments) {
-    if (blocks == 0) return;
-    const Launch with(blocks, threads, shared, together, stream);
-    check(cudaLaunchKernelEx(&with.config, kernel, arguments...),
-          launched ? "a launch after the first failed, so some parameters have been stepped and others not"
-                   : "the launch failed, no parameter has changed");
-    launched = true;
+  const auto check_launch = [&](cudaError_t error) {
+    check(error, launched ? "a launch failed, so some parameters have been stepped and others not"
+                          : "the launch failed, no parameter has changed");
   };
   const auto run_all = [&]<typename T, typename UpdateRule, bool few>() {
     static thread_local StepTableOf<T, UpdateRule, few> table;  // up to 32 KB, too much for the stack
     const bool plain = fill(table, step);
-    if constexpr (!StepTableOf<T, UpdateRule, few>::Own::kNone)
-      if (table.corrected != nullptr) {
-        int tensors = int(step.tensors.size());
-        run(correct_steps<T, UpdateRule, few>, (tensors + kWarp - 1) / kWarp, kWarp, 0, false, table,
-            tensors);
-      }
+    const auto count = [&](float by) {
+      if constexpr (!StepTableOf<T, UpdateRule, few>::Own::kNone)
+        if (table.corrected != nullptr) {
+          int tensors = int(step.tensors.size());
+          const Launch with((tensors + kWarp - 1) / kWarp, kWarp, 0, false, stream);
+          return cudaLaunchKernelEx(&with.config, correct_steps<T, UpdateRule, few>, table, tensors, by);
+        }
+      return cudaSuccess;
+    };
+    bool stepped = false;
+    const auto run = [&](auto kernel, int64_t blocks, int threads, int64_t shared, bool together) {
+      if (blocks == 0) return;
+      const Launch with(blocks, threads, shared, together, stream);
+      const cudaError_t error = cudaLaunchKernelEx(&with.config, kernel, table);
+      // No weight has moved, so no count may have. If this fails too, the device is lost.
+      if (error != cudaSuccess && !stepped) count(-1);
+      check_launch(error);
+      launched = stepped = true;
+    };
+    check_launch(count(1));
     run(plain ? step_rows<T, UpdateRule, few, true> : step_rows<T, UpdateRule, few, false>,
-        int64_t(work.strips.size()), work.strip_threads, kRowsShared<Compute<T>>, false, table);
+        int64_t(work.strips.size()), work.strip_threads, kRowsShared<Compute<T>>, false);
     run(plain ? step_tiles<T, UpdateRule, few, true> : step_tiles<T, UpdateRule, few, false>,
-        work.tile_blocks, kTileThreads, work.shared_tiles, work.tiles_in_parts > 0, table);
-    run(step_chunks<T, UpdateRule, few>, table.tickets, kThreads, work.shared_chunks, false, table);
+        work.tile_blocks, kTileThreads, work.shared_tiles, work.tiles_in_parts > 0);
+    run(step_chunks<T, UpdateRule, few>, table.tickets, kThreads, work.shared_chunks, false);
   };
   with_rule(rule, [&]<typename UpdateRule>() {
     with_type(dtype, [&]<typename T>() {

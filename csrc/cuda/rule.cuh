@@ -112,12 +112,13 @@ struct Adamw {
   // Forms the final Own, if the count or lr lies on the device, and counts the step if the count does. The
   // options are taken back from the scalars, as the arguments hold no others.
   template <typename A>
-  static __device__ Own<A> correct_here(const Group<A>& h, Own<A> own, bool counts_here, bool lr_here) {
+  static __device__ Own<A> correct_here(const Group<A>& h, Own<A> own, bool counts_here, float by,
+                                        bool lr_here) {
     if (!counts_here) {
       if (lr_here) own.corrected.step_size *= h.lr();
       return own;
     }
-    const double count = ++*own.count();
+    const double count = *own.count() += by;
     AdamwOptions options;
     options.beta1 = 1 - double(h.scalars.weight);
     options.beta2 = 1 - double(h.scalars.one_minus_beta2);

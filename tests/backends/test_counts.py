@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers.right import assert_right, coefficients, device_of, inputs, moments
+from helpers import emulated
+from helpers.right import INTERPRETED, assert_right, coefficients, device_of, inputs, moments
 from helpers.tiers import covering
 
 from cges_kernels import available_backends
 from cges_kernels.backends import gathering
+from cges_kernels.backends.extension import BUILT
 from cges_kernels.backends.gathering import Row
 from cges_kernels.backends.unplanned import forget, step_once
 from cges_kernels.core import reference
@@ -26,10 +28,10 @@ def nothing_kept():
     forget()
 
 
-def tensors_of(backend, dtype):
+def tensors_of(backend, dtype, shapes=SHAPES):
     """Weights, gradients and both moments on the executor's device."""
     device = device_of(backend)
-    made = [(*inputs(shape, dtype, 2), *moments(shape, dtype)) for shape in SHAPES]
+    made = [(*inputs(shape, dtype, 2), *moments(shape, dtype)) for shape in shapes]
     return [tuple(x.to(device) for x in xs) for xs in made]
 
 
@@ -114,6 +116,37 @@ def test_a_tensor_without_gradient_is_not_counted(executor):
     rows[1] = rows[1]._replace(phase=int(Phase.SKIPPED))  # its count is known all the same
     step(executor, tensors, rows, 0.5)
     assert [float(x) for x in there] == [4.0, 3.0, 4.0, 4.0]
+
+
+def failing(patch, executor, launch):
+    """Makes one launch of the next step fail: the first, which counts, or one of the two that step."""
+    if executor == "cuda":
+        emulated.Device(BUILT["cuda"].__file__)["fail_launch"] = launch + 1
+        return
+    from cges_kernels.backends.triton import executor as module
+
+    class Fails:
+        def __getitem__(self, grid):
+            raise RuntimeError("some parameters" if launch == 2 else "no parameter")
+
+    patch.setattr(module, ("count_steps", "whole_groups", "split_groups")[launch], Fails())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches on a GPU do not fail at will")
+@pytest.mark.parametrize("executor", KERNELS)
+@pytest.mark.parametrize("tiles", ["pieces"], indirect=True)
+def test_a_launch_that_fails_counts_nothing(monkeypatch, executor, tiles):
+    """Where no weight has moved, no count on the device has; if only the last launch fails, all have."""
+    shapes = [(40, 30), (7,), (900, 20), (33, 3, 3)]
+    for launch, words in enumerate(("no parameter", "no parameter", "some parameters")):
+        tensors = tensors_of(executor, torch.float32, shapes)
+        before = [x.clone() for x, *_ in tensors]
+        there = [torch.full((), 3.0, device=device_of(executor)) for _ in shapes]
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=words):
+            failing(patch, executor, launch)
+            step(executor, tensors, rows_of(tensors, there), 0.5)
+        moved = not all(torch.equal(x, y) for (x, *_), y in zip(tensors, before))
+        assert moved == (launch == 2) and [float(x) for x in there] == [3.0 + moved] * len(shapes)
 
 
 @pytest.mark.parametrize("executor", KERNELS)

@@ -16,15 +16,27 @@ import torch.distributed as dist
 from helpers.programs import PATHS
 from helpers.steps import FASTEST
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from cges_kernels import ProxSGD, sparsity_param_groups, sparsity_report
+from cges_kernels import ProxAdamW, ProxSGD, sparsity_param_groups, sparsity_report
 
 RANKS, STEPS = 2, 50
 HANG = 60  # seconds after which a rank gives up waiting for another
 
 
-def train(device, backend, prox_mode, as_bucket_views):
+def make_optimizer(name, model, zero, **options):
+    """One of the two optimizers; `zero` lets ZeroRedundancyOptimizer give each rank a part of the state."""
+    strength = 1 if name == "sgd" else 6
+    groups = sparsity_param_groups(
+        model, group_lasso=0.05 * strength, exclusive_lasso=0.01 * strength, scale="size", names=not zero
+    )
+    make, own = (ProxSGD, dict(lr=0.05, momentum=0.9)) if name == "sgd" else (ProxAdamW, dict(lr=0.004))
+    options = {**own, **options}
+    return ZeroRedundancyOptimizer(groups, make, **options) if zero else make(groups, **options)
+
+
+def train(name, zero, device, backend, prox_mode, as_bucket_views):
     """Trains on a different random half of the data on each rank; returns what the ranks must agree on."""
     torch.manual_seed(0)
     images, labels = torch.randn(256, 1, 8, 8), torch.randint(4, (256,))
@@ -34,8 +46,7 @@ def train(device, backend, prox_mode, as_bucket_views):
         nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 4),
     ).to(device)  # fmt: skip
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=as_bucket_views)
-    groups = sparsity_param_groups(model, group_lasso=0.05, exclusive_lasso=0.01, scale="size")
-    optimizer = ProxSGD(groups, lr=0.05, momentum=0.9, prox_mode=prox_mode, backend=backend)
+    optimizer = make_optimizer(name, model, zero, prox_mode=prox_mode, backend=backend)
     torch.manual_seed(1 + dist.get_rank())
     dead, losses = [], []
     for _ in range(STEPS):
@@ -46,27 +57,42 @@ def train(device, backend, prox_mode, as_bucket_views):
         optimizer.step()
         losses.append(loss.item())
         dead.append(sparsity_report(model).to_dict()["total"]["dead_groups"])
-    state = [buf for entry in optimizer.state.values() for buf in entry.values()]
+    if zero:
+        optimizer.consolidate_state_dict(to=0)
+    state = optimizer.state_dict()["state"] if not zero or dist.get_rank() == 0 else {}
+    state = [x for index in sorted(state) for x in state[index].values()]
     tensors = [x.detach().cpu() for x in [*model.parameters(), *state]]
     return tensors, dead, losses
 
 
 def main(device, backend, prox_mode, as_bucket_views):
-    """Trains, and prints how the two ranks compare."""
+    """Trains with each optimizer, and prints how the two ranks compare, and a run with divided state."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=HANG))
-    mine = train(device, backend, prox_mode, as_bucket_views == "views")
-    everyone = [None] * RANKS
-    dist.all_gather_object(everyone, mine)
-    if dist.get_rank() == 0:
-        (first, dead, losses), (second, _, others) = everyone
-        report = dict(
-            tensors=len(first),
-            same=sum(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(first, second)),
-            dead=dead,
-            losses=[losses, others],
+    reports = {}
+    for name in ("sgd", "adamw"):
+        mine, divided = (
+            train(name, zero, device, backend, prox_mode, as_bucket_views == "views")
+            for zero in (False, True)
         )
-        print("report:" + json.dumps(report))
+        everyone = [None] * RANKS
+        dist.all_gather_object(everyone, mine)
+        if dist.get_rank() == 0:
+            (first, dead, losses), (second, _, others) = everyone
+            reports[name] = dict(
+                tensors=len(first),
+                same=count_same(first, second),
+                same_divided=count_same(first, divided[0]),
+                dead=dead,
+                losses=[losses, others],
+            )
+    if dist.get_rank() == 0:
+        print("report:" + json.dumps(reports))
     dist.destroy_process_group()
+
+
+def count_same(xs, ys):
+    """The number of tensors that have the same bits in both lists."""
+    return sum(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(xs, ys, strict=True))
 
 
 def torchrun(*options):
@@ -83,13 +109,15 @@ def torchrun(*options):
     return json.loads(run.stdout.split("report:")[1])
 
 
-def assert_ranks_agree(report):
+def assert_ranks_agree(reports):
     """All tensors are equal, and the training was one that could tell: it learnt, and groups died."""
-    assert report["same"] == report["tensors"] > 10
-    one, other = report["losses"]
-    assert one != other  # the ranks saw different data
-    assert sum(one[-5:]) < 0.7 * sum(one[:5])  # and the model learnt
-    assert report["dead"][0] == 0 and len(set(report["dead"])) > 5  # groups died during training
+    for name, report in reports.items():
+        assert report["same"] == report["same_divided"] == report["tensors"] > 10, name
+        one, other = report["losses"]
+        assert one != other  # the ranks saw different data
+        assert sum(one[-5:]) < 0.7 * sum(one[:5]), name  # and the model learnt
+        dead = report["dead"]
+        assert dead[0] == 0 and len(set(dead)) > 5, name  # groups died during training
 
 
 needs_gloo = pytest.mark.skipif(

@@ -55,9 +55,44 @@ MUTANTS = (
     Mutant(
         "steps are counted on the device after they are read",
         RULES,
-        old="const double count = ++*own.count();",
+        old="const double count = *own.count() += by;",
         new="const double count = (*own.count())++;",
         seen_by=("test_counts",),
+    ),
+    Mutant(
+        "a step whose first launch fails has been counted on the device",
+        "csrc/cuda/launch.cu",
+        old="if (error != cudaSuccess && !stepped) count(-1);",
+        new="",
+        seen_by=("test_counts",),
+    ),
+    Mutant(
+        "a step whose last launch fails is not counted on the device, though weights have moved",
+        "csrc/cuda/launch.cu",
+        old="if (error != cudaSuccess && !stepped) count(-1);",
+        new="if (error != cudaSuccess) count(-1);",
+        seen_by=("test_counts",),
+    ),
+    Mutant(
+        "Triton's counts stay where they are when no kernel steps",
+        "cges_kernels/backends/triton/executor.py",
+        old="self._count(hyper, found_inf, -1.0)",
+        new="pass",
+        seen_by=("test_counts",),
+    ),
+    Mutant(
+        "the reference computes with numbers where torch computes with tensors",
+        "cges_kernels/core/hyperparameters.py",
+        old="if for_reference and key in AS_TENSORS",
+        new="if False",
+        seen_by=("test_prox_adamw",),
+    ),
+    Mutant(
+        "a moment of no dims takes the dtype of beta2",
+        "cges_kernels/core/updates.py",
+        old="exp_avg_sq.mul(beta2).to(w.dtype)",
+        new="exp_avg_sq.mul(beta2)",
+        seen_by=("test_prox_adamw",),
     ),
     Mutant(
         "decay does not follow an lr on the device",
@@ -139,8 +174,8 @@ MUTANTS = (
     Mutant(
         "an overflow counts in Triton",
         f"{TRITON}/updates.py",
-        old="tl.where(tl.load(found_inf) != 0, 0.0, 1.0)",
-        new="1.0",
+        old="tl.where(tl.load(found_inf) != 0, 0.0, by)",
+        new="by",
         seen_by=("test_counts",),
     ),
     Mutant(

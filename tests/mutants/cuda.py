@@ -153,8 +153,8 @@ MUTANTS = (
     Mutant(
         "blocks that wait for each other do not start together",
         LAUNCH,
-        old="kTileThreads, work.shared_tiles, work.tiles_in_parts > 0, table);",
-        new="kTileThreads, work.shared_tiles, work.tiles_in_parts < 0, table);",
+        old="kTileThreads, work.shared_tiles, work.tiles_in_parts > 0);",
+        new="kTileThreads, work.shared_tiles, work.tiles_in_parts < 0);",
         seen_by=("test_cuda_shared",),
     ),
     # Chunks

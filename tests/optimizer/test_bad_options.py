@@ -1,6 +1,7 @@
 """Bad hyperparameters: the error says what was expected and what was given, and nothing has been written."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers.refusals import OPTIONS, as_bytes, assert_recovers, parameters, rejected, started
 from helpers.steps import give_grads
 
-from cges_kernels import ProxSGD, penalty, prox, prox_
+from cges_kernels import ProxAdamW, ProxSGD, penalty, prox, prox_
 
 NAN, INF = float("nan"), float("inf")
 
@@ -52,8 +53,6 @@ BAD_OPTIONS = [
     *((dict([(name, value)]), TypeError, [f"{name}: expected a number, got {value!r}"])
       for name, value in
       (("lr", "1e-3"), ("lr", None), ("momentum", "0.9"), ("dampening", "0"), ("weight_decay", "0.1"))),
-    *((dict([(name, "False")]), TypeError, [f"{name}: expected a bool", "got 'False'"])
-      for name in ("nesterov", "maximize", "differentiable", "foreach", "fused")),
     (dict(fused=True, foreach=True), RuntimeError, ["`fused` and `foreach` cannot be `True` together"]),
     (dict(fused=True, differentiable=True), RuntimeError, ["`fused` does not support `differentiable`"]),
 ]  # fmt: skip
@@ -122,10 +121,51 @@ def test_load_state_dict_refuses_a_backend_that_cannot_serve():
     assert_recovers(optimizer, params, "cpu")
 
 
-def test_a_flag_as_text_is_refused_where_nothing_steps():
-    """capturable="no" is an error at once; as text it would count as true."""
-    with pytest.raises(TypeError, match="capturable: expected a bool, got 'no'"):
-        ProxSGD(parameters(), capturable="no")
+OF_BOTH = ("maximize", "skip_dead", "differentiable", "capturable", "foreach", "fused")
+FLAGS = {ProxSGD: ("nesterov", *OF_BOTH), ProxAdamW: ("amsgrad", "decoupled_weight_decay", *OF_BOTH)}
+
+
+@pytest.mark.parametrize("make", FLAGS)
+def test_a_flag_that_is_no_bool_is_refused(make):
+    """Text, a number, a list or a tensor would count as one of the two; None is none of them but a wish.
+
+    The constructor refuses it, a new param group, a file and a change by hand, also beside a tensor as lr.
+    """
+    for lr in (0.1, torch.tensor(0.1)):
+        check_flags(make, lr)
+
+
+def check_flags(make, lr):
+    """Tries bad values for each flag."""
+    params = parameters()
+    optimizer = make(params, lr=lr, capturable=np.False_, skip_dead=np.True_)
+    flags = [key for key, x in optimizer.defaults.items() if isinstance(x, (bool, np.bool_))]
+    assert sorted([*flags, "foreach", "fused"]) == sorted(FLAGS[make])
+    give_grads(params, 0)
+    optimizer.step()
+    state, group = copy.deepcopy(optimizer.state_dict()), optimizer.param_groups[0]
+    for flag in FLAGS[make]:
+        expected = "a bool or None" if flag in ("foreach", "fused") else "a bool"
+        for bad in ("no", 3, 0.5, [], torch.tensor(True), *([] if "None" in expected else [None])):
+            words = f"{flag}: expected {expected}, got {re.escape(repr(bad))}"
+            with pytest.raises(TypeError, match=words):
+                make(parameters(), lr=lr, **{flag: bad})
+            with rejected(optimizer, TypeError, words):
+                optimizer.add_param_group({"params": parameters(seed=1), flag: bad})
+            with rejected(optimizer, TypeError, words):
+                groups = [{**state["param_groups"][0], flag: bad}]
+                optimizer.load_state_dict({**state, "param_groups": groups})
+            good, group[flag] = group[flag], bad
+            for _ in range(2):
+                with rejected(optimizer, TypeError, words):
+                    optimizer.step()
+            group[flag] = good
+            optimizer.step()  # which leaves plans that the next change has to be compared with
+    group["skip_dead"] = 1  # equal to the True of the last step
+    with rejected(optimizer, TypeError, "skip_dead: expected a bool, got 1"):
+        optimizer.step()
+    group["skip_dead"] = True
+    optimizer.step()
 
 
 def test_step_refuses_a_tensor_lr_made_negative_in_place(checked_backend):

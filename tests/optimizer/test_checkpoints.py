@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 
-from cges_kernels import ProxSGD, available_backends, cges_param_groups
+from cges_kernels import ProxAdamW, ProxSGD, available_backends, cges_param_groups
 
 SHAPES = [(6, 5), (4, 3, 3, 3), (9,), ()]
 
@@ -111,7 +111,7 @@ def test_a_file_without_values_is_refused_before_anything_changes(checked_backen
     optimizer.step()
 
 
-# torch.distributed.checkpoint. Where there are no buffers yet, it makes them by a step with lr = 0 and zero
+# torch.distributed.checkpoint. Where there are no states yet, it makes them by a step with lr = 0 and zero
 # gradients, both in the optimizer that is saved and in the one that is loaded.
 
 
@@ -122,12 +122,14 @@ def network():
     return nn.Sequential(grouped, normed, nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
 
 
-def fit(model, optimizer, seeds):
-    """Trains for a step on each seed's batch."""
+def fit(model, optimizer, seeds, without=()):
+    """Trains for a step on each seed's batch; parameters in ``without`` get no gradient."""
     for seed in seeds:
         x = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(seed), device="cpu")
         optimizer.zero_grad()
         model(x.to(model[0].weight)).square().mean().backward()
+        for p in without:
+            p.grad = None
         optimizer.step()
 
 
@@ -136,6 +138,14 @@ def sparse_sgd(model, backend, lam=0.3, **options):
     return ProxSGD(
         cges_param_groups(model, lam=lam), **{"lr": 0.1, "momentum": 0.9, **options}, backend=backend
     )
+
+
+def sparse_adamw(model, backend, lam=0.3, **options):
+    """A ProxAdamW under the CGES penalty."""
+    return ProxAdamW(cges_param_groups(model, lam=lam), **{"lr": 0.02, **options}, backend=backend)
+
+
+MAKERS = (sparse_sgd, sparse_adamw)
 
 
 # Options under which a step with lr = 0 could change a parameter, or leave other buffers.
@@ -149,22 +159,29 @@ FIRST_STEP = [
 
 
 @pytest.mark.parametrize("options", FIRST_STEP, ids=str)
-def test_the_step_that_makes_the_buffers_changes_no_parameter(checked_backend, options):
-    """That step keeps every bit of the parameters, and leaves the buffers that torch.optim.SGD would have."""
+def test_the_step_that_makes_the_states_changes_no_parameter(checked_backend, options):
+    """That step keeps every bit of the parameters, and leaves the states that torch's would have."""
+    check_first_step(sparse_sgd, SGD, {"momentum": 0.9, **options}, checked_backend)
+    options = {key: x for key, x in options.items() if key not in ("momentum", "dampening")}
+    check_first_step(sparse_adamw, AdamW, options, checked_backend)
+
+
+def check_first_step(make, torchs, options, backend):
+    """Lets torch.distributed.checkpoint make the states of a network's optimizer, and of torch's."""
     model = network()
     with torch.no_grad():
         model[4].weight[:, ::3] = 0
         model[0].weight[1] = 0
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = sparse_sgd(model, checked_backend, **options)
+    options = {"lr": 0.1, **options}
+    optimizer = make(model, backend, **options)
     state = get_optimizer_state_dict(model, optimizer)
     assert_same_bits(before, list(model.parameters()))
     assert all(p.grad is None for p in model.parameters())
-    assert all(group["lr"] == options.get("lr", 0.1) for group in optimizer.param_groups)
+    assert all(group["lr"] == options["lr"] for group in optimizer.param_groups)
 
-    of_sgd = {k: v for k, v in options.items() if k not in ("prox_mode", "freeze_zeros")}
-    sgd = SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **of_sgd}, foreach=False)
-    wanted = get_optimizer_state_dict(model, sgd)["state"]
+    of_torch = {k: v for k, v in options.items() if k not in ("prox_mode", "freeze_zeros")}
+    wanted = get_optimizer_state_dict(model, torchs(model.parameters(), **of_torch, foreach=False))["state"]
     assert {name: set(entry) for name, entry in state["state"].items()} == {
         name: set(entry) for name, entry in wanted.items()
     }
@@ -184,30 +201,69 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_distributed_checkpoint_restores_everything(checked_backend, way, tmp_path):
     """Training goes on with the same bits; the saved coefficients replace those of the constructor."""
-    model, resumed = network(), network()
-    optimizer, other = sparse_sgd(model, checked_backend), sparse_sgd(resumed, checked_backend, lam=0.7)
-    fit(model, optimizer, range(3))
-    state = {
-        "model": model.state_dict(),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=WAYS[way]),
-    }
-    dcp.save(state, checkpoint_id=tmp_path)
+    for make in MAKERS:
+        model, resumed = network(), network()
+        optimizer, other = make(model, checked_backend), make(resumed, checked_backend, lam=0.7)
+        fit(model, optimizer, range(3))
+        state = {
+            "model": model.state_dict(),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=WAYS[way]),
+        }
+        dcp.save(state, checkpoint_id=tmp_path / make.__name__)
 
-    state = {
-        "model": resumed.state_dict(),
-        "optimizer": get_optimizer_state_dict(resumed, other, options=WAYS[way]),
-    }
-    dcp.load(state, checkpoint_id=tmp_path)
-    resumed.load_state_dict(state["model"])
-    set_optimizer_state_dict(resumed, other, state["optimizer"], options=WAYS[way])
-    for group, restored in zip(optimizer.param_groups, other.param_groups):
-        assert restored["param_names"] == group["param_names"]
-        assert restored["group_lasso"] == group["group_lasso"]
-        assert restored["group_by"] == group["group_by"] or tuple(restored["group_by"]) == group["group_by"]
-    fit(model, optimizer, range(3, 6))
-    fit(resumed, other, range(3, 6))
-    assert_same_bits(everything(optimizer), everything(other))
-    assert any((p == 0).any() and (p != 0).any() for p in model.parameters())
+        state = {
+            "model": resumed.state_dict(),
+            "optimizer": get_optimizer_state_dict(resumed, other, options=WAYS[way]),
+        }
+        dcp.load(state, checkpoint_id=tmp_path / make.__name__)
+        resumed.load_state_dict(state["model"])
+        set_optimizer_state_dict(resumed, other, state["optimizer"], options=WAYS[way])
+        for group, restored in zip(optimizer.param_groups, other.param_groups):
+            assert restored["param_names"] == group["param_names"]
+            assert restored["group_lasso"] == group["group_lasso"]
+            spec = restored["group_by"]
+            assert spec == group["group_by"] or tuple(spec) == group["group_by"]
+        fit(model, optimizer, range(3, 6))
+        fit(resumed, other, range(3, 6))
+        assert_same_bits(everything(optimizer), everything(other))
+        assert any((p == 0).any() and (p != 0).any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_parameters_that_have_not_begun_yet_begin_after_a_checkpoint(fastest_backend, make):
+    """A layer without gradients so far has no state, in a plain file or torch.distributed.checkpoint's.
+
+    In the resumed training it joins with the bits of the training that went on. One that joins in a new param
+    group does so as well.
+    """
+    model = network()
+    optimizer = make(model, fastest_backend)
+    fit(model, optimizer, range(2), without=list(model[4].parameters()))
+    partial = StateDictOptions(strict=False)  # torch refuses a missing state otherwise
+    trained, plain = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    named = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=partial))
+    for state in (plain, named):
+        assert sum(map(bool, state["state"].values())) == len(list(model.parameters())) - 2
+    late = parameters([(3, 4)], torch.float32)
+    optimizer.add_param_group({"params": [("late", *late)], "l1": 0.1})
+    fit(model, optimizer, range(2, 4))
+    train(optimizer, late, [0])
+    for way in ("plain", "named"):
+        resumed = network()
+        resumed.load_state_dict(trained)
+        other = make(resumed, fastest_backend, lam=0.7)
+        if way == "plain":
+            other.load_state_dict(plain)
+        else:
+            set_optimizer_state_dict(resumed, other, named, options=partial)
+        joined = parameters([(3, 4)], torch.float32)
+        other.add_param_group({"params": [("late", *joined)], "l1": 0.1})
+        fit(resumed, other, range(2, 4))
+        train(other, joined, [0])
+        assert_same_bits(everything(other), everything(optimizer))
+    if make is sparse_adamw:
+        counts = {float(entry["step"]) for entry in optimizer.state.values()}
+        assert counts == {1.0, 3.0, 5.0}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")

@@ -200,13 +200,22 @@ def test_a_differentiable_step_is_not_compiled():
         torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
 
 
-@pytest.mark.parametrize("key", ["momentum", "weight_decay"])
-def test_tensors_that_no_kernel_reads_are_not_compiled(key):
-    """Momentum and weight decay as tensors are refused: the graph would have to hold them as numbers."""
-    params, twins, ours, _ = pair_of_optimizers("auto", **{key: torch.tensor(0.5)})
-    give_grads(params, 0, twins)
-    with pytest.raises(Exception, match=f"expected a number as {key}, got a tensor"):
-        torch.compile(ours.step, fullgraph=True, backend="aot_eager")()
+@pytest.mark.parametrize("make, key", [(ProxSGD, "momentum"), (ProxAdamW, "betas")])
+def test_tensors_that_no_kernel_reads_are_not_compiled(make, key):
+    """A rule's options as tensors are refused: the graph would have to hold them as numbers.
+
+    So is a flag that is none.
+    """
+    params = parameters()
+    half = torch.tensor(0.5)
+    optimizer = make(params, lr=0.1, **{key: (half, half) if key == "betas" else half})
+    give_grads(params, 0)
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=f"expected numbers as {key}, got a tensor"):
+        compiled()
+    optimizer.param_groups[0]["maximize"] = 3
+    with pytest.raises(Exception, match="maximize: expected a bool, got 3"):
+        compiled()
 
 
 def test_param_groups_without_gradients_do_not_share_tables(fused_backend):

@@ -35,14 +35,19 @@ def torchs(decoupled):
     return AdamW if decoupled else Adam
 
 
-@covering(**OPTIONS, amsgrad=(False, True), dtype=[torch.float32, torch.float64], way=["host", "tensor"])
+@covering(
+    **OPTIONS,
+    amsgrad=(False, True),
+    dtype=[torch.float32, torch.float64],
+    way=["host", "tensor step", "tensors"],
+)
 def test_reference_is_torch_bit_for_bit(
     monkeypatch, weight_decay, maximize, betas, eps, decoupled, amsgrad, dtype, way
 ):
     """Parameters and states have torch's bits after 50 steps.
 
     With capturable=True torch computes by another formula, which counts steps in a tensor; it is made to
-    accept the CPU.
+    accept the CPU. With tensors as betas or lr it computes in their dtype.
     """
     monkeypatch.setattr(
         sys.modules[AdamW.__module__.replace("adamw", "adam")],
@@ -50,7 +55,11 @@ def test_reference_is_torch_bit_for_bit(
         lambda *_: ["cpu", "cuda"],
     )
     options = dict(lr=0.03, weight_decay=weight_decay, maximize=maximize, betas=betas, eps=eps)
-    options |= dict(amsgrad=amsgrad, capturable=way == "tensor")
+    options |= dict(amsgrad=amsgrad, capturable=way == "tensor step" or (way == "tensors" and decoupled))
+    if way == "tensors":
+        of_other_dtype = torch.float64 if dtype == torch.float32 and amsgrad else torch.float32
+        options["betas"] = tuple(torch.tensor([x], dtype=of_other_dtype) for x in betas)
+        options["lr"] = torch.tensor(0.03)
     params, others = parameters(dtype=dtype), parameters(dtype=dtype)
     ours = ProxAdamW(params, decoupled_weight_decay=decoupled, backend="reference", **options)
     theirs = torchs(decoupled)(others, foreach=False, **options)
@@ -146,6 +155,15 @@ def test_every_scenario_is_torchs_and_with_penalties_the_references(executor, ru
     if executor != "reference":
         got, wanted = (run(of_sgd(ProxAdamW, backend=b, **PENALTY)) for b in (executor, "reference"))
         check(run, executor, got, wanted)
+
+
+def test_a_schedule_may_leave_one_beta_a_tensor(fastest_backend):
+    """Where both betas are tensors, torch's schedules of momentum put a number in the first one's place."""
+    run = SCENARIOS["one_cycle_lr_cycles_momentum_too"]
+    betas = tuple(torch.tensor(x, dtype=torch.float64) for x in (0.9, 0.99))
+    wanted = run(of_sgd(AdamW, foreach=False, betas=betas))
+    got = run(of_sgd(ProxAdamW, backend=fastest_backend, betas=betas))
+    assert_as_near_as(fastest_backend, got, wanted)
 
 
 def check(run, executor, got, wanted):

@@ -19,7 +19,7 @@ from helpers.tiers import covering
 from torch import nn
 from torch.optim import SGD
 
-from cges_kernels import ProxSGD, available_backends
+from cges_kernels import ProxAdamW, ProxSGD, available_backends
 
 # Momentum
 
@@ -126,6 +126,43 @@ def test_a_copy_trains_on_by_itself(executor, duplicate, steps_before):
     assert_same_bits(before, everything(optimizer))
     train(optimizer, params, range(3, 6))
     assert_same_bits(everything(optimizer), everything(twin))
+
+
+class Renamed(ProxAdamW):
+    """A user's own class, whose arguments are not the options."""
+
+    def __init__(self, params, rate):
+        super().__init__(params, lr=rate)
+
+
+def test_a_copy_from_before_an_option_gets_its_default(monkeypatch):
+    """Whichever options an older pickle lacks, it trains on, and so does a param group that is added."""
+    for make in (ProxSGD, ProxAdamW, Renamed):
+        check_older_copies(monkeypatch, make)
+
+
+def check_older_copies(monkeypatch, make):
+    """Copies an optimizer without each of its options, and without any."""
+    params = parameters()
+    optimizer = make(params, 0.001)
+    train(optimizer, params, range(2))
+    state, keys = optimizer.__getstate__(), list(optimizer.defaults)
+    for missing in ([], *([key] for key in keys), keys):
+
+        def without(options, missing=missing):
+            return {key: x for key, x in options.items() if key not in missing}
+
+        older = {**state, "defaults": without(state["defaults"])}
+        older["param_groups"] = list(map(without, state["param_groups"]))
+        if missing == keys:
+            del older["defaults"], older["_backend"]
+        with monkeypatch.context() as patch:
+            patch.setattr(make, "__getstate__", lambda self, older=older: older)
+            again = copy.deepcopy(optimizer)
+        assert again.defaults == optimizer.defaults
+        assert without(again.param_groups[0], ["params"]) == without(optimizer.param_groups[0], ["params"])
+        again.add_param_group({"params": parameters(seed=1)})
+        train(again, [p for group in again.param_groups for p in group["params"]], [2])
 
 
 # Hooks

@@ -61,7 +61,10 @@ def run(accelerate, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("make_optimizer", [sparse_sgd, sparse_adamw])
+OPTIMIZERS = pytest.mark.parametrize("make_optimizer", [sparse_sgd, sparse_adamw])
+
+
+@OPTIMIZERS
 def test_it_trains_as_a_plain_loop_does(run, make_optimizer):
     net, other = network(), network()
     run(net, make_optimizer=make_optimizer)
@@ -76,10 +79,11 @@ def to_half(optimizer, steps):
 
 
 @pytest.mark.parametrize("schedule", [CoefficientWarmup, to_half])
-def test_it_resumes_in_the_middle_of_a_schedule(run, schedule):
+@OPTIMIZERS
+def test_it_resumes_in_the_middle_of_a_schedule(run, schedule, make_optimizer):
     net, resumed = network(), network()
-    whole = run(net, schedule=schedule)
-    again = run(resumed, "whole/epoch-1", schedule=schedule)
+    whole = run(net, make_optimizer=make_optimizer, schedule=schedule)
+    again = run(resumed, "whole/epoch-1", make_optimizer, schedule)
     assert coefficients(again) == coefficients(whole)
     assert_same_bits(list(net.parameters()), list(resumed.parameters()))
 
@@ -102,10 +106,11 @@ def by_memory(optimizer, old, new):
 
 
 @pytest.mark.parametrize("switch", [by_mapping, by_memory])
-def test_the_parameters_may_be_replaced(accelerate, switch):
+@OPTIMIZERS
+def test_the_parameters_may_be_replaced(accelerate, switch, make_optimizer):
     """Training goes on in the new ones, and the old ones are let alone, whose gradients are still there."""
     net = network()
-    prepared = accelerate.Accelerator(cpu=True).prepare(sparse_sgd(net))
+    prepared = accelerate.Accelerator(cpu=True).prepare(make_optimizer(net))
     plain(net, prepared, batches())
     before = [p.detach().clone() for p in net.parameters()]
     model, other = copy.deepcopy(net), copy.deepcopy(net)
@@ -113,6 +118,6 @@ def test_the_parameters_may_be_replaced(accelerate, switch):
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     plain(model, prepared, of_all_epochs())
-    plain(other, sparse_sgd(other), of_all_epochs())  # afresh: the state stays with the old parameters
+    plain(other, make_optimizer(other), of_all_epochs())  # afresh: the state stays with the old parameters
     assert_alike(model, other)
     assert_same_bits(before, list(net.parameters()))

@@ -11,7 +11,7 @@ from helpers.recipes import COEFFICIENTS, by_name, mlp
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from cges_kernels import ProxSGD
+from cges_kernels import ProxAdamW, ProxSGD
 from cges_kernels.core.groups import NAMED_SPECS, reduced_dims
 from cges_kernels.training.recipes import LayerWeight, regularised_weights, sparsity_param_groups
 
@@ -244,17 +244,17 @@ def test_the_optimizer_takes_the_zoo_and_kills_layer_weights_only():
 
 def test_parameters_without_names_fit_a_zero_redundancy_optimizer(tmp_path):
     """With names=False ZeroRedundancyOptimizer takes the groups, and makes the plain step."""
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    plain = copy.deepcopy(model)
-    for m in (model, plain):
-        m(torch.ones(1, 4)).sum().backward()
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        options = dict(optimizer_class=ProxSGD, lr=0.1, momentum=0.9)
-        groups = sparsity_param_groups(model, group_lasso=0.3, names=False)
-        ZeroRedundancyOptimizer(groups, **options).step()
+        for make, options in ((ProxSGD, dict(lr=0.1, momentum=0.9)), (ProxAdamW, dict(lr=0.1))):
+            model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+            plain = copy.deepcopy(model)
+            for m in (model, plain):
+                m(torch.ones(1, 4)).sum().backward()
+            groups = sparsity_param_groups(model, group_lasso=0.3, names=False)
+            ZeroRedundancyOptimizer(groups, optimizer_class=make, **options).step()
+            make(sparsity_param_groups(plain, group_lasso=0.3), **options).step()
+            for p, q in zip(model.parameters(), plain.parameters()):
+                assert torch.equal(p, q)
     finally:
         dist.destroy_process_group()
-    ProxSGD(sparsity_param_groups(plain, group_lasso=0.3), lr=0.1, momentum=0.9).step()
-    for p, q in zip(model.parameters(), plain.parameters()):
-        assert torch.equal(p, q)

@@ -10,7 +10,7 @@ from helpers.recipes import COEFFICIENTS, mlp
 from helpers.schedules import warmed
 from torch import nn
 
-from cges_kernels import ProxSGD, TargetDensity, cges_param_groups, sparsity_report
+from cges_kernels import ProxAdamW, ProxSGD, TargetDensity, cges_param_groups, sparsity_report
 from cges_kernels.training.recipes import sparsity_param_groups
 from examples.common.data import load
 from examples.common.networks import LeNet
@@ -23,12 +23,19 @@ def digits():
     return x[:400], y[:400]
 
 
-def controlled(density, lam=0.01, epochs=50, momentum=0.9, **options):
+def cges_sgd(model, lam):
+    return ProxSGD(cges_param_groups(model, lam, scale="size"), lr=0.05, momentum=0.9)
+
+
+def l1_adamw(model, lam):
+    return ProxAdamW(sparsity_param_groups(model, l1=lam), lr=0.003)
+
+
+def controlled(density, lam=0.01, epochs=50, make=cges_sgd, **options):
     """A LeNet trained on 400 digits under control, 13 steps an epoch: (model, optimizer, control)."""
     x, y = digits()
     model = LeNet(8)
-    groups = cges_param_groups(model, lam, scale="size")
-    optimizer = ProxSGD(groups, lr=0.05, momentum=momentum)
+    optimizer = make(model, lam)
     steps = 13 * epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     control = TargetDensity(optimizer, density, steps // 2, **options)
@@ -65,18 +72,19 @@ OTHERS = pytest.mark.full(
 
 
 @pytest.mark.parametrize(
-    "density, lam",
+    "density, lam, make",
     [
-        (0.3, 0.01),
-        *(pytest.param(density, 0.01, marks=OTHERS) for density in (0.1, 0.6)),
-        *(pytest.param(0.3, lam, marks=OTHERS) for lam in (0.1, 1e-4)),
+        (0.3, 0.01, cges_sgd),
+        *(pytest.param(density, 0.01, cges_sgd, marks=OTHERS) for density in (0.1, 0.6)),
+        *(pytest.param(0.3, lam, cges_sgd, marks=OTHERS) for lam in (0.1, 1e-4)),
+        *(pytest.param(density, 0.3, l1_adamw, marks=OTHERS) for density in (0.3, 0.6)),
     ],
 )
-def test_the_density_is_reached_within_a_point(density, lam):
+def test_the_density_is_reached_within_a_point(density, lam, make):
     """Training ends at the density without a warning, with a model that works and zeros that are frozen."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model, optimizer, control = controlled(density, lam)
+        model, optimizer, control = controlled(density, lam, make=make)
     percent = sparsity_report(model).total.percent_nonzero
     assert abs(percent - 100 * density) <= 1
     assert control.measure() == pytest.approx(percent / 100)
@@ -104,11 +112,11 @@ def few_steps(model, optimizer, control, count):
         control.step()
 
 
-def small_control(**options):
+def small_control(make=ProxSGD, **options):
     """(model, optimizer, control) of a small network, towards a density of .5."""
     model = mlp(3, 4, 2)
     groups = sparsity_param_groups(model, group_lasso=[0.4, 0.8], exclusive_lasso=0.2)
-    optimizer = ProxSGD(groups, lr=0.1, momentum=0.9)
+    optimizer = make(groups, **(dict(lr=0.1, momentum=0.9) if make is ProxSGD else dict(lr=0.03)))
     return model, optimizer, TargetDensity(optimizer, 0.5, **{"steps": 20, **options})
 
 
@@ -125,15 +133,15 @@ def test_ratios_stay_and_the_factor_climbs():
 
 
 @pytest.mark.filterwarnings("ignore:density")
-@pytest.mark.parametrize("at", [7, 30])
-def test_control_resumes_where_it_was(at):
+@pytest.mark.parametrize("at, make", [(7, ProxSGD), (30, ProxSGD), (30, ProxAdamW)])
+def test_control_resumes_where_it_was(at, make):
     """Saved during the ramp of 20 steps or after it, control goes on with the same bits."""
-    model, optimizer, control = small_control()
+    model, optimizer, control = small_control(make)
     few_steps(model, optimizer, control, at)
     file = io.BytesIO()
     torch.save([x.state_dict() for x in (model, optimizer, control)], file)
     file.seek(0)
-    other = small_control()
+    other = small_control(make)
     for x, state in zip(other, torch.load(file, weights_only=True)):
         x.load_state_dict(state)
     few_steps(model, optimizer, control, 15)

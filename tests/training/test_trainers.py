@@ -41,9 +41,9 @@ def run_lightning(tmp_path, monkeypatch):
     """Runs the script's train() on a model; returns its trainer."""
     pytest.importorskip("lightning", reason=NEEDED)
     module = script("train_with_lightning")
-    monkeypatch.setattr(module, "make_optimizer", sparse_sgd)
 
-    def run(net, resume=None, **options):
+    def run(net, resume=None, make_optimizer=sparse_sgd, **options):
+        monkeypatch.setattr(module, "make_optimizer", make_optimizer)
         quiet = dict(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
         with monkeypatch.context() as patch:
             quietly(patch, module, "Trainer", **{**quiet, **options})
@@ -53,11 +53,15 @@ def run_lightning(tmp_path, monkeypatch):
     return run
 
 
-def test_lightning(run_lightning):
+OPTIMIZERS = pytest.mark.parametrize("make_optimizer", [sparse_sgd, sparse_adamw])
+
+
+@OPTIMIZERS
+def test_lightning(run_lightning, make_optimizer):
     """Mixed precision with clipping, which Lightning refuses an optimizer that always unscales by itself."""
     net, other = network(), network()
-    assert run_lightning(net).global_step == STEPS
-    optimizer = sparse_sgd(other)
+    assert run_lightning(net, make_optimizer=make_optimizer).global_step == STEPS
+    optimizer = make_optimizer(other)
     warmup = CoefficientWarmup(optimizer, STEPS // 2)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
     in_groups = [p for group in optimizer.param_groups for p in group["params"]]
@@ -68,17 +72,21 @@ def test_lightning(run_lightning):
     assert_alike(net, other)
 
 
-def test_lightning_resumes_in_the_middle_of_the_warmup(run_lightning, tmp_path):
+@OPTIMIZERS
+def test_lightning_resumes_in_the_middle_of_the_warmup(run_lightning, make_optimizer, tmp_path):
     net, resumed = network(), network()
-    run_lightning(net)
-    assert run_lightning(resumed, tmp_path / "whole" / "epoch=0.ckpt").global_step == STEPS
+    run_lightning(net, make_optimizer=make_optimizer)
+    first = tmp_path / "whole" / "epoch=0.ckpt"
+    assert run_lightning(resumed, first, make_optimizer).global_step == STEPS
     assert_alike(net, resumed)
 
 
 @pytest.mark.gpu
-def test_lightning_scales_and_clips(run_lightning):
+@OPTIMIZERS
+def test_lightning_scales_and_clips(run_lightning, make_optimizer):
     net = network()
-    trainer = run_lightning(net, precision="16-mixed", accelerator="gpu", devices=1)
+    options = dict(precision="16-mixed", accelerator="gpu", devices=1)
+    trainer = run_lightning(net, make_optimizer=make_optimizer, **options)
     assert trainer.global_step == STEPS
     assert all(p.isfinite().all() for p in net.parameters())
     assert any((p == 0).any() for p in net.parameters())

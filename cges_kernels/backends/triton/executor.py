@@ -135,38 +135,31 @@ class DeviceTables:
         grad_scale = self.one if grad_scale is None else grad_scale.detach().to(self.one)
         found_inf = self.zero if found_inf is None else found_inf.detach().to(self.zero)
         nvidia = self.device.type == "cuda" and torch.version.hip is None
+        args = tables.tensors, self.shapes, hyper, grad_scale, found_inf
+        stepped = False
         with _on(self.device):
-            if self.counts.any():
-                n = len(self.counts)
-                args = tables.tensors, self.shapes, hyper, self.counts_there, found_inf, n
-                count_steps[(-(-n // COUNT_BLOCK),)](*args, BLOCK=COUNT_BLOCK)
-            if len(tables.whole):
-                whole_groups[(len(tables.whole),)](
-                    tables.whole,
-                    tables.tensors,
-                    self.shapes,
-                    hyper,
-                    grad_scale,
-                    found_inf,
-                    **constants,
-                    **launch_options(tables.whole_variants, self.dtype, exact, nvidia),
-                )
-            if tables.windows:
-                tickets = len(tables.split) * (1 + (MAX_SWEEPS if exact else 1))
-                split_groups[(tickets,)](
-                    tables.split,
-                    tables.tensors,
-                    self.shapes,
-                    hyper,
-                    grad_scale,
-                    found_inf,
-                    tables.scratch,
-                    tables.counters,
-                    len(tables.split) // tables.windows,
-                    tickets,
-                    **constants,
-                    **launch_options(tables.split_variants, self.dtype, exact, nvidia),
-                )
+            self._count(hyper, found_inf, 1.0)
+            try:
+                if len(tables.whole):
+                    options = launch_options(tables.whole_variants, self.dtype, exact, nvidia)
+                    whole_groups[(len(tables.whole),)](tables.whole, *args, **constants, **options)
+                    stepped = True
+                if tables.windows:
+                    tickets = len(tables.split) * (1 + (MAX_SWEEPS if exact else 1))
+                    windows = tables.scratch, tables.counters, len(tables.split) // tables.windows, tickets
+                    options = launch_options(tables.split_variants, self.dtype, exact, nvidia)
+                    split_groups[(tickets,)](tables.split, *args, *windows, **constants, **options)
+            except BaseException:  # an interrupt too: the first step waits while kernels are compiled
+                if not stepped:  # no weight has moved, so no count may have
+                    self._count(hyper, found_inf, -1.0)
+                raise
+
+    def _count(self, hyper: Tensor, found_inf: Tensor, by: float) -> None:
+        """Count steps on the device, and form the numbers that depend on their counts."""
+        if self.counts.any():
+            n = len(self.counts)
+            args = self.cut_tables.tensors, self.shapes, hyper, self.counts_there, found_inf, n, by
+            count_steps[(-(-n // COUNT_BLOCK),)](*args, BLOCK=COUNT_BLOCK)
 
     def _take_counts(self, counts: np.ndarray) -> None:
         """Upload the addresses of counts if they have changed; impossible while a graph is captured."""

@@ -20,7 +20,6 @@ import triton.language as tl
 
 from .addressing import pointer
 from .tables import (
-    ADAMW_RULE,
     ADDRESS_EXCLUSIVE_LASSO,
     ADDRESS_GROUP_LASSO,
     ADDRESS_L1,
@@ -36,6 +35,7 @@ from .tables import (
     HYPER_LR,
     HYPER_ON_DEVICE,
     PROX_ALONE,
+    RULE_STATES,
     RUNNING,
     TENSOR_GRAD,
     TENSOR_PHASE,
@@ -157,7 +157,7 @@ def update_tile(
     RULE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """(w, z, new states) of a tile; elements that are masked out are 0."""
-    STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
+    STATES: tl.constexpr = RULE_STATES[RULE]
     phase = tl.load(tensor + TENSOR_PHASE)
     w = tl.load(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
     at = pointer(tensor, TENSOR_GRAD, base, STORED, VEC) + offsets
@@ -174,7 +174,7 @@ def update_tile(
 @triton.jit
 def keep_zeros(dead, z, states, RULE: tl.constexpr):
     """(z, states) with zeros where `dead`."""
-    STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
+    STATES: tl.constexpr = RULE_STATES[RULE]
     kept = ()
     for s in tl.static_range(STATES):
         kept = kept + (tl.where(dead, 0.0, states[s]),)  # type: ignore[assignment]
@@ -186,7 +186,7 @@ def store_states(
     tensor, base, offsets, mask, states, RULE: tl.constexpr, STORED: tl.constexpr, VEC: tl.constexpr
 ):
     """Write the states of a tile, if the tensor's phase has any."""
-    STATES: tl.constexpr = 2 if RULE == ADAMW_RULE else 1
+    STATES: tl.constexpr = RULE_STATES[RULE]
     writes = tl.load(tensor + TENSOR_PHASE) >= FIRST
     for s in tl.static_range(STATES):
         at = pointer(tensor, TENSOR_STATES + s, base, STORED, VEC) + offsets

@@ -70,6 +70,7 @@ HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # an addres
 # The values of RULE, which kernels are compiled for.
 SGD_RULE, ADAMW_RULE = map(Constant, range(2))
 RULE_NUMBERS = {SGD.name: SGD_RULE, ADAMW.name: ADAMW_RULE}
+RULE_STATES = Constant(tuple(len(rule.states) for rule in (SGD, ADAMW)))  # the number of states of each
 # The values of HYPER_FREEZE, which are indices into FREEZE_MODES.
 FREEZE_GROUP, FREEZE_ELEMENT = (Constant(FREEZE_MODES.index(mode)) for mode in ("group", "element"))
 

@@ -134,17 +134,17 @@ def adamw_update(w, grad, exp_avg, exp_avg_sq, phase, adamw):
 
 
 @triton.jit
-def count_steps(tensors, shapes, hyper, counts, found_inf, n, BLOCK: tl.constexpr):
+def count_steps(tensors, shapes, hyper, counts, found_inf, n, by, BLOCK: tl.constexpr):
     """Count the steps of tensors whose counts lie on the device, and write AdamW's numbers for these counts.
 
     `counts` holds for each tensor the address of a float32, or 0 where the host counts. An overflow is no
-    step.
+    step. `by` is 1.0, or -1.0 to take the count back if no other kernel could be launched.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tensor, address = tensors + i * TENSOR_COLUMNS, tl.load(counts + i, i < n, other=0)
     counted = (address != 0) & (tl.load(tensor + TENSOR_PHASE, i < n, other=-1) > SKIPPED)
     at = address.to(tl.pointer_type(tl.float32))
-    count = tl.load(at, counted, other=0.0) + tl.where(tl.load(found_inf) != 0, 0.0, 1.0)
+    count = tl.load(at, counted, other=0.0) + tl.where(tl.load(found_inf) != 0, 0.0, by)
     tl.store(at, count, counted)
     row = hyper + tl.load(shapes + i * SHAPE_COLUMNS + SHAPE_HYPER, i < n, other=0) * HYPER_COLUMNS
     c1 = come_so_far(tl.load(row + HYPER_ONE_MINUS_BETA1), count)
