@@ -66,7 +66,7 @@ def rows(
     for backend in backends:
         targets, others = TARGETS[backend], baselines.others() if slow and backend == backends[-1] else {}
 
-        def one(make: Callable[..., Row], case: Case, dtype: str, *more: Any, **options: Any) -> Row:
+        def one(make: Callable[..., Row], case: Case, dtype: str, /, *more: Any, **options: Any) -> Row:
             about = {"dtype": dtype, "workload": case.name}
             return make(f"{case.name} {dtype}", case.shapes, *more, **about, **options)
 

@@ -48,7 +48,7 @@ def steps(backend: str, device: str, dtype: torch.dtype, options: dict[str, Any]
         for shape in shapes:
             p = torch.nn.Parameter(normal(shape))
             if "skip_dead" in options:
-                p.data[::2] = 0.0
+                p.data[1::2] = 0.0
             p.grad = normal(shape)
             _, outer, _, inner, _ = grouped_layout(p, group_by, None)
             size = outer * inner  # of a group
