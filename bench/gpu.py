@@ -16,7 +16,7 @@ import torch
 
 from cges_kernels.backends import registry
 
-from . import baselines, table, workloads
+from . import baselines, core, table, workloads
 from .lab import Lab, find
 from .rows import Bench
 from .table import Row
@@ -66,7 +66,7 @@ def rows(
     for backend in backends:
         targets, others = TARGETS[backend], baselines.others() if slow and backend == backends[-1] else {}
 
-        def one(make: Callable[..., Row], case: Case, dtype: str, *more: Any, **options: Any) -> Row:
+        def one(make: Callable[..., Row], case: Case, dtype: str, /, *more: Any, **options: Any) -> Row:
             about = {"dtype": dtype, "workload": case.name}
             return make(f"{case.name} {dtype}", case.shapes, *more, **about, **options)
 
@@ -80,6 +80,9 @@ def rows(
             named = case._replace(name=f"AdamW, {case.name}")
             target = target_of_adamw(case, backend, dtype)
             found += [one(bench.adamw, named, dtype, case.group_by, baseline="copy", target=target)]
+        dead = [x._replace(name=f"{x.name}, 90% dead") for x in cases if x.group_by == "filter"][:1]
+        for dtype, case in product(KINDS, dead if backend == "cuda" else []):
+            found += [one(bench.sgd, case, dtype, "filter", make=core.mostly_dead)]
         for dtype, case in product(KINDS, models):
             options = {"suite": "models", "target": targets["model"], "slow": others if case.slow else {}}
             found += [one(bench.sgd, case, dtype, case.group_by, **options)]

@@ -156,7 +156,8 @@ class ProximalOptimizer(Optimizer):
 
         - through `.data`, NumPy or a storage;
         - through a flat buffer that `p.data` was made a view of;
-        - by a collective of torch.distributed, in another process, or in a kernel of your own.
+        - by a collective of torch.distributed, in another process, or in a kernel of your own;
+        - by the replay of a CUDA graph that holds anything but steps of this optimizer.
         """
         self._planner.forget()
 
@@ -190,6 +191,8 @@ class ProximalOptimizer(Optimizer):
                 loss = closure()
         try:
             capturing = self._check_capture()
+            if capturing:
+                self._planner.expect_replays()
             self._planner.gather(self.param_groups, self.state)
             self._planner.run(*self._scaler())
             if capturing:

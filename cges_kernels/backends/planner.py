@@ -86,6 +86,7 @@ class Planner:
         self._make_sharded_plan = make_sharded_plan
         self.warned = False
         self._in_graphs: list[dict[str, Plan]] = []  # plans whose tables the replays of captured graphs read
+        self._replayed = False  # whether replays of captured graphs may step behind the host's back
         self.forget()
 
     def forget(self) -> None:
@@ -127,6 +128,16 @@ class Planner:
         for executor in sorted(self.plans, key=lambda e: e != SHARDED):
             agreed = self.plans[executor].run(grad_scale=grad_scale, found_inf=found_inf)
             found_inf = agreed if executor == SHARDED else found_inf
+
+    def expect_replays(self) -> None:
+        """Skip no dead groups from here on, because of the graph into which the next step is captured.
+
+        Its replays write without moving a version, so a plan cannot tell which groups are still held, in the
+        graph or outside.
+        """
+        if not self._replayed:
+            self._replayed = True
+            self._values = [None] * len(self._values)  # so that plans are told
 
     def keep_for_graph(self) -> None:
         """Keep the present plans alive for the graph that has just been captured."""
@@ -297,7 +308,10 @@ class Planner:
         may_be_strong = hyperparameters.exclusive_lasso != 0 and not hyperparameters.exact
         if may_be_strong and not (self.warned or hyperparameters.on_device):
             self._warn_of_strength(index, float(scalar("b", hyperparameters.thresholds().b)))
-        self.plans[self.executors[index]].set_hyperparameters(index, hyperparameters)
+        executor = self.executors[index]
+        if executor == "triton" or (executor == "cuda" and self._replayed):
+            hyperparameters = hyperparameters._replace(skip_dead=False)
+        self.plans[executor].set_hyperparameters(index, hyperparameters)
 
     def _warn_of_strength(self, index: int, b: float) -> None:
         """Warn, once, if sequential mode will zero far more of a param group's weights than exact mode."""

@@ -20,6 +20,7 @@ struct StepHead {
   int32_t tile_count, tiles_in_parts, slots, z_passes;  // see Work
   int32_t tickets, stages, panels;
   void* corrected;  // the Own of each tensor that correct_steps writes; null if the host knows all numbers
+  uint8_t* held;    // see Step
   LossScale loss_scale;
 
   // Whether the step must change nothing. All blocks find the same.
@@ -39,7 +40,7 @@ struct StepTable : StepHead {
   using Group = ParamGroup<A, Rule>;
   static constexpr int kOwn = Own::kNone ? 1 : kTensors;
   static constexpr int kParamGroups =
-      int((kBytes - sizeof(StepHead) - 32 - kTensors * (sizeof(TensorAddresses<kStates>) + 2) -
+      int((kBytes - sizeof(StepHead) - 24 - kTensors * (sizeof(TensorAddresses<kStates>) + 2) -
            kOwn * sizeof(Own)) /
           sizeof(Group));
 

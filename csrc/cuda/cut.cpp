@@ -169,8 +169,9 @@ class Cutter {
 
   void push_strip(Strip::Kind kind, int64_t begin, int64_t size, int64_t groups, int64_t lanes,
                   int64_t width) {
-    work_.strips.push_back(
-        {begin, tensor_, kind, int32_t(size), int32_t(groups), int32_t(lanes), int32_t(width)});
+    work_.strips.push_back({begin, tensor_, kind, int32_t(size), int32_t(groups), int32_t(lanes),
+                            int32_t(width), work_.strip_groups});
+    if (kind == Strip::Kind::groups) work_.strip_groups += groups;
   }
 
   // Adds strips for n elements that need no common sums. Elements beyond the last whole access are accessed

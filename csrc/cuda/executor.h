@@ -36,6 +36,7 @@ struct alignas(16) Strip {
   int32_t size, groups;  // the number of elements of a group, the number of groups
   int32_t lanes;         // the number of neighbouring threads that share a group
   int32_t width;         // the number of neighbouring elements that a thread has: 16 bytes, or one element
+  int64_t first_group;   // of kind `groups`: the index of its first group among those of all strips
 };
 
 constexpr int kTileThreads = 2 * kThreads;  // the threads of a block of step_tiles
@@ -174,6 +175,7 @@ struct Work {
   std::vector<Strip> strips;   // each has a block of its own
   int32_t strip_threads = 0;   // the threads of such a block
   bool ones = false;           // whether some strips are of kind `ones`
+  int64_t strip_groups = 0;    // the number of groups of all strips of kind `groups`
   std::vector<Tile> tiles;     // dealt out to blocks that all run at once
   int32_t tiles_in_parts = 0;  // the number of tiles that are parts of shared panels; they come first
   int32_t tile_blocks = 0;     // the number of blocks of step_tiles; prepare() sets it
@@ -205,6 +207,9 @@ struct Step {
   void* scratch;
   int32_t* counters;  // zeros before the first step, and every step leaves zeros
   void* corrected;    // kCorrectedBytes for each tensor; the content before a step does not matter
+  // For each group of the strips (Strip::first_group) 1 if step_rows may skip it. Where skip_dead is set, the
+  // step writes for each other group whether it has held it at zero.
+  uint8_t* held;
   const std::vector<TensorInStep>& tensors;
   const std::vector<int32_t>& param_groups;  // for each tensor, its index into `hyperparameters`
   const std::vector<Hyperparameters>& hyperparameters;

@@ -78,7 +78,8 @@ ParamGroup<A, UpdateRule> to_param_group(const Hyperparameters& h) {
   const Coefficients<double>& bare = h.coefficients;
   const Thresholds<double> thresholds =
       h.device.any() ? Thresholds<double>{bare.group_lasso, bare.exclusive_lasso, bare.l1} : h.thresholds();
-  return {typename UpdateRule::template Group<A>(h), thresholds.as<A>(), h.exact, h.freeze, h.device};
+  return {typename UpdateRule::template Group<A>(h), thresholds.as<A>(), h.exact,
+          h.skip_dead && h.freeze == Freeze::group,  h.freeze,           h.device};
 }
 
 // Whether a step whose phase is running is plain: the kind that nearly all users run, and that has a path of
@@ -111,6 +112,7 @@ bool fill(StepTable<A, UpdateRule, few>& table, const Step& step) {
   table.counters = step.counters;
   table.panels = step.work.panels;
   table.strips = step.strips;
+  table.held = step.held;
   table.loss_scale = step.loss_scale;
   table.stages = 1;
   for (size_t i = 0; i < step.hyperparameters.size(); ++i) {

@@ -40,6 +40,9 @@ struct Share {
   }
   __device__ bool has(int k) const { return offset(k) < size; }
 
+  // Whether this is the first thread of a team that has a group to step.
+  __device__ bool leads() const { return begin == 0 && size > 0; }
+
   // Hides these numbers from the compiler, so that it computes offsets anew after this. If it kept them, they
   // would take more registers than z.
   __device__ void forget() { asm volatile("" : "+r"(begin), "+r"(step), "+r"(jump)); }
@@ -144,12 +147,22 @@ struct Packs {
   }
 };
 
+// Leaves a team whose group is held at zero without elements, so that it reads and writes none. Returns
+// whether this thread need not go on, since no team has any that it meets at barriers or in votes.
+template <typename Mine>
+__device__ __forceinline__ bool skip_held(Mine& mine, const uint8_t* held, int lanes) {
+  if (mine.size > 0 && load<false>(held) != 0) mine.size = 0;
+  const bool idle = mine.size == 0;
+  return lanes > kWarp ? __syncthreads_and(idle) : __all_sync(kAllLanes, idle);
+}
+
 // Steps a strip of groups, or of elements without groups, for which there is nothing to solve. `plain`: see
-// Known. `wide`: all accesses are of 16 bytes.
+// Known. `wide`: all accesses are of 16 bytes. `held`: see Step, for this thread's group; null without
+// skip_dead.
 template <typename T, typename Rule, bool plain, bool wide>
 __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, plain, wide>& packs,
-                                            const ParamGroup<Compute<T>, Rule>& h,
-                                            Sums<Compute<T>>* exchange) {
+                                            const ParamGroup<Compute<T>, Rule>& h, Sums<Compute<T>>* exchange,
+                                            uint8_t* held = nullptr) {
   using A = Compute<T>;
   using P = Packs<T, Rule, plain, wide>;
   constexpr int kPacks = P::Mine::kPacks;
@@ -159,6 +172,8 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
   const auto& mine = packs.mine;
   const bool grouped = strip.kind == Strip::Kind::groups;
 
+  if constexpr (!plain)
+    if (held != nullptr && skip_held(packs.mine, held, strip.lanes)) return;
   typename P::Elements weights[kPacks];
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
@@ -185,6 +200,7 @@ __device__ __forceinline__ void step_groups(const Strip& strip, Packs<T, Rule, p
     if (grouped && h.freeze == Freeze::group)
       // It has a part of shared memory of its own, as there is no barrier before the sums of the first sweep.
       dead = add_up<false>(alive, strip.lanes, exchange + kWarps).alive == A(0);
+    if (held != nullptr && mine.leads()) store<false>(held, uint8_t(dead));
   }
 #pragma unroll
   for (int first = 0; first < kPacks; first += kAtOnce) {
@@ -257,7 +273,11 @@ __device__ __forceinline__ void step_strip(const Table& table, const Strip& stri
                                                     table.own(tensor));
   if constexpr (!plain && !wide)
     if (strip.kind == Strip::Kind::ones) return step_ones(packs, h);
-  step_groups(strip, packs, h, exchange);
+  uint8_t* held = nullptr;
+  if constexpr (!plain)
+    if (h.skip_held && strip.kind == Strip::Kind::groups)
+      held = table.held + strip.first_group + threadIdx.x / strip.lanes;
+  step_groups(strip, packs, h, exchange, held);
 }
 
 // Steps a strip by the path that serves it. The choice is made here, once for a block, and not in loops over

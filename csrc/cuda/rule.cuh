@@ -155,6 +155,7 @@ struct ParamGroup {
   typename Rule::template Group<A> rule;
   Thresholds<A> thresholds;
   bool exact;
+  bool skip_held;  // whether step_rows skips groups that the last step held at zero (Step::held)
   Freeze freeze;
   DeviceScalars device;
 

@@ -109,6 +109,14 @@ void CudaExecutor::put_on_device(DeviceTables& tables) const {
       empty(cuda::kCounters + cuda::kPanelCounters * int64_t{work.panels}, at::kInt, tables.device).zero_();
   const int64_t counted = states_of(rule_).counts ? int64_t(tables.tensors.size()) : 0;
   tables.corrected = empty(counted * cuda::kCorrectedBytes, at::kByte, tables.device);
+  tables.held = empty(work.strip_groups, at::kByte, tables.device).zero_();
+  tables.lists.resize(tables.tensors.size());
+  for (const cuda::Strip& strip : work.strips) {
+    if (strip.kind != cuda::Strip::Kind::groups) continue;
+    Held& of = tables.lists[strip.tensor];  // its strips lie one after the other
+    if (of.groups == 0) of.begin = strip.first_group;
+    of.groups += strip.groups;
+  }
   if (!tables.device.is_cpu()) tables.stream = current_stream(tables.device).id();
 }
 
@@ -120,11 +128,24 @@ void* CudaExecutor::stream_of(DeviceTables& tables) {
   const c10::Stream stream = current_stream(tables.device);
   if (stream.id() != tables.stream) {
     for (const at::Tensor* x : {&tables.strips, &tables.tiles, &tables.chunks, &tables.scratch,
-                                &tables.counters, &tables.corrected})
+                                &tables.counters, &tables.corrected, &tables.held})
       x->record_stream(stream);
     tables.stream = stream.id();
   }
   return stream.native_handle();
+}
+
+// Clears the lists of held groups that no longer hold, on the device and so in the order of the steps. A step
+// that overflows there leaves the list as it is, so it must hold before the step. Hence kernels trust it, and
+// need not be told whether they may.
+void CudaExecutor::drop_lists(DeviceTables& tables, const std::vector<TensorInStep>& tensors,
+                              const std::vector<Hyperparameters>& hyperparameters) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Held& held = tables.lists[i];
+    if (tensors[i].phase == Phase::skipped) continue;
+    const auto use = held.list.before(hyperparameters[tables.places[i]], tensors[i], held.groups > 0);
+    if (use == HeldList::Use::begin) tables.held.narrow_symint(0, held.begin, held.groups).zero_();
+  }
 }
 
 bool CudaExecutor::step(const std::vector<TensorInStep>& tensors,
@@ -141,10 +162,12 @@ bool CudaExecutor::step(const std::vector<TensorInStep>& tensors,
     const auto* const tiles = static_cast<const cuda::Tile*>(tables.tiles.const_data_ptr());
     const OnDevice here(tables.device);
     const ScalerTensors scale = scaler.on(tables.device);
+    void* const stream = stream_of(tables);
+    drop_lists(tables, mine, of_groups);
     cuda::launch({tables.work, strips, tiles, chunks, tables.scratch.mutable_data_ptr(),
-                  tables.counters.mutable_data_ptr<int32_t>(), tables.corrected.mutable_data_ptr(), mine,
-                  tables.places, of_groups, scale.addresses()},
-                 rule_, tables.dtype, tables.description, stream_of(tables), launched);
+                  tables.counters.mutable_data_ptr<int32_t>(), tables.corrected.mutable_data_ptr(),
+                  tables.held.mutable_data_ptr<uint8_t>(), mine, tables.places, of_groups, scale.addresses()},
+                 rule_, tables.dtype, tables.description, stream, launched);
   }
   return true;
 }

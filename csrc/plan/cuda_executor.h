@@ -7,6 +7,7 @@
 
 #include "cuda/executor.h"
 #include "plan/executor.h"
+#include "plan/held.h"
 
 namespace cges {
 
@@ -21,6 +22,12 @@ class CudaExecutor : public Executor {
             const ScalerTensors& scaler) override;
 
  private:
+  // The groups of a tensor that lie in strips, as a range of DeviceTables::held.
+  struct Held {
+    HeldList list{};
+    int64_t begin = 0, groups = 0;
+  };
+
   // Tensors of one device and dtype whose addresses and hyperparameters fit the arguments of one launch, and
   // their tables in device memory.
   struct DeviceTables {
@@ -31,12 +38,15 @@ class CudaExecutor : public Executor {
     std::vector<size_t> tensors{};  // the indices of its tensors among those of the step
     std::vector<int32_t> places{};  // for each of `tensors`, the place of its param group in `param_groups`
     std::vector<int64_t> param_groups{};  // indices into the hyperparameters of the step
-    at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{}, corrected{};
+    std::vector<Held> lists{};            // for each of `tensors`
+    at::Tensor strips{}, tiles{}, chunks{}, scratch{}, counters{}, corrected{}, held{};
     c10::StreamId stream = 0;  // the stream on which the allocator last heard that their memory is used
   };
 
   void share_out(const std::vector<TensorShape>& tensors);
   void put_on_device(DeviceTables& tables) const;
+  static void drop_lists(DeviceTables& tables, const std::vector<TensorInStep>& tensors,
+                         const std::vector<Hyperparameters>& hyperparameters);
   static void* stream_of(DeviceTables& tables);
 
   const Rule rule_;

@@ -5,6 +5,7 @@
 
 #include "cpu/cut.h"
 #include "plan/cuda_executor.h"
+#include "plan/held.h"
 
 namespace cges {
 namespace {
@@ -37,20 +38,15 @@ class CpuExecutor : public Executor {
  private:
   // The groups of one tensor that the last step held at zero, if skip_dead asks for them.
   struct Held {
+    HeldList list{};
     cpu::HeldGroups groups{};
-    Phase phase = Phase::skipped;  // the phase of the step that held them; another one keeps other states
 
     // The groups that the coming step may skip, and in which it records those that it holds at zero. Null if
-    // all groups must be stepped.
+    // it has no list.
     cpu::HeldGroups* before(const cpu::StepTensor& tensor) {
-      if (!tensor.h->skip_dead || tensor.h->freeze != Freeze::group || !cpu::can_pass_by(tensor)) {
-        groups.clear();
-        return nullptr;
-      }
-      if (!tensor.as_left || tensor.phase != phase) groups.clear();
-      groups.resize(tensor.layout.num_groups(), 0);
-      phase = tensor.phase;
-      return &groups;
+      const auto use = list.before(*tensor.h, tensor, cpu::can_pass_by(tensor));
+      if (use == HeldList::Use::begin) groups.assign(tensor.layout.num_groups(), 0);
+      return use == HeldList::Use::none ? nullptr : &groups;
     }
   };
 

@@ -51,7 +51,7 @@ def test_rows_know_their_targets_and_names():
     case = Case("filter 4x4", "filter", [(4, 4)], {"triton": (80, 80), "cuda": (85, 72)})
     model, host = case._replace(name="ResNet-50 model"), case._replace(name="host")
     rows = gpu.rows(CpuLab(), ["cuda", "triton"], [case], [model], [(4, 4), (512, 32768)], host)
-    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 2 + 6))
+    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 2 * (1 + 1 + 2 + 6)) + 2
     assert [row.name for row in rows[:3]] == [
         "cuda: host fp32",
         "cuda: filter 4x4 fp32",
@@ -71,6 +71,7 @@ def test_rows_know_their_targets_and_names():
         assert targets[f"{backend}: exact 512x32768, 50% left bf16"] == ("sequential", exact)
         assert targets[f"{backend}: exact 4x4, 50% left fp32"] == ("sequential", None)
         assert targets[f"{backend}: host fp32"] == ("allowed", host)
+    assert targets["cuda: filter 4x4, 90% dead bf16"] == ("fused_sgd", None)
 
 
 def test_a_copy_is_scaled_to_the_bytes_of_the_row():

@@ -181,16 +181,16 @@ MUTANTS = (
     ),
     Mutant(
         "held groups outlive steps with other states",
-        "csrc/plan/executor.cpp",
-        old="if (!tensor.as_left || tensor.phase != phase) groups.clear();",
-        new="if (!tensor.as_left) groups.clear();",
+        "csrc/plan/held.h",
+        old="return tensor.as_left && tensor.phase == last ? Use::go_on : Use::begin;",
+        new="return tensor.as_left ? Use::go_on : Use::begin;",
         seen_by=("test_skip_dead",),
     ),
     Mutant(
         "held groups outlive steps that hold none",
-        "csrc/plan/executor.cpp",
-        old="groups.clear();\n        return nullptr;",
-        new="return nullptr;",
+        "csrc/plan/held.h",
+        old="const Phase last = std::exchange(phase_, Phase::skipped);",
+        new="const Phase last = phase_;",
         seen_by=("test_skip_dead",),
     ),
     Mutant(

@@ -104,4 +104,25 @@ MUTANTS = (
         new='take_scalar(fields("exclusive_lasso"), made.device.group_lasso)',
         seen_by=("test_cuda_rows*",),
     ),
+    Mutant(
+        "a list on the device outlives what others write",
+        "csrc/plan/cuda_executor.cpp",
+        old="if (use == HeldList::Use::begin) tables.held",
+        new="if (use == HeldList::Use::none) tables.held",
+        seen_by=("test_skip_dead", "test_cuda_skip_dead"),
+    ),
+    Mutant(
+        "another tensor's list is cleared",
+        "csrc/plan/cuda_executor.cpp",
+        old="if (of.groups == 0) of.begin = strip.first_group;",
+        new="of.begin = strip.first_group;",
+        seen_by=("test_skip_dead", "test_cuda_skip_dead"),
+    ),
+    Mutant(
+        "a tensor without a gradient loses its list",
+        "csrc/plan/cuda_executor.cpp",
+        old="if (tensors[i].phase == Phase::skipped) continue;",
+        new="",
+        seen_by=("test_cuda_skip_dead",),
+    ),
 )

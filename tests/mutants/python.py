@@ -199,4 +199,28 @@ MUTANTS = (
         new="phase = Phase.of(keeps_state=bool(of_p), begun=True)",
         seen_by=("test_compile", "test_operators"),
     ),
+    Mutant(
+        "a captured step skips what the last step held",
+        "cges_kernels/proximal.py",
+        old="self._planner.expect_replays()",
+        new="pass",
+        seen_by=("test_cuda_skip_dead",),
+    ),
+    Mutant(
+        "refresh() forgets that graphs may be replayed",
+        "cges_kernels/backends/planner.py",
+        old="""        self.plans: dict[str, Plan] = {}  # {executor: its plan}
+""",
+        new="""        self.plans: dict[str, Plan] = {}  # {executor: its plan}
+        self._replayed = False
+""",
+        seen_by=("test_cuda_skip_dead",),
+    ),
+    Mutant(
+        "a capture brings Triton's tables up to date",
+        "cges_kernels/backends/planner.py",
+        old='if executor == "triton" or (executor == "cuda" and self._replayed):',
+        new="if self._replayed:",
+        seen_by=("test_capture",),
+    ),
 )

@@ -1,72 +1,25 @@
 """skip_dead: groups that are held at zero are skipped, and no bit of the result depends on it.
 
-The CPU executor keeps a list of held groups, and has to drop it whenever something else may have written to
-them.
+The CPU and the CUDA executor keep lists of held groups, and have to drop them whenever something else may
+have written to these. What concerns the CUDA executor alone is tested in test_cuda_skip_dead.py.
 """
 
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
-from helpers.right import ADAMW, DTYPES, MODES, OPTIMIZERS, SGD, fresh
+from helpers.right import DTYPES, MODES
 from helpers.tiers import TILES, covering, each_value
+from helpers.twins import DEAD, DYING, EXECUTORS, LIVE, RULES, SHAPE, Twins
 
 from cges_kernels import ProxSGD, prune_to_density
-from cges_kernels.backends.extension import BUILT
 
-pytestmark = pytest.mark.skipif("cpu" not in BUILT, reason="the CPU executor is not built")
+pytestmark = pytest.mark.skipif("cpu" not in EXECUTORS, reason="the CPU executor is not built")
 
-SHAPE = (40, 300)
-DEAD, LIVE, DYING = 1, 2, 5  # rows: dead, alive, and dying while its momentum is not yet zero
-PENALTY = dict(group_lasso=2.0, exclusive_lasso=1e-4, group_by="filter", freeze_zeros="group")
-RULES = {"momentum": (SGD, dict(momentum=0.9)), "plain": (SGD, {}), "adamw": (ADAMW, {})}
-
-
-class Twins:
-    """Two optimizers of equal weights: the first skips dead groups, the second does not."""
-
-    def __init__(self, rule=SGD, shape=SHAPE, dtype=torch.float32, **options):
-        w = fresh(shape, dtype)
-        w[DEAD::3] = 0.0
-        w[DYING] *= 0.5 / w[DYING].norm()
-        self.weights = [torch.nn.Parameter(w.clone()) for _ in range(2)]
-        self.optimizers = [
-            OPTIMIZERS[rule]([p], lr=0.05, skip_dead=skip, backend="cpu", **{**PENALTY, **options})
-            for p, skip in zip(self.weights, (True, False))
-        ]
-
-    def step(self, times=1, of_dead=None):
-        """Steps both and compares them. ``of_dead`` is the dead row's gradient, which should not be read."""
-        for _ in range(times):
-            grad = fresh(self.weights[0].shape, self.weights[0].dtype)
-            grad[DYING] *= 0.01
-            if of_dead is not None:
-                grad[DEAD] = of_dead
-            for p, optimizer in zip(self.weights, self.optimizers):
-                p.grad = grad.clone()
-                optimizer.step()
-            self.check()
-
-    def check(self):
-        """Weights and states of both agree to the bit."""
-        assert torch.equal(*self.weights)
-        states = [optimizer.state[p] for p, optimizer in zip(self.weights, self.optimizers)]
-        assert states[0].keys() == states[1].keys()
-        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-    def each(self, f):
-        """Calls f for both."""
-        for p, optimizer in zip(self.weights, self.optimizers):
-            f(p, optimizer)
-
-    def skip(self):
-        """Whether the first skips its dead row: what is written there without its knowledge stays."""
-        p = self.weights[0]
-        p.data[DEAD] = 1.0
-        p.grad = fresh(p.shape, p.dtype)
-        self.optimizers[0].step()
-        return (p[DEAD] == 1.0).all()
+# The CPU executor cuts the longest of these rows into pieces; the CUDA executor has no list for rows so long.
+LONG = {"cpu": (37, 5000), "cuda": (37, 500)}
 
 
 @covering(rule=RULES, dtype=DTYPES, mode=MODES, count=[1, 2, 9])
@@ -74,63 +27,67 @@ def test_no_bit_tells_of_it(threads, rule, dtype, mode, count):
     """Both give the same bits for any number of threads, and dead rows are really skipped."""
     threads(count)
     kind, options = RULES[rule]
-    for shape in (SHAPE, (40, 256), (37, 5000), (8, 10, 7, 7)):
-        twins = Twins(kind, shape, dtype, prox_mode=mode, **options)
-        twins.step(12, of_dead=float("nan"))
-        p = twins.weights[0]
-        assert not p[DEAD].any() and p[LIVE].any() and (rule == "adamw" or not p[DYING].any())
-        assert twins.skip()
+    for executor in EXECUTORS:
+        for shape in (SHAPE, (40, 256), LONG[executor], (8, 10, 7, 7)):
+            twins = Twins(executor, kind, shape, dtype, prox_mode=mode, **options)
+            twins.step(12, of_dead=float("nan"))
+            p = twins.weights[0]
+            assert not p[DEAD].any() and p[LIVE].any() and (rule == "adamw" or not p[DYING].any())
+            assert twins.skip()
 
 
 @pytest.mark.usefixtures("tiles")
 @each_value(tiles=TILES, mode=MODES, dtype=[torch.float32, torch.float16])
 def test_groups_that_go_in_pieces(mode, dtype):
     """The same for groups so large that they are cut into pieces."""
-    twins = Twins(shape=(7, 70_000), dtype=dtype, prox_mode=mode, momentum=0.9)
+    twins = Twins("cpu", shape=(7, 70_000), dtype=dtype, prox_mode=mode, momentum=0.9)
     twins.step(4, of_dead=float("nan"))
     assert twins.skip()
 
 
 def test_few_dead_elements_are_stepped_with_the_others():
-    """Gaps of few dead elements are stepped with the rest: that costs less than another tile."""
-    twins = Twins(shape=(400, 17), momentum=0.9, group_lasso=0.3)
+    """On the CPU, gaps of few dead elements are stepped with the rest: that costs less than another tile."""
+    twins = Twins("cpu", shape=(400, 17), momentum=0.9, group_lasso=0.3)
     twins.step(3, of_dead=float("nan"))
     assert not twins.skip()
 
 
 def test_channels_last():
     """Groups are found in the memory order of channels_last."""
-    twins = Twins(momentum=0.9)
-    for p, optimizer in zip(twins.weights, twins.optimizers):
-        p.data = p.data.view(40, 12, 5, 5).to(memory_format=torch.channels_last)
-        optimizer.refresh()
-    twins.step(4)
-    assert twins.skip()
+    for executor in EXECUTORS:
+        twins = Twins(executor, momentum=0.9)
+        for p, optimizer in zip(twins.weights, twins.optimizers):
+            p.data = p.data.view(40, 12, 5, 5).to(memory_format=torch.channels_last)
+            optimizer.refresh()
+        twins.step(4)
+        assert twins.skip()
 
 
 def test_a_copy_looks_for_itself():
     """A deep copy or an unpickled optimizer does not take over the list of held groups."""
-    twins = Twins(momentum=0.9)
-    twins.step(3)
-    for travel in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-        twins.optimizers = [travel(optimizer) for optimizer in twins.optimizers]
-        twins.weights = [optimizer.param_groups[0]["params"][0] for optimizer in twins.optimizers]
-        twins.each(in_place)
+    for executor in EXECUTORS:
+        twins = Twins(executor, momentum=0.9)
         twins.step(3)
-        with torch.no_grad():
-            twins.each(lambda p, optimizer: p[DEAD].zero_())
-        twins.step(3)
-    assert twins.skip()
+        for travel in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+            twins.optimizers = [travel(optimizer) for optimizer in twins.optimizers]
+            twins.weights = [optimizer.param_groups[0]["params"][0] for optimizer in twins.optimizers]
+            twins.each(in_place)
+            twins.step(3)
+            with torch.no_grad():
+                twins.each(lambda p, optimizer: p[DEAD].zero_())
+            twins.step(3)
+        assert twins.skip()
 
 
 def test_compiled_steps_between():
     """A compiled step between plain ones does not make the list wrong."""
-    twins = Twins(momentum=0.9)
-    twins.step(3)
-    for optimizer in twins.optimizers:
-        torch.compile(optimizer.step, backend="eager")()
-    twins.check()
-    twins.step(2)
+    for executor in EXECUTORS:
+        twins = Twins(executor, momentum=0.9)
+        twins.step(3)
+        for optimizer in twins.optimizers:
+            torch.compile(optimizer.step, backend="eager")()
+        twins.check()
+        twins.step(2)
 
 
 def in_place(p, optimizer):
@@ -210,31 +167,52 @@ def without_momentum(p, optimizer):
 )
 def test_what_is_written_meanwhile_is_noticed(write):
     """After each way of writing, the next step is that of an optimizer that never skipped."""
-    twins = Twins(momentum=0.9)
-    twins.step(3)
-    before = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"].clone()
-    twins.each(write)
-    twins.step(1)
-    after = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"]
-    assert not torch.equal(before, after)
-    twins.step(2)
+    for executor in EXECUTORS:
+        twins = Twins(executor, momentum=0.9)
+        twins.step(3)
+        before = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"].clone()
+        twins.each(write)
+        twins.step(1)
+        after = twins.optimizers[0].state[twins.weights[0]]["momentum_buffer"]
+        assert not torch.equal(before, after)
+        twins.step(2)
 
 
 def test_a_step_that_overflows_changes_nothing_and_forgets_nothing():
     """An overflow leaves weights as they are, and dead rows are still skipped afterwards."""
-    twins = Twins(momentum=0.9)
-    twins.step(3)
-    for overflow in (1.0, 0.0):
-        for optimizer in twins.optimizers:
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(overflow)
+    for executor in EXECUTORS:
+        twins = Twins(executor, momentum=0.9)
+        twins.step(3)
+        for overflow in (1.0, 0.0):
+            scale_loss(twins, overflow)
+            twins.step(2)
+        assert twins.skip()
+
+
+def test_what_is_written_before_a_step_that_overflows_is_noticed():
+    """Also by the step after, although the host of a GPU does not know that nothing was stepped."""
+    for executor, write in itertools.product(EXECUTORS, (in_place, in_its_buffer)):
+        twins = Twins(executor, momentum=0.9)
+        twins.step(3)
+        twins.each(write)
+        for overflow in (1.0, 1.0, 0.0):
+            scale_loss(twins, overflow)
+            twins.step(1)
+        assert twins.weights[0][DEAD].any() == (write is in_place)
         twins.step(2)
-    assert twins.skip()
+
+
+def scale_loss(twins, overflow):
+    """Leaves on both what torch.amp.GradScaler does."""
+    for p, optimizer in zip(twins.weights, twins.optimizers):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([2.0, overflow], device=p.device)
 
 
 def test_groups_without_a_list_are_stepped_as_ever():
-    """Columns, short groups, single elements and biases have no list, and are all stepped."""
-    for shape, spec in (((30, 40), "feature"), ((40, 9), "filter"), ((40, 1), "filter"), ((50,), "filter")):
-        twins = Twins(shape=shape, group_by=spec, momentum=0.9, group_lasso=0.1)
+    """Columns, groups too short or too long for lists, single elements and biases are all stepped."""
+    shapes = [((30, 40), "feature"), ((40, 9), "filter"), ((40, 1), "filter"), ((50,), "filter")]
+    for executor, (shape, spec) in itertools.product(EXECUTORS, [*shapes, ((8, 9000), "filter")]):
+        twins = Twins(executor, shape=shape, group_by=spec, momentum=0.9, group_lasso=0.1)
         twins.step(4)
 
 

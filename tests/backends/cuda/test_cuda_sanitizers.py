@@ -18,14 +18,14 @@ from helpers.programs import ROOT
 HERE = ROOT / "tests" / "backends"
 # tests that are slow, or that make the same accesses as others
 LEFT_OUT = "longer_than_any_tile or same_bits or nan_and_inf or blocks_of or every_wait or step_after_step"
-PARTS = ("failures", "paths", "rows", "rows_bits", "shared", "steps", "tiles", "tiles_bits")
+PARTS = ("failures", "paths", "rows", "rows_bits", "shared", "skip_dead", "steps", "tiles", "tiles_bits")
 ALL_OF_IT = [
     *(f"cuda/test_cuda_{part}.py" for part in PARTS),
     "test_executors.py",
     "-k",
     f"cuda and not ({LEFT_OUT})",
 ]
-SMALL_CASES = ["cuda/test_cuda_paths.py", "-k", "one_small_step"]
+SMALL_CASES = ["cuda/test_cuda_paths.py", "cuda/test_cuda_skip_dead.py", "-k", "one_small_step"]
 
 pytestmark = [
     pytest.mark.full(
