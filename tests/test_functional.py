@@ -140,6 +140,12 @@ def test_prox_in_place_refuses_what_requires_grad_and_writes_nothing(backend):
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected torch.no_grad\(\)"):
         prox_([free, leaf], backend=backend, **OPTIONS)
     assert torch.equal(free, before[0]) and torch.equal(leaf, before[1])
+    coefficient = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"prox_: expected coefficients without a gradient, .* use prox"):
+        prox_([free], backend=backend, l1=coefficient)
+    with pytest.raises(TypeError, match="tensors: expected tensors, got None"):
+        prox_(None)
+    assert torch.equal(free, before[0])
     with torch.no_grad():
         prox_([free, leaf], backend=backend, **OPTIONS)
     assert torch.equal(leaf, prox(before[1], backend=backend, **OPTIONS)) and leaf.requires_grad

@@ -31,6 +31,15 @@ def count_nonzero(w: Tensor) -> int:
     return int(count.full_tensor() if is_sharded(count) else count)
 
 
+def check_whole(name: str, w: Tensor) -> None:
+    """Raise a ValueError unless all of the weight's values are here to be counted and compared."""
+    if is_sharded(w) or w.device.type == "meta":
+        got = (
+            "a DTensor, whose shards are to be gathered first" if is_sharded(w) else "one on the meta device"
+        )
+        raise ValueError(f"{name}: expected a whole tensor with values, got {got}")
+
+
 def has_other_gradient(p: Tensor) -> bool:
     """Whether a parameter's gradient has, or will have (`p.grad_dtype`), another dtype than the parameter."""
     if not p.is_leaf:

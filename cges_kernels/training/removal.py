@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..core.hyperparameters import COEFFICIENTS, INITIAL
-from ..core.shrinkage import form_thresholds, shrink
+from ..core.shrinkage import Thresholds, form_thresholds, shrink
 from ..core.tensors import count_nonzero
 
 Weight: TypeAlias = tuple[Tensor, dict[str, Any]]  # a parameter and its param group
 
 STRENGTHS = (1e-12, 1e12)  # the range that is searched
 BISECTIONS = 40
+LARGEST_B = 1e3  # exclusive lasso leaves one entry of a group, which would be lost to rounding above this
 
 
 def full_coefficients(group: dict[str, Any]) -> list[float]:
@@ -33,8 +34,17 @@ def full_coefficients(group: dict[str, Any]) -> list[float]:
 def left(weight: Weight, strength: float) -> Tensor:
     """A mask of the entries that stay nonzero under the exact prox of that strength."""
     p, group = weight
-    thresholds = form_thresholds(strength, *full_coefficients(group))
+    a, b, c = form_thresholds(strength, *full_coefficients(group))
+    thresholds = Thresholds(a, min(b, LARGEST_B), c)
     return shrink(p.detach(), thresholds, group.get("group_by", "feature"), group.get("view"), "exact") != 0
+
+
+def within_reach(weight: Weight, count: float) -> float:
+    """`count`, or the number of entries that are left at any strength where that is more.
+
+    Exclusive lasso alone leaves one entry of each group, and where a spec makes no groups all may be left.
+    """
+    return max(count, count_nonzero(left(weight, STRENGTHS[1])))
 
 
 def strength_to_leave(weight: Weight, count: float) -> float:
@@ -42,6 +52,7 @@ def strength_to_leave(weight: Weight, count: float) -> float:
 
     It is one of the two ends of the search, whichever is nearer.
     """
+    count = within_reach(weight, count)
     low, high = map(math.log, STRENGTHS)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..core.tensors import count_nonzero
-from .removal import Weight, cut, full_coefficients, left, strength_to_leave
+from .removal import Weight, cut, full_coefficients, left, strength_to_leave, within_reach
 from .schedules import CoefficientScheduler, check_density, check_no_epoch, check_steps, cubic
 
 
@@ -203,15 +203,15 @@ class TargetDensity(CoefficientScheduler):
 
     def _scale(self, weight: Weight) -> float:
         """The strength that would leave the target of a weight now; infinite where no more is left anyway."""
-        p = weight[0]
-        wanted = self.target * p.numel()
-        return strength_to_leave(weight, wanted) if count_nonzero(p) > wanted else math.inf
+        wanted = within_reach(weight, self.target * weight[0].numel())
+        return strength_to_leave(weight, wanted) if count_nonzero(weight[0]) > wanted else math.inf
 
     def _is_weak(self, weight: Weight, scale: float) -> bool:
         """Whether less than the target of a weight has kept half the scale that it had at first."""
         if math.isinf(scale):
             return False
-        return count_nonzero(left(weight, self.WEAKEST * scale)) <= self.target * weight[0].numel()
+        wanted = within_reach(weight, self.target * weight[0].numel())
+        return count_nonzero(left(weight, self.WEAKEST * scale)) <= wanted
 
     def _warn_of_dead_weights(self) -> None:
         """Warn, once, where all of a weight is zero: nothing passes through its layer any more."""

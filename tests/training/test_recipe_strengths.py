@@ -104,6 +104,8 @@ def test_scale_by_hand():
         ({"0.bias": (1, 1)}, r"expected names among \['0.weight', '1.weight'\], got \['0.bias'\]"),
         ({"0.weight": (1,)}, "expected two finite factors"),
         ({"0.weight": (1, -1)}, "expected two finite factors"),
+        ({"0.weight": 1}, r"scale\['0.weight'\]: expected two finite factors >= 0, got 1"),
+        ({"0.weight": ("a", 1)}, "expected two finite factors"),
         ("sqrt", "expected None, 'size' or a dict .* got 'sqrt'"),
     ],
 )
@@ -128,14 +130,14 @@ def test_cges_counts_the_included_layers_only():
     )
 
 
-@pytest.mark.parametrize("value", ["1e-3", None, b"ab", {0.1}, ["0.1"]])
+@pytest.mark.parametrize("value", ["1e-3", None, b"ab", {0.1}, ["0.1"], True])
 def test_a_coefficient_that_is_no_number_is_refused(value):
-    """Text, None, bytes and sets are TypeErrors that show the value."""
+    """Text, None, bytes, sets and bools are TypeErrors that show the value."""
     for key in ("group_lasso", "weight_decay"):
         text = re.escape(f"{key}: expected a number or one value per layer, got {value!r}")
         with pytest.raises(TypeError, match=text):
             sparsity_param_groups(nn.Linear(3, 2), **{key: value})
-        for wrong in (dict(names="False"), dict(lam="1e-3")):
+        for wrong in (dict(names="False"), dict(lam="1e-3"), dict(lam=True)):
             helper = cges_param_groups if "lam" in wrong else sparsity_param_groups
             with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected a (bool|number), got"):
                 helper(nn.Linear(3, 2), **wrong)

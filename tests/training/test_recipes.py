@@ -120,7 +120,8 @@ def test_include_never_takes_a_frozen_weight():
     "include, error, message",
     [
         (["conv.weight", "nope"], ValueError, r"include: expected names .* got \['nope'\]"),
-        ("conv.weight", TypeError, "include: expected a callable or a collection .* got the string"),
+        ("conv.weight", TypeError, "include: expected a callable or a collection .* got 'conv.weight'"),
+        (3, TypeError, "include: expected a callable or a collection .* got 3"),
         ([], ValueError, "expected at least one weight .* got none"),
     ],
 )

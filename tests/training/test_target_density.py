@@ -166,6 +166,21 @@ def test_the_landing_cuts_each_weight_alike():
     assert control.measure() == 0.5 and not any(control.get_last_coefficients()[0].values())
 
 
+def test_exclusive_lasso_alone_leaves_an_entry_of_each_group():
+    """A target out of its reach is told; until then the factor neither grows nor falls without end."""
+    model = mlp(20, 30, 10)
+    optimizer = ProxSGD(sparsity_param_groups(model, exclusive_lasso=0.1), lr=0.1)
+    control = TargetDensity(optimizer, 0.02, 20)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.warns(UserWarning, match=r"density 0.02: not reached; 5.6% .* exclusive lasso alone leaves"):
+        for k in range(20):
+            optimizer.step()
+            control.step()
+            assert k == 19 or 0.005 < control.factor < 10
+    assert all((layer.weight != 0).sum(0).eq(1).all() for layer in model)
+
+
 def test_weights_keep_their_scale_until_the_landing():
     """Without gradients each weight keeps a third of its scale, however strong the penalty; none dies."""
     for l1, group_lasso in ((0.0, 1e-4), (0.0, 100.0), (3.0, 0.0)):
