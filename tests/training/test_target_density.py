@@ -81,7 +81,7 @@ def test_the_density_is_reached_within_a_point(density, lam):
     assert abs(percent - 100 * density) <= 1
     assert control.measure() == pytest.approx(percent / 100)
     x, y = digits()
-    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
+    assert (model.eval()(x).argmax(1) == y).float().mean() > (0.7 if density < 0.3 else 0.9)
     assert all(group["freeze_zeros"] == "element" for group in optimizer.param_groups[:-1])
     assert optimizer.param_groups[-1]["freeze_zeros"] is None
 
