@@ -51,6 +51,20 @@ MUTANTS = (
         seen_by=("test_schedules", "test_target_density"),
     ),
     Mutant(
+        "a rank counts its own shards as all",
+        "cges_kernels/core/tensors.py",
+        old="return int(count.full_tensor() if is_sharded(count) else count)",
+        new="return int(count.to_local() if is_sharded(count) else count)",
+        seen_by=("test_sharded",),
+    ),
+    Mutant(
+        "the prox has a first derivative only",
+        "cges_kernels/core/shrinkage.py",
+        old="        for _ in range(2):\n            t = _newton",
+        new="        for _ in range(1):\n            t = _newton",
+        seen_by=("test_reference_gradients",),
+    ),
+    Mutant(
         "the penalty may shrink weights as fast as it likes",
         DENSITY,
         old="FASTEST = 0.05",
