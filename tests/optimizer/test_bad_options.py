@@ -20,8 +20,6 @@ BAD_OPTIONS = [
     (dict(l1=None), TypeError, ["l1", "expected a number", "got None"]),
     (dict(l1=torch.tensor(1)), TypeError, ["l1: expected .*floating-point tensor", "got torch.int64"]),
     (dict(lr=np.array(0.1)), TypeError, ["lr: expected a number", "got array"]),
-    (dict(l1=torch.tensor(0.1, device="meta")), ValueError, ["l1: expected a number", "on the meta device"]),
-    (dict(l1=10**400), ValueError, ["l1: expected a finite number >= 0, got inf"]),
     (dict(l1=torch.tensor([0.1, 0.2])), ValueError, ["l1", "expected a number", r"got shape \(2,\)"]),
     (dict(lr=-0.1), ValueError, ["Invalid learning rate: -0.1"]),
     (dict(lr=NAN), ValueError, ["Invalid learning rate: nan"]),
