@@ -104,7 +104,6 @@ def test_scale_by_hand():
         ({"0.bias": (1, 1)}, r"expected names among \['0.weight', '1.weight'\], got \['0.bias'\]"),
         ({"0.weight": (1,)}, "expected two finite factors"),
         ({"0.weight": (1, -1)}, "expected two finite factors"),
-        ({"0.weight": 1}, r"scale\['0.weight'\]: expected two finite factors >= 0, got 1"),
         ("sqrt", "expected None, 'size' or a dict .* got 'sqrt'"),
     ],
 )
@@ -112,6 +111,9 @@ def test_scale_refuses(scale, message):
     """Unknown names, missing or negative factors and unknown words are errors."""
     with pytest.raises(ValueError, match=message):
         sparsity_param_groups(mlp(3, 4, 2), group_lasso=0.1, scale=scale)
+    for pair in (1, ("a", 1)):
+        with pytest.raises(ValueError, match=r"scale\['0.weight'\]: expected two finite factors >= 0, got"):
+            sparsity_param_groups(mlp(3, 4, 2), group_lasso=0.1, scale={"0.weight": pair})
 
 
 def test_cges_shares_lambda_by_the_schedule():
