@@ -128,7 +128,7 @@ def test_include_refuses(include, error, message):
     """Unknown names, a single string and an empty choice are errors."""
     with pytest.raises(error, match=message):
         sparsity_param_groups(Zoo(), include=include)
-    with pytest.raises(TypeError, match="include: expected a callable or a collection .* got 3"):
+    with pytest.raises(TypeError, match=r"include: expected a callable or a collection .* got 3"):
         sparsity_param_groups(Zoo(), include=3)
 
 
