@@ -6,7 +6,7 @@ executors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ def prox_(
     Raises:
         ValueError: a bad coefficient, spec or mode, or tensors that cannot be served. Nothing is written.
         TypeError: an argument of the wrong type. Nothing is written.
-        RuntimeError: a backend that cannot serve these tensors, or a tensor that requires grad while
-            gradients are enabled. Nothing is written.
+        RuntimeError: a backend that cannot serve these tensors, or a tensor or coefficient that requires
+            grad while gradients are enabled. Nothing is written.
 
     Examples:
         >>> optimizer.step()
@@ -67,6 +67,12 @@ def prox_(
         group_lasso=group_lasso, exclusive_lasso=exclusive_lasso, l1=l1, group_by=group_by, view=view
     )
     check_penalty({**penalty_options, "prox_mode": prox_mode})
+    if any(map(is_followed, (group_lasso, exclusive_lasso, l1))):
+        raise RuntimeError(
+            "prox_: expected coefficients without a gradient, because a change in place has none; use prox"
+        )
+    if not isinstance(tensors, (Tensor, Iterable)):
+        raise TypeError(f"tensors: expected tensors, got {tensors!r}")
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     hyperparameters = Hyperparameters.of_prox(group_lasso, exclusive_lasso, l1, prox_mode)
     # When the operator runs, it calls prox_in_place as well.

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 from .backends import operators
 from .backends.graphs import is_capturing
 from .backends.plan import Plan
-from .backends.planner import Planner, backend_of, is_sharded, param_names
+from .backends.planner import Planner, backend_of, param_names
 from .backends.registry import check_backend
 from .backends.states import new_step
 from .core import reference
@@ -26,6 +26,7 @@ from .core.checks import check_flags, check_param_group, check_states
 from .core.hyperparameters import COEFFICIENTS
 from .core.names import by_name
 from .core.rules import STEP, Rule
+from .core.tensors import is_sharded
 
 # torch.optim's own check. Before torch 2.13 it had another name, and was for CUDA alone.
 _capture_health_check: Callable[[Optimizer], None] = (

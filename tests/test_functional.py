@@ -140,6 +140,15 @@ def test_prox_in_place_refuses_what_requires_grad_and_writes_nothing(backend):
     with pytest.raises(RuntimeError, match=r"tensors\[1\]: expected torch.no_grad\(\)"):
         prox_([free, leaf], backend=backend, **OPTIONS)
     assert torch.equal(free, before[0]) and torch.equal(leaf, before[1])
+    coefficient = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"prox_: expected coefficients without a gradient, .* use prox"):
+        prox_([free], backend=backend, l1=coefficient)
+    for bad, words in ((torch.tensor(0.1, device="meta"), "number .* the meta device"), (10**400, "finite")):
+        with pytest.raises(ValueError, match=f"l1: expected a {words}"):
+            prox_([free], backend=backend, l1=bad)
+    with pytest.raises(TypeError, match="tensors: expected tensors, got None"):
+        prox_(None)
+    assert torch.equal(free, before[0])
     with torch.no_grad():
         prox_([free, leaf], backend=backend, **OPTIONS)
     assert torch.equal(leaf, prox(before[1], backend=backend, **OPTIONS)) and leaf.requires_grad

@@ -7,11 +7,10 @@ parameters. The planner compares the hyperparameters, and all that determines ex
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +20,9 @@ from ..core.groups import GroupedLayout
 from ..core.hyperparameters import SCALARS, Hyperparameters, Reader, can_be_read
 from ..core.numbers import scalar
 from ..core.rules import STEP, Rule
-from ..core.tensors import has_other_gradient
+from ..core.tensors import has_other_gradient, is_sharded
 from .plan import Plan, Spec
 from .registry import choose_backend, make_plan
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 EXECUTOR_OPTIONS = ("foreach", "differentiable", "capturable", "fused", "group_by", "view")
 IN_KERNELS = ("cuda", "triton")  # executors whose kernels can read SCALARS on the device
@@ -49,12 +45,6 @@ def _identity(p: Tensor) -> tuple[Any, ...]:
     """The properties of a parameter on which its layout and the choice of an executor depend."""
     place = p.layout, p.dtype, p.shape, p.layout == torch.strided and p.stride()
     return id(p), has_other_gradient(p), *place
-
-
-def is_sharded(p: Tensor) -> TypeGuard[DTensor]:
-    """Whether `p` is a DTensor. Does without the slow import of DTensor: before it no DTensor can exist."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(p, distributed.DTensor)
 
 
 def _local(p: Tensor) -> Tensor:

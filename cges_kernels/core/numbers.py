@@ -21,6 +21,8 @@ def scalar(name: str, value: Any) -> Any:
         raise ValueError(
             f"Tensor {name} must be 1-element: expected a number or one element, got shape {shape}"
         )
+    if value.device.type == "meta":
+        raise ValueError(f"{name}: expected a number or a tensor with memory, got one on the meta device")
     return value.detach().item()
 
 
@@ -46,6 +48,9 @@ def check_coefficient(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number or a 1-element tensor, got shape {tuple(value.shape)}")
     if isinstance(value, Tensor) and not value.is_floating_point():
         raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
-    number = float(scalar(name, value))
+    try:
+        number = float(scalar(name, value))
+    except OverflowError:
+        number = math.inf
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {number}")

@@ -149,9 +149,10 @@ def _newton(t: Tensor, stats: GroupStats, thresholds: Thresholds) -> tuple[Tenso
     a, b, c = thresholds
     s = group_scale(stats.l2, a)
     excess = t - c - b * s * stats.l1
-    bend = a * (stats.l1 / stats.l2) * (stats.l1 / stats.l2) / stats.l2 if a != 0 else 0.0
+    l2 = torch.where(s == 0, 1.0, stats.l2)  # the derivative of the branch not taken is finite as well
+    bend = a * (stats.l1 / l2) * (stats.l1 / l2) / l2 if a != 0 else 0.0
     slope = 1 + torch.where(s == 0, 0.0, b * (stats.alive * s + bend))
-    return s, excess, t - excess / slope.detach()
+    return s, excess, t - excess / slope
 
 
 class Search(NamedTuple):
@@ -202,17 +203,20 @@ def _solve_exact(
             stats = group_stats(z, search.t, dims, with_count=True)
     s, t = search.s, search.t
     followed = z.requires_grad or any(map(is_followed, (z, *thresholds)))
-    # At the root one more Newton step leaves t as it is, and gives autograd the derivative of t as the
-    # solution of its equation.
+    # At the root two more Newton steps leave t as it is. They give autograd the derivatives of t as the
+    # solution of its equation: the first step the first one, both together the second.
     if torch.is_grad_enabled() and followed:
-        t = _newton(t, group_stats(z, t, dims, with_count=True), thresholds)[2]
+        for _ in range(2):
+            t = _newton(t, group_stats(z, t, dims, with_count=True), thresholds)[2]
         s = group_scale(group_stats(z, t, dims).l2, thresholds.a)
     return s, t
 
 
 def apply_shrinkage(z: Tensor, s: Scalar, t: Scalar) -> Tensor:
     """s * soft(z, t)."""
-    return (soft_magnitude(z, t) * s).copysign_(z)
+    w = soft_magnitude(z, t) * s
+    followed = w.requires_grad or not holds_values(w)
+    return w * z.sign() if followed else w.copysign_(z)  # copysign's second derivative at 0 is NaN
 
 
 def shrink(

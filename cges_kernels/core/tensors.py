@@ -1,9 +1,12 @@
-"""Questions about a tensor: whether it holds values, whether PyTorch follows it, and its gradient's dtype.
+"""Questions about a tensor: whether it holds values, is sharded, or is followed by PyTorch, and its nonzeros.
 
 The checks and the choice of an executor depend on the answers.
 """
 
 from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,6 +14,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(p: object) -> TypeGuard[DTensor]:
+    """Whether `p` is a DTensor. Does without the slow import of DTensor: before it no DTensor can exist."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(p, distributed.DTensor)
+
+
+def count_nonzero(w: Tensor) -> int:
+    """The number of nonzero entries; of a DTensor those on all ranks, so every rank must call it."""
+    count = (w != 0).sum()
+    return int(count.full_tensor() if is_sharded(count) else count)
+
+
+def check_whole(name: str, w: Tensor) -> None:
+    """Raise a ValueError unless all of the weight's values are here to be counted and compared."""
+    if is_sharded(w) or w.device.type == "meta":
+        got = (
+            "a DTensor, whose shards are to be gathered first" if is_sharded(w) else "one on the meta device"
+        )
+        raise ValueError(f"{name}: expected a whole tensor with values, got {got}")
 
 
 def has_other_gradient(p: Tensor) -> bool:

@@ -69,7 +69,9 @@ def explain(optimizer: Optimizer) -> Table:
     Examples:
         >>> print(explain(optimizer))
     """
-    if optimizer.param_groups and "group_by" not in optimizer.param_groups[0]:
+    if not isinstance(optimizer, Optimizer) or (
+        optimizer.param_groups and "group_by" not in optimizer.param_groups[0]
+    ):
         raise TypeError(f"optimizer: expected a ProxSGD, got {type(optimizer).__name__}")
     header = (
         "parameter",

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .files import as_csv, write_text
 from .report import SparsityReport
 
@@ -60,7 +62,19 @@ class SparsityHistory:
             step: the number of steps or epochs so far. Rows of this and of later steps are replaced.
             report: a result of `sparsity_report`.
             **values: further numbers, such as a loss, which stand in the row of the total.
+
+        Raises:
+            TypeError: a step that is not an int, or something else than a report.
+            ValueError: a value under the name of one of the table's own columns.
         """
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise TypeError(f"step: expected an int, got {step!r}")
+        if not isinstance(report, SparsityReport):
+            raise TypeError(f"report: expected a SparsityReport, got {type(report).__name__}")
+        columns = {"step", "layer", *report.total.to_dict()}
+        if taken := sorted(columns & values.keys()):
+            raise ValueError(f"values: expected other names than those of the report's columns, got {taken}")
+        values = {key: x.item() if isinstance(x, Tensor) else x for key, x in values.items()}
         kept = [row for row in self.rows if row["step"] < step]
         for layer in (*report.layers, report.total):
             cells = {key: x for key, x in layer.to_dict().items() if not isinstance(x, (dict, tuple))}

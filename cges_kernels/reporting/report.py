@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..core.calls import Given, arguments_of, call, leaves
 from ..core.dispatch import EachOperation
 from ..core.groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
+from ..core.tensors import check_whole
 from ..training.recipes import LayerWeight, regularised_weights
 from .explain import Table
 
@@ -167,7 +168,7 @@ def sparsity_report(
         model: the model, with initialised parameters.
         example_input: the model's argument, a tuple of its arguments, or a dict of them by name. The model
             runs once on it, in eval mode and without gradients, and is left as it was, torch's random state
-            too. With None (default) there are no FLOPs.
+            too. With None (default), and without `kwargs`, there are no FLOPs.
         group_by: the spec whose groups are counted, "feature" by default.
         kwargs: more of the model's arguments by name.
 
@@ -176,17 +177,20 @@ def sparsity_report(
             numbers, and `by_spec()` is a table of the dead groups under each named spec.
 
     Raises:
-        ValueError: no layer to report, a lazy parameter, or a layer that `group_by` does not fit.
+        ValueError: no layer to report, a lazy parameter, a weight that is sharded or on the meta device, or
+            a layer that `group_by` does not fit.
 
     Examples:
         >>> print(sparsity_report(model, x))
         >>> sparsity_report(model).total.percent_nonzero
     """
     layers = regularised_weights(model, frozen=True)
+    for layer in layers:
+        check_whole(layer.name, layer.param)
     measured: list[dict[str, Any]] = [_count(layer, group_by) for layer in layers]
     other = None
-    if example_input is not None:
-        given = arguments_of(example_input, kwargs)
+    if example_input is not None or kwargs:
+        given = arguments_of(() if example_input is None else example_input, kwargs)
         *dense, other = measure_flops(model, given, [layer.param for layer in layers])
         for layer, counts, flops in zip(layers, measured, dense):
             counts["flops"] = flops

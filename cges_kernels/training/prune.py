@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.hyperparameters import FREEZE_MODES
+from ..core.tensors import check_whole
 from .recipes import Include, LayerWeight, regularised_weights, warn_of_computed_weights
 from .schedules import check_density, check_steps, cubic
 
@@ -44,14 +45,15 @@ def density_schedule(density: float, rounds: int, curve: str = "geometric") -> l
         [0.5, 0.25]
     """
     check_density("density", density)
+    density = float(density)
     check_steps("rounds", rounds, 1)
     if curve not in CURVES:
         raise ValueError(f"curve: expected one of {CURVES}, got {curve!r}")
     parts = [r / rounds for r in range(1, rounds + 1)]
     if curve == "geometric":
-        return [*(density**t for t in parts[:-1]), float(density)]
+        return [*(density**t for t in parts[:-1]), density]
     share = [cubic(t) if curve == "cubic" else t for t in parts]
-    return [1 - (1 - density) * x for x in share[:-1]] + [float(density)]
+    return [1 - (1 - density) * x for x in share[:-1]] + [density]
 
 
 @torch.no_grad()
@@ -85,7 +87,8 @@ def prune_to_density(
         The fraction of the weights that is nonzero now.
 
     Raises:
-        ValueError: a density outside (0, 1] or one that leaves no weight; a weight that is not finite; an
+        ValueError: a density outside (0, 1] or one that leaves no weight; a weight that is not finite, is
+            sharded, or is on the meta device; an
             optimizer that lacks a weight; or a param group that holds other parameters too, whose zeros (such
             as fresh biases) would be frozen as well.
 
@@ -111,6 +114,7 @@ def prune_to_density(
     if include is None:
         warn_of_computed_weights(model, "nothing is pruned")
     for layer in layers:
+        check_whole(layer.name, layer.param)
         if not layer.param.isfinite().all():
             raise ValueError(f"{layer.name}: expected finite weights, got NaN or Inf")
     groups = [] if optimizer is None else _param_groups(optimizer, layers, freeze_zeros)
@@ -150,6 +154,8 @@ def _param_groups(
     optimizer: Optimizer, layers: list[LayerWeight], freeze_zeros: str | None
 ) -> list[dict[str, Any]]:
     """The param groups that hold the weights, after the checks that `prune_to_density` promises."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected an Optimizer, got {type(optimizer).__name__}")
     names = {layer.param: layer.name for layer in layers}
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if missing := [name for p, name in names.items() if p not in held]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
@@ -139,11 +139,15 @@ def regularised_weights(
 
     `frozen=True` also lists weights that do not require grad.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     lazy = [name for name, param in model.named_parameters() if is_lazy(param)]
     if lazy:
         raise ValueError(f"model: expected initialised parameters, got lazy {lazy}; run one batch first")
-    if isinstance(include, str):
-        raise TypeError(f"include: expected a callable or a collection of names, got the string {include!r}")
+    if isinstance(include, str) or not (
+        include is None or callable(include) or isinstance(include, Iterable)
+    ):
+        raise TypeError(f"include: expected a callable or a collection of names, got {include!r}")
     axes: dict[nn.Parameter, tuple[int, bool]] = {}
     for module in model.modules():
         for param, axis in _weights_of(module).items():
@@ -171,6 +175,10 @@ def regularised_weights(
     return weights
 
 
+def _is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
     """The share of exclusive lasso in each layer of CGES (thesis Eq. 5).
 
@@ -191,7 +199,7 @@ def exclusivity_schedule(num_layers: int, m: float) -> list[float]:
     """
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
         raise ValueError(f"num_layers: expected an int >= 1, got {num_layers!r}")
-    if not isinstance(m, Real) or not 0 <= m <= 1:
+    if not _is_number(m) or not 0 <= m <= 1:
         raise ValueError(f"m: expected a number in [0, 1], got {m!r}")
     return [m + (1 - 2 * m) * l / max(num_layers - 1, 1) for l in range(num_layers)]
 
@@ -201,7 +209,7 @@ def _per_layer(key: str, value: Coefficient, num_layers: int) -> list[float]:
     if isinstance(value, (Tensor, np.ndarray)):
         value = value.tolist()
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
-    if not all(isinstance(x, (Real, Tensor)) for x in given):
+    if not all(_is_number(x) or (isinstance(x, Tensor) and x.numel() == 1) for x in given):
         raise TypeError(f"{key}: expected a number or one value per layer, got {value!r}")
     values = [float(x) for x in given] * (1 if isinstance(value, Sequence) else num_layers)
     if len(values) != num_layers:
@@ -226,10 +234,11 @@ def _scale_factors(
         raise ValueError(f"scale: expected names among {[w.name for w in weights]}, got {unknown}")
     factors = []
     for weight in weights:
-        pair = tuple(scale.get(weight.name, (1.0, 1.0)))
-        if len(pair) != 2 or not all(x >= 0 and math.isfinite(x) for x in pair):
+        pair = scale.get(weight.name, (1.0, 1.0))
+        numbers = isinstance(pair, Sequence) and all(map(_is_number, pair))
+        if not numbers or len(pair) != 2 or not all(x >= 0 and math.isfinite(x) for x in pair):
             raise ValueError(f"scale[{weight.name!r}]: expected two finite factors >= 0, got {pair}")
-        factors.append(pair)
+        factors.append((pair[0], pair[1]))
     return factors
 
 
@@ -350,8 +359,10 @@ def cges_param_groups(model: nn.Module, lam: float, m: float = 0.0, **same: Any)
     Examples:
         >>> optimizer = ProxSGD(cges_param_groups(model, lam=1e-2, scale="size"), lr=0.1, momentum=0.9)
     """
-    if not isinstance(lam, Real):
+    if not _is_number(lam):
         raise TypeError(f"lam: expected a number, got {lam!r}")
+    if not (lam >= 0 and math.isfinite(lam)):
+        raise ValueError(f"lam: expected a finite number >= 0, got {lam!r}")
     mu = exclusivity_schedule(len(regularised_weights(model, same.get("include"))), m)
     alpha, beta = [lam * (1 - x) for x in mu], [lam * x for x in mu]
     return sparsity_param_groups(model, group_lasso=alpha, exclusive_lasso=beta, **same)

@@ -7,12 +7,14 @@ torch.optim.lr_scheduler keeps `initial_lr`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..core.hyperparameters import COEFFICIENTS, INITIAL
@@ -49,20 +51,29 @@ def cubic(t: float) -> float:
     return 1 - (1 - min(max(t, 0.0), 1.0)) ** 3
 
 
+# The schedule that was made last for each optimizer.
+_newest: weakref.WeakKeyDictionary[Optimizer, weakref.ref[CoefficientScheduler]] = weakref.WeakKeyDictionary()
+
+
 class CoefficientScheduler(LRScheduler):
     """The base of the schedules of coefficients; a subclass defines the factor in `get_factor`.
 
     Build it, then call `step()` after each `optimizer.step()`. A coefficient that is a tensor is changed in
     place, also where several param groups share it; it may not be in two optimizers. An optimizer takes one
-    schedule of coefficients, beside those of lr, also in a ChainedScheduler with them.
+    schedule of coefficients, the one that was made last, beside those of lr, also in a ChainedScheduler.
 
     It is an LRScheduler of torch's, so trainers step it and keep it in their checkpoints as they do those. It
     changes no lr; `get_last_lr` returns the optimizer's.
     """
 
     _state: tuple[str, ...] = ("last_epoch",)  # the attributes that state_dict holds
+    _optional: tuple[str, ...] = ()  # those that files of older versions lack
+    _least_steps = 1
 
-    def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer: expected an Optimizer, got {type(optimizer).__name__}")
+        check_steps("last_epoch", last_epoch, -1)
         needed = [*COEFFICIENTS] + [*(INITIAL.values() if last_epoch != -1 else ())]
         for i, group in enumerate(optimizer.param_groups):
             if missing := [key for key in needed if key not in group]:
@@ -73,6 +84,7 @@ class CoefficientScheduler(LRScheduler):
         # LRScheduler.__init__ is not called, because all that it does concerns lr.
         self.optimizer, self._last_epoch, self._step_count = optimizer, last_epoch, 0
         self.base_lrs = self.get_lr()
+        _newest[optimizer] = weakref.ref(self)
         self.step()
 
     @property
@@ -101,11 +113,22 @@ class CoefficientScheduler(LRScheduler):
 
         Raises:
             ValueError: `epoch` that is not None.
+            RuntimeError: a newer schedule of coefficients has been made for the optimizer.
         """
         check_no_epoch(epoch)
+        self._check_newest()
         self.last_epoch += 1
         self._step_count += 1
         self._apply()
+
+    def _check_newest(self) -> None:
+        """Raise a RuntimeError if the optimizer has a newer schedule, because each would undo the other."""
+        newest = _newest.get(self.optimizer, lambda: None)()
+        if newest is not None and newest is not self:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected to be the optimizer's only schedule of coefficients, got a "
+                f"newer {type(newest).__name__}, which sets the same ones: step that alone"
+            )
 
     def get_lr(self) -> list[Any]:
         """The optimizer's lr in force, one per param group; tensors are copied."""
@@ -180,13 +203,26 @@ class CoefficientScheduler(LRScheduler):
             state_dict: a result of `state_dict()`.
 
         Raises:
-            ValueError: a state_dict that lacks some of this schedule's keys.
+            ValueError: a state_dict that lacks some of this schedule's keys, or a value that the schedule
+                could not have. Nothing is loaded then.
+            TypeError: a value of the wrong type. Nothing is loaded then.
         """
-        if missing := [key for key in self._state if key not in state_dict]:
-            raise ValueError(f"state_dict: expected {list(self._state)}, got one without {missing}")
-        for key in self._state:
-            setattr(self, "_last_epoch" if key == "last_epoch" else key, state_dict[key])
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+        needed = [key for key in self._state if key not in self._optional]
+        if missing := [key for key in needed if key not in state_dict]:
+            raise ValueError(f"state_dict: expected {needed}, got one without {missing}")
+        state = {key: state_dict[key] for key in self._state if key in state_dict}
+        self._check_state(state)
+        for key, value in state.items():
+            setattr(self, "_last_epoch" if key == "last_epoch" else key, value)
         self._apply()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise an error unless the schedule could have saved these values."""
+        check_steps("last_epoch", state["last_epoch"])
+        if "steps" in state:
+            check_steps("steps", state["steps"], self._least_steps)
 
 
 class CoefficientWarmup(CoefficientScheduler):
@@ -216,8 +252,9 @@ class CoefficientWarmup(CoefficientScheduler):
     """
 
     _state = ("steps", "last_epoch")
+    _least_steps = 0
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, steps: int, last_epoch: int = -1) -> None:
         check_steps("steps", steps)
         self.steps = steps
         super().__init__(optimizer, last_epoch)
@@ -248,13 +285,15 @@ class CubicRamp(CoefficientScheduler):
 
     _state = ("steps", "begin", "last_epoch")
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, steps: int, begin: int = 0, last_epoch: int = -1
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, steps: int, begin: int = 0, last_epoch: int = -1) -> None:
         check_steps("steps", steps, 1)
         check_steps("begin", begin)
         self.steps, self.begin = steps, begin
         super().__init__(optimizer, last_epoch)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        check_steps("begin", state["begin"])
 
     def get_factor(self) -> float:
         """The cubic of `(last_epoch - begin) / steps`, held between 0 and 1."""

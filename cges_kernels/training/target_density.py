@@ -1,4 +1,4 @@
-"""The schedule that finds the strength for a wanted density, and then freezes the zeros.
+"""The schedule that finds the strength for a wanted density, and then cuts to it and holds the zeros.
 
 It is a CoefficientScheduler (schedules.py) whose factor is set by a feedback loop.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 
-from ..core.hyperparameters import COEFFICIENTS, INITIAL
+from ..core.tensors import count_nonzero
+from .removal import Weight, cut, full_coefficients, left, strength_to_leave, within_reach
 from .schedules import CoefficientScheduler, check_density, check_no_epoch, check_steps, cubic
 
 
 class TargetDensity(CoefficientScheduler):
-    """Finds the strength at which a wanted fraction of the weights is left, to within one percentage point.
+    """Finds the strength at which a wanted fraction of the weights is left, and lands on that fraction.
 
     It counts the exact nonzeros of all parameters in param groups that have a penalty. The coefficients keep
     their ratios: one factor, by which their initial values are multiplied, is controlled, beginning at 0.01.
@@ -24,19 +27,22 @@ class TargetDensity(CoefficientScheduler):
     - Approach: at optimizer step k the density is to be `1 - (1 - density) * (1 - (1 - k / steps)^3)`, the
       curve of [`CubicRamp`][cges_kernels.CubicRamp]. A hundred times on the way the factor moves by a
       proportional and an integral part of log(density now / density wanted).
-    - Landing (`freeze=True`): with momentum, zeros come and go by some percent from step to step. So once
-      `steps` are over and the density is near the one wanted, zeros are frozen (`freeze_zeros="element"` in
-      those param groups) and the rest is removed ever more gently. When the density is within half a point
-      the coefficients become 0. What is left trains on without a penalty, as after pruning.
+    - Bounds: weights shrink for long before the first one dies, and until then the density says nothing. So
+      the factor stays below what would remove the weights within a twentieth of the approach if no gradient
+      held them. While some weight has lost half of its scale, the factor falls instead of rising; not so
+      with `freeze=False`, where no landing makes up for it.
+    - Landing (`freeze=True`): once `steps` are over, what is too much is set to zero in the order in which
+      the penalty would remove it, the same share of each weight, and what is left keeps its value. Zeros are
+      then held (`freeze_zeros="element"` in those param groups), the coefficients become 0, and the rest
+      trains on without a penalty, as after pruning.
 
-    Where single groups hold more than a point of all weights, it cannot land within a point. Large groups,
-    such as whole channels, shrink for some hundred steps before they die, all at about the same time. With a
-    few hundred `steps` the factor may have grown too far by then, so that whole layers die.
+    The fewer the `steps`, the less does the penalty choose and the more does the cut. Where single groups
+    hold more than a point of all weights, it cannot land within a point. Each weight keeps one group at
+    least.
 
     Args:
         optimizer: a [`ProxSGD`][cges_kernels.ProxSGD] or [`ProxAdamW`][cges_kernels.ProxAdamW] with a penalty
-            in some param group. Make it rather too weak than too strong: the factor finds its size, but units
-            that an early blow has killed do not come back.
+            in some param group. Its strength matters little, because the factor finds its size.
         density: the fraction of weights to be left nonzero, in (0, 1].
         steps: the number of optimizer steps for the approach, >= 1. Half of the training does well.
         freeze: False leaves out the landing; the coefficients stay in force, and the density fluctuates.
@@ -48,9 +54,8 @@ class TargetDensity(CoefficientScheduler):
         TypeError: `freeze` that is not a bool.
 
     Warns:
-        UserWarning: once, where the density stays more than a point away though the factor is at an end of
-            its range of 1e-6 to 1e6; and once, where a weight of two or more dims has become zero as a whole,
-            which cuts the network in two.
+        UserWarning: once, where the density stays more than a point away after `steps`; and once, where a
+            weight of two or more dims has become zero as a whole, which cuts the network in two.
 
     Examples:
         >>> optimizer = ProxSGD(cges_param_groups(model, 1e-3, scale="size"), lr=0.05, momentum=0.9)
@@ -63,15 +68,17 @@ class TargetDensity(CoefficientScheduler):
     """
 
     _state = (
-        *("target", "steps", "freeze", "last_epoch", "density", "factor", "landing", "frozen"),
-        *("_error", "_warned"),
+        *("target", "steps", "freeze", "last_epoch", "density", "factor", "frozen"),
+        *("_error", "_warned", "_scales"),
     )
+    _optional = ("_scales",)
     TOLERANCE = 0.01  # the target counts as reached within one percentage point
-    BAND = 0.1  # the landing begins when the density is no more than this above the target
     START = 0.01  # the initial factor
     FACTORS = (1e-6, 1e6)  # the range of the factor
-    PROPORTIONAL, INTEGRAL, LANDING = 1.0, 0.2, 0.5  # the gains of the feedback loop, per measurement
+    PROPORTIONAL, INTEGRAL = 1.0, 0.2  # the gains of the feedback loop, per measurement
     LARGEST = 0.5  # the largest change of log(factor) per measurement
+    FASTEST = 0.05  # the largest part of the way to the target that weights may shrink per measurement
+    WEAKEST = 0.5  # the part of its initial scale below which no weight is to shrink
 
     def __init__(
         self,
@@ -88,9 +95,12 @@ class TargetDensity(CoefficientScheduler):
             raise TypeError(f"freeze: expected a bool, got {freeze!r}")
         self.target, self.steps, self.freeze = float(density), steps, freeze
         self.density = 1.0  # as last measured
-        self.factor = self.START  # of the initial coefficients, which the landing may weaken further
-        self.landing = self.frozen = self._warned = self._told = False
+        self.factor = self.START  # of the initial coefficients
+        self.frozen = self._warned = self._told = False
         self._error = 0.0
+        self._scales: list[
+            float
+        ] = []  # of each weight: the strength that would have left the target at first
         super().__init__(optimizer, last_epoch)
         groups = self._groups()
         if not any(p.numel() for group in groups for p in group["params"]):
@@ -104,13 +114,25 @@ class TargetDensity(CoefficientScheduler):
                 f"{type(optimizer).__name__}"
             )
 
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        check_density("target", state["target"])
+        for key in ("freeze", "frozen", "_warned"):
+            if not isinstance(state[key], bool):
+                raise TypeError(f"{key}: expected a bool, got {state[key]!r}")
+        ranges = {"density": (0, 1), "factor": self.FACTORS, "_error": (-1e9, 1e9), "_scales": (0, math.inf)}
+        for key, (low, high) in ranges.items():
+            for value in state.get(key, []) if key == "_scales" else [state[key]]:
+                if not isinstance(value, Real) or not low <= float(value) <= high:
+                    raise ValueError(f"{key}: expected a number in [{low}, {high}], got {value!r}")
+
     def _groups(self) -> list[dict[str, Any]]:
         """The param groups that have a penalty at full strength."""
-        return [
-            group
-            for group in self.optimizer.param_groups
-            if any(float(group.get(INITIAL[key], group[key])) > 0 for key in COEFFICIENTS)
-        ]
+        return [group for group in self.optimizer.param_groups if any(full_coefficients(group))]
+
+    def _weights(self) -> list[Weight]:
+        """The parameters under a penalty, each with its param group."""
+        return [(p, group) for group in self._groups() for p in group["params"] if p.numel()]
 
     def step(self, epoch: int | None = None) -> None:
         """Measure the density if a measurement is due, and move on by one optimizer step.
@@ -120,15 +142,22 @@ class TargetDensity(CoefficientScheduler):
 
         Raises:
             ValueError: `epoch` that is not None.
+            RuntimeError: a newer schedule of coefficients has been made for the optimizer.
         """
         check_no_epoch(epoch)
+        self._check_newest()
         k = self.last_epoch + 1
         every = max(1, self.steps // 100)
-        landed = self.frozen and self.density <= self.target + self.TOLERANCE / 2
-        if k % every == 0 or (k >= self.steps and self.freeze and not landed):
+        landing = self.freeze and k >= self.steps
+        if not self.frozen and (k % every == 0 or landing):
             self.density = self.measure()
+            if landing and self.density >= self.target - self.TOLERANCE / 2:
+                self._land()
+            else:
+                self._control(k, every)
             self._warn_of_dead_weights()
-            self._control(k, every)
+            if k >= self.steps and not self._warned:
+                self._warn_if_stuck()
         super().step(epoch)
 
     @torch.no_grad()
@@ -136,37 +165,53 @@ class TargetDensity(CoefficientScheduler):
         """Count the nonzero weights now.
 
         Returns:
-            Their fraction of all weights in param groups with a penalty.
+            Their fraction of all weights in param groups with a penalty. For DTensors it is the fraction over
+                all ranks, so every rank must call it.
         """
-        params = [p for group in self._groups() for p in group["params"]]
-        counts: list[Any] = [torch.count_nonzero(p) for p in params]
-        return float(sum(counts)) / max(sum(p.numel() for p in params), 1)
+        params = [p for p, _ in self._weights()]
+        return sum(map(count_nonzero, params)) / max(sum(p.numel() for p in params), 1)
+
+    def _land(self) -> None:
+        """Cut what is above the target, and hold all zeros."""
+        if self.density > self.target + self.TOLERANCE / 2:
+            weights = self._weights()
+            cut(weights, self.target * sum(p.numel() for p, _ in weights))
+            self.density = self.measure()
+        self.frozen = True
+        for group in self._groups():
+            group["freeze_zeros"] = "element"
 
     def _control(self, k: int, every: int) -> None:
-        """Begin the landing, freeze zeros and move the factor, after a measurement at optimizer step k.
+        """Move the factor after a measurement at optimizer step k; `every` steps lie between two of them.
 
-        `every` is the number of steps between two measurements of the approach.
+        The factor itself is the integral, so a bound that holds it leaves nothing to unwind.
         """
         wanted = 1 - (1 - self.target) * cubic(k / self.steps)
         error = math.log(max(self.density, 1e-9) / wanted)
-        self.landing |= self.freeze and k >= self.steps and self.density <= self.target + self.BAND
-        if self.landing and not self.frozen and self.density >= self.target - self.TOLERANCE / 2:
-            self.frozen = True
-            for group in self._groups():
-                group["freeze_zeros"] = "element"
-        if self.landing:
-            within = self.frozen and self.density <= self.target + self.TOLERANCE / 2
-            change = 0.0 if within else self.LANDING * error
-        elif k % every == 0:
-            change = self.PROPORTIONAL * (error - self._error) + self.INTEGRAL * error
-            self._error = error
-        else:
-            change = 0.0
+        change = self.PROPORTIONAL * (error - self._error) + self.INTEGRAL * error
+        self._error = error
+        weights = self._weights()
+        if len(self._scales) != len(weights):
+            self._scales = [self._scale(weight) for weight in weights]
+        if self.freeze and any(self._is_weak(*pair) for pair in zip(weights, self._scales)):
+            change = -self.LARGEST
         change = min(max(change, -self.LARGEST), self.LARGEST)
+        lrs = [float(group["lr"]) for _, group in weights]
+        bounds = [self.FASTEST * s / (lr * every) for lr, s in zip(lrs, self._scales) if lr > 0]
         low, high = self.FACTORS
-        self.factor = min(max(self.factor * math.exp(change), low), high)
-        if k >= self.steps and not self._warned:
-            self._warn_if_stuck(low, high)
+        self.factor = min(max(min(self.factor * math.exp(change), *bounds, high), low), high)
+
+    def _scale(self, weight: Weight) -> float:
+        """The strength that would leave the target of a weight now; infinite where no more is left anyway."""
+        wanted = within_reach(weight, self.target * weight[0].numel())
+        return strength_to_leave(weight, wanted) if count_nonzero(weight[0]) > wanted else math.inf
+
+    def _is_weak(self, weight: Weight, scale: float) -> bool:
+        """Whether less than the target of a weight has kept half the scale that it had at first."""
+        if math.isinf(scale):
+            return False
+        wanted = within_reach(weight, self.target * weight[0].numel())
+        return count_nonzero(left(weight, self.WEAKEST * scale)) <= wanted
 
     def _warn_of_dead_weights(self) -> None:
         """Warn, once, where all of a weight is zero: nothing passes through its layer any more."""
@@ -183,27 +228,24 @@ class TargetDensity(CoefficientScheduler):
                     )
                     return
 
-    def _warn_if_stuck(self, low: float, high: float) -> None:
-        """Warn, once, if the density cannot come nearer to the target."""
+    def _warn_if_stuck(self) -> None:
+        """Warn, once, if the density does not come nearer to the target."""
         above = self.density - self.target
         reason = None
-        if above < -self.TOLERANCE and (self.factor == low or self.frozen):
+        if self.frozen and above > self.TOLERANCE:
+            reason = "the groups are too large, or a coefficient of 0 or exclusive lasso alone leaves some"
+        elif above < -self.TOLERANCE and self.factor == self.FACTORS[0]:
             reason = "zeros do not come back: begin with weaker coefficients, or take more steps"
-        elif above > self.TOLERANCE and self.factor == high:
+        elif above > self.TOLERANCE and self.factor == self.FACTORS[1]:
             reason = "is the learning rate 0, or the initial coefficient far too small?"
         if reason:
             self._warned = True
             warnings.warn(
                 f"density {self.target}: not reached; {100 * self.density:.1f}% of the weights are nonzero "
                 f"with the coefficients at {self.factor:.0e} of their initial values ({reason})",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def get_factor(self) -> float:
-        """The controlled factor; once zeros are frozen it falls with the distance to the target, to 0."""
-        if not self.frozen:
-            return self.factor
-        above = self.density - self.target
-        if above <= self.TOLERANCE / 2:
-            return 0.0
-        return self.factor * min(above / self.BAND, 1.0)
+        """The controlled factor; 0 once zeros are held."""
+        return 0.0 if self.frozen else self.factor

@@ -18,24 +18,27 @@ COMBINATIONS = [(0.5, 0.1, 0.05), (0.5, 0.3, 0), (0.5, 0, 0.05), (0, 0.3, 0.05),
 @pytest.mark.parametrize("thresholds", COMBINATIONS, ids=str)
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_shrink_has_the_right_gradient(prox_mode, thresholds):
-    """gradcheck passes under each combination of penalties, with a dead group among the others."""
+    """First and second derivatives are right under each combination, with a dead group among the others."""
     for group_by in (*SPECS, ()):
         z = normal(4, 3, 2)
         z[:, 0, 0] /= 50  # a dead feature group
         of = partial(shrink, thresholds=Thresholds(*thresholds), group_by=group_by, prox_mode=prox_mode)
         assert torch.autograd.gradcheck(of, (z.requires_grad_(),))
+        assert torch.autograd.gradgradcheck(of, (z,), fast_mode=True)
 
 
 @pytest.mark.parametrize("prox_mode", PROX_MODES)
 def test_gradients_are_zero_at_dead_and_zero_groups(prox_mode):
-    """A zero group and a group that dies pass no gradient on, and no NaN."""
+    """A zero group and a group that dies pass no gradient on, and no NaN, also not to second derivatives."""
     for thresholds in COMBINATIONS:
         z = normal(5, 4)
         z[:, 1] = 0.0
         z[:, 2] *= 1e-3
         z.requires_grad_()
-        (grad,) = torch.autograd.grad(shrink(z, Thresholds(*thresholds), "feature", None, prox_mode).sum(), z)
-        assert grad.isfinite().all() and grad[:, 3].any()
+        w = shrink(z, Thresholds(*thresholds), "feature", None, prox_mode)
+        (grad,) = torch.autograd.grad(w.square().sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), z)
+        assert grad.isfinite().all() and second.isfinite().all() and grad[:, 3].any()
         assert not grad[:, 1].any()
         assert thresholds[0] == 0 or not grad[:, 2].any()
 

@@ -82,3 +82,5 @@ def test_explain_refuses_another_optimizer():
     """An optimizer of torch is a TypeError that says what was expected."""
     with pytest.raises(TypeError, match="expected a ProxSGD, got SGD"):
         explain(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(TypeError, match="expected a ProxSGD, got int"):
+        explain(3)

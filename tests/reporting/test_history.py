@@ -69,6 +69,20 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     assert path.read_text() == "name,sum\nme,12\n"
 
 
+def test_what_is_no_step_no_report_or_takes_a_column_is_refused(tmp_path):
+    """Nothing is written then, and the file can still be read; a tensor is written as its number."""
+    history, report = SparsityHistory(tmp_path / "s.csv"), sparsity_report(nn.Linear(3, 2))
+    history.add(1, report, loss=torch.tensor(0.5))
+    for step, what, values, words in [
+        *((x, report, {}, "step: expected an int, got") for x in ("2", None, 1.5, True, torch.tensor(2))),
+        (2, str(report), {}, "report: expected a SparsityReport, got str"),
+        *((2, report, {key: 0}, "values: expected other names .* got") for key in ("layer", "nonzero")),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=words):
+            history.add(step, what, **values)
+    assert SparsityHistory(tmp_path / "s.csv").rows[-1]["loss"] == "0.5" and len(history.rows) == 2
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     """When the disk is full the old file stays whole and no temporary file is left."""
     path = tmp_path / "history.csv"

@@ -183,10 +183,21 @@ def test_dict_is_plain():
 
 
 def test_refusals():
-    """A model without weights, a lazy layer and a spec that does not fit are errors that say so."""
+    """No weights, a lazy or meta layer, a spec that does not fit and what is no model are errors."""
     with pytest.raises(ValueError, match=r"ReLU: expected at least one weight .* got none"):
         sparsity_report(nn.ReLU())
     with pytest.raises(ValueError, match="run one batch first"):
         sparsity_report(nn.LazyLinear(2))
     with pytest.raises(ValueError, match=r"weight: group_by: expected dims .* got \(2,\)"):
         sparsity_report(nn.Linear(2, 2), group_by=(2,))
+    with pytest.raises(ValueError, match=r"weight: expected a whole tensor .* got one on the meta device"):
+        sparsity_report(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(TypeError, match=r"model: expected a module, got list"):
+        sparsity_report([nn.Linear(2, 2)])
+
+
+def test_arguments_by_name_alone_give_flops():
+    """Without an example input the model runs on `kwargs`, if there are some."""
+    linear = nn.Linear(3, 2)
+    assert sparsity_report(linear, kwargs={"input": torch.ones(1, 3)}).total.flops == 12
+    assert sparsity_report(linear).total.flops is None

@@ -196,6 +196,10 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"freeze_zeros='element': expected .* got SGD"):
         prune_to_density(model, 0.5, optimizer=torch.optim.SGD(weights, lr=0.1))
     assert all(torch.equal(a, b) for a, b in zip(before, weights)) and sum(nonzeros(model)) == 120
+    with pytest.raises(ValueError, match=r"weight: expected a whole tensor with values, got one on the meta"):
+        prune_to_density(nn.Linear(2, 2, device="meta"), 0.5)
+    with pytest.raises(TypeError, match="optimizer: expected an Optimizer, got list"):
+        prune_to_density(model, 0.5, optimizer=weights)
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"2\.weight: expected finite weights"):

@@ -111,6 +111,9 @@ def test_scale_refuses(scale, message):
     """Unknown names, missing or negative factors and unknown words are errors."""
     with pytest.raises(ValueError, match=message):
         sparsity_param_groups(mlp(3, 4, 2), group_lasso=0.1, scale=scale)
+    for pair in (1, ("a", 1)):
+        with pytest.raises(ValueError, match=r"scale\['0.weight'\]: expected two finite factors >= 0, got"):
+            sparsity_param_groups(mlp(3, 4, 2), group_lasso=0.1, scale={"0.weight": pair})
 
 
 def test_cges_shares_lambda_by_the_schedule():
@@ -128,14 +131,14 @@ def test_cges_counts_the_included_layers_only():
     )
 
 
-@pytest.mark.parametrize("value", ["1e-3", None, b"ab", {0.1}, ["0.1"]])
+@pytest.mark.parametrize("value", ["1e-3", None, b"ab", {0.1}, ["0.1"], True])
 def test_a_coefficient_that_is_no_number_is_refused(value):
-    """Text, None, bytes and sets are TypeErrors that show the value."""
+    """Text, None, bytes, sets and bools are TypeErrors that show the value."""
     for key in ("group_lasso", "weight_decay"):
         text = re.escape(f"{key}: expected a number or one value per layer, got {value!r}")
         with pytest.raises(TypeError, match=text):
             sparsity_param_groups(nn.Linear(3, 2), **{key: value})
-        for wrong in (dict(names="False"), dict(lam="1e-3")):
+        for wrong in (dict(names="False"), dict(lam="1e-3"), dict(lam=True)):
             helper = cges_param_groups if "lam" in wrong else sparsity_param_groups
             with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected a (bool|number), got"):
                 helper(nn.Linear(3, 2), **wrong)

@@ -120,7 +120,7 @@ def test_include_never_takes_a_frozen_weight():
     "include, error, message",
     [
         (["conv.weight", "nope"], ValueError, r"include: expected names .* got \['nope'\]"),
-        ("conv.weight", TypeError, "include: expected a callable or a collection .* got the string"),
+        ("conv.weight", TypeError, "include: expected a callable or a collection .* got 'conv.weight'"),
         ([], ValueError, "expected at least one weight .* got none"),
     ],
 )
@@ -128,6 +128,8 @@ def test_include_refuses(include, error, message):
     """Unknown names, a single string and an empty choice are errors."""
     with pytest.raises(error, match=message):
         sparsity_param_groups(Zoo(), include=include)
+    with pytest.raises(TypeError, match=r"include: expected a callable or a collection .* got 3"):
+        sparsity_param_groups(Zoo(), include=3)
 
 
 def test_a_lazy_model_says_what_to_do():

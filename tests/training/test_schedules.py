@@ -1,5 +1,6 @@
 """Schedules of the coefficients: values, resuming, use beside torch's schedulers, what they refuse."""
 
+import copy
 import io
 
 import pytest
@@ -287,3 +288,49 @@ def test_what_does_not_fit_changes_nothing(make):
     assert (schedule.state_dict(), schedule.get_last_coefficients()) == before
     with pytest.raises(TypeError, match="freeze: expected a bool, got 'False'"):
         TargetDensity(optimizer, 0.5, 4, freeze="False")
+
+
+IMPOSSIBLE = {
+    "last_epoch": (-7, 1.5, "1", None),
+    "steps": (-3, "4", float("nan"), torch.tensor(4)),
+    "begin": (-1,),
+    "target": (2.0, "half"),
+    "factor": (float("nan"), -1.0, 0, "1"),
+    "density": (-1.0, None),
+    "_error": (float("nan"),),
+    "_scales": ([float("nan")],),
+    "frozen": (1,),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_state_that_no_schedule_has_is_refused(make):
+    """A value that the schedule could not have saved is an error that names it, and nothing is loaded."""
+    schedule = make(ProxSGD([nn.Parameter(torch.ones(2, 2))], lr=0.1, l1=0.8))
+    saved = schedule.state_dict()
+    schedule.step()
+    now = schedule.state_dict(), schedule.get_last_coefficients()
+    for key in saved.keys() & IMPOSSIBLE:
+        for value in IMPOSSIBLE[key]:
+            with pytest.raises((ValueError, TypeError), match=f"{key}: expected"):
+                schedule.load_state_dict({**saved, key: value})
+    with pytest.raises(TypeError, match="state_dict: expected a dict, got NoneType"):
+        schedule.load_state_dict(None)
+    assert (schedule.state_dict(), schedule.get_last_coefficients()) == now
+
+
+def test_only_the_newest_schedule_of_an_optimizer_steps():
+    """Two would undo each other, so the older one refuses; a copy with an optimizer of its own does not."""
+    _, optimizer, warmup = warmed()
+    copied = copy.deepcopy(warmup)
+    ramp = CubicRamp(optimizer, 4)
+    for step in (warmup.step, ChainedScheduler([warmup, StepLR(stepped(optimizer), 1)]).step):
+        with pytest.raises(RuntimeError, match=r"CoefficientWarmup: expected .* got a newer CubicRamp"):
+            step()
+    ramp.step()
+    copied.step()
+    assert ramp.get_last_coefficients()[0]["group_lasso"] == pytest.approx(0.4 * (1 - 0.75**3))
+    assert copied.get_last_coefficients()[0]["group_lasso"] == pytest.approx(0.1)
+    for bad, error in ((dict(optimizer=3), TypeError), (dict(last_epoch=1.5), ValueError)):
+        with pytest.raises(error, match=r"(optimizer|last_epoch): expected"):
+            CubicRamp(**{"optimizer": optimizer, "steps": 4, **bad})

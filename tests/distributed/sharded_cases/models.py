@@ -4,6 +4,7 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from cges_kernels import ProxSGD
+from cges_kernels import ProxSGD, TargetDensity, sparsity_param_groups
 from cges_kernels.core.hyperparameters import PROX_MODES
 from cges_kernels.distributed.crossing import MAX_ROUNDS
 
@@ -146,3 +147,32 @@ def distributed_checkpoints():
     train(model, optimizer, 2)
     results.append([local(p).clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@case(2)
+def a_density_on_all_ranks():
+    """TargetDensity counts, controls and cuts DTensors as it does whole tensors: with the same bits."""
+    ends = []
+    for shard in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 9))
+        with torch.no_grad():
+            model[0].weight[:2] = 0
+        if shard:
+            fully_shard(model, mesh=mesh_of(2))
+        groups = sparsity_param_groups(model, group_lasso=0.5, l1=0.1, group_by="feature")
+        optimizer = ProxSGD(groups, lr=0.05, momentum=0.9)
+        control = TargetDensity(optimizer, 0.3, 20)
+        seen = [control.measure()]
+        for _ in range(22):
+            optimizer.zero_grad()
+            model(torch.ones(1, 7)).square().sum().backward()
+            optimizer.step()
+            control.step()
+            seen += [control.density, control.factor]
+        ends.append((seen, [whole(p.detach()) for p in model.parameters()]))
+    (seen, weights), (alone, expected) = ends
+    assert seen[0] == 66 / 80 and seen == pytest.approx(alone, rel=1e-3)
+    assert 0.25 < seen[-2] < 0.35
+    for w, x in zip(weights, expected):
+        torch.testing.assert_close(w, x, rtol=1e-4, atol=1e-5)
