@@ -40,7 +40,7 @@ class Beside:
         self.channels, self.owners = channels, Owners(model)
         self.model = type(model).__name__
         self.used: set[str] = set()  # the names of parameters and buffers that some operation took
-        self.opaque: dict[str, str] = {}  # {weight: the operation without a rule that took it}
+        self.opaque: dict[str, str] = {}  # {weight: why it is not followed}
         self.sizes: dict[bytes, Tensor] = {}  # {bytes of ids: ids}, each line of channels along some dim
         self.stack: list[str] = []  # the names of the modules whose forward is running, innermost last
         self.calls: Counter[str] = Counter()  # {module: the number of its calls}
@@ -95,7 +95,7 @@ class Beside:
         where = self.where(operation if isinstance(operation, str) else ops.name(operation))
         for x in tensors:
             if self.is_owners(x):
-                self.opaque[str(self.owners.name(x))] = where
+                self.opaque[str(self.owners.name(x))] = f"{where} is not followed"
             else:
                 self.channels.hold(self.ids(x), f"{where} takes them together", read=True)
 

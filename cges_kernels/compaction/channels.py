@@ -69,7 +69,7 @@ class Channels:
         self.loose: dict[str, Tensor] = {}
         self.widths: dict[str, Tensor] = {}  # {norm without parameters: the channels of its input}
         self.by_numbers: list[Placed] = []
-        self.called: set[str] = set()  # layers whose weight is used only by calls of the layer itself
+        self.called: dict[str, int] = {}  # {layer whose weight is used only by its own calls: their number}
         self.held: list[Held] = []
         self._starts: list[int] = []  # the first channel of each call of new_loose
         self._ends: list[int] = []  # the channel after the last one of each call of new_loose
@@ -167,6 +167,7 @@ class Owners:
         self.names: dict[int, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self.shared: set[str] = set()  # names whose memory another tensor of the model uses as well
+        self.multiples: list[Tensor] = []  # kept, so that no other tensor gets their memory
         for name, x in saved.items():
             if not isinstance(x, Tensor) or not x.numel():
                 continue
@@ -179,6 +180,23 @@ class Owners:
     @staticmethod
     def _memory(x: Tensor) -> int:
         return x.untyped_storage().data_ptr()
+
+    def whole(self, x: Tensor) -> str | None:
+        """The name of the parameter that `x` is, or a multiple of it; None if it is none or a part of one."""
+        if (name := self.name(x)) is None or name in self.shared:
+            return None
+        whole = self.tensors[name]
+        same = x.shape == whole.shape and x.stride() == whole.stride()
+        return name if same else None
+
+    def add_multiple(self, x: Tensor, of: Tensor) -> bool:
+        """Take `x` for the parameter `of`, of which it is a multiple or a cast; returns whether it can be."""
+        name = self.whole(of)
+        if name is None or of.storage_offset() or x.stride() != of.stride():
+            return False
+        self.names[self._memory(x)] = name
+        self.multiples.append(x)
+        return True
 
     def name(self, x: Tensor) -> str | None:
         """The name of the parameter or buffer whose memory `x` uses; None if there is none."""

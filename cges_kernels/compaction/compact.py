@@ -18,7 +18,15 @@ from torch.random import fork_rng
 from ..core.calls import Given, arguments_of, leaves, tensors_in
 from ..reporting.explain import Table
 from .channels import Channels
-from .copies import has_hooks, restore_hooks, restore_kind, unwrapped, without_hooks, working_copies
+from .copies import (
+    has_hooks,
+    kept_tensors,
+    restore_hooks,
+    restore_kind,
+    unwrapped,
+    without_hooks,
+    working_copies,
+)
 from .following import follow
 from .probes import Probes, failed_in, shortened
 from .running import SLACK, check_modules, compare, cuda_devices, latencies, outputs_and_flops
@@ -106,10 +114,11 @@ def compact(
     A Linear or convolution that reads few of its inputs where other layers need them all picks its inputs by
     itself (`layer.read_inputs`). At least one channel of each layer stays.
 
-    Constants are those for inputs of the example's size: behind zero padding and pooling, another size may
-    give others. The values of all tensors that are passed count as unknown, be they numbers, token ids or
-    masks. Numbers and flags that are not tensors are taken as they are. Where an input decides which way the
-    forward pass goes, nothing is removed.
+    Behind zero padding and pooling, a constant may depend on the size of the input. So constants are looked
+    for at a second size too: another length, or twice the size in all dims from the third on. A model that
+    takes neither gets those of the example's size. The values of all tensors that are passed count as
+    unknown, be they numbers, token ids or masks. Numbers and flags that are not tensors are taken as they
+    are. Where an input decides which way the forward pass goes, nothing is removed.
 
     The result is checked on the example and on other inputs (`varied` says in what they differ), in float64
     where the model allows it. A change that shows in the outputs is not made, and `kept` says so. The model
@@ -118,7 +127,8 @@ def compact(
 
     Args:
         model: the model, which is left as it is. Of a compiled or data-parallel model the module inside is
-            taken. Hooks are not run, so what they change is not seen; the result has copies of them.
+            taken. Hooks are not run, so what they change is not seen, unless the model fails without them
+            or keeps tensors as attributes, which hooks may have put there; the result has copies of them.
         example_input: the model's argument, a tuple of its arguments, or a dict of them by name, of the size
             that is used later.
         kwargs: more of the model's arguments by name.
@@ -145,18 +155,22 @@ def compact(
     check_modules(model, keep)
     given = arguments_of(example_input, kwargs)
     with fork_rng(devices=cuda_devices(model, given)):
-        if hooks := has_hooks(model):
-            warnings.warn(
-                "compact: hooks of the model are not run, so what they change in its outputs is not seen",
-                stacklevel=2,
-            )
-        try:
-            with without_hooks(model):
-                result = _compaction(model, given, keep)
-        except ValueError:
-            if not hooks:
-                raise
-            result = _compaction(model, given, keep)  # once more with hooks: the model may need them to run
+        hooks = has_hooks(model)
+        if hooks and kept_tensors(model):  # they may come from its hooks, and be those of an earlier input
+            result = _compaction(model, given, keep)
+        else:
+            if hooks:
+                warnings.warn(
+                    "compact: hooks of the model are not run, so what they change in its outputs is not seen",
+                    stacklevel=2,
+                )
+            try:
+                with without_hooks(model):
+                    result = _compaction(model, given, keep)
+            except ValueError:
+                if not hooks:
+                    raise
+                result = _compaction(model, given, keep)  # with hooks: the model may need them to run
     restore_hooks(result.model, model)
     return result
 
@@ -220,9 +234,17 @@ def _compacted(
         seen = follow(base, given, keep)
     except Exception:  # a dtype may be written into the model's code
         base, given = plain
-        seen = follow(base, given, keep)
+        try:
+            seen = follow(base, given, keep)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".partition("\n")[0]
+            where = failed_in(base, error) or type(model).__name__
+            raise ValueError(
+                f"{where}: expected a copy of the model that runs as it does (a hook may hold on to the "
+                f"original), got {told}"
+            ) from error
     probes = Probes(base, given, seen.outputs, seen.trained)
-    constants, unfound = _constants(base, given, seen.channels)
+    constants, unfound = _constants(base, given, probes.resized, seen.channels)
     small, stayed = Shrinking(base, seen.channels, constants, probes).run()
     restore_kind(small, model)
     if not any(stayed):  # nothing dead stayed, so constants that were not found cost nothing
@@ -235,7 +257,7 @@ def _compacted(
 
 
 def _constants(
-    model: nn.Module, given: Given, channels: Channels
+    model: nn.Module, given: Given, resized: Given | None, channels: Channels
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """({weight: the constants that it reads}, {model: why they are not known}).
 
@@ -248,7 +270,7 @@ def _constants(
         what = f"holds what could not be varied ({', '.join(sorted(other))})" if other else "holds no tensor"
         return {}, {type(model).__name__: f"constants stay: the example {what}"}
     try:
-        return inputs_of_weights(model, given), {}
+        return inputs_of_weights(model, given, resized), {}
     except Branches as error:
         channels.hold(torch.arange(channels.count), str(error))
         return {}, {}
@@ -258,10 +280,10 @@ def _constants(
 
 
 def _not_followed(model: nn.Module, opaque: Mapping[str, str]) -> dict[str, str]:
-    """{layer: how many dead rows and columns stay, because an operation without a rule reads the weight}"""
+    """{layer: how many dead rows and columns stay, and why the weight is not followed}"""
     found: dict[str, str] = {}
     params = {name: p.detach() for name, p in model.named_parameters()}
-    for name, where in opaque.items():
+    for name, why in opaque.items():
         weight = params.get(name)
         # A weight that is all zero is taken for a table that begins with zeros, not for a result of training.
         if weight is None or weight.dim() < 2 or not weight.any():
@@ -270,6 +292,6 @@ def _not_followed(model: nn.Module, opaque: Mapping[str, str]) -> dict[str, str]
         if any(zero):
             layer, _, own = name.rpartition(".")
             counts = " and ".join(map(str, zero))
-            text = f"{own}: dead rows and columns that stay: {counts}; {where} is not followed"
+            text = f"{own}: dead rows and columns that stay: {counts}; {why}"
             found[layer or own] = f"{found[layer]}; {text}" if layer in found else text
     return found

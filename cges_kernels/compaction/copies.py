@@ -11,8 +11,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from ..core.calls import Given, mapped
 from .layers import is_floating
@@ -45,6 +46,14 @@ def has_hooks(model: nn.Module) -> bool:
     )
 
 
+def kept_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors that modules have as plain attributes, alone or in lists and dicts."""
+    own = vars(nn.Module()).keys()
+    attributes = (pair for module in model.modules() for pair in vars(module).items())
+    kept = (y for key, x in attributes if key not in own for y in tree_leaves(x))
+    return [x for x in kept if isinstance(x, Tensor)]
+
+
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[nn.Module]:
     """Remove all hooks of `model` within the block, other than those by which layers pick their inputs."""
@@ -68,8 +77,9 @@ def working_copies(model: nn.Module, given: Given) -> tuple[tuple[nn.Module, Giv
 
     Layers that pick their inputs read all of them again in the copies.
     """
+    memo = {id(x): x.detach().clone() for x in kept_tensors(model) if not x.is_leaf}  # these do not copy
     try:
-        base = copy.deepcopy(model).eval().requires_grad_(False)
+        base = copy.deepcopy(model, memo).eval().requires_grad_(False)
     except Exception as error:
         raise ValueError(f"{type(model).__name__}: expected a model that copies, got: {error}") from error
     restore_inputs(base)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .channels import Weight
+from .channels import Channels
 from .layers import WEIGHTED, bias_of
 
 
@@ -58,7 +58,7 @@ def _pads_with_zeros(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def find_folds(
-    model: nn.Module, weights: Mapping[str, Weight], constants: Mapping[str, Tensor], fixed: Mapping[str, str]
+    model: nn.Module, channels: Channels, constants: Mapping[str, Tensor], fixed: Mapping[str, str]
 ) -> tuple[list[Fold], dict[str, str]]:
     """Finds the constants that can go into biases so that the outputs in eval mode stay the same.
 
@@ -66,7 +66,7 @@ def find_folds(
 
     Args:
         model: the model in eval mode.
-        weights: {parameter name: its Weight}.
+        channels: the channels of the model.
         constants: {parameter name: the constant that each of its inputs has, NaN if it is none: [in]}.
         fixed: {layer name: why its weight must not change}.
 
@@ -77,8 +77,10 @@ def find_folds(
     stayed: dict[str, str] = {}
     params = dict(model.named_parameters(remove_duplicate=False))
     for name, known in constants.items():
-        weight = weights.get(name)
-        if weight is None or name not in params or len(weight.reads) != 1 or weight.uses != 1:
+        weight = channels.weights.get(name)
+        if weight is None or name not in params or len(weight.reads) != 1:
+            continue
+        if weight.uses not in (1, channels.called.get(weight.layer)):  # not each use adds the bias
             continue
         (dim,) = weight.reads
         columns = params[name].detach().movedim(dim, 0)  # [in, out, *kernel]

@@ -30,17 +30,18 @@ NORMS = nn.modules.batchnorm._NormBase
 LARGE = 2**18  # a tensor of more elements is not followed element by element
 AT_OUTPUTS = "they are outputs of the model"
 
-# The rule for each kind of operation. Those that draw random numbers change no channels.
+# The rule for each kind of operation. Those that draw random numbers or move nothing change no channels.
 RULES: dict[str, Callable[[Any, Call], None]] = {
     **{
         rule.__name__: rule
         for rule in (
             *(rules.shaped, rules.moved, rules.turned, rules.pointwise, rules.joined, rules.padded),
-            *(rules.spatial, rules.reduced, rules.layer_normed, rules.batch_normed, rules.halved),
+            *(rules.packed, rules.spatial, rules.reduced),
+            *(rules.layer_normed, rules.batch_normed, rules.halved),
             *(products.embedded, products.convolved, products.multiplied),
         )
     },
-    "drawn": lambda follower, call: None,
+    **dict.fromkeys(("drawn", "still"), lambda follower, call: None),
     "opaque": lambda follower, call: follower.take_all(call),
 }
 
@@ -49,7 +50,7 @@ class Follower(Beside, EachOperation):
     """The dispatch mode that applies a rule to each operation of a forward pass."""
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind = ops.kind(func)
+        kind = "still" if ops.moves_nothing(func, args) else ops.kind(func)
         before = self.ids(args[0]).expand(args[0].shape) if kind == "turned" else None
         out = func(*args, **kwargs)
         if any(x in self.given for x in ops.tensors(args, kwargs)):
@@ -61,6 +62,8 @@ class Follower(Beside, EachOperation):
         views = [self.owners.name(x) for x in ops.tensors((out,), {})]
         if names and names[0] is not None and names[0] in views and not ops.writes(func):
             return out  # a view of a parameter needs no note: it is known by its memory
+        if ops.scales(func, args) and self.owners.add_multiple(out, args[0]):
+            return out
         if tensors and all(self.is_owners(x) or x in self.computed for x in tensors):
             for y in ops.tensors((out,), {}):
                 self.computed[y] = True
@@ -114,7 +117,7 @@ class Followed:
     """The result of following a network."""
 
     channels: Channels
-    opaque: dict[str, str]  # {weight: the operation without a rule that took it}
+    opaque: dict[str, str]  # {weight: why it is not followed}
     outputs: list[Any]  # the outputs of the model in eval mode
     trained: list[Any] | None  # its outputs in training mode; None if it fails there
 
@@ -148,7 +151,7 @@ def follow(model: nn.Module, given: Given, keep: Collection[str]) -> Followed:
         return follower, out
 
     first, outputs = once()
-    channels.called = {w.layer for w in channels.weights.values() if w.uses == first.calls[w.layer]}
+    channels.called = {w.layer: w.uses for w in channels.weights.values() if w.uses == first.calls[w.layer]}
     unused = {name for name, x in first.owners.tensors.items() if isinstance(x, nn.Parameter)} - first.used
     sizes = first.sizes
     uses = {name: weight.uses for name, weight in channels.weights.items()}

@@ -66,7 +66,7 @@ def sizes(module: nn.Module) -> dict[str, int]:
             return {"num_features": module.num_features if own is None else len(own)}
         case nn.PReLU():
             return {"num_parameters": shape[0]}
-        case nn.Embedding():
+        case nn.Embedding() | nn.EmbeddingBag():
             return {"embedding_dim": shape[1]}
         case nn.RNNBase() if {"weight_ih_l0", "weight_hh_l0"} <= module._parameters.keys():
             hidden = module.hidden_size if module.proj_size else module.get_parameter("weight_hh_l0").shape[1]

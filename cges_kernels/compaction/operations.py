@@ -78,7 +78,8 @@ OTHERS = {
     "native_layer_norm": "layer_normed",
     "glu": "halved",
     **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), "turned"),
-    "embedding": "embedded",
+    **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), "embedded"),
+    "_pack_padded_sequence": "packed",
     "convolution": "convolved",
 }
 SPATIAL = re.compile(r"_?(\w*_pool|upsample_\w+|reflection_pad|replication_pad|_upsample_\w+)([123])d")
@@ -117,6 +118,20 @@ def spatial_dims(func: Any) -> int:
 def writes(func: Any) -> bool:
     """Whether the operation changes one of its arguments."""
     return any(x.alias_info is not None and x.alias_info.is_write for x in func._schema.arguments)
+
+
+def scales(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result is a multiple of the first argument, a matrix or kernel, or a cast of it."""
+    if name(func) not in ("mul", "div", "neg", "_to_copy") or not isinstance(args[0], Tensor):
+        return False
+    return args[0].dim() > 1 and all(not isinstance(x, Tensor) or x.numel() == 1 for x in args[1:])
+
+
+def moves_nothing(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether `func` is an as_strided_ that gives other strides to dims of size 1 alone, as pooling does."""
+    if name(func) != "as_strided_" or list(args[0].shape) != list(args[1]):
+        return False
+    return all(size == 1 or a == b for size, a, b in zip(args[1], args[0].stride(), args[2]))
 
 
 def on_ids(func: Any) -> Callable[..., Any]:

@@ -40,6 +40,11 @@ def shortened(given: Given) -> list[Given]:
     return [mapped(lambda x: x[:BATCH], given), given]
 
 
+def enlarged(given: Given) -> Given:
+    """The example with twice the size in all dims from the third on; a model may not take it."""
+    return mapped(lambda x: x.repeat([1 if dim < 2 else 2 for dim in range(x.dim())]), given)
+
+
 @dataclass(frozen=True)
 class Difference:
     """A difference from the expected outputs, and the module in which the forward pass failed, if it did."""
@@ -55,7 +60,7 @@ class Probes:
     have one size there). Its floating-point and complex tensors are normal numbers of the example's mean and
     spread. Integers are drawn between those of the example, from 0 to 255 (uint8) or up to the last entry of
     the model's smallest embedding. Truth values are inverted, all true, and all false. Then the length (the
-    second dim) is doubled. Other arguments stay.
+    second dim) is doubled, or halved if the model refuses that. Other arguments stay.
 
     Args:
         model: the model in eval mode; it is run on each set of arguments.
@@ -67,6 +72,7 @@ class Probes:
         given: the sets of arguments, the example first.
         expected: the outputs of `model` on each set.
         varied: the differences between the sets, in words.
+        resized: the set with another length, if the model takes one.
 
     Raises:
         ValueError: the model takes no other values of an integer or boolean argument.
@@ -88,8 +94,15 @@ class Probes:
         sizes = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         self._entries = min(sizes, default=None)
         self._vary_values(model, tensors)
-        if _common_size(tensors, 1) is not None and self._try(model, _doubled(tensors, tensors, 1)) is None:
-            self.varied.append("length")
+        self.resized: Given | None = None
+        length = _common_size([x for x in tensors if x.dim() > 1], 1) or 0
+        half = length // 2 if max((x.dim() for x in tensors), default=0) < 4 else 0  # images have no length
+        for size in filter(None, (2 * length, half)):
+            others = [torch.cat((x, x), 1)[:, :size] if x.dim() > 1 else x for x in tensors]
+            if self._try(model, others) is None:
+                self.varied.append("length")
+                self.resized = self.given[-1]
+                break
 
     def differs(self, model: nn.Module) -> Difference | None:
         """The difference between the outputs of `model` and those expected; None if there is none.
@@ -121,7 +134,7 @@ class Probes:
         masks = [i for i in exact if tensors[i].dtype == torch.bool]
         others = [next(self._others(x), x) if x.numel() else x for x in tensors]
         inexact = ["numbers"] if any(map(_is_inexact, tensors)) else []
-        if _common_size(tensors, 0) is not None and self._try(model, _doubled(tensors, others, 0)) is None:
+        if _common_size(tensors, 0) is not None and self._try(model, _doubled(tensors, others)) is None:
             self.varied += [*inexact, *(self._kind(tensors, i) for i in exact), "batch"]
             for i in masks:
                 for other in list(self._others(tensors[i]))[1:]:
@@ -171,7 +184,7 @@ class Probes:
                     if not torch.equal(drawn, x):
                         break
                 yield drawn
-            yield from (x + 1, x - 1)
+            yield from (x + 1, x - 1, x // 2)  # the last keeps order, and where offsets begin
 
     def _try(self, model: nn.Module, tensors: list[Tensor]) -> str | None:
         """Add these arguments if the model takes them, and return None; otherwise return the error."""
@@ -195,8 +208,8 @@ def _in_training(model: nn.Module, given: Given) -> list[Any]:
         return run(model, given)
 
 
-def _doubled(tensors: list[Tensor], others: list[Tensor], dim: int) -> list[Tensor]:
-    return [torch.cat(pair, dim) for pair in zip(tensors, others)]
+def _doubled(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(pair) for pair in zip(tensors, others)]
 
 
 def failed_in(model: nn.Module, error: Exception) -> str | None:

@@ -18,18 +18,10 @@ from .rules import meet
 ALSO_FIXED = "what reads them also reads what cannot be cut"
 
 
-def _whole(f: Beside, w: Tensor) -> str | None:
-    """The name of `w` if it is a whole parameter that shares no memory with another; None otherwise."""
-    name = f.owners.name(w)
-    if name is None or name in f.owners.shared or w is not f.owners.tensors[name]:
-        return None
-    return name
-
-
 def embedded(f: Beside, call: Call) -> None:
-    """An embedding: each column of the table makes a channel."""
-    args, out = call.args, call.out
-    if (name := _whole(f, args[0])) is None:
+    """An embedding, or a bag of them: each column of the table makes a channel."""
+    args, out = call.args, call.outs[0]
+    if (name := f.owners.whole(args[0])) is None:
         return f.take_all(call)
     made = f.channels.use(name, args[0], makes=1).ids[1]
     f.note(out, made.reshape(aligned(made.shape, out.dim())))
@@ -40,7 +32,7 @@ def convolved(f: Beside, call: Call) -> None:
     func, args, out = call.func, call.args, call.out
     x, w, bias = args[:3]
     transposed, groups = bool(args[6]), args[8]
-    if (name := _whole(f, w)) is None:
+    if (name := f.owners.whole(w)) is None:
         return f.take_all(call)
     line = f.line(func, x, 1)
     if groups == 1:

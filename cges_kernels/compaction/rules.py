@@ -153,6 +153,14 @@ def padded(f: Beside, call: Call) -> None:
     f.note(out, torch.constant_pad_nd(ids, sides, NOBODY))
 
 
+def packed(f: Beside, call: Call) -> None:
+    """Packing of padded sequences, which makes one dim of the batch and the length."""
+    ids = f.ids(call.args[0])
+    if any(dim < 2 for dim in varying(ids)):
+        return f.take_all(call)
+    f.note(call.outs[0], ids[0])
+
+
 def spatial(f: Beside, call: Call) -> None:
     """Pooling, interpolation and padding by reflection or replication, which act on the last dims alone."""
     func, args = call.func, call.args

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_hook
 
 from ..core.calls import Given, call, leaves, mapped
@@ -47,9 +48,17 @@ def check_modules(model: nn.Module, keep: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def following() -> Iterator[None]:
-    """Run forward passes operation by operation: nothing is compiled, fused or recorded for gradients."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), unfused_operations():
-        yield
+    """Run forward passes operation by operation: nothing is compiled, fused or recorded for gradients.
+
+    Distributions do not check their arguments, because such a check counts as a branch.
+    """
+    checks = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), unfused_operations():
+            yield
+    finally:
+        Distribution.set_default_validate_args(checks)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Shrinking:
         for attempt in itertools.count(1):
             if attempt == ATTEMPTS:
                 self.channels.hold(torch.arange(self.channels.count), GIVEN_UP)
-            folds, unfolded = find_folds(self.base, self.channels.weights, self.constants, self._fixed)
+            folds, unfolded = find_folds(self.base, self.channels, self.constants, self._fixed)
             folds = self._those_that_pay(folds)
             reading = Reading(self._changed(folds), self.channels)
             changes: list[Change] = [*folds, *reading.removals()]
@@ -59,7 +59,7 @@ class Shrinking:
 
     def _pick(self, small: nn.Module) -> list[str]:
         """Let layers of `small` pick their inputs if that pays; returns their names."""
-        return pick_inputs(small, self.channels.called - self._unpicked)
+        return pick_inputs(small, self.channels.called.keys() - self._unpicked)
 
     def _those_that_pay(self, folds: Sequence[Fold]) -> list[Fold]:
         """The folds after which a channel can be removed or need not be picked.

@@ -28,7 +28,8 @@ from ..core.dispatch import EachOperation
 from . import operations as ops
 from .channels import Owners
 from .layers import is_floating
-from .running import following, unchanged
+from .probes import enlarged
+from .running import TOLERANCES, following, unchanged
 
 aten = torch.ops.aten
 # These read a tensor's memory without an operation that a dispatch mode sees.
@@ -112,6 +113,9 @@ class _Unknowns(EachOperation):
         out = func(*args, **kwargs)
         if ops.kind(func) == "shaped":
             return out
+        if ops.kind(func) == "packed":  # the lengths say where its values go, and how many steps are made
+            self._spread(func, args[:1], {}, out[0])
+            return out
         if zeros is not None:
             x, value = zeros
             first = out[0] if isinstance(out, (tuple, list)) else out
@@ -163,7 +167,8 @@ class _Unknowns(EachOperation):
         first = 0 if convolved or ops.name(func) in ("mm", "bmm") else 1
         a, b = args[first : first + 2]
         self._note(a, b, convolved)
-        unknown = [self.marks(x) for x in (a, b)]
+        # What turns signs over, such as a batch norm with a negative scale, makes -Inf of +Inf.
+        unknown = [x.isnan() if math.isnan(self.marker) else ~x.isfinite() for x in (a, b)]
         known = [torch.where(x, 0, y) for x, y in zip(unknown, (a, b))]
         out = func(*args[:first], *known, *args[first + 2 :], **kwargs)
         if not any(bool(x.any()) for x in unknown):
@@ -185,28 +190,43 @@ class _Unknowns(EachOperation):
             rows = x.movedim(dim, 0).flatten(1)
             if not rows.numel():
                 continue
-            same = (rows == rows[:, :1]).all(1) & rows[:, 0].isfinite()
+            same = _alike(rows, rows[:, :1]).all(1) & rows[:, 0].isfinite()
             self.inputs.setdefault(name, []).append(torch.where(same, rows[:, 0], math.nan))
 
 
-def inputs_of_weights(model: nn.Module, given: Given) -> dict[str, Tensor]:
+def _alike(a: Tensor, b: Tensor) -> Tensor:
+    """A mask of the elements of `a` that are those of `b` but for rounding; NaN is like nothing."""
+    return torch.isclose(a, b, rtol=TOLERANCES[a.dtype], atol=0)
+
+
+def inputs_of_weights(model: nn.Module, given: Given, resized: Given | None = None) -> dict[str, Tensor]:
     """The constants that each weight of `model` reads, by its parameter's name: [channels].
 
-    NaN stands for a channel that depends on the model's input or does not have one value at all positions,
-    and for all channels of a weight that is used more than once. `model` is in eval mode. Of the tensors in
-    `given` only the shapes matter; other arguments are taken as they are.
+    NaN stands for a channel that depends on the model's input, or does not have one value at all positions,
+    in all uses of the weight and for another size (that of `resized`, or one that `enlarged` gives). `model`
+    is in eval mode. Of the tensors in `given` only the shapes matter; other arguments are taken as they are.
 
     Raises:
         Branches: the forward pass branches on a value that depends on an input.
         Exception: whatever the forward pass raises on NaN or Inf.
     """
     found: dict[str, Tensor] = {}
-    for marker in (math.nan, math.inf, -math.inf):
+
+    def narrow(marker: float, given: Given) -> None:
         unknowns = _Unknowns(model, marker)
         marked = mapped(unknowns.marked, given)
         with unchanged(model), following(), unknowns, _Lists(unknowns):
             call(model, marked)
-        for name, uses in unknowns.inputs.items():
-            x = uses[0] if len(uses) == 1 else torch.full_like(uses[0], math.nan)
-            found[name] = torch.where(x == found.get(name, x), x, math.nan)
+        for name, (x, *others) in unknowns.inputs.items():
+            for y in (found.get(name, x), *others):
+                alike = _alike(x, y) if len(x) == len(y) else torch.zeros_like(x, dtype=torch.bool)
+                x = torch.where(alike, x, math.nan)
+            found[name] = x
+
+    narrow(math.nan, given)
+    narrow(-math.inf, given)
+    try:  # behind zero padding and pooling a constant may depend on the size
+        narrow(math.inf, enlarged(given) if resized is None else resized)
+    except Exception:  # the model takes no other size
+        narrow(math.inf, given)
     return found
