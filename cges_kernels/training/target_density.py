@@ -98,9 +98,8 @@ class TargetDensity(CoefficientScheduler):
         self.factor = self.START  # of the initial coefficients
         self.frozen = self._warned = self._told = False
         self._error = 0.0
-        self._scales: list[
-            float
-        ] = []  # of each weight: the strength that would have left the target at first
+        # Of each weight: the strength that would have left the target at first.
+        self._scales: list[float] = []
         super().__init__(optimizer, last_epoch)
         groups = self._groups()
         if not any(p.numel() for group in groups for p in group["params"]):

@@ -63,58 +63,51 @@ CONTIGUOUS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "group_by", "expected"), CONTIGUOUS, ids=str)
-def test_contiguous_layouts(shape, group_by, expected):
+def test_contiguous_layouts():
     """A contiguous tensor's layout is the one worked out by hand: neighbours of one kind are merged."""
-    assert canonical_layout(torch.empty(shape), group_by) == Layout(*expected)
+    for shape, group_by, expected in CONTIGUOUS:
+        assert canonical_layout(torch.empty(shape), group_by) == Layout(*expected), (shape, group_by)
 
 
-@pytest.mark.parametrize("group_by", SPECS)
-def test_named_specs_without_groups(group_by):
+def test_named_specs_without_groups():
     """A named spec makes no groups of one dim or none, nor of empty tensors: each element is kept."""
-    assert canonical_layout(torch.empty(7), group_by) == Layout(7, 1, 1, 1)
-    assert canonical_layout(torch.empty(()), group_by) == Layout(1, 1, 1, 1)
-    for shape in ((0,), (0, 5), (5, 0), (3, 0, 2, 2)):
-        assert canonical_layout(torch.empty(shape), group_by) == Layout(0, 1, 1, 1)
+    for group_by in SPECS:
+        for shape in ((7,), (), (0,), (0, 5), (5, 0), (3, 0, 2, 2)):
+            x = torch.empty(shape)
+            assert canonical_layout(x, group_by) == Layout(x.numel(), 1, 1, 1), (shape, group_by)
 
 
-@pytest.mark.parametrize(
-    ("group_by", "expected"),
-    [
+def test_channels_last_layouts():
+    """Layouts follow the order in memory: channels_last needs no copy and gives other factors."""
+    flat = torch.empty(16, 8, 3, 5).to(memory_format=torch.channels_last)
+    deep = torch.empty(16, 8, 3, 1, 5).to(memory_format=torch.channels_last_3d)
+    for group_by, expected in (
         ("feature", (1, 16, 15 * 8, 1)),
         ("filter", (16, 15 * 8, 1, 1)),
         ("channel", (1, 16 * 15, 8, 1)),
         ("tensor", (1, 16 * 15 * 8, 1, 1)),
         ((1,), (16 * 15, 8, 1, 1)),
         ((2, 3), (16, 15, 8, 1)),
-    ],
-    ids=str,
-)
-def test_channels_last_layouts(group_by, expected):
-    """Layouts follow the order in memory: channels_last needs no copy and gives other factors."""
-    w = torch.empty(16, 8, 3, 5).to(memory_format=torch.channels_last)
-    assert canonical_layout(w, group_by) == Layout(*expected)
-    w = torch.empty(16, 8, 3, 1, 5).to(memory_format=torch.channels_last_3d)
-    assert canonical_layout(w, tuple(d + (d > 2) for d in reduced_dims(4, group_by))) == Layout(*expected)
+    ):
+        assert canonical_layout(flat, group_by) == Layout(*expected), group_by
+        with_depth = tuple(d + (d > 2) for d in reduced_dims(4, group_by))
+        assert canonical_layout(deep, with_depth) == Layout(*expected), group_by
 
 
-@pytest.mark.parametrize(
-    ("group_by", "expected"),
-    [
+def test_transposed_layouts():
+    """A transposed matrix has the layout of its memory, with the dims' roles exchanged."""
+    for group_by, expected in (
         ("feature", (48, 64, 1, 1)),
         ("filter", (1, 48, 64, 1)),
         ("channel", (48, 64, 1, 1)),
         ("tensor", (1, 48 * 64, 1, 1)),
-    ],
-)
-def test_transposed_layouts(group_by, expected):
-    """A transposed matrix has the layout of its memory, with the dims' roles exchanged."""
-    assert canonical_layout(torch.empty(48, 64).t(), group_by) == Layout(*expected)
+    ):
+        assert canonical_layout(torch.empty(48, 64).t(), group_by) == Layout(*expected), group_by
 
 
-@pytest.mark.parametrize(
-    ("shape", "view", "group_by", "expected"),
-    [
+def test_view_layouts():
+    """view= gives the layout of the viewed tensor, whether it comes as a tuple or a list."""
+    for shape, view, group_by, expected in (
         # a grouped convolution: "feature" within each group of channels
         ((64, 8, 3, 3), (4, 16, 8, 3, 3), (1,), (4, 16, 8 * 9, 1)),
         ((32, 24), (4, 8, 24), (1, 2), (4, 8 * 24, 1, 1)),  # attention heads
@@ -122,13 +115,10 @@ def test_transposed_layouts(group_by, expected):
         ((64, 48), (64, -1), "filter", (64, 48, 1, 1)),
         ((60,), (12, 5), "filter", (12, 5, 1, 1)),  # a bias viewed as two dims has groups
         ((12, 5), (60,), "filter", (60, 1, 1, 1)),  # a matrix viewed as one dim has none
-    ],
-)
-def test_view_layouts(shape, view, group_by, expected):
-    """view= gives the layout of the viewed tensor, whether it comes as a tuple or a list."""
-    w = torch.empty(shape)
-    assert canonical_layout(w, group_by, view) == Layout(*expected)
-    assert canonical_layout(w, group_by, list(view)) == canonical_layout(w.view(view), group_by)
+    ):
+        w = torch.empty(shape)
+        assert canonical_layout(w, group_by, view) == Layout(*expected), view
+        assert canonical_layout(w, group_by, list(view)) == canonical_layout(w.view(view), group_by), view
 
 
 def test_a_storage_offset_does_not_matter():
