@@ -91,8 +91,22 @@ MUTANTS = (
     Mutant(
         "the last element of a run is not summed",
         ROWS,
-        old="for (int64_t i = full; i < n; ++i) group_stats(z[i], t, rest);",
-        new="for (int64_t i = full; i + 1 < n; ++i) group_stats(z[i], t, rest);",
+        old="for (int j = 0; j < columns; ++j) last[j] = j < before ? A(0) : end[j];",
+        new="for (int j = 0; j + 1 < columns; ++j) last[j] = j < before ? A(0) : end[j];",
+        seen_by=("test_executors",),
+    ),
+    Mutant(
+        "the last row of a run is summed twice",
+        ROWS,
+        old="last[j] = j < before ? A(0) : end[j];",
+        new="last[j] = end[j];",
+        seen_by=("test_executors",),
+    ),
+    Mutant(
+        "half of a run's columns are not added up",
+        ROWS,
+        old="for (int half = n / 2; half > 0; half /= 2)",
+        new="for (int half = n / 4; half > 0; half /= 2)",
         seen_by=("test_executors",),
     ),
     Mutant(
@@ -108,6 +122,27 @@ MUTANTS = (
         old="run_matrices(k1, std::min(matrices, tile.k1_end - k1));",
         new="run_matrices(k1, matrices);",
         seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "an element takes the (s, t) of the run before",
+        SIDE_BY_SIDE,
+        old="const Index inverse = Index((1 << 16) / run + 1);",
+        new="const Index inverse = Index((1 << 16) / run);",
+        seen_by=("test_cpu_short_groups",),
+    ),
+    Mutant(
+        "a short group is never listed as held",
+        SHORT,
+        old="(*tensor_.held)[c / L_.R2 + g] = alive_[g * L_.R2] == 0;",
+        new="(*tensor_.held)[c / L_.R2 + g] = 0;",
+        seen_by=("test_skip_dead",),
+    ),
+    Mutant(
+        "a short group is listed as held where another is",
+        SHORT,
+        old="(*tensor_.held)[c / L_.R2 + g] =",
+        new="(*tensor_.held)[g] =",
+        seen_by=("test_skip_dead",),
     ),
     Mutant(
         "a short run is alive by its first element",
