@@ -5,6 +5,7 @@ from .mutant import Mutant
 ADAMW = "csrc/common/adamw.h"
 RULES = "csrc/cuda/rule.cuh"
 PLAN = "csrc/plan/step_plan.cpp"
+GATHER = "csrc/plan/gather.cpp"
 TRITON = "cges_kernels/backends/triton"
 UPDATES = "cges_kernels/core/updates.py"
 BACKENDS = "cges_kernels/backends"
@@ -125,7 +126,7 @@ MUTANTS = (
     Mutant(
         "a plan counts no steps",
         PLAN,
-        old="if (on_host(inputs.step)) write_step(inputs.step, at.count);",
+        old="if (inputs.step.is_cpu()) write_step(inputs.step, at.count);",
         new="",
         seen_by=("test_prox_adamw", "test_adamw_state", "test_adamw_refusals"),
     ),
@@ -138,14 +139,14 @@ MUTANTS = (
     ),
     Mutant(
         "one of two states may be missing",
-        PLAN,
+        GATHER,
         old="if (there < kept_.n) refuse_states(slot);",
         new="if (there < kept_.n) begin_states(slot, inputs);",
         seen_by=("test_prox_adamw", "test_adamw_state", "test_adamw_refusals"),
     ),
     Mutant(
         "any tensor counts steps",
-        PLAN,
+        GATHER,
         old="    check_step(slot, inputs.step);\n",
         new="",
         seen_by=("test_prox_adamw", "test_adamw_state", "test_adamw_refusals"),

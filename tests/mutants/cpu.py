@@ -230,14 +230,14 @@ MUTANTS = (
     ),
     Mutant(
         "held groups outlive what others write to states",
-        "csrc/plan/step_plan.cpp",
+        "csrc/plan/gather.cpp",
         old="version_of(inputs.states[s]) == last.version;",
         new="true;",
         seen_by=("test_skip_dead",),
     ),
     Mutant(
         "held groups outlive what others write to weights",
-        "csrc/plan/step_plan.cpp",
+        "csrc/plan/gather.cpp",
         old="bool same = slot.version != kUnknown && version_of(slot.param) == slot.version;",
         new="bool same = true;",
         seen_by=("test_skip_dead",),

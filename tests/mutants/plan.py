@@ -3,6 +3,7 @@
 from .mutant import Mutant
 
 PLAN = "csrc/plan/step_plan.cpp"
+GATHER = "csrc/plan/gather.cpp"
 EXECUTOR = "csrc/plan/executor.cpp"
 CUDA = "csrc/plan/cuda_executor.cpp"
 BINDINGS = "csrc/bindings.cpp"
@@ -31,28 +32,28 @@ MUTANTS = (
     ),
     Mutant(
         "a negated gradient is taken as it lies",
-        PLAN,
+        GATHER,
         old="if (x.is_neg()) return false;",
         new="",
         seen_by=("test_step_plan*",),
     ),
     Mutant(
         "a gradient of another shape is taken",
-        PLAN,
+        GATHER,
         old="x.sizes() != param.sizes())",
         new="x.dim() != param.dim())",
         seen_by=("test_step_plan*",),
     ),
     Mutant(
         "new buffers may share memory",
-        PLAN,
+        GATHER,
         old="if (newcomers) check_distinct(all.inputs);",
         new="if (newcomers && all.inputs.empty()) check_distinct(all.inputs);",
         seen_by=("test_step_plan*",),
     ),
     Mutant(
         "a gather that fails leaves the one before",
-        PLAN,
+        GATHER,
         old="""\
   gathered_.reset();
   if (!matches(params)) return false;
