@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
-from ..training.recipes import regularised_weights
+from ..training.layers import regularised_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,7 +20,7 @@ from ..core.calls import Given, arguments_of, call, leaves
 from ..core.dispatch import EachOperation
 from ..core.groups import NAMED_SPECS, GroupSpec, has_groups, reduced_dims, viewed
 from ..core.tensors import check_whole
-from ..training.recipes import LayerWeight, regularised_weights
+from ..training.layers import LayerWeight, regularised_weights
 from .explain import Table
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..core.hyperparameters import FREEZE_MODES
 from ..core.tensors import check_whole
-from .recipes import Include, LayerWeight, regularised_weights, warn_of_computed_weights
+from .layers import Include, LayerWeight, regularised_weights, warn_of_computed_weights
 from .schedules import check_density, check_steps, cubic
 
 SCOPES = ("global", "layer")

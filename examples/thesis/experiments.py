@@ -19,7 +19,7 @@ from cges_kernels import (
     sparsity_param_groups,
     sparsity_report,
 )
-from cges_kernels.training.recipes import regularised_weights
+from cges_kernels.training.layers import regularised_weights
 
 from ..common.data import Dataset
 from ..common.jobs import Job, jobs_of, row_of

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cges_kernels.training.recipes import regularised_weights
+from cges_kernels.training.layers import regularised_weights
 
 
 def net(forward, **modules):

@@ -3,7 +3,8 @@
 from helpers.recipes import mlp
 
 from cges_kernels import ProxSGD
-from cges_kernels.training.recipes import CoefficientWarmup, sparsity_param_groups
+from cges_kernels.training.recipes import sparsity_param_groups
+from cges_kernels.training.schedules import CoefficientWarmup
 
 
 def warmed(steps=4):

@@ -5,6 +5,7 @@ from .mutant import Mutant
 SCHEDULES = "cges_kernels/training/schedules.py"
 DENSITY = "cges_kernels/training/target_density.py"
 PRUNE = "cges_kernels/training/prune.py"
+LAYERS = "cges_kernels/training/layers.py"
 RECIPES = "cges_kernels/training/recipes.py"
 
 MUTANTS = (
@@ -122,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "a Linear tied to an embedding is regularised",
-        RECIPES,
+        LAYERS,
         old="chosen = set(axes) - {p for m in embeddings for p in m.parameters(recurse=False)}",
         new="chosen = set(axes)",
         seen_by=("test_recipe*",),

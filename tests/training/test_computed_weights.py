@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from cges_kernels import prune_to_density
-from cges_kernels.training.recipes import cges_param_groups, regularised_weights, sparsity_param_groups
+from cges_kernels.training.layers import regularised_weights
+from cges_kernels.training.recipes import cges_param_groups, sparsity_param_groups
 
 
 def test_a_weight_that_is_computed_from_others_is_not_a_layer():

@@ -13,7 +13,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from cges_kernels import ProxAdamW, ProxSGD
 from cges_kernels.core.groups import NAMED_SPECS, reduced_dims
-from cges_kernels.training.recipes import LayerWeight, regularised_weights, sparsity_param_groups
+from cges_kernels.training.layers import LayerWeight, regularised_weights
+from cges_kernels.training.recipes import sparsity_param_groups
 
 
 class Zoo(nn.Module):

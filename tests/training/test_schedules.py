@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR, StepLR
 
 from cges_kernels import CubicRamp, ProxSGD, TargetDensity
-from cges_kernels.training.recipes import CoefficientWarmup, sparsity_param_groups
+from cges_kernels.training.recipes import sparsity_param_groups
+from cges_kernels.training.schedules import CoefficientWarmup
 
 
 def test_warmup_values():
