@@ -71,6 +71,8 @@ class Channels:
         self.by_numbers: list[Placed] = []
         self.called: dict[str, int] = {}  # {layer whose weight is used only by its own calls: their number}
         self.held: list[Held] = []
+        # Channels that were joined although no element of one meets those of another, and why.
+        self.tied: list[tuple[Tensor, str]] = []
         self._starts: list[int] = []  # the first channel of each call of new_loose
         self._ends: list[int] = []  # the channel after the last one of each call of new_loose
         self._pairs: list[Tensor] = [torch.zeros(2, 0, dtype=torch.long)]  # the pairs that were joined

@@ -100,7 +100,7 @@ def compact(
 
     It removes filters, channels and units that no weight reads, and all that only they read in turn. Every
     operation of a forward pass is followed: residual sums, concatenation, chunks, flattening, batch norm,
-    depthwise convolutions, embeddings, recurrent layers.
+    depthwise and grouped convolutions (whole groups), embeddings, recurrent layers.
 
     A dead filter may still be read: its bias or batch-norm shift is a constant for the layers behind it. Such
     constants go into the biases of those layers first (a layer without a bias gets one), and then the filter
@@ -108,7 +108,8 @@ def compact(
 
     - outputs of the model;
     - a constant other than 0 that meets zero padding, since it would be wrong at the borders;
-    - channels that a layer norm, group norm, attention or grouped convolution takes together;
+    - channels that a layer norm, group norm or attention takes together, and those of a convolution's group
+      of which others are needed;
     - channels that a layer may read which the example never calls.
 
     A Linear or convolution that reads few of its inputs where other layers need them all picks its inputs by

@@ -148,6 +148,7 @@ class Reading:
     def stayed(self) -> dict[str, str]:
         """{layer: how many of its outputs are dead or unread and stay, and why}"""
         read, readers = self.by_weights(), self._readers()
+        tied = {int(first): reason for ids, reason in self.channels.tied for first in self.group[ids]}
         found: dict[str, list[str]] = {}
         for weight in self.channels.weights.values():
             for dim in weight.makes:
@@ -157,7 +158,9 @@ class Reading:
                 if dim == 0 and weight.layer in self._padding:  # the padding token's row is zero by design
                     idle[self._padding[weight.layer]] = False
                 counts = Counter(self.reasons[i] for i in self._why[lines[idle]].tolist() if i >= 0)
-                if by := Counter(readers[first] for first in lines[idle & (self._why[lines] < 0)].tolist()):
+                with_others = lines[idle & (self._why[lines] < 0)].tolist()
+                counts.update(tied[first] for first in with_others if first in tied)
+                if by := Counter(readers[first] for first in with_others if first not in tied):
                     more = f" and {len(by) - 1} more" if len(by) > 1 else ""
                     counts[f"read with what comes of them by {min(by)}{more}"] = by.total()
                 for reason, count in counts.items():

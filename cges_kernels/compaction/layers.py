@@ -56,9 +56,9 @@ def sizes(module: nn.Module) -> dict[str, int]:
         case nn.modules.conv._ConvNd():
             groups = module.groups
             made, read = (1, 0) if module.transposed else (0, 1)
-            if 1 < groups == module.in_channels:  # depthwise: as many outputs per channel as before
-                each = 1 if module.transposed else module.out_channels // module.in_channels
-                groups = shape[0] // each
+            if groups > 1:  # whole groups have gone, and the others are as large as before
+                before = module.in_channels if module.transposed else module.out_channels
+                groups = shape[0] // (before // groups)
             names = {"groups": groups, "out_channels": shape[made], "in_channels": shape[read]}
             return names | {"in_channels" if made == 0 else "out_channels": shape[1] * groups}
         case nn.modules.batchnorm._NormBase():

@@ -28,7 +28,7 @@ def embedded(f: Beside, call: Call) -> None:
 
 
 def convolved(f: Beside, call: Call) -> None:
-    """A convolution. If it has groups and is not depthwise, the channels that it reads and makes are held."""
+    """A convolution. The channels that one of its groups reads and makes can only be removed together."""
     func, args, out = call.func, call.args, call.out
     x, w, bias = args[:3]
     transposed, groups = bool(args[6]), args[8]
@@ -40,15 +40,17 @@ def convolved(f: Beside, call: Call) -> None:
         weight = f.channels.use(name, w, reads=read, makes=make)
         f.channels.join(line, weight.ids[read], ALSO_FIXED)
         made = weight.ids[make]
-    elif groups == len(line) and not (transposed and w.shape[1] > 1):  # depthwise
+    elif not transposed or (groups == len(line) and w.shape[1] == 1):
         made = f.channels.use(name, w, makes=0).ids[0]
-        f.channels.join(line.repeat_interleave(len(made) // groups), made, ALSO_FIXED)
+        blocks = made.reshape(groups, -1)
+        for ids in (line, made):
+            f.channels.join(blocks[:, :1], ids.reshape(groups, -1), ALSO_FIXED)
+        if groups < len(line):
+            f.channels.tied.append((made, f"{f.where('convolution')} works in {groups} groups"))
     else:
-        reason = f"{f.where('convolution')} works in {groups} groups"
-        f.channels.hold(line, reason, read=True)
-        weight = f.channels.use(name, w, makes=None if transposed else 0)
-        made = weight.ids.get(0, torch.full((out.shape[1],), NOBODY))
-        f.channels.hold(made, reason)
+        f.channels.use(name, w)
+        f.channels.hold(line, f"{f.where('convolution')} works in {groups} groups", read=True)
+        made = torch.full((out.shape[1],), NOBODY)
     if isinstance(bias, Tensor):
         f.channels.join(made, f.ids(bias))
     f.note(out, made.reshape(1, -1, *[1] * (out.dim() - 2)))

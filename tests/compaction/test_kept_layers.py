@@ -157,6 +157,45 @@ def test_dead_outputs_of_groups_are_named():
     assert result.kept == {"1": f"{DEAD}1; 1 (convolution) works in 4 groups"}
 
 
+def zero_rows(layer, rows, bias):
+    """Zeroes the rows of a weight, and gives the bias a number there."""
+    with torch.no_grad():
+        layer.weight[rows], layer.bias[rows] = 0, bias
+
+
+def test_whole_groups_of_a_convolution_go():
+    """A group leaves if nobody needs what it reads and makes, and the other groups keep their size."""
+    ways = {
+        "nothing comes in": lambda model: zero_rows(model[0], slice(2, 4), 0.0),
+        "nothing goes out": lambda model: zero_rows(model[2], slice(3, 6), 0.0),
+        "a constant goes out": lambda model: zero_rows(model[2], slice(3, 6), 0.5),
+        "nobody reads it": lambda model: model[4].weight.data[:, 3:6].zero_(),
+    }
+    for way, prune in ways.items():
+        layers = conv(3, 8, 1), nn.ReLU(), conv(8, 12, groups=4, padding=1), nn.ReLU(), conv(12, 2, 1)
+        model = nn.Sequential(*layers)
+        prune(model)
+        result = compact(model, torch.randn(IMAGE))
+        grouped = result.model[2]
+        assert (grouped.groups, grouped.in_channels, grouped.out_channels) == (3, 6, 9), way
+        assert grouped.weight.shape == (9, 2, 3, 3) and not result.kept, way
+        assert_same(result.model, model, torch.randn(IMAGE))
+
+
+def test_a_group_that_is_needed_on_one_side_stays():
+    """What a dead group reads may be read elsewhere, and then all of the group stays."""
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.c(self.b(y)) + self.d(y)
+
+    model = net(forward, a=conv(3, 8, 1), b=conv(8, 8, 1, groups=4), c=conv(8, 2, 1), d=conv(8, 2, 1))
+    zero_rows(model.b, slice(0, 2), 0.0)
+    result = compact(model, torch.randn(IMAGE))
+    assert result.kept == {"b": f"{DEAD}2; b (convolution) works in 4 groups"}
+    assert result.parameters[0] == result.parameters[1]
+
+
 def test_scales_of_zero_go():
     """Zero scales of a batch norm count as dead channels, as in network slimming."""
     model = nn.Sequential(conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 2))

@@ -19,6 +19,20 @@ MUTANTS = (
         seen_by=("test_constants", "test_compact"),
     ),
     Mutant(
+        "what a group of a convolution reads may leave without it",
+        f"{FOLDER}/products.py",
+        old="for ids in (line, made):",
+        new="for ids in (made,):",
+        seen_by=("test_kept_layers",),
+    ),
+    Mutant(
+        "a convolution keeps its number of groups",
+        f"{FOLDER}/layers.py",
+        old="groups = shape[0] // (before // groups)",
+        new="groups = before // (before // groups)",
+        seen_by=("test_kept_layers",),
+    ),
+    Mutant(
         "constants are folded in front of zero padding",
         f"{FOLDER}/fold.py",
         old="plain = not _pads_with_zeros(layer) and takes",
