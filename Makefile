@@ -23,7 +23,7 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip install --quiet --disable-pip-version-check
 CPP  := $(wildcard csrc/*.cpp $(foreach kind,cpp h inc cu cuh,csrc/*/*.$(kind)))
 ON_GPU := PY="$(PY)" OUT="$(OUT)"
-LINTED := $(CPP) tests/guard.cpp $(wildcard tests/backends/*/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+LINTED := $(CPP) tests/guard.cpp $(wildcard tests/backends/*/*.cpp tests/backends/*/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 # Each stamp file records that a step of the set-up is done. The torch stamp carries the requirement in its
 # name, so another TORCH= installs that torch and rebuilds what was compiled against the old one.

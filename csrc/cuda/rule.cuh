@@ -21,6 +21,8 @@ enum class Known { nothing, running, plain };
 //   Own<A>          a tensor's own numbers; kNone: there are none
 //   correct_here(group, own, ...)        forms Own if some number for it lies on the device
 //   Update<A, known>(group, own, phase)  updates one element
+// launch.cu also makes a Group from Hyperparameters, and an Own that is not kNone from (Hyperparameters,
+// TensorInStep).
 
 struct Sgd {
   static constexpr int kStates = 1, kMostTensors = 1000, kFewArguments = 5120;

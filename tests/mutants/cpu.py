@@ -13,6 +13,13 @@ CONVERT = "csrc/cpu/convert.inc"
 
 MUTANTS = (
     Mutant(
+        "a first step reads states that hold nothing yet",
+        ROWS,
+        old="x[s] = reads_state(phase) ? A(states[s][i]) : A(0);",
+        new="x[s] = A(states[s][i]);",
+        seen_by=("test_cpu_third_rule",),
+    ),
+    Mutant(
         "the last columns of a row are in no tile",
         CUT,
         old="for (int64_t c = 0; c < L.row_length(); c += columns)",

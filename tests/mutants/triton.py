@@ -6,10 +6,17 @@ FOLDER = "cges_kernels/backends/triton"
 
 MUTANTS = (
     Mutant(
+        "Triton's kernels update by SGD whatever the rule",
+        f"{FOLDER}/executor.py",
+        old='"UPDATE": RULES[self.rule.name].update',
+        new='"UPDATE": RULES["sgd"].update',
+        seen_by=("test_triton_third_rule", "test_adamw"),
+    ),
+    Mutant(
         "dampening in Triton's first step",
         f"{FOLDER}/updates.py",
-        old="new = tl.where(phase == RUNNING, momentum * buf + one_minus_dampening * g, g)",
-        new="new = tl.where(phase == RUNNING, momentum * buf, 0.0) + one_minus_dampening * g",
+        old="new = tl.where(phase == RUNNING, momentum * states[0] + one_minus_dampening * g, g)",
+        new="new = tl.where(phase == RUNNING, momentum * states[0], 0.0) + one_minus_dampening * g",
         seen_by=("test_state*", "test_frozen_zeros"),
     ),
     Mutant(
@@ -57,7 +64,7 @@ MUTANTS = (
     Mutant(
         "Triton's dead groups keep their momentum",
         f"{FOLDER}/whole.py",
-        old="z, states = keep_zeros(dead, z, states, RULE)",
+        old="z, states = keep_zeros(dead, z, states)",
         new="z = tl.where(dead, 0.0, z)",
         seen_by=("test_state*", "test_frozen_zeros"),
     ),

@@ -1,48 +1,14 @@
-"""How another update rule is added: Lion (Chen et al. 2023), written out here; see docs/design/a-step.md."""
+"""How another update rule is added: Lion, by helpers/lion.py, on the reference; see docs/design/a-step.md.
 
-import subprocess
-from pathlib import Path
+The same for the other executors is in tests/backends/*/test_*_third_rule.py.
+"""
 
 import pytest
 import torch
-from cuda_emulator.build import CSRC, FLAGS, compiler
+from helpers.lion import ProxLion, lion_update
 from helpers.steps import PENALTY, assert_same_bits, everything, parameters, through_a_file, train
 
 from cges_kernels.core import reference
-from cges_kernels.core.numbers import check_not_negative
-from cges_kernels.core.rules import Rule
-from cges_kernels.proximal import ProximalOptimizer
-
-
-def lion_update(w, grad, exp_avg=None, *, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
-    """Lion's update: the sign of an interpolated momentum."""
-    exp_avg = torch.zeros_like(w) if exp_avg is None else exp_avg
-    grad = -grad if maximize else grad
-    step = exp_avg.lerp(grad, 1 - betas[0]).sign()
-    return w.mul(1 - lr * weight_decay).add(step, alpha=-lr), exp_avg.lerp(grad, 1 - betas[1])
-
-
-LION = Rule(
-    name="lion",
-    options={"betas": (0.0, 0.0), "weight_decay": 0.0, "maximize": False},
-    states=("exp_avg",),
-    states_with=lambda options: ("exp_avg",),
-    update=lion_update,
-    check=lambda group: check_not_negative("weight_decay value", group["weight_decay"]),
-)
-
-
-class ProxLion(ProximalOptimizer):
-    """A proximal optimizer with Lion's update, on the reference."""
-
-    rule = LION
-
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
-        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=False, foreach=None)
-        defaults |= dict(group_lasso=0.0, exclusive_lasso=0.0, l1=0.0, group_by="feature", view=None)
-        defaults |= dict(prox_mode="sequential", freeze_zeros=None, skip_dead=False)
-        defaults |= dict(differentiable=False, fused=None)
-        super().__init__(params, {**defaults, "capturable": False, **options}, backend="reference")
 
 
 def test_the_reference_steps_it():
@@ -76,13 +42,3 @@ def test_what_is_around_it_takes_it():
     assert_same_bits(everything(again), everything(optimizer))
     with pytest.raises(ValueError, match="Invalid weight_decay value: -1"):
         ProxLion(parameters(), weight_decay=-1)
-
-
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
-def test_the_cuda_kernels_compile_for_it():
-    """The CUDA kernels take a new rule's update in a file of under 60 lines."""
-    source = Path(__file__).parents[1] / "backends" / "cuda" / "lion.cu"
-    command = [compiler(), *FLAGS, "-fsyntax-only", "-x", "c++", str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(source.read_text().splitlines()) < 60 and CSRC.exists()

@@ -29,7 +29,6 @@ from .split import split_groups
 from .tables import (
     COUNTER_PANELS,
     PANEL_COUNTERS,
-    RULE_NUMBERS,
     SHAPE_COLUMNS,
     SHAPE_GROUPS,
     SHAPE_HYPER,
@@ -42,7 +41,7 @@ from .tables import (
     hyper_table,
 )
 from .tiles import VECTOR_BYTES, Tiling, cut, launch_options, working_layout
-from .updates import count_steps
+from .updates import RULES, count_steps
 from .whole import whole_groups
 
 L2_BYTES = 32 << 20  # assumed if the size of the device's L2 is unknown
@@ -130,7 +129,9 @@ class DeviceTables:
             "EPS": torch.finfo(compute).eps,
             "EXACT": exact,
             "FREEZE": freeze,
-            "RULE": RULE_NUMBERS[self.rule.name].value,
+            "LOAD": RULES[self.rule.name].load,
+            "UPDATE": RULES[self.rule.name].update,
+            "STATES": len(self.rule.states),
         }
         grad_scale = self.one if grad_scale is None else grad_scale.detach().to(self.one)
         found_inf = self.zero if found_inf is None else found_inf.detach().to(self.zero)
@@ -252,7 +253,8 @@ class TritonExecutor:
         for indices, tables in self.tables:
             key = tables.device, compute_dtype(tables.dtype)
             if key not in self.hyper:
-                self.hyper[key] = hyper_table(self.hyperparameters, key[1]).to(tables.device)
+                fill = RULES[self.rule.name].fill
+                self.hyper[key] = hyper_table(self.hyperparameters, fill, key[1]).to(tables.device)
             if is_capturing():
                 self.in_graphs.append(self.hyper[key])
             args = rows[indices], counts[indices], self.hyper[key], exact, freeze

@@ -9,8 +9,9 @@ partial sums. The last chunk of a panel to arrive adds them in index order and m
 depends on how many programs are resident, and exact mode's further sweeps cost no further launch.
 
 This file has the functions on tiles that both kernels call. updates.py has the update rules; a kernel is
-compiled for one of them (RULE). The formulas have the names of core/shrinkage.py and shrinkage.h. Numbers
-come from tables in device memory (tables.py), and executor.py launches.
+compiled for one of them: for its functions LOAD and UPDATE, and the number of its STATES. The formulas have
+the names of core/shrinkage.py and shrinkage.h. Numbers come from tables in device memory (tables.py), and
+executor.py launches.
 """
 
 from __future__ import annotations
@@ -35,14 +36,13 @@ from .tables import (
     HYPER_LR,
     HYPER_ON_DEVICE,
     PROX_ALONE,
-    RULE_STATES,
     RUNNING,
     TENSOR_GRAD,
     TENSOR_PHASE,
     TENSOR_STATES,
     TENSOR_W,
 )
-from .updates import divide, load_number, square_root, update
+from .updates import divide, load_number, square_root
 
 # The prox.
 
@@ -154,10 +154,10 @@ def frozen(w, alive, freeze):
 @triton.jit
 def update_tile(
     tensor, base, offsets, mask, scalars,
-    RULE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, VEC: tl.constexpr,
+    UPDATE: tl.constexpr, STATES: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
     """(w, z, new states) of a tile; elements that are masked out are 0."""
-    STATES: tl.constexpr = RULE_STATES[RULE]
     phase = tl.load(tensor + TENSOR_PHASE)
     w = tl.load(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
     at = pointer(tensor, TENSOR_GRAD, base, STORED, VEC) + offsets
@@ -167,28 +167,24 @@ def update_tile(
         at = pointer(tensor, TENSOR_STATES + s, base, STORED, VEC) + offsets
         state = tl.load(at, tl.where(phase == RUNNING, mask, False), other=0.0)
         states = states + (state.to(COMPUTE),)  # type: ignore[assignment]  # see whole.py
-    z, states = update(w, grad.to(COMPUTE), states, phase, scalars, RULE)
+    z, states = UPDATE(w, grad.to(COMPUTE), states, phase, scalars)
     return w, z, states
 
 
 @triton.jit
-def keep_zeros(dead, z, states, RULE: tl.constexpr):
+def keep_zeros(dead, z, states):
     """(z, states) with zeros where `dead`."""
-    STATES: tl.constexpr = RULE_STATES[RULE]
     kept = ()
-    for s in tl.static_range(STATES):
+    for s in tl.static_range(len(states)):
         kept = kept + (tl.where(dead, 0.0, states[s]),)  # type: ignore[assignment]
     return tl.where(dead, 0.0, z), kept
 
 
 @triton.jit
-def store_states(
-    tensor, base, offsets, mask, states, RULE: tl.constexpr, STORED: tl.constexpr, VEC: tl.constexpr
-):
+def store_states(tensor, base, offsets, mask, states, STORED: tl.constexpr, VEC: tl.constexpr):
     """Write the states of a tile, if the tensor's phase has any."""
-    STATES: tl.constexpr = RULE_STATES[RULE]
     writes = tl.load(tensor + TENSOR_PHASE) >= FIRST
-    for s in tl.static_range(STATES):
+    for s in tl.static_range(len(states)):
         at = pointer(tensor, TENSOR_STATES + s, base, STORED, VEC) + offsets
         tl.store(at, states[s].to(STORED), tl.where(writes, mask, False))
 

@@ -58,7 +58,7 @@ from .tables import (
     VARIANT_WIDE,
     Constant,
 )
-from .updates import hyper_row, load_scalars
+from .updates import hyper_row
 
 SUM_BLOCK = Constant(2048)  # the number of partial sums that are added at once
 
@@ -136,7 +136,7 @@ def split_tile(
     item, sweep, tensor, shape, hyper, grad_scale, scratch, counters,
     KIND: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, FREEZE: tl.constexpr,
-    RULE: tl.constexpr,
+    LOAD: tl.constexpr, UPDATE: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a panel of KEEP groups: a sweep of sums or, as the last stage, update and apply."""
     STAGES: tl.constexpr = MAX_SWEEPS if EXACT else 1
@@ -159,8 +159,8 @@ def split_tile(
     if applies | (needs_sums & (behind == 0)):
         g0, r0 = tl.load(item + ITEM_GROUP), tl.load(item + ITEM_ENTRY)
         base, offsets, mask = tile_offsets(shape, g0, r0, KIND, RED, KEEP, VEC, WIDE)
-        scalars = load_scalars(tensor, row, grad_scale, RULE)
-        w, z, states = update_tile(tensor, base, offsets, mask, scalars, RULE, STORED, COMPUTE, VEC)
+        scalars = LOAD(tensor, row, grad_scale)
+        w, z, states = update_tile(tensor, base, offsets, mask, scalars, UPDATE, STATES, STORED, COMPUTE, VEC)
         s, t = tl.zeros([KEEP], COMPUTE) + 1, tl.zeros([KEEP], COMPUTE) + c
         alive = tl.zeros([KEEP], COMPUTE) + 1
         if needs_sums & (applies | (sweep > 0)):
@@ -168,9 +168,9 @@ def split_tile(
             alive = load_row(scratch, STATE_ALIVE, KEEP)
         if FREEZE:
             dead = frozen(w, alive, freeze)
-            z, states = keep_zeros(dead, z, states, RULE)
+            z, states = keep_zeros(dead, z, states)
         if applies:
-            store_states(tensor, base, offsets, mask, states, RULE, STORED, VEC)
+            store_states(tensor, base, offsets, mask, states, STORED, VEC)
             store_weights(tensor, base, offsets, mask, z, s, t, (a != 0) | (b != 0) | (c != 0), STORED, VEC)
         else:
             partials = scratch + (STATE_ROWS + chunk * SUM_ROWS) * KEEP
@@ -192,7 +192,8 @@ def split_tile(
 def split_groups(
     items, tensors, shapes, hyper, grad_scale, found_inf, scratch, counters, per_window, tickets,
     VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
-    EXACT: tl.constexpr, FREEZE: tl.constexpr, RULE: tl.constexpr,
+    EXACT: tl.constexpr, FREEZE: tl.constexpr,
+    LOAD: tl.constexpr, UPDATE: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """One program per ticket. Tickets go window by window; in a window, sweep by sweep, then the apply.
 
@@ -216,5 +217,5 @@ def split_groups(
                     item, rest // per_window, tensor, shape, hyper, grad_scale, scratch, counters,
                     VARIANTS[i][VARIANT_KIND], VARIANTS[i][VARIANT_RED], VARIANTS[i][VARIANT_KEEP],
                     VARIANTS[i][VARIANT_VEC], VARIANTS[i][VARIANT_WIDE],
-                    STORED, COMPUTE, EPS, EXACT, FREEZE, RULE,
+                    STORED, COMPUTE, EPS, EXACT, FREEZE, LOAD, UPDATE, STATES,
                 )  # fmt: skip

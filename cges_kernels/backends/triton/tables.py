@@ -7,7 +7,7 @@ writes it and the kernels read it; the last name is the number of columns. Besid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ...core import shrinkage
 from ...core.hyperparameters import FREEZE_MODES, At, Hyperparameters, Phase
-from ...core.rules import ADAMW, SGD
 
 
 class Constant(tl.constexpr):
@@ -67,10 +66,6 @@ HYPER_NUMBERS = Constant(14)
 # Addresses of float32 numbers to be read in place of lr and coefficients (0: none), in the order of SCALARS.
 ADDRESS_LR, ADDRESS_GROUP_LASSO, ADDRESS_EXCLUSIVE_LASSO, ADDRESS_L1, ADDRESSES = map(Constant, range(5))
 HYPER_COLUMNS = Constant(HYPER_NUMBERS.value + 2 * ADDRESSES.value)  # an address is as large as two float32
-# The values of RULE, which kernels are compiled for.
-SGD_RULE, ADAMW_RULE = map(Constant, range(2))
-RULE_NUMBERS = {SGD.name: SGD_RULE, ADAMW.name: ADAMW_RULE}
-RULE_STATES = Constant(tuple(len(rule.states) for rule in (SGD, ADAMW)))  # the number of states of each
 # The values of HYPER_FREEZE, which are indices into FREEZE_MODES.
 FREEZE_GROUP, FREEZE_ELEMENT = (Constant(FREEZE_MODES.index(mode)) for mode in ("group", "element"))
 
@@ -117,25 +112,18 @@ GENERAL = Constant(2)  # any layout, by division
 ELEMENTWISE = Constant(3)  # no groups
 
 
-def hyper_table(hyperparameters: Sequence[Hyperparameters], dtype: torch.dtype) -> Tensor:
-    """`hyper` on the CPU; the kernels' load_sgd, load_adamw, load_thresholds and load_freeze read it."""
+def hyper_table(
+    hyperparameters: Sequence[Hyperparameters],
+    fill: Callable[[np.ndarray, Mapping[str, Any]], None],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`hyper` on the CPU; LOAD, load_thresholds and load_freeze read it. `fill` writes the rule's columns."""
     table = torch.zeros((len(hyperparameters), HYPER_COLUMNS.value), dtype=dtype, device="cpu")
     for row, h in zip(table.numpy(), hyperparameters):
         chosen = h.chosen
         row[HYPER_LR] = _number(h.lr)
         row[HYPER_GRAD_SIGN] = -1 if chosen["maximize"] else 1
-        if h.rule is SGD:
-            row[HYPER_MOMENTUM] = chosen["momentum"]
-            row[HYPER_ONE_MINUS_DAMPENING] = 1 - chosen["dampening"]
-            row[HYPER_WEIGHT_DECAY] = chosen["weight_decay"]
-            row[HYPER_NESTEROV] = chosen["nesterov"]
-        else:
-            beta1, beta2 = map(float, chosen["betas"])
-            row[HYPER_ONE_MINUS_BETA1] = 1 - beta1
-            row[HYPER_BETA2], row[HYPER_ONE_MINUS_BETA2] = beta2, 1 - beta2
-            row[HYPER_EPS] = chosen["eps"]
-            decoupled = chosen["decoupled_weight_decay"]
-            row[HYPER_DECOUPLED_DECAY if decoupled else HYPER_COUPLED_DECAY] = chosen["weight_decay"]
+        fill(row, chosen)
         coefficients = h.group_lasso, h.exclusive_lasso, h.l1
         thresholds = map(_number, coefficients) if h.on_device else h.thresholds()
         row[HYPER_A], row[HYPER_B], row[HYPER_C] = thresholds

@@ -1,15 +1,20 @@
 """The update rules in Triton, and the scalars that they read from the tables.
 
-The functions have the names of core/updates.py and csrc/common/sgd.h and adamw.h; kernels.py calls `update`.
+The functions have the names of core/updates.py and csrc/common/sgd.h and adamw.h. Kernels are compiled for
+the two functions of one of RULES: as LOAD and UPDATE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
 import triton
 import triton.language as tl
 
+from ...core.rules import ADAMW, SGD
 from .tables import (
-    ADAMW_RULE,
     ADDRESS_LR,
     FIRST,
     HYPER_BETA2,
@@ -81,8 +86,16 @@ def load_grad_sign(row, grad_scale):
 # SGD
 
 
+def fill_sgd(row: np.ndarray, options: Mapping[str, Any]) -> None:
+    """Write SGD's numbers into a row of `hyper`."""
+    row[HYPER_MOMENTUM] = options["momentum"]
+    row[HYPER_ONE_MINUS_DAMPENING] = 1 - options["dampening"]
+    row[HYPER_WEIGHT_DECAY] = options["weight_decay"]
+    row[HYPER_NESTEROV] = options["nesterov"]
+
+
 @triton.jit
-def load_sgd(row, grad_scale):
+def load_sgd(tensor, row, grad_scale):
     """The scalars of sgd_update."""
     lr, momentum = load_number(row, HYPER_LR, ADDRESS_LR), tl.load(row + HYPER_MOMENTUM)
     one_minus_dampening, nesterov = tl.load(row + HYPER_ONE_MINUS_DAMPENING), tl.load(row + HYPER_NESTEROV)
@@ -91,17 +104,34 @@ def load_sgd(row, grad_scale):
 
 
 @triton.jit
-def sgd_update(w, grad, buf, phase, sgd):
-    """(z, new momentum buffer) of torch.optim.SGD."""
+def sgd_update(w, grad, states, phase, sgd):
+    """(z, (new momentum buffer,)) of torch.optim.SGD."""
     lr, momentum, one_minus_dampening, weight_decay, grad_sign, nesterov = sgd
     g = grad_sign * grad
     g = tl.where(weight_decay != 0, g + weight_decay * w, g)
-    new = tl.where(phase == RUNNING, momentum * buf + one_minus_dampening * g, g)
+    new = tl.where(phase == RUNNING, momentum * states[0] + one_minus_dampening * g, g)
     step = tl.where(phase >= FIRST, tl.where(nesterov != 0, g + momentum * new, new), g)
-    return tl.where(phase == PROX_ALONE, w, w - lr * step), new
+    return tl.where(phase == PROX_ALONE, w, w - lr * step), (new,)
 
 
 # AdamW
+
+
+@triton.jit
+def lerp(start, end, weight):
+    """start + weight * (end - start), from whichever end is nearer, as in torch.lerp."""
+    apart = end - start
+    return tl.where(weight < 0.5, start + weight * apart, end - (1 - weight) * apart)
+
+
+def fill_adamw(row: np.ndarray, options: Mapping[str, Any]) -> None:
+    """Write AdamW's numbers into a row of `hyper`."""
+    beta1, beta2 = map(float, options["betas"])
+    row[HYPER_ONE_MINUS_BETA1] = 1 - beta1
+    row[HYPER_BETA2], row[HYPER_ONE_MINUS_BETA2] = beta2, 1 - beta2
+    row[HYPER_EPS] = options["eps"]
+    decoupled = options["decoupled_weight_decay"]
+    row[HYPER_DECOUPLED_DECAY if decoupled else HYPER_COUPLED_DECAY] = options["weight_decay"]
 
 
 @triton.jit
@@ -119,18 +149,17 @@ def load_adamw(tensor, row, grad_scale):
 
 
 @triton.jit
-def adamw_update(w, grad, exp_avg, exp_avg_sq, phase, adamw):
-    """(z, new exp_avg, new exp_avg_sq) of torch.optim.AdamW."""
+def adamw_update(w, grad, states, phase, adamw):
+    """(z, (new exp_avg, new exp_avg_sq)) of torch.optim.AdamW."""
     step_size, eps, kept, decay, weight, beta2, one_minus_beta2, grad_sign = adamw
     g = grad_sign * grad
     g = tl.where(decay != 0, g + decay * w, g)
-    exp_avg = tl.where(phase == RUNNING, exp_avg, 0.0)
-    exp_avg_sq = tl.where(phase == RUNNING, exp_avg_sq, 0.0)
-    apart = g - exp_avg
-    exp_avg = tl.where(weight < 0.5, exp_avg + weight * apart, g - (1 - weight) * apart)
+    exp_avg = tl.where(phase == RUNNING, states[0], 0.0)
+    exp_avg_sq = tl.where(phase == RUNNING, states[1], 0.0)
+    exp_avg = lerp(exp_avg, g, weight)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g
     z = kept * w - divide(step_size * exp_avg, square_root(exp_avg_sq) + eps)
-    return tl.where(phase == PROX_ALONE, w, z), exp_avg, exp_avg_sq
+    return tl.where(phase == PROX_ALONE, w, z), (exp_avg, exp_avg_sq)
 
 
 @triton.jit
@@ -161,26 +190,15 @@ def come_so_far(one_minus_beta, count):
     return tl.where(beta > 0, 1 - tl.exp(count.to(tl.float64) * log), 1.0)
 
 
-# Any rule
+class KernelRule(NamedTuple):
+    """An update rule as the Triton executor takes it."""
+
+    fill: Callable[[np.ndarray, Mapping[str, Any]], None]  # writes the rule's options into a row of `hyper`
+    load: Any  # load(tensor, row, grad_scale): the scalars that `update` takes
+    update: Any  # update(w, grad, states, phase, scalars): (z, new states)
 
 
-@triton.jit
-def load_scalars(tensor, row, grad_scale, RULE: tl.constexpr):
-    """The scalars that `update` takes."""
-    if RULE == ADAMW_RULE:
-        scalars = load_adamw(tensor, row, grad_scale)
-    else:
-        scalars = load_sgd(row, grad_scale)
-    return scalars
-
-
-@triton.jit
-def update(w, grad, states, phase, scalars, RULE: tl.constexpr):
-    """(z, new states) of the rule that the kernel is compiled for."""
-    if RULE == ADAMW_RULE:
-        z, exp_avg, exp_avg_sq = adamw_update(w, grad, states[0], states[1], phase, scalars)
-        new = (exp_avg, exp_avg_sq)
-    else:
-        z, buf = sgd_update(w, grad, states[0], phase, scalars)
-        new = (buf,)  # type: ignore[assignment]  # Triton compiles one of the two
-    return z, new
+RULES = {
+    SGD.name: KernelRule(fill_sgd, load_sgd, sgd_update),
+    ADAMW.name: KernelRule(fill_adamw, load_adamw, adamw_update),
+}

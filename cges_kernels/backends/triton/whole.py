@@ -36,7 +36,7 @@ from .tables import (
     VARIANT_VEC,
     VARIANT_WIDE,
 )
-from .updates import hyper_row, load_scalars
+from .updates import hyper_row
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def whole_tile(
     item, tensor, shape, hyper, grad_scale,
     KIND: tl.constexpr, PARTS: tl.constexpr, RED: tl.constexpr, KEEP: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
-    FREEZE: tl.constexpr, RULE: tl.constexpr,
+    FREEZE: tl.constexpr, LOAD: tl.constexpr, UPDATE: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """KEEP whole groups: load, reduce, solve and apply without z leaving the registers.
 
@@ -57,14 +57,14 @@ def whole_tile(
             base, offsets, mask = tile_offsets(shape, g0, p * RED, KIND, RED, KEEP, VEC, WIDE)
             w = tl.load(pointer(tensor, TENSOR_W, base, STORED, VEC) + offsets, mask, other=0.0).to(COMPUTE)
             alive |= tl.max((w != 0).to(tl.int32), axis=0)
-    zs, scalars = (), load_scalars(tensor, row, grad_scale, RULE)
+    zs, scalars = (), LOAD(tensor, row, grad_scale)
     for p in tl.static_range(PARTS):
         base, offsets, mask = tile_offsets(shape, g0, p * RED, KIND, RED, KEEP, VEC, WIDE)
-        w, z, states = update_tile(tensor, base, offsets, mask, scalars, RULE, STORED, COMPUTE, VEC)
+        w, z, states = update_tile(tensor, base, offsets, mask, scalars, UPDATE, STATES, STORED, COMPUTE, VEC)
         if FREEZE:
             dead = frozen(w, alive, load_freeze(row))
-            z, states = keep_zeros(dead, z, states, RULE)
-        store_states(tensor, base, offsets, mask, states, RULE, STORED, VEC)
+            z, states = keep_zeros(dead, z, states)
+        store_states(tensor, base, offsets, mask, states, STORED, VEC)
         zs = zs + (z,)  # type: ignore[assignment]  # Triton unrolls the loop: the tuple may grow
     a, b, c, exact = load_thresholds(row)
     if KIND == ELEMENTWISE:
@@ -94,7 +94,8 @@ def whole_tile(
 def whole_groups(
     items, tensors, shapes, hyper, grad_scale, found_inf,
     VARIANTS: tl.constexpr, STORED: tl.constexpr, COMPUTE: tl.constexpr, EPS: tl.constexpr,
-    EXACT: tl.constexpr, FREEZE: tl.constexpr, RULE: tl.constexpr,
+    EXACT: tl.constexpr, FREEZE: tl.constexpr,
+    LOAD: tl.constexpr, UPDATE: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """One program per item: a tile of whole groups of one tensor."""
     if tl.load(found_inf) != 0:
@@ -109,5 +110,5 @@ def whole_groups(
                     item, tensor, shape, hyper, grad_scale,
                     VARIANTS[i][VARIANT_KIND], VARIANTS[i][VARIANT_PARTS], VARIANTS[i][VARIANT_RED],
                     VARIANTS[i][VARIANT_KEEP], VARIANTS[i][VARIANT_VEC], VARIANTS[i][VARIANT_WIDE],
-                    STORED, COMPUTE, EPS, EXACT, FREEZE, RULE,
+                    STORED, COMPUTE, EPS, EXACT, FREEZE, LOAD, UPDATE, STATES,
                 )  # fmt: skip

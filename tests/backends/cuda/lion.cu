@@ -1,4 +1,5 @@
-// Lion (Chen et al. 2023) as an update rule of the CUDA kernels. They need no more of a rule; see rule.cuh.
+// Lion (Chen et al. 2023) as an update rule of the CUDA kernels, and a step with it on the emulator. They need
+// no more of a rule than the struct; see rule.cuh.
 #include "cuda/kernels.cuh"
 
 namespace cges::cuda {
@@ -38,9 +39,28 @@ struct Lion {
 
 using Table = StepTableOf<float, Lion, true>;
 static_assert(sizeof(Table) <= Table::kBytes && Table::kParamGroups > 0);
-[[maybe_unused]] auto* const rows = step_rows<float, Lion, true, true>;
 [[maybe_unused]] auto* const tiles = step_tiles<float, Lion, true, false>;
 [[maybe_unused]] auto* const chunks = step_chunks<float, Lion, true>;
 
 }  // namespace
+
+// A step of a matrix whose rows are groups, by step_rows, with Lion's numbers `h` and thresholds (a, b, c).
+extern "C" void lion_step(const float* h, const float* thresholds, bool exact, bool first, int rows,
+                          int columns, float* w, float* grad, float* exp_avg) {
+  const TensorShape shape{Layout{rows, columns, 1, 1}, true, DType::f32, -1, 0};
+  const Work work = cut({shape}, Rule::sgd, DType::f32, Device{});
+  Table table{};
+  table.strips = work.strips.data();
+  table.tensors[0] = {w, grad, {exp_avg}};
+  table.set(0, 0, false, false, first ? Phase::first : Phase::running);
+  table.param_groups[0].rule = {h[0], h[1], h[2], h[3], h[4]};
+  table.param_groups[0].thresholds = {thresholds[0], thresholds[1], thresholds[2]};
+  table.param_groups[0].exact = exact;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(work.strips.size()));
+  config.blockDim = dim3(unsigned(work.strip_threads));
+  config.dynamicSmemBytes = size_t(kRowsShared<float>);
+  cudaLaunchKernelEx(&config, step_rows<float, Lion, true, false>, table);
+}
+
 }  // namespace cges::cuda

@@ -15,19 +15,24 @@ from pathlib import Path
 
 import torch
 import triton
+from lion import LION  # a third rule, for which the tests compile the kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cges_kernels.backends.triton.executor import STORED
 from cges_kernels.backends.triton.split import split_groups
-from cges_kernels.backends.triton.tables import ADAMW_RULE, GENERAL, SGD_RULE, Variant
+from cges_kernels.backends.triton.tables import GENERAL, Variant
 from cges_kernels.backends.triton.tiles import TILES, VECTOR_BYTES, launch_options, tile_for
+from cges_kernels.backends.triton.updates import RULES
 from cges_kernels.backends.triton.whole import whole_groups
+from cges_kernels.core import rules
 from cges_kernels.core.shrinkage import compute_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LONGER_THAN_ANY_TILE = 1 << 40
 WORKERS = 2
+STATES = {**{name: len(rule.states) for name, rule in rules.RULES.items()}, "lion": 1}
+RULES["lion"] = LION
 
 # (compute capability, dtype, whether accesses are of 16 bytes, whether in exact mode and with freezing).
 # MATRIX, the default, holds every tile and every GPU and takes two minutes on two cores; --all compiles
@@ -76,7 +81,9 @@ def compiled(job):
         "EPS": torch.finfo(compute).eps,
         "EXACT": bool(full),
         "FREEZE": bool(full),
-        "RULE": rule,
+        "LOAD": RULES[rule].load,
+        "UPDATE": RULES[rule].update,
+        "STATES": STATES[rule],
     }
     number = "*fp64" if compute == torch.float64 else "*fp32"
     pointers = {"items": "*i64", "tensors": "*i64", "shapes": "*i64", "hyper": number, "scratch": number}
@@ -132,14 +139,13 @@ def machine_code(binary):
 def main():
     """Compiles the chosen jobs and prints what came of them."""
     jobs = [
-        (cc, dtype, full, name, variant, SGD_RULE.value)
+        (cc, dtype, full, name, variant, "sgd")
         for cc, dtype, vector, full in (EVERYTHING if "--all" in sys.argv else MATRIX)
         for name, variant in variants(getattr(torch, dtype), vector)
     ]
     some = [job for job in jobs if job[:2] in ((90, "float32"), (90, "bfloat16"))]
-    jobs += [
-        (*job[:-1], ADAMW_RULE.value) for job in some[::6]
-    ]  # only some for AdamW, because each takes a second
+    # Only some for the other rules, because each takes a second.
+    jobs += [(*job[:-1], "adamw") for job in some[::6]] + [(*job[:-1], "lion") for job in some[::12]]
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         json.dump(list(pool.map(compiled, jobs, chunksize=4)), sys.stdout)
 
