@@ -145,7 +145,7 @@ def draw_cpu_tiles() -> Figure:
     passes = "pass 1: z into w, and sums\npass 2, backward: w = s·soft(z, t)\n28 bytes an element"
     caption(panels[2], "pieces of whole rows", '"feature", from 256 rows on', passes)
     together = "64 groups side by side in the L1\n20 bytes an element"
-    caption(panels[3], "short groups", "2 to 16 elements each", together)
+    caption(panels[3], "short groups", "2 to 64 elements each", together)
     for axes in panels:
         axes.set(xlim=(-0.6, 12.4), ylim=(15, -1.6))
     return figure

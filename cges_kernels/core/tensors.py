@@ -27,7 +27,7 @@ def is_sharded(p: object) -> TypeGuard[DTensor]:
 
 def count_nonzero(w: Tensor) -> int:
     """The number of nonzero entries; of a DTensor those on all ranks, so every rank must call it."""
-    count = (w != 0).sum()
+    count = (w != 0).sum() if is_sharded(w) else torch.count_nonzero(w)
     return int(count.full_tensor() if is_sharded(count) else count)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..core.tensors import count_nonzero
-from .removal import Weight, cut, full_coefficients, left, strength_to_leave, within_reach
+from .removal import Weight, cut, full_coefficients, left, sampled, strength_to_leave, within_reach
 from .schedules import CoefficientScheduler, check_density, check_no_epoch, check_steps, cubic
 
 
@@ -189,7 +189,7 @@ class TargetDensity(CoefficientScheduler):
         error = math.log(max(self.density, 1e-9) / wanted)
         change = self.PROPORTIONAL * (error - self._error) + self.INTEGRAL * error
         self._error = error
-        weights = self._weights()
+        weights = [sampled(weight) for weight in self._weights()]
         if len(self._scales) != len(weights):
             self._scales = [self._scale(weight) for weight in weights]
         if self.freeze and any(self._is_weak(*pair) for pair in zip(weights, self._scales)):

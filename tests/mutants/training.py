@@ -80,6 +80,13 @@ MUTANTS = (
         seen_by=("test_target_density",),
     ),
     Mutant(
+        "all of a large weight is measured each time",
+        "cges_kernels/training/removal.py",
+        old="if step > 1 and not is_sharded(p):",
+        new="if step < 1 and not is_sharded(p):",
+        seen_by=("test_target_density",),
+    ),
+    Mutant(
         "the cut takes all from the first weights",
         "cges_kernels/training/removal.py",
         old="wanted = now * max(count / total, share / 2)",

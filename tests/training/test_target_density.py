@@ -11,6 +11,8 @@ from helpers.schedules import warmed
 from torch import nn
 
 from cges_kernels import ProxAdamW, ProxSGD, TargetDensity, cges_param_groups, sparsity_report
+from cges_kernels.core.shrinkage import shrink
+from cges_kernels.training import removal
 from cges_kernels.training.recipes import sparsity_param_groups
 from examples.common.data import load
 from examples.common.networks import LeNet
@@ -169,9 +171,36 @@ def test_the_landing_cuts_each_weight_alike():
     for w, x in zip(weights, before):
         kept = x.norm(dim=0).argsort()[x.shape[1] // 2 :]
         assert torch.equal(w[:, kept], x[:, kept]) and w.count_nonzero() == w.numel() // 2
+        assert not torch.signbit(w[w == 0]).any()
     assert control.measure() == control.density == 0.5
     few_steps(model, optimizer, control, 20)  # with momentum, which would bring zeros back
     assert control.measure() == 0.5 and not any(control.get_last_coefficients()[0].values())
+
+
+def test_large_weights_are_measured_on_a_sample(monkeypatch):
+    """A whole run of control looks at each entry of a large weight some ten times, and lands as exactly."""
+    seen = []
+
+    def counted(z, *args):
+        seen.append(z.numel())
+        return shrink(z, *args)
+
+    monkeypatch.setattr(removal, "shrink", counted)
+    for penalty in (
+        dict(l1=0.1),
+        dict(group_lasso=0.1, exclusive_lasso=0.001),
+        dict(group_lasso=0.1, group_by=(1,), view=(-1, 8)),
+    ):
+        w = nn.Parameter(torch.randn(256, 4096))
+        optimizer = ProxSGD([{"params": [w], **penalty}], lr=0.1)
+        seen.clear()
+        control = TargetDensity(optimizer, 0.3, 100)
+        w.grad = torch.zeros_like(w)
+        for _ in range(100):
+            optimizer.step()
+            control.step()
+        assert abs(control.measure() - 0.3) < 2e-4 and control.frozen
+        assert sum(seen) < 30 * w.numel()
 
 
 def test_exclusive_lasso_alone_leaves_an_entry_of_each_group():

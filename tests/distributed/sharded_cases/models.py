@@ -151,7 +151,7 @@ def distributed_checkpoints():
 
 @case(2)
 def a_density_on_all_ranks():
-    """TargetDensity counts, controls and cuts DTensors as it does whole tensors: with the same bits."""
+    """TargetDensity counts, controls and cuts DTensors as it does small whole tensors, to rounding."""
     ends = []
     for shard in (True, False):
         torch.manual_seed(0)
