@@ -88,9 +88,8 @@ def prune_to_density(
 
     Raises:
         ValueError: a density outside (0, 1] or one that leaves no weight; a weight that is not finite, is
-            sharded, or is on the meta device; an
-            optimizer that lacks a weight; or a param group that holds other parameters too, whose zeros (such
-            as fresh biases) would be frozen as well.
+            sharded, or is on the meta device; an optimizer that lacks a weight; or a param group that holds
+            other parameters too, whose zeros (such as fresh biases) would be frozen as well.
 
     Warns:
         UserWarning: a layer without any nonzero weight; or weights that are left as they are because they are
